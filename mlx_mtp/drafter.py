@@ -1,0 +1,112 @@
+"""The drafter ("assistant"): from the target's last hidden state and K/V to the next few draft tokens.
+
+Forward pass of transformers' Gemma4AssistantForCausalLM: concat(scaled target embedding, hidden) -> pre_projection -> layers
+that hold queries only and attend to the target's K/V at one constant position -> head; post_projection gives the hidden
+state for the next step.
+"""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .cache import Cache, View
+from .config import DrafterConfig, LayerType
+from .gemma4 import DecoderLayer, Target
+
+
+class DraftContext(NamedTuple):
+    """What every draft step of a round shares: the target's K/V per layer type, and the position, int32 []."""
+
+    views: dict[LayerType, View]
+    position: mx.array
+
+
+class Candidates(NamedTuple):
+    """Token ids and their logits, both [1, candidates]; every other token has probability zero.
+
+    `ids` is None where the candidates are the whole vocabulary, in order.
+    """
+
+    ids: mx.array | None
+    logits: mx.array
+
+
+class DraftStep(NamedTuple):
+    """`state` is [1, 1, drafter hidden_size], what the head reads; `hidden` [1, 1, backbone_hidden_size], the next input."""
+
+    state: mx.array
+    hidden: mx.array
+
+
+class _Backbone(nn.Module):
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        text = config.text
+        # Used as output head only: inputs are embedded with the target's table.
+        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
+        self.layers = [DecoderLayer(text, layer) for layer in text.layers]
+        self.norm = nn.RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+
+
+class _CentroidHead(nn.Module):
+    """Clusters of the vocabulary: the tokens of the `top_k` best centroids are the only candidates."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.top_k = config.centroid_top_k
+        self.centroids = nn.Linear(config.text.hidden_size, config.num_centroids, bias=False)
+        self.token_ordering = mx.zeros((config.text.vocab_size,), mx.int32)
+
+    def candidates(self, state: mx.array) -> mx.array:
+        """Candidate ids, [candidates], for a state [1, 1, hidden_size]."""
+        scores = self.centroids(state)[0, 0]
+        best = mx.argpartition(scores, kth=-self.top_k)[-self.top_k :]
+        return self.token_ordering.reshape(scores.size, -1)[best].reshape(-1)
+
+
+class Drafter(nn.Module):
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden_size, backbone = config.text.hidden_size, config.backbone_hidden_size
+        self.model = _Backbone(config)
+        self.pre_projection = nn.Linear(2 * backbone, hidden_size, bias=False)
+        self.post_projection = nn.Linear(hidden_size, backbone, bias=False)
+        self.masked_embedding = _CentroidHead(config) if config.num_centroids else None
+
+    def context(self, cache: Cache) -> DraftContext:
+        """The round's context, from a cache that does not hold the bonus token yet: the bonus token's index is its offset."""
+        position = cache.offset if self.config.draft_position == "bonus" else cache.offset - 1
+        views: dict[LayerType, View] = {
+            layer_type: cache.draft_view(layer_type) for layer_type in ("sliding_attention", "full_attention")
+        }
+        return DraftContext(views, position)
+
+    def __call__(self, embedding: mx.array, hidden: mx.array, context: DraftContext) -> DraftStep:
+        """One draft step from the last token's scaled embedding and a hidden state, [1, 1, backbone_hidden_size] each."""
+        h = self.pre_projection(mx.concatenate([embedding, hidden], axis=-1))
+        for layer, config in zip(self.model.layers, self.config.text.layers, strict=True):
+            h = layer(h, layer.input_layernorm(h), context.position, context.views[config.layer_type])
+        state = self.model.norm(h)
+        return DraftStep(state, self.post_projection(state))
+
+    def candidates(self, state: mx.array) -> Candidates:
+        """The head's candidates: the whole vocabulary for a dense head, the best centroids' tokens otherwise."""
+        if self.masked_embedding is None:
+            return Candidates(None, self.model.embed_tokens.as_linear(state)[0])
+        ids = self.masked_embedding.candidates(state)
+        # Calling the embedding gathers the rows, dequantizing no others.
+        return Candidates(ids[None], state[0] @ self.model.embed_tokens(ids).T)
+
+    def draft(self, target: Target, token: mx.array, hidden: mx.array, context: DraftContext, k: int) -> mx.array:
+        """k greedy draft tokens, int32 [1, k], after `token` [1, 1] and the hidden state that produced it."""
+        drafted = [mx.zeros((1, 0), mx.int32)]
+        for _ in range(k):
+            step = self(target.embed(token), hidden, context)
+            ids, logits = self.candidates(step.state)
+            token = mx.argmax(logits, axis=-1, keepdims=True)
+            token = (token if ids is None else mx.take_along_axis(ids, token, axis=-1)).astype(mx.int32)
+            hidden = step.hidden
+            drafted.append(token)
+        return mx.concatenate(drafted, axis=1)

@@ -1,0 +1,37 @@
+"""The errors this package raises: each message names the file or field, what was expected and what was found."""
+
+
+class MTPError(ValueError):
+    """Base of every error a caller or a command line is expected to see."""
+
+
+class ConfigError(MTPError):
+    """A config.json is absent, unreadable, incomplete or of an unsupported model."""
+
+
+class WeightsError(MTPError):
+    """A checkpoint's tensors are absent, truncated, misshapen or unexpected."""
+
+
+class PairError(MTPError):
+    """A drafter does not belong to the target."""
+
+
+class TokenizerError(MTPError):
+    """A tokenizer is absent or unreadable."""
+
+
+class HubError(MTPError):
+    """A model is neither a local folder nor reachable on the Hugging Face hub."""
+
+
+class PromptError(MTPError):
+    """A prompt is empty or does not fit the context."""
+
+
+class OutputError(MTPError):
+    """An output folder exists, cannot be written, or does not fit the disk."""
+
+
+class OptionError(MTPError):
+    """An option's value is not one this version can honour."""

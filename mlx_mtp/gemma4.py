@@ -1,0 +1,232 @@
+"""The Gemma 4 target's text decoder: tokens and K/V in, hidden states and logits out. Knows nothing of drafting.
+
+Covers E2B, E4B, 12B, 26B-A4B and 31B. Parameter names are those of mlx-lm's Gemma 4 below `language_model.model.`.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .cache import Cache, View
+from .config import LayerConfig, RopeConfig, TextConfig
+
+
+class TargetOutput(NamedTuple):
+    """`hidden` is [1, length, hidden_size], after the final norm; `logits` [1, rows, vocab_size], before the soft-cap.
+
+    The soft-cap is monotone, so the argmax needs none (and in bfloat16 its tanh would make ties): see `soft_cap`.
+    """
+
+    hidden: mx.array
+    logits: mx.array
+
+
+@partial(mx.compile, shapeless=True)
+def _geglu(gate: mx.array, x: mx.array) -> mx.array:
+    return nn.gelu_approx(gate) * x
+
+
+class Rope:
+    """Rotary embedding of one head size; `proportional` rotates pairs (i, i + head_dim / 2) for the first pairs only."""
+
+    def __init__(self, config: RopeConfig, head_dim: int) -> None:
+        rotated = int(head_dim * config.rotated_fraction)
+        exponents = mx.arange(0, rotated, 2, dtype=mx.float32) / head_dim
+        # An infinite period leaves the remaining pairs unrotated.
+        still = mx.full((head_dim - rotated) // 2, mx.inf)
+        self.periods = mx.concatenate([config.theta**exponents, still])
+        self.dims = head_dim
+
+    def __call__(self, x: mx.array, offset: mx.array) -> mx.array:
+        """Rotate x, [1, heads, length, head_dim], whose first row is at position `offset`."""
+        return mx.fast.rope(
+            x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self.periods
+        )
+
+
+class MLP(nn.Module):
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(_geglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normed queries and keys and no scale. Layers that share K/V have queries only."""
+
+    def __init__(self, config: TextConfig, layer: LayerConfig) -> None:
+        super().__init__()
+        self.head_dim = layer.head_dim
+        self.rope = Rope(config.rope[layer.layer_type], layer.head_dim)
+        self.eps = config.rms_norm_eps
+        width = config.num_attention_heads * layer.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(layer.head_dim, eps=config.rms_norm_eps)
+        if layer.has_kv:
+            kv_width = layer.num_kv_heads * layer.head_dim
+            self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+            self.v_proj = None if layer.k_eq_v else nn.Linear(config.hidden_size, kv_width, bias=False)
+            self.k_norm = nn.RMSNorm(layer.head_dim, eps=config.rms_norm_eps)
+
+    def keys_values(self, x: mx.array, offset: mx.array) -> tuple[mx.array, mx.array]:
+        """New K/V rows of x, [1, length, hidden_size]: keys normed and rotated, values normed without a weight."""
+        raw_keys = self._heads(self.k_proj(x))
+        raw_values = raw_keys if self.v_proj is None else self._heads(self.v_proj(x))
+        return self.rope(self.k_norm(raw_keys), offset), mx.fast.rms_norm(raw_values, None, self.eps)
+
+    def __call__(self, x: mx.array, offset: mx.array, view: View) -> mx.array:
+        queries = self.rope(self.q_norm(self._heads(self.q_proj(x))), offset)
+        out = mx.fast.scaled_dot_product_attention(queries, view.keys, view.values, scale=1.0, mask=view.mask)
+        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(*x.shape[:-1], -1))
+
+    def _heads(self, x: mx.array) -> mx.array:
+        """[1, length, heads * head_dim] -> [1, heads, length, head_dim]"""
+        return x.reshape(*x.shape[:-1], -1, self.head_dim).transpose(0, 2, 1, 3)
+
+
+class Router(nn.Module):
+    """Chooses each row's experts and their weights: softmax over the chosen scores, times a learned scale per expert."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.top_k = config.top_k_experts
+        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.scale = mx.ones((config.hidden_size,))
+        self.per_expert_scale = mx.ones((config.num_experts,))
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Expert indices and weights, both [1, length, top_k]."""
+        scores = self.proj(mx.fast.rms_norm(x, self.scale * x.shape[-1] ** -0.5, self.eps))
+        chosen = mx.argpartition(scores, kth=-self.top_k, axis=-1)[..., -self.top_k :]
+        weights = mx.softmax(mx.take_along_axis(scores, chosen, axis=-1), axis=-1, precise=True)
+        return chosen, weights * self.per_expert_scale[chosen]
+
+
+class _ExpertActivation(nn.Module):
+    def __call__(self, x: mx.array, gate: mx.array) -> mx.array:
+        return _geglu(gate, x)
+
+
+class Experts(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        # Imported here because mlx-lm brings transformers along, seconds that only the 26B model has a use for.
+        from mlx_lm.models.switch_layers import SwitchGLU
+
+        self.switch_glu = SwitchGLU(
+            config.hidden_size, config.moe_intermediate_size, config.num_experts, activation=_ExpertActivation()
+        )
+
+    def __call__(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
+        return (self.switch_glu(x, chosen) * weights[..., None]).sum(-2)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig, layer: LayerConfig) -> None:
+        super().__init__()
+        norm = partial(nn.RMSNorm, config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config.hidden_size, layer.intermediate_size)
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
+        self.pre_feedforward_layernorm = norm()
+        self.post_feedforward_layernorm = norm()
+        self.layer_scalar = mx.ones((1,))
+        self.has_experts = config.num_experts > 0
+        if self.has_experts:
+            self.router = Router(config)
+            self.experts = Experts(config)
+            self.pre_feedforward_layernorm_2 = norm()
+            self.post_feedforward_layernorm_1 = norm()
+            self.post_feedforward_layernorm_2 = norm()
+        if config.per_layer_input_size:
+            self.per_layer_input_gate = nn.Linear(config.hidden_size, config.per_layer_input_size, bias=False)
+            self.per_layer_projection = nn.Linear(config.per_layer_input_size, config.hidden_size, bias=False)
+            self.post_per_layer_input_norm = norm()
+
+    def __call__(
+        self, h: mx.array, normed: mx.array, offset: mx.array, view: View, per_layer_input: mx.array | None = None
+    ) -> mx.array:
+        """The residual stream after this layer; `normed` is `input_layernorm(h)`, which the K/V were made from too."""
+        h = h + self.post_attention_layernorm(self.self_attn(normed, offset, view))
+        h = h + self.post_feedforward_layernorm(self._feed_forward(h))
+        if per_layer_input is not None:
+            gated = _geglu(self.per_layer_input_gate(h), per_layer_input)
+            h = h + self.post_per_layer_input_norm(self.per_layer_projection(gated))
+        return h * self.layer_scalar
+
+    def _feed_forward(self, h: mx.array) -> mx.array:
+        dense = self.mlp(self.pre_feedforward_layernorm(h))
+        if not self.has_experts:
+            return dense
+        sparse = self.experts(self.pre_feedforward_layernorm_2(h), *self.router(h))
+        return self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(sparse)
+
+
+class Target(nn.Module):
+    """The text decoder with its tied head."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config, layer) for layer in config.layers]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.per_layer_input_size:
+            width = len(config.layers) * config.per_layer_input_size
+            self.embed_tokens_per_layer = nn.Embedding(config.per_layer_vocab_size, width)
+            self.per_layer_model_projection = nn.Linear(config.hidden_size, width, bias=False)
+            self.per_layer_projection_norm = nn.RMSNorm(config.per_layer_input_size, eps=config.rms_norm_eps)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type of activations and K/V."""
+        dtype: mx.Dtype = self.norm.weight.dtype
+        return dtype
+
+    def __call__(self, tokens: mx.array, cache: Cache, logit_rows: int = 0) -> TargetOutput:
+        """One pass over tokens, [1, length], at positions offset..offset+length-1.
+
+        Writes their K/V into `cache` without advancing its offset. Logits are computed for the last `logit_rows` rows only.
+        """
+        h = self.embed(tokens)
+        per_layer = self._per_layer_inputs(tokens, h)
+        step = cache.start(tokens.shape[1])
+        for index, (layer, config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
+            normed = layer.input_layernorm(h)
+            if config.has_kv:
+                view = step.write(index, *layer.self_attn.keys_values(normed, step.offset))
+            else:
+                view = step.read(config.kv_layer)
+            h = layer(h, normed, step.offset, view, None if per_layer is None else per_layer[:, :, index])
+        hidden = self.norm(h)
+        return TargetOutput(hidden, self.embed_tokens.as_linear(hidden[:, hidden.shape[1] - logit_rows :]))
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Scaled input embeddings of tokens [1, length]: [1, length, hidden_size]. The drafter uses them too."""
+        scale: float = self.config.hidden_size**0.5
+        embedded: mx.array = self.embed_tokens(tokens)
+        return embedded * scale
+
+    def soft_cap(self, logits: mx.array) -> mx.array:
+        """The model's own logits: `tanh(logits / cap) * cap` (config field `final_logit_softcapping`)."""
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else mx.tanh(logits / cap) * cap
+
+    def _per_layer_inputs(self, tokens: mx.array, h: mx.array) -> mx.array | None:
+        """[1, length, layers, per_layer_input_size]: each layer's own embedding of the token, and a projection of h."""
+        size = self.config.per_layer_input_size
+        if not size:
+            return None
+        shape = (*tokens.shape, len(self.layers), size)
+        embedded = self.embed_tokens_per_layer(tokens).reshape(shape) * size**0.5
+        projected = (self.per_layer_model_projection(h) * self.config.hidden_size**-0.5).reshape(shape)
+        return (self.per_layer_projection_norm(projected) + embedded) * 2.0**-0.5

@@ -1,0 +1,167 @@
+"""The round (draft, verify, accept, advance) and the one decode loop over token ids."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from .acceptance import accept_greedy
+from .cache import Cache
+from .drafter import Drafter
+from .errors import OptionError, PromptError
+from .gemma4 import Target
+
+# Called during prefill with (tokens done, tokens in all).
+Progress = Callable[[int, int], None]
+
+
+class Round(NamedTuple):
+    """What one round emitted, and how many of its draft tokens the target accepted.
+
+    The last of `tokens` is the target's own choice unless a stop cut the round short.
+    """
+
+    tokens: list[int]
+    drafted: int
+    accepted: int
+
+
+@dataclass
+class Stats:
+    """Counts over the rounds of one generation. The token that prefill yields belongs to no round."""
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    drafted_at: list[int] = field(default_factory=list)
+    accepted_at: list[int] = field(default_factory=list)
+
+    def add(self, drafted: int, accepted: int) -> None:
+        self.rounds += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        missing = [0] * (drafted - len(self.drafted_at))
+        self.drafted_at += missing
+        self.accepted_at += missing
+        for position in range(drafted):
+            self.drafted_at[position] += 1
+            self.accepted_at[position] += position < accepted
+
+    @property
+    def acceptance_length(self) -> float:
+        """Mean number of tokens a round yields: accepted draft tokens plus the target's own; 1.0 is plain decoding."""
+        return (self.accepted + self.rounds) / self.rounds if self.rounds else math.nan
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Per draft position, the share of rounds drafting that far in which the token there was accepted."""
+        return [a / d for a, d in zip(self.accepted_at, self.drafted_at, strict=True)]
+
+
+class Stream:
+    """The state of one sequence: K/V cache, the bonus token (emitted, not yet in the cache) and the hidden state behind it.
+
+    After `prefill`, the cache always holds exactly the prompt and the emitted tokens but the last, which is the bonus token.
+    """
+
+    def __init__(self, target: Target, drafter: Drafter | None, *, max_draft_tokens: int) -> None:
+        self.target = target
+        self.drafter = drafter
+        self.cache = Cache(target.config, target.dtype, max_block=max_draft_tokens + 1)
+        self._bonus = mx.zeros((1, 1), mx.int32)
+        self._hidden = mx.zeros((1, 1, target.config.hidden_size), target.dtype)
+
+    def prefill(self, prompt: list[int], step_size: int, on_progress: Progress | None = None) -> int:
+        """Read the prompt in chunks of `step_size` tokens and return the first token: the target's choice after it."""
+        for start in range(0, len(prompt), step_size):
+            chunk = prompt[start : start + step_size]
+            is_last = start + len(chunk) == len(prompt)
+            output = self.target(mx.array([chunk], mx.int32), self.cache, logit_rows=int(is_last))
+            self._hidden = output.hidden[:, -1:]
+            self.cache.set_length(self.cache.length + len(chunk))
+            if is_last:
+                self._bonus = mx.argmax(output.logits, axis=-1).astype(mx.int32)
+            del output
+            mx.eval(self._bonus, self._hidden, self.cache.arrays())
+            if on_progress is not None:
+                on_progress(start + len(chunk), len(prompt))
+        return int(self._bonus.item())
+
+    def round(self, k: int, stop_ids: frozenset[int] = frozenset()) -> Round:
+        """Draft k tokens, verify them in one pass, emit those accepted and one more. k = 0 is plain decoding.
+
+        One evaluation, one host read. A stop token ends the round early: nothing after it is emitted or kept.
+        """
+        length = self.cache.length
+        drafted = self._draft(k)
+        output = self.target(mx.concatenate([self._bonus, drafted], axis=1), self.cache, logit_rows=k + 1)
+        accepted, choices = accept_greedy(drafted, output.logits)
+        self._select(output.hidden, choices, accepted)
+        self.cache.offset = self.cache.offset + accepted + 1
+        report = mx.concatenate([accepted[None], choices])
+        mx.eval(report, self._bonus, self._hidden, self.cache.arrays())
+        count, *tokens = _read(report)
+        tokens = tokens[: count + 1]
+        self.cache.length = length + count + 1
+        stop = next((i for i, token in enumerate(tokens) if token in stop_ids), count)
+        if stop < count:
+            tokens = tokens[: stop + 1]
+            self._select(output.hidden, choices, mx.array(stop))
+            self.cache.set_length(length + stop + 1)
+        return Round(tokens, k, count)
+
+    def _draft(self, k: int) -> mx.array:
+        # In a function of its own: a K/V view still referenced at evaluation would force a copy of the whole buffer.
+        if k == 0:
+            return mx.zeros((1, 0), mx.int32)
+        if self.drafter is None:
+            raise OptionError(f"{k} draft tokens asked for without a drafter")
+        context = self.drafter.context(self.cache)
+        return self.drafter.draft(self.target, self._bonus, self._hidden, context, k)
+
+    def _select(self, hidden: mx.array, choices: mx.array, row: mx.array) -> None:
+        """Make the target's choice at one verified row the bonus token."""
+        self._bonus = choices[row].reshape(1, 1)
+        self._hidden = mx.take(hidden, row[None], axis=1)
+
+
+def _read(report: mx.array) -> list[int]:
+    """The one place a round's results reach the host."""
+    values: list[int] = report.tolist()  # type: ignore[assignment]
+    return values
+
+
+def decode(
+    stream: Stream,
+    prompt: list[int],
+    *,
+    max_tokens: int,
+    num_draft_tokens: int,
+    stop_ids: frozenset[int],
+    max_context: int,
+    prefill_step_size: int,
+    on_prefill: Progress | None = None,
+) -> Iterator[Round]:
+    """Decode greedily from a prompt of token ids; the first item is what prefill yields (drafted = accepted = 0).
+
+    Ends after a stop token (which is emitted), after `max_tokens`, or when prompt and output fill `max_context`.
+
+    Raises PromptError for an empty prompt or one that leaves no room in the context.
+    """
+    if not prompt:
+        raise PromptError("the prompt is empty: expected at least one token")
+    if len(prompt) >= max_context:
+        raise PromptError(f"the prompt has {len(prompt)} tokens, but the context holds {max_context} with the answer")
+    if max_tokens < 1:
+        raise OptionError(f"max_tokens must be at least 1, found {max_tokens}")
+    left = min(max_tokens, max_context - len(prompt))
+    first = stream.prefill(prompt, prefill_step_size, on_prefill)
+    yield Round([first], 0, 0)
+    last, left = first, left - 1
+    while left and last not in stop_ids:
+        # A round yields up to k + 1 tokens: never draft more than may still be emitted.
+        result = stream.round(min(num_draft_tokens, left - 1), stop_ids)
+        yield result
+        last, left = result.tokens[-1], left - len(result.tokens)

@@ -1,0 +1,206 @@
+"""Checkpoint folders: which tensors they hold, under which names, and how they fill a module.
+
+Names differ between Hugging Face, mlx-lm and mlx-vlm layouts; `target_names` and `drafter_names` map all of them to the
+parameter names of `Target` and `Drafter`. Headers are read without the tensors, so a bad checkpoint fails at once.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .config import DrafterConfig, Quantization, TargetConfig, read_json
+from .errors import WeightsError
+
+INDEX_NAME = "model.safetensors.index.json"
+# What mlx-lm puts before the parameter names of a Gemma 4 target, in files and in quantization overrides.
+MLX_PREFIX = "language_model.model."
+
+_OTHER_MODALITIES = (
+    "vision_tower.",
+    "audio_tower.",
+    "embed_vision.",
+    "embed_audio.",
+    "vision_embedder.",
+    "multi_modal_projector.",
+)
+# Bounds of the towers' clipped layers, cached rotary tables, and copies of the tied head.
+_UNUSED = ("input_min", "input_max", "output_min", "output_max", "rotary_emb", "lm_head")
+_KV_MODULES = ("self_attn.k_proj.", "self_attn.v_proj.", "self_attn.k_norm.", "self_attn.v_norm.")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `dtype` as safetensors spells it (`BF16`, `F32`, ...), bytes `start`..`end` of `file`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a checkpoint folder by the name its file gives it, read from the headers alone.
+
+    Raises WeightsError if there is no safetensors file, a shard named by the index is missing, a file is truncated, or
+    a tensor the index names is in none of them.
+    """
+    index = folder / INDEX_NAME
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise WeightsError(f"{index}: field weight_map must be an object, found {weight_map!r}")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise WeightsError(f"{index}: names {missing[0]}, which is not in the folder")
+    else:
+        weight_map = {}
+        files = sorted(folder.glob("model*.safetensors"))
+        if not files:
+            raise WeightsError(f"{folder}: the folder has no model*.safetensors")
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        tensors |= read_header(file)
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise WeightsError(f"{index}: names tensor {name} in {shard}, which does not hold it")
+    return tensors
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file. Raises WeightsError if the file is truncated or no safetensors file."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        header_size = int.from_bytes(stream.read(8), "little")
+        if size < 8 or header_size > size - 8:
+            raise WeightsError(
+                f"{file}: truncated or not a safetensors file: expected a header of {header_size} bytes, "
+                f"found {size} bytes in all"
+            )
+        try:
+            header = json.loads(stream.read(header_size))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise WeightsError(f"{file}: not a safetensors file: its header is not JSON: {error}") from None
+    base = 8 + header_size
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            tensors[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), base + start, base + end)
+    expected = max((tensor.end for tensor in tensors.values()), default=base)
+    if expected != size:
+        raise WeightsError(f"{file}: truncated: its header describes {expected} bytes, found {size}")
+    return tensors
+
+
+def target_names(key: str, config: TargetConfig) -> list[str]:
+    """Parameter names of `Target` that a checkpoint's tensor fills; [] if the text decoder has no use for it.
+
+    Two names mean that the tensor is split in halves along its last axis but one (fused expert projections).
+    """
+    name = key.removeprefix("model.").removeprefix("language_model.").removeprefix("model.")
+    if name.startswith(_OTHER_MODALITIES) or any(part in name for part in _UNUSED):
+        return []
+    if name.startswith("layers.") and any(module in name for module in _KV_MODULES):
+        index = name.split(".")[1]
+        # Published E2B and E4B checkpoints ship dead K/V projections for the layers that share another's K/V.
+        if index.isdigit() and int(index) < len(config.text.layers) and not config.text.layers[int(index)].has_kv:
+            return []
+    if name.endswith(".experts.gate_up_proj"):
+        experts = name.removesuffix("gate_up_proj")
+        return [f"{experts}switch_glu.gate_proj.weight", f"{experts}switch_glu.up_proj.weight"]
+    if name.endswith(".experts.down_proj"):
+        return [name.removesuffix("down_proj") + "switch_glu.down_proj.weight"]
+    return [name]
+
+
+def drafter_names(key: str, config: DrafterConfig) -> list[str]:
+    """As `target_names`, for `Drafter`: the published names are its own, and a drafter owns no K/V."""
+    unused = "lm_head" in key or "rotary_emb" in key or any(module in key for module in _KV_MODULES)
+    return [] if unused else [key]
+
+
+def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of a module by name. Nothing is computed: MLX initialises lazily."""
+    return {name: value.shape for name, value in tree_flatten(module.parameters())}
+
+
+def match_tensors(
+    folder: Path, tensors: Iterable[str], names: Callable[[str], list[str]], expected: Iterable[str]
+) -> dict[str, list[str]]:
+    """The checkpoint's tensors that fill a model, each with the parameters it fills.
+
+    Raises WeightsError if a parameter is filled by none or by two, or a tensor fills no parameter the model has.
+    """
+    sources: dict[str, str] = {}
+    wanted = set(expected)
+    for key in tensors:
+        for name in names(key):
+            if name not in wanted:
+                raise WeightsError(f"{folder}: tensor {key} belongs to no part of the model that config.json describes")
+            if name in sources:
+                raise WeightsError(f"{folder}: tensors {sources[name]} and {key} both hold {name}")
+            sources[name] = key
+    missing = sorted(wanted - sources.keys())
+    if missing:
+        raise WeightsError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
+    matched: dict[str, list[str]] = {}
+    for name, key in sources.items():
+        matched.setdefault(key, []).append(name)
+    return matched
+
+
+def fill_module(
+    module: nn.Module, folder: Path, names: Callable[[str], list[str]], quantization: Quantization | None, prefix: str = ""
+) -> None:
+    """Load a checkpoint folder into a module, quantizing the modules whose scales the checkpoint holds.
+
+    `prefix` is what the quantization overrides put before the module's parameter names.
+
+    Raises WeightsError for a missing, unexpected, truncated or misshapen tensor.
+    """
+    tensors = read_checkpoint(folder)
+    present = {name for key in tensors for name in names(key)}
+    if quantization is not None:
+        _quantize_modules(module, quantization, present, prefix)
+    shapes = parameter_shapes(module)
+    matched = match_tensors(folder, tensors, names, shapes)
+    for key, filled in matched.items():
+        _check_shape(folder, key, tensors[key].shape, filled, shapes)
+    arrays: dict[str, mx.array] = {}
+    for file in sorted({tensors[key].file for key in matched}):
+        arrays |= mx.load(str(file))  # type: ignore[arg-type,operator]
+    weights = []
+    for key, filled in matched.items():
+        # Only the arrays taken here are ever read: MLX loads lazily.
+        weights += list(zip(filled, mx.split(arrays[key], len(filled), axis=-2) if len(filled) > 1 else [arrays[key]]))
+    module.load_weights(weights, strict=False)
+    del arrays, weights
+    mx.eval(module.parameters())
+
+
+def _quantize_modules(module: nn.Module, quantization: Quantization, present: set[str], prefix: str) -> None:
+    def parameters(path: str, leaf: nn.Module) -> bool | dict[str, object]:
+        if f"{path}.scales" not in present:
+            return False
+        override = quantization.overrides.get(prefix + path, quantization.overrides.get(path))
+        chosen = override or quantization
+        return {"group_size": chosen.group_size, "bits": chosen.bits, "mode": chosen.mode}
+
+    nn.quantize(module, quantization.group_size, quantization.bits, mode=quantization.mode, class_predicate=parameters)
+
+
+def _check_shape(
+    folder: Path, key: str, found: tuple[int, ...], filled: list[str], shapes: dict[str, tuple[int, ...]]
+) -> None:
+    expected = list(shapes[filled[0]])
+    if len(filled) > 1:
+        expected[-2] *= len(filled)
+    if tuple(expected) != found:
+        raise WeightsError(f"{folder}: tensor {key} has shape {list(found)}, expected {expected} from config.json")
