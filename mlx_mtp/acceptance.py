@@ -13,10 +13,10 @@ class Acceptance(NamedTuple):
 
 
 def accept_greedy(drafted: mx.array, logits: mx.array) -> Acceptance:
-    """Accept the longest prefix of the draft tokens [1, k] that equals the target's argmax over logits [1, k + 1, vocab].
+    """Accept the longest prefix of the draft tokens [1, k] equal to the target's argmax over logits [1, k + 1, vocab].
 
-    The target's choice at the first row not matched is emitted after them: where a draft was accepted it is the target's
-    choice too, so the choices themselves are the tokens to emit.
+    The target's choice at the first row not matched is emitted after them: where a draft was accepted it is the
+    target's choice too, so the choices themselves are the tokens to emit.
     """
     choices = mx.argmax(logits[0], axis=-1).astype(mx.int32)
     matches = (drafted[0] == choices[:-1]).astype(mx.int32)

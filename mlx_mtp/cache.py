@@ -1,9 +1,10 @@
-"""K/V buffers of one stream: fixed capacity, written at a device-side offset, so that a rollback is arithmetic on one number.
+"""K/V buffers of one stream: fixed capacity, written at a device-side offset; a rollback is arithmetic on one number.
 
 Full-attention layers hold position p in row p. Sliding layers hold it in slot p % ring of a ring of `sliding_window +
 max_block` slots: the `max_block` spare slots keep rejected rows from overwriting a key still inside the window. Which
 position a slot holds follows from the offset alone, and masks are made from positions, so the order of rows in the ring
-does not matter (keys are stored rotated). Rows at or beyond the offset are never visible; the next pass overwrites them.
+does not matter (keys are stored rotated). Rows at or beyond the offset are never visible; the next pass overwrites
+them.
 """
 
 from typing import NamedTuple
@@ -103,8 +104,8 @@ class Pass:
         self._views: dict[int, View] = {}
         queries = (self.offset + mx.arange(length))[:, None]
         self._full_mask = mx.arange(cache.capacity)[None] <= queries
-        # A block that fits the spare slots is read back from the ring. A longer one (prefill) would overwrite keys its own
-        # first rows still need, so it attends to the ring as it was plus its own rows.
+        # A block that fits the spare slots is read back from the ring. A longer one (prefill) would overwrite keys its
+        # own first rows still need, so it attends to the ring as it was plus its own rows.
         self._fits = length <= cache.max_block
         end = self.offset + length if self._fits else self.offset
         positions = ring_positions(end, cache.ring)[None]
@@ -149,7 +150,7 @@ class Pass:
 
 
 def ring_positions(end: mx.array, ring: int) -> mx.array:
-    """Position held by each slot of a ring after positions 0..end-1 were written: the largest p < end with p % ring == slot.
+    """Position held by each slot after 0..end-1 were written: the largest p < end with p % ring == slot.
 
     int32 [ring]; negative where nothing was written yet.
     """

@@ -1,8 +1,8 @@
 """Typed configurations read from a checkpoint folder; the only reader of `config.json`.
 
-Two spellings of the same model are accepted: the published one (`global_head_dim`, `num_global_key_value_heads`) and the
-one transformers writes when it saves again (`per_layer_config`). A field that decides a tensor's shape and is missing is
-an error, never a default.
+Two spellings of the same model are accepted: the published one (`global_head_dim`, `num_global_key_value_heads`) and
+the one transformers writes when it saves again (`per_layer_config`). A field that decides a tensor's shape and is
+missing is an error, never a default.
 """
 
 import json
@@ -98,8 +98,8 @@ class TargetConfig:
 class DrafterConfig:
     """A drafter ("assistant") checkpoint's `config.json`.
 
-    `num_centroids` is 0 for a dense head. `draft_position` is the position all draft steps of a round share: `bonus`, the
-    index of the bonus token (as in transformers), or `last`, one less (as in some other engines).
+    `num_centroids` is 0 for a dense head. `draft_position` is the position all draft steps of a round share: `bonus`,
+    the index of the bonus token (as in transformers), or `last`, one less (as in some other engines).
     """
 
     path: Path

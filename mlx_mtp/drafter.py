@@ -1,8 +1,8 @@
 """The drafter ("assistant"): from the target's last hidden state and K/V to the next few draft tokens.
 
-Forward pass of transformers' Gemma4AssistantForCausalLM: concat(scaled target embedding, hidden) -> pre_projection -> layers
-that hold queries only and attend to the target's K/V at one constant position -> head; post_projection gives the hidden
-state for the next step.
+Forward pass of transformers' Gemma4AssistantForCausalLM: concat(scaled target embedding, hidden) -> pre_projection ->
+layers that hold queries only and attend to the target's K/V at one constant position -> head; post_projection gives the
+hidden state for the next step.
 """
 
 from typing import NamedTuple
@@ -33,7 +33,7 @@ class Candidates(NamedTuple):
 
 
 class DraftStep(NamedTuple):
-    """`state` is [1, 1, drafter hidden_size], what the head reads; `hidden` [1, 1, backbone_hidden_size], the next input."""
+    """`state`, [1, 1, hidden_size], is what the head reads; `hidden`, [1, 1, backbone_hidden_size], the next input."""
 
     state: mx.array
     hidden: mx.array
@@ -76,7 +76,7 @@ class Drafter(nn.Module):
         self.masked_embedding = _CentroidHead(config) if config.num_centroids else None
 
     def context(self, cache: Cache) -> DraftContext:
-        """The round's context, from a cache that does not hold the bonus token yet: the bonus token's index is its offset."""
+        """A round's context. The cache does not hold the bonus token yet, so its offset is the bonus token's index."""
         position = cache.offset if self.config.draft_position == "bonus" else cache.offset - 1
         views: dict[LayerType, View] = {
             layer_type: cache.draft_view(layer_type) for layer_type in ("sliding_attention", "full_attention")
@@ -84,7 +84,7 @@ class Drafter(nn.Module):
         return DraftContext(views, position)
 
     def __call__(self, embedding: mx.array, hidden: mx.array, context: DraftContext) -> DraftStep:
-        """One draft step from the last token's scaled embedding and a hidden state, [1, 1, backbone_hidden_size] each."""
+        """One draft step from a token's scaled embedding and a hidden state, [1, 1, backbone_hidden_size] each."""
         h = self.pre_projection(mx.concatenate([embedding, hidden], axis=-1))
         for layer, config in zip(self.model.layers, self.config.text.layers, strict=True):
             h = layer(h, layer.input_layernorm(h), context.position, context.views[config.layer_type])

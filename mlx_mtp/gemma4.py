@@ -25,11 +25,12 @@ class TargetOutput(NamedTuple):
 
 @partial(mx.compile, shapeless=True)
 def _geglu(gate: mx.array, x: mx.array) -> mx.array:
-    return nn.gelu_approx(gate) * x
+    gated: mx.array = nn.gelu_approx(gate) * x
+    return gated
 
 
 class Rope:
-    """Rotary embedding of one head size; `proportional` rotates pairs (i, i + head_dim / 2) for the first pairs only."""
+    """Rotary embedding of one head size: pairs (i, i + head_dim / 2), only the first of them if `proportional`."""
 
     def __init__(self, config: RopeConfig, head_dim: int) -> None:
         rotated = int(head_dim * config.rotated_fraction)
@@ -41,9 +42,7 @@ class Rope:
 
     def __call__(self, x: mx.array, offset: mx.array) -> mx.array:
         """Rotate x, [1, heads, length, head_dim], whose first row is at position `offset`."""
-        return mx.fast.rope(
-            x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self.periods
-        )
+        return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self.periods)
 
 
 class MLP(nn.Module):
@@ -92,7 +91,7 @@ class Attention(nn.Module):
 
 
 class Router(nn.Module):
-    """Chooses each row's experts and their weights: softmax over the chosen scores, times a learned scale per expert."""
+    """Each row's experts and their weights: softmax over the chosen scores, times a learned scale per expert."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -164,11 +163,12 @@ class DecoderLayer(nn.Module):
         return h * self.layer_scalar
 
     def _feed_forward(self, h: mx.array) -> mx.array:
-        dense = self.mlp(self.pre_feedforward_layernorm(h))
+        dense: mx.array = self.mlp(self.pre_feedforward_layernorm(h))
         if not self.has_experts:
             return dense
-        sparse = self.experts(self.pre_feedforward_layernorm_2(h), *self.router(h))
-        return self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(sparse)
+        sparse: mx.array = self.experts(self.pre_feedforward_layernorm_2(h), *self.router(h))
+        mixed: mx.array = self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(sparse)
+        return mixed
 
 
 class Target(nn.Module):
@@ -195,7 +195,8 @@ class Target(nn.Module):
     def __call__(self, tokens: mx.array, cache: Cache, logit_rows: int = 0) -> TargetOutput:
         """One pass over tokens, [1, length], at positions offset..offset+length-1.
 
-        Writes their K/V into `cache` without advancing its offset. Logits are computed for the last `logit_rows` rows only.
+        Writes their K/V into `cache` without advancing its offset. Logits are computed for the last `logit_rows` rows
+        only.
         """
         h = self.embed(tokens)
         per_layer = self._per_layer_inputs(tokens, h)
@@ -229,4 +230,5 @@ class Target(nn.Module):
         shape = (*tokens.shape, len(self.layers), size)
         embedded = self.embed_tokens_per_layer(tokens).reshape(shape) * size**0.5
         projected = (self.per_layer_model_projection(h) * self.config.hidden_size**-0.5).reshape(shape)
-        return (self.per_layer_projection_norm(projected) + embedded) * 2.0**-0.5
+        inputs: mx.array = (self.per_layer_projection_norm(projected) + embedded) * 2.0**-0.5
+        return inputs

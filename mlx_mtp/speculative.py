@@ -1,6 +1,5 @@
 """The round (draft, verify, accept, advance) and the one decode loop over token ids."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -50,9 +49,12 @@ class Stats:
             self.accepted_at[position] += position < accepted
 
     @property
-    def acceptance_length(self) -> float:
-        """Mean number of tokens a round yields: accepted draft tokens plus the target's own; 1.0 is plain decoding."""
-        return (self.accepted + self.rounds) / self.rounds if self.rounds else math.nan
+    def acceptance_length(self) -> float | None:
+        """Mean number of tokens a round yields: accepted draft tokens plus the target's own. 1.0 is plain decoding.
+
+        None before the first round.
+        """
+        return (self.accepted + self.rounds) / self.rounds if self.rounds else None
 
     @property
     def acceptance_by_position(self) -> list[float]:
@@ -61,9 +63,10 @@ class Stats:
 
 
 class Stream:
-    """The state of one sequence: K/V cache, the bonus token (emitted, not yet in the cache) and the hidden state behind it.
+    """The state of one sequence: K/V cache, bonus token (emitted, not yet in the cache) and the hidden state behind it.
 
-    After `prefill`, the cache always holds exactly the prompt and the emitted tokens but the last, which is the bonus token.
+    After `prefill`, the cache always holds exactly the prompt and the emitted tokens but the last, which is the bonus
+    token.
     """
 
     def __init__(self, target: Target, drafter: Drafter | None, *, max_draft_tokens: int) -> None:
@@ -87,7 +90,7 @@ class Stream:
             mx.eval(self._bonus, self._hidden, self.cache.arrays())
             if on_progress is not None:
                 on_progress(start + len(chunk), len(prompt))
-        return int(self._bonus.item())
+        return _read(self._bonus[0])[0]
 
     def round(self, k: int, stop_ids: frozenset[int] = frozenset()) -> Round:
         """Draft k tokens, verify them in one pass, emit those accepted and one more. k = 0 is plain decoding.
@@ -128,7 +131,7 @@ class Stream:
 
 
 def _read(report: mx.array) -> list[int]:
-    """The one place a round's results reach the host."""
+    """The one place where results reach the host."""
     values: list[int] = report.tolist()  # type: ignore[assignment]
     return values
 

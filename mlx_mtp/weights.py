@@ -128,7 +128,8 @@ def drafter_names(key: str, config: DrafterConfig) -> list[str]:
 
 def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of a module by name. Nothing is computed: MLX initialises lazily."""
-    return {name: value.shape for name, value in tree_flatten(module.parameters())}
+    parameters: dict[str, mx.array] = tree_flatten(module.parameters(), destination={})  # type: ignore[assignment]
+    return {name: value.shape for name, value in parameters.items()}
 
 
 def match_tensors(
@@ -157,7 +158,11 @@ def match_tensors(
 
 
 def fill_module(
-    module: nn.Module, folder: Path, names: Callable[[str], list[str]], quantization: Quantization | None, prefix: str = ""
+    module: nn.Module,
+    folder: Path,
+    names: Callable[[str], list[str]],
+    quantization: Quantization | None,
+    prefix: str = "",
 ) -> None:
     """Load a checkpoint folder into a module, quantizing the modules whose scales the checkpoint holds.
 
@@ -175,11 +180,12 @@ def fill_module(
         _check_shape(folder, key, tensors[key].shape, filled, shapes)
     arrays: dict[str, mx.array] = {}
     for file in sorted({tensors[key].file for key in matched}):
-        arrays |= mx.load(str(file))  # type: ignore[arg-type,operator]
+        arrays |= mx.load(str(file))  # type: ignore[arg-type]
     weights = []
     for key, filled in matched.items():
         # Only the arrays taken here are ever read: MLX loads lazily.
-        weights += list(zip(filled, mx.split(arrays[key], len(filled), axis=-2) if len(filled) > 1 else [arrays[key]]))
+        parts = mx.split(arrays[key], len(filled), axis=-2) if len(filled) > 1 else [arrays[key]]
+        weights += list(zip(filled, parts, strict=True))
     module.load_weights(weights, strict=False)
     del arrays, weights
     mx.eval(module.parameters())

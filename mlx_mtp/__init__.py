@@ -1,0 +1,36 @@
+"""Gemma 4 with its multi-token-prediction drafter, lossless, on Apple Silicon."""
+
+from importlib.metadata import version
+
+from .engine import GenerationResponse, GenerationResult, Model
+from .errors import (
+    ConfigError,
+    HubError,
+    MTPError,
+    OptionError,
+    OutputError,
+    PairError,
+    PromptError,
+    TokenizerError,
+    WeightsError,
+)
+from .load import load
+
+__version__ = version("mlx-mtp")
+
+__all__ = [
+    "ConfigError",
+    "GenerationResponse",
+    "GenerationResult",
+    "HubError",
+    "MTPError",
+    "Model",
+    "OptionError",
+    "OutputError",
+    "PairError",
+    "PromptError",
+    "TokenizerError",
+    "WeightsError",
+    "__version__",
+    "load",
+]

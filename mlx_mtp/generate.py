@@ -1,0 +1,195 @@
+"""Command line: decode one prompt with a target and its drafter. `python -m mlx_mtp.generate --help`."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub.utils import tqdm
+
+from .engine import DEFAULT_DRAFT_TOKENS, DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, GenerationResponse, Model
+from .errors import MTPError, OptionError
+from .load import load
+from .tokenizer import encode_prompt
+
+# What a shell expects of a program ended by Ctrl-C.
+_INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    args = _parser().parse_args(argv)
+    try:
+        return _run(args)
+    except MTPError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output is gone; what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlx_mtp.generate",
+        description="Decode a prompt with Gemma 4: the drafter proposes, the target verifies.",
+    )
+    parser.add_argument("--model", required=True, help="Target: a local folder or a Hugging Face hub id.")
+    parser.add_argument(
+        "--drafter",
+        help="Drafter: a local folder or a hub id, or 'none' to decode plainly. "
+        "Default: MODEL/drafter, else the sibling MODEL-assistant.",
+    )
+    parser.add_argument("--prompt", "-p", required=True, metavar="TEXT|-", help="The prompt; '-' reads it from stdin.")
+    parser.add_argument("--system-prompt", help="System prompt for the chat template.")
+    parser.add_argument(
+        "--max-tokens",
+        "-m",
+        type=int,
+        default=DEFAULT_MAX_TOKENS,
+        help="Most tokens to generate (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--temp",
+        type=float,
+        default=0.0,
+        help="Sampling temperature (default: %(default)s, greedy, which is all this version does).",
+    )
+    parser.add_argument(
+        "--num-draft-tokens",
+        type=int,
+        help=f"Draft tokens per round (default: {DEFAULT_DRAFT_TOKENS}); 0 decodes plainly. Never changes the text.",
+    )
+    parser.add_argument(
+        "--prefill-step-size",
+        type=int,
+        default=DEFAULT_PREFILL_STEP,
+        help="Prompt tokens read per pass (default: %(default)s).",
+    )
+    parser.add_argument("--ignore-chat-template", action="store_true", help="Continue the bare prompt.")
+    parser.add_argument("--verbose", action="store_true", help="Say what was loaded, on stderr.")
+    parser.add_argument("--json", action="store_true", help="End stdout with one line: a JSON object with all results.")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.temp != 0:
+        raise OptionError(f"--temp: expected 0 (greedy), all this version does, found {args.temp:g}")
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    started = time.perf_counter()
+    model = load(args.model, args.drafter)
+    if model.drafter is None and args.drafter is None:
+        print(f"no drafter found for {args.model}: decoding plainly (name one with --drafter)", file=sys.stderr)
+    if args.verbose:
+        _describe(model, time.perf_counter() - started)
+    prompt = encode_prompt(
+        model.tokenizer, text, system_prompt=args.system_prompt, use_chat_template=not args.ignore_chat_template
+    )
+    with _prefill_bar(len(prompt), args.prefill_step_size) as on_prefill:
+        responses = model.stream_generate(
+            prompt,
+            max_tokens=args.max_tokens,
+            num_draft_tokens=args.num_draft_tokens,
+            prefill_step_size=args.prefill_step_size,
+            on_prefill=on_prefill,
+        )
+        seen, interrupted = _print_stream(responses)
+    if seen:
+        _summarize(seen[-1], model)
+        if args.json:
+            print(json.dumps(_report(seen, model, interrupted), ensure_ascii=False), flush=True)
+    return _INTERRUPTED if interrupted else 0
+
+
+def _print_stream(responses: Iterator[GenerationResponse]) -> tuple[list[GenerationResponse], bool]:
+    """Print text as it comes. Returns the responses, and whether Ctrl-C ended them early."""
+    seen: list[GenerationResponse] = []
+    interrupted = False
+    try:
+        for response in responses:
+            seen.append(response)
+            print(response.text, end="", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    print(flush=True)
+    return seen, interrupted
+
+
+@contextmanager
+def _prefill_bar(total: int, step_size: int) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, for prompts of more than one chunk; gone before the text begins."""
+    disable = None if total > step_size else True
+    bar = tqdm(total=total, desc="Prefill", unit="tok", leave=False, disable=disable, file=sys.stderr)
+
+    def update(done: int, total: int) -> None:
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    try:
+        yield update
+    finally:
+        bar.close()
+
+
+def _describe(model: Model, seconds: float) -> None:
+    for role, config in (("target", model.config), ("drafter", model.drafter_config)):
+        if config is None:
+            print(f"{role}: none", file=sys.stderr)
+            continue
+        q = config.quantization
+        weights = f"{q.bits} bit ({q.mode}, groups of {q.group_size})" if q else "not quantized"
+        print(f"{role}: {config.path.parent}, {config.model_type}, {weights}", file=sys.stderr)
+    print(f"activations: {model.target.dtype}, context: {model.max_context} tokens", file=sys.stderr)
+    print(f"loaded in {seconds:.1f} s", file=sys.stderr)
+
+
+def _summarize(last: GenerationResponse, model: Model) -> None:
+    stats = last.stats
+    lines = [
+        f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens/s",
+        f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s",
+    ]
+    if stats.drafted:
+        lines += [
+            f"Rounds: {stats.rounds}, drafted: {stats.drafted}, accepted: {stats.accepted}",
+            f"Acceptance length: {stats.acceptance_length:.2f} tokens per round",
+            "Acceptance by position: " + " ".join(f"{share:.2f}" for share in stats.acceptance_by_position),
+        ]
+    else:
+        reason = "no drafter" if model.drafter is None else "drafter not used"
+        lines.append(f"Rounds: {stats.rounds}, nothing drafted ({reason})")
+    lines.append(f"Peak memory: {last.peak_memory:.3f} GB")
+    print("\n".join(lines), file=sys.stderr)
+
+
+def _report(seen: list[GenerationResponse], model: Model, interrupted: bool) -> dict[str, Any]:
+    last = seen[-1]
+    stats = last.stats
+    return {
+        "text": "".join(response.text for response in seen),
+        "tokens": [response.token for response in seen],
+        "prompt_tokens": last.prompt_tokens,
+        "generation_tokens": last.generation_tokens,
+        "finish_reason": "interrupted" if interrupted else last.finish_reason,
+        "drafter": None if model.drafter_config is None else str(model.drafter_config.path.parent),
+        "rounds": stats.rounds,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "acceptance_length": stats.acceptance_length,
+        "acceptance_by_position": stats.acceptance_by_position,
+        "prompt_tps": last.prompt_tps,
+        "generation_tps": last.generation_tps,
+        "peak_memory_gb": last.peak_memory,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""From a folder or a hub id to a Model: finding the drafter, checking the pair, filling quantized modules."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from .config import (
+    DrafterConfig,
+    LayerConfig,
+    TargetConfig,
+    read_drafter_config,
+    read_json,
+    read_target_config,
+)
+from .drafter import Drafter
+from .engine import Model
+from .errors import ConfigError, HubError, PairError
+from .gemma4 import Target
+from .tokenizer import load_tokenizer
+from .weights import MLX_PREFIX, drafter_names, fill_module, target_names
+
+# Where a converted pair keeps its drafter.
+DRAFTER_FOLDER = "drafter"
+
+_DOWNLOADED = ["*.json", "*.jinja", "tokenizer.model", "model*.safetensors", f"{DRAFTER_FOLDER}/model*.safetensors"]
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# What publishers of MLX conversions append to a model's name, as in gemma-4-E2B-it-4bit.
+_CONVERSION = re.compile(r"-(\d+bit|bf16|fp16|fp32|mxfp4|mxfp8|nvfp4)(-\w+)?$", re.IGNORECASE)
+
+
+def load(path_or_repo: str | Path, drafter: str | Path | None = None, *, revision: str | None = None) -> Model:
+    """Load a target and its drafter from folders or the hub: our own, mlx-lm's, mlx-vlm's, or Hugging Face's layout.
+
+    `drafter` is a folder or hub id, "none" for plain decoding, or None to look for one: in the folder's `drafter/`,
+    then next to the target as `<target>-assistant`. Where none is found, the model decodes plainly and `Model.drafter`
+    is None.
+
+    Raises MTPError kinds: HubError, ConfigError, WeightsError, TokenizerError, PairError.
+    """
+    folder = resolve_folder(path_or_repo, revision)
+    config = read_target_config(folder)
+    if drafter is None:
+        drafter_folder = find_drafter(path_or_repo, folder)
+    else:
+        drafter_folder = None if str(drafter) == "none" else resolve_folder(drafter)
+    drafter_config = None
+    if drafter_folder is not None:
+        drafter_config = read_drafter_config(drafter_folder)
+        check_pair(config, drafter_config)
+    tokenizer = load_tokenizer(folder, config.eos_token_ids)
+    target = load_target(config)
+    return Model(
+        target=target,
+        drafter=None if drafter_config is None else load_drafter(drafter_config, target.dtype),
+        tokenizer=tokenizer,
+        config=config,
+        drafter_config=drafter_config,
+    )
+
+
+def load_target(config: TargetConfig) -> Target:
+    """The target of the folder this config was read from. Raises WeightsError if its tensors do not fit the config."""
+    target = Target(config.text)
+    fill_module(target, config.path.parent, lambda key: target_names(key, config), config.quantization, MLX_PREFIX)
+    return target
+
+
+def load_drafter(config: DrafterConfig, dtype: mx.Dtype) -> Drafter:
+    """The drafter of the folder this config was read from, computing in the target's dtype.
+
+    Mixed types would convert the target's whole K/V in every draft step. Raises WeightsError as `load_target`.
+    """
+    drafter = Drafter(config)
+    fill_module(drafter, config.path.parent, lambda key: drafter_names(key, config), config.quantization)
+    drafter.set_dtype(dtype)
+    mx.eval(drafter.parameters())
+    return drafter
+
+
+def resolve_folder(path_or_repo: str | Path, revision: str | None = None) -> Path:
+    """A local folder as it is, or a hub repository's snapshot, downloaded or from the cache (offline mode, tokens and
+    cache folder as huggingface-hub's environment variables say).
+
+    Raises ConfigError if it can only be a folder and is none, HubError if the hub does not give it.
+    """
+    name = str(path_or_repo)
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists() or not _REPO_ID.fullmatch(name) or name.startswith("."):
+        raise ConfigError(f"{name}: no such folder")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_DOWNLOADED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise HubError(f"{name}: no such folder, and the hub does not give it: {reason}") from error
+
+
+def find_drafter(path_or_repo: str | Path, folder: Path) -> Path | None:
+    """The drafter that belongs to a target: `drafter/` in its folder, else the sibling `<target>-assistant`.
+
+    The sibling of a local folder is looked for next to it, that of a hub id on the hub. None if there is none.
+    """
+    inside = folder / DRAFTER_FOLDER
+    if inside.is_dir():
+        return inside
+    is_local = Path(path_or_repo).is_dir()
+    for name in assistant_names(Path(path_or_repo).resolve().name if is_local else str(path_or_repo)):
+        if is_local:
+            sibling = Path(path_or_repo).resolve().parent / name
+            if sibling.is_dir():
+                return sibling
+            continue
+        try:
+            return resolve_folder(name)
+        except HubError:
+            continue
+    return None
+
+
+def assistant_names(name: str) -> Iterator[str]:
+    """Names a target's drafter goes by: gemma-4-E2B-it-4bit -> gemma-4-E2B-it-assistant-4bit, then -bf16."""
+    conversion = _CONVERSION.search(name)
+    if conversion is None:
+        yield f"{name}-assistant"
+        return
+    base = name[: conversion.start()]
+    yield f"{base}-assistant{conversion.group()}"
+    if conversion.group().lower() != "-bf16":
+        yield f"{base}-assistant-bf16"
+
+
+def check_pair(target: TargetConfig, drafter: DrafterConfig) -> None:
+    """Check that a drafter was made for a target. Raises PairError naming the first difference and both values."""
+    pairs: list[tuple[str, Any, Any]] = [
+        ("backbone_hidden_size", drafter.backbone_hidden_size, target.text.hidden_size),
+        ("vocab_size", drafter.text.vocab_size, target.text.vocab_size),
+        ("sliding_window", drafter.text.sliding_window, target.text.sliding_window),
+    ]
+    for index, layer in enumerate(drafter.text.layers):
+        source = target.text.layers[target.text.last_kv_layer(layer.layer_type)]
+        for name in ("num_kv_heads", "head_dim"):
+            pairs.append((f"layer {index} ({layer.layer_type}) {name}", _value(layer, name), _value(source, name)))
+    for name, found, expected in pairs:
+        if found != expected:
+            raise PairError(
+                f"{drafter.path}: the drafter does not belong to {target.path}: "
+                f"its {name} is {found}, the target's {expected}"
+            )
+    _check_tokenizers(target.path.parent, drafter.path.parent)
+
+
+def _value(layer: LayerConfig, name: str) -> int:
+    value: int = vars(layer)[name]
+    return value
+
+
+def _check_tokenizers(target: Path, drafter: Path) -> None:
+    """Where both ship a tokenizer, every token must have the same id in both."""
+    ours, theirs = target / "tokenizer.json", drafter / "tokenizer.json"
+    if not (ours.is_file() and theirs.is_file()) or ours.read_bytes() == theirs.read_bytes():
+        return
+    expected, found = _vocabulary(ours), _vocabulary(theirs)
+    for token in sorted(expected.keys() | found.keys()):
+        if expected.get(token) != found.get(token):
+            raise PairError(
+                f"{theirs}: the drafter does not belong to {ours}: its id of token {token!r} is {found.get(token)}, "
+                f"the target's {expected.get(token)}"
+            )
+
+
+def _vocabulary(path: Path) -> dict[str, int]:
+    content = read_json(path)
+    try:
+        vocabulary = dict(content["model"]["vocab"])
+        return vocabulary | {token["content"]: token["id"] for token in content["added_tokens"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: not a tokenizer with model.vocab and added_tokens: {error!r}") from None
