@@ -68,10 +68,11 @@ class Cache:
         """
         layer = self.config.last_kv_layer(layer_type)
         if layer_type == "full_attention":
-            mask = mx.arange(self.capacity) < self.offset
-        else:
-            positions = ring_positions(self.offset, self.ring)
-            mask = (positions >= 0) & (positions >= self.offset - 1 - self.config.sliding_window)
+            rows = _round_up(self.length)
+            mask = mx.arange(rows) < self.offset
+            return View(self.keys[layer][:, :, :rows], self.values[layer][:, :, :rows], mask[None])
+        positions = ring_positions(self.offset, self.ring)
+        mask = (positions >= 0) & (positions >= self.offset - 1 - self.config.sliding_window)
         return View(self.keys[layer], self.values[layer], mask[None])
 
     def arrays(self) -> list[mx.array]:
@@ -103,7 +104,9 @@ class Pass:
         self.offset = cache.offset
         self._views: dict[int, View] = {}
         queries = (self.offset + mx.arange(length))[:, None]
-        self._full_mask = mx.arange(cache.capacity)[None] <= queries
+        # Attending to no more rows than needed, in steps, keeps the cost of a pass independent of the capacity.
+        self._full_rows = _round_up(cache.length + length)
+        self._full_mask = mx.arange(self._full_rows)[None] <= queries
         # A block that fits the spare slots is read back from the ring. A longer one (prefill) would overwrite keys its
         # own first rows still need, so it attends to the ring as it was plus its own rows.
         self._fits = length <= cache.max_block
@@ -139,7 +142,7 @@ class Pass:
 
     def _write_full(self, buffers: dict[int, mx.array], layer: int, rows: mx.array) -> mx.array:
         buffers[layer] = mx.slice_update(buffers[layer], rows, self.offset[None], axes=(2,))
-        return buffers[layer]
+        return buffers[layer][:, :, : self._full_rows]
 
     def _write_ring(self, buffers: dict[int, mx.array], layer: int, rows: mx.array) -> mx.array:
         old = buffers[layer]
