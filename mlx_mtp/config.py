@@ -263,7 +263,7 @@ def _vocab_size(root: _Fields, text: _Fields) -> int:
 def _read_text(text: _Fields, vocab_size: int, *, shares_all: bool) -> TextConfig:
     _reject_unsupported(text)
     # transformers' unified text config has no field for per-layer inputs or experts: a re-save loses them.
-    unified = "unified" in text.values.get("model_type", "")
+    unified = "model_type" in text and "unified" in text.string("model_type")
     per_layer = 0 if unified and "hidden_size_per_layer_input" not in text else _per_layer_size(text)
     moe = not (unified and "enable_moe_block" not in text) and text.boolean("enable_moe_block")
     softcap = text.require("final_logit_softcapping")
@@ -305,7 +305,7 @@ def _reject_unsupported(text: _Fields) -> None:
 def _read_layers(text: _Fields, *, shares_all: bool) -> tuple[LayerConfig, ...]:
     count = text.integer("num_hidden_layers")
     types: list[LayerType] = text.require("layer_types")
-    if not isinstance(types, list) or len(types) != count or not set(types) <= set(LAYER_TYPES):
+    if not isinstance(types, list) or len(types) != count or not all(t in LAYER_TYPES for t in types):
         raise text.error("layer_types", f"must name {count} layers, each {' or '.join(LAYER_TYPES)}, found {types!r}")
     if types[-1] != "full_attention":
         raise text.error("layer_types", f"must end with full_attention, found {types[-1]!r}")

@@ -7,7 +7,14 @@ from typing import Any
 
 import mlx.core as mx
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 
 from .config import (
     DrafterConfig,
@@ -27,7 +34,14 @@ from .weights import MLX_PREFIX, drafter_names, fill_module, target_names
 # Where a converted pair keeps its drafter.
 DRAFTER_FOLDER = "drafter"
 
-_DOWNLOADED = ["*.json", "*.jinja", "tokenizer.model", "model*.safetensors", f"{DRAFTER_FOLDER}/model*.safetensors"]
+_DOWNLOADED = [
+    "*.json",
+    "*.jinja",
+    "README.md",
+    "tokenizer.model",
+    "model*.safetensors",
+    f"{DRAFTER_FOLDER}/model*.safetensors",
+]
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What publishers of MLX conversions append to a model's name, as in gemma-4-E2B-it-4bit.
 _CONVERSION = re.compile(r"-(\d+bit|bf16|fp16|fp32|mxfp4|mxfp8|nvfp4)(-\w+)?$", re.IGNORECASE)
@@ -78,6 +92,9 @@ def load_drafter(config: DrafterConfig, dtype: mx.Dtype) -> Drafter:
     drafter = Drafter(config)
     fill_module(drafter, config.path.parent, lambda key: drafter_names(key, config), config.quantization)
     drafter.set_dtype(dtype)
+    if drafter.masked_embedding is not None:
+        # Published as int64; the ids it yields are compared with the target's int32.
+        drafter.masked_embedding.token_ordering = drafter.masked_embedding.token_ordering.astype(mx.int32)
     mx.eval(drafter.parameters())
     return drafter
 
@@ -96,8 +113,15 @@ def resolve_folder(path_or_repo: str | Path, revision: str | None = None) -> Pat
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_DOWNLOADED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise HubError(f"{name}: no such folder, and the hub does not give it: {reason}") from error
+        raise HubError(f"{name}: no such folder, and the hub does not give it: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, GatedRepoError):
+        return "a gated repository, whose terms must be accepted there and which needs an access token (HF_TOKEN)"
+    if isinstance(error, RepositoryNotFoundError):
+        return "no such repository, or a private one, which needs an access token (HF_TOKEN)"
+    return str(error).strip().splitlines()[0]
 
 
 def find_drafter(path_or_repo: str | Path, folder: Path) -> Path | None:

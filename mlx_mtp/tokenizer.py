@@ -1,5 +1,6 @@
 """Tokenizer of a checkpoint folder: chat template and streaming detokenizer, thin over mlx-lm's wrapper."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,12 @@ def load_tokenizer(folder: Path, eos_token_ids: tuple[int, ...]) -> "TokenizerWr
     from mlx_lm import tokenizer_utils
 
     try:
-        return tokenizer_utils.load(folder, eos_token_ids=list(eos_token_ids))
+        tokenizer = tokenizer_utils.load(folder, eos_token_ids=list(eos_token_ids))
     except (ValueError, OSError, KeyError) as error:
         raise TokenizerError(f"{folder}: the tokenizer cannot be read: {error}") from error
+    # The context's limit is checked where decoding starts; transformers would warn of a limit of its own.
+    tokenizer.model_max_length = sys.maxsize
+    return tokenizer
 
 
 def encode_prompt(

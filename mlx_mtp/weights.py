@@ -177,7 +177,7 @@ def fill_module(
     shapes = parameter_shapes(module)
     matched = match_tensors(folder, tensors, names, shapes)
     for key, filled in matched.items():
-        _check_shape(folder, key, tensors[key].shape, filled, shapes)
+        check_shape(folder, key, tensors[key].shape, shapes[filled[0]], len(filled))
     arrays: dict[str, mx.array] = {}
     for file in sorted({tensors[key].file for key in matched}):
         arrays |= mx.load(str(file))  # type: ignore[arg-type]
@@ -202,11 +202,8 @@ def _quantize_modules(module: nn.Module, quantization: Quantization, present: se
     nn.quantize(module, quantization.group_size, quantization.bits, mode=quantization.mode, class_predicate=parameters)
 
 
-def _check_shape(
-    folder: Path, key: str, found: tuple[int, ...], filled: list[str], shapes: dict[str, tuple[int, ...]]
-) -> None:
-    expected = list(shapes[filled[0]])
-    if len(filled) > 1:
-        expected[-2] *= len(filled)
-    if tuple(expected) != found:
+def check_shape(folder: Path, key: str, found: tuple[int, ...], shape: tuple[int, ...], parts: int) -> None:
+    """Raise WeightsError unless a tensor of shape `found` fills `parts` parameters of this shape."""
+    expected = [*shape[:-2], shape[-2] * parts, shape[-1]] if parts > 1 else list(shape)
+    if list(found) != expected:
         raise WeightsError(f"{folder}: tensor {key} has shape {list(found)}, expected {expected} from config.json")

@@ -1,0 +1,174 @@
+"""Command line: `python -m mlx_mtp.convert --help`."""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from mlx_mtp.errors import MTPError
+
+from .converter import Options, Part, Summary, convert
+from .quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, DRAFTER_BITS, DTYPES, MODES, RECIPES, WeightOptions
+
+# What a shell expects of a program ended by Ctrl-C.
+_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage that would hide it."""
+        self.exit(2, f"error: {message}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 after an error, 130 after an interruption."""
+    args = _parser().parse_args(argv)
+    try:
+        with _interruptible():
+            _run(args)
+    except MTPError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mlx_mtp.convert",
+        description="Convert a Gemma 4 target and its drafter from Hugging Face format to one folder of MLX weights.",
+    )
+    add = parser.add_argument
+    add(
+        "--hf-path", "--model", required=True, metavar="TARGET", help="Target: a local folder or a Hugging Face hub id."
+    )
+    add(
+        "--mlx-path",
+        type=Path,
+        default=Path("mlx_model"),
+        metavar="OUT",
+        help="Folder to write (default: %(default)s).",
+    )
+    add(
+        "--drafter",
+        default="auto",
+        metavar="auto|none|PATH",
+        help="Drafter: a local folder or a hub id. Default: TARGET/drafter, else the sibling TARGET-assistant.",
+    )
+    add("-q", "--quantize", action="store_true", help="Quantize the target.")
+    _add_weight_options(parser)
+    add("--overwrite", action="store_true", help="Replace OUT if it exists, once the new one is complete.")
+    add("--revision", help="Branch, tag or commit of the target on the hub.")
+    add("--upload-repo", metavar="REPO", help="Hub repository to upload the result to.")
+    return parser
+
+
+def _add_weight_options(parser: argparse.ArgumentParser) -> None:
+    def choices(values: tuple[object, ...]) -> str:
+        return ", ".join(str(value) for value in values)
+
+    defaults = ", ".join(f"{mode} {group_size}/{bits}" for mode, (group_size, bits) in MODES.items())
+    add = parser.add_argument
+    add("--q-bits", type=int, metavar="BITS", help=f"Bits per weight, of {choices(AFFINE_BITS)}.")
+    add("--q-group-size", type=int, metavar="SIZE", help=f"Weights per group, of {choices(AFFINE_GROUP_SIZES)}.")
+    add(
+        "--q-mode",
+        default="affine",
+        metavar="MODE",
+        help=f"Quantization mode; group size and bits are by default {defaults} (default: %(default)s).",
+    )
+    add("--quant-predicate", metavar="RECIPE", help=f"Mixed bits: {choices(RECIPES)}.")
+    add(
+        "--dtype",
+        metavar="DTYPE",
+        help=f"Type of what is not quantized: {choices(DTYPES)} (default: the checkpoint's).",
+    )
+    add(
+        "--drafter-q-bits",
+        type=int,
+        metavar="BITS",
+        help=f"Bits of the drafter's weights, of {choices(DRAFTER_BITS)}; 16 leaves them unquantized "
+        "(default: 4 with a dense head, 16 with a centroid head).",
+    )
+
+
+def _run(args: argparse.Namespace) -> None:
+    weights = WeightOptions(
+        quantize=args.quantize,
+        q_bits=args.q_bits,
+        q_group_size=args.q_group_size,
+        q_mode=args.q_mode,
+        quant_predicate=args.quant_predicate,
+        dtype=args.dtype,
+        drafter_q_bits=args.drafter_q_bits,
+    )
+    options = Options(
+        hf_path=args.hf_path,
+        mlx_path=args.mlx_path,
+        drafter=args.drafter,
+        weights=weights,
+        overwrite=args.overwrite,
+        revision=args.revision,
+        upload_repo=args.upload_repo,
+    )
+    started = time.perf_counter()
+    with _Bar() as bar:
+        summary = convert(options, progress=bar.update)
+    _print_summary(summary, args.drafter, args.hf_path, time.perf_counter() - started)
+
+
+class _Bar:
+    """A progress bar in bytes of the source, on stderr."""
+
+    def __enter__(self) -> "_Bar":
+        from huggingface_hub.utils import tqdm
+
+        self._bar = tqdm(
+            total=0, desc="Converting", unit="B", unit_scale=True, leave=False, disable=None, file=sys.stderr
+        )
+        return self
+
+    def update(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def _print_summary(summary: Summary, drafter: str, target: str, seconds: float) -> None:
+    def describe(part: Part) -> str:
+        return f"{part.nbytes / 1e6:,.1f} MB ({part.bits_per_weight:.2f} bits per weight)"
+
+    parts = [f"target {describe(summary.target)}"]
+    if summary.drafter is not None:
+        parts.append(f"drafter {describe(summary.drafter)}")
+    elif drafter == "auto":
+        print(f"no drafter found for {target}: converted alone (name one with --drafter)", file=sys.stderr)
+    print(f"{summary.folder}: {', '.join(parts)}, {seconds:.1f} s", file=sys.stderr)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let the signals that end a process unwind it, so that what is half written is removed."""
+    signals = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+
+    def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+        # A second one must not stop the cleaning up.
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

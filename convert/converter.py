@@ -1,0 +1,469 @@
+"""One conversion: read and check everything, then write a new folder, then put it in its place."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_mtp.config import (
+    DrafterConfig,
+    Quantization,
+    TargetConfig,
+    TextConfig,
+    read_drafter_config,
+    read_json,
+    read_target_config,
+)
+from mlx_mtp.drafter import Drafter
+from mlx_mtp.errors import ConfigError, HubError, OptionError, OutputError, TokenizerError, WeightsError
+from mlx_mtp.gemma4 import Target
+from mlx_mtp.load import DRAFTER_FOLDER, check_pair, find_drafter, resolve_folder
+from mlx_mtp.weights import (
+    INDEX_NAME,
+    MLX_PREFIX,
+    TensorInfo,
+    check_shape,
+    drafter_names,
+    match_tensors,
+    parameter_shapes,
+    read_checkpoint,
+    target_names,
+)
+
+from .quantization import (
+    DTYPES,
+    WeightOptions,
+    check_options,
+    parameter_quantization,
+    quantize_drafter,
+    quantize_target,
+)
+from .safetensors_writer import (
+    BLOCK_BYTES,
+    FLOATS,
+    INTEGERS,
+    Conversion,
+    index_text,
+    parameter_count,
+    plan_shards,
+    shard_size,
+    stored_bytes,
+    write_shard,
+)
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_GENERATION_CONFIG = "generation_config.json"
+# Types of checkpoints that hold nothing but the text decoder, and the type mlx-lm knows our tensor names by.
+_TEXT_ONLY_TYPES = {"gemma4_text": "gemma4", "gemma4_unified_text": "gemma4_unified"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to convert and where to; see the command line's help. `drafter` is auto, none, a folder or a hub id."""
+
+    hf_path: str
+    mlx_path: Path
+    drafter: str = "auto"
+    weights: WeightOptions = field(default_factory=WeightOptions)
+    overwrite: bool = False
+    revision: str | None = None
+    upload_repo: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One folder of the output, a target's or a drafter's: all that will be written there."""
+
+    shards: dict[str, list[Conversion]]
+    texts: dict[str, str]
+    copies: tuple[Path, ...]
+
+    @property
+    def conversions(self) -> list[Conversion]:
+        return [conversion for shard in self.shards.values() for conversion in shard]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the folder's files will take."""
+        texts = sum(len(text.encode()) for text in self.texts.values())
+        copies = sum(file.stat().st_size for file in self.copies)
+        return texts + copies + sum(shard_size(shard) for shard in self.shards.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        return stored_bytes(self.conversions) * 8 / parameter_count(self.conversions)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was written: `drafter` is None where the target was converted alone."""
+
+    folder: Path
+    target: Part
+    drafter: Part | None
+
+
+def convert(
+    options: Options, block_bytes: int = BLOCK_BYTES, progress: Callable[[int, int], object] | None = None
+) -> Summary:
+    """Convert a target and its drafter. `progress` is told the source's bytes read since, and in all.
+
+    Everything that can be checked is checked before anything is written, and a folder appears only when it is complete.
+
+    Raises MTPError kinds; OutputError for a folder that exists, cannot be written, or does not fit the disk.
+    """
+    check_options(options.weights)
+    if options.upload_repo is not None:
+        _check_repo_id(options.upload_repo)
+    output = Path(os.path.abspath(options.mlx_path))
+    _check_output(output, options.overwrite)
+    folder = resolve_folder(options.hf_path, options.revision)
+    target, drafter = _plan(options, folder, output)
+    parts = {"": target} | ({} if drafter is None else {DRAFTER_FOLDER: drafter})
+    _check_disk(output, sum(part.nbytes for part in parts.values()))
+    total = sum(conversion.source_bytes for part in parts.values() for conversion in part.conversions)
+    with _new_folder(output) as new:
+        for name, part in parts.items():
+            (new / name).mkdir(exist_ok=True)
+            _write(new / name, part, block_bytes, lambda done: progress(done, total) if progress else None)
+    if options.upload_repo is not None:
+        _upload(output, options.upload_repo)
+    return Summary(output, target, drafter)
+
+
+def _plan(options: Options, folder: Path, output: Path) -> tuple[Part, Part | None]:
+    config = read_target_config(folder)
+    drafter_folder = _find_drafter(options, folder)
+    for source in (folder, drafter_folder):
+        if source is not None and source.resolve().is_relative_to(output.resolve()):
+            raise OutputError(f"{output}: would replace the checkpoint it is made from, {source}")
+    if drafter_folder is None:
+        return _plan_target(config, options), None
+    drafter_config = read_drafter_config(drafter_folder)
+    check_pair(config, drafter_config)
+    return _plan_target(config, options), _plan_drafter(drafter_config, options.weights)
+
+
+def _find_drafter(options: Options, folder: Path) -> Path | None:
+    if options.drafter == "auto":
+        return find_drafter(options.hf_path, folder)
+    if options.drafter != "none":
+        return resolve_folder(options.drafter)
+    if options.weights.drafter_q_bits is not None:
+        raise OptionError(f"--drafter-q-bits: expected a drafter with it, found {options.drafter}")
+    return None
+
+
+def _plan_target(config: TargetConfig, options: Options) -> Part:
+    source = config.path.parent
+    _check_unquantized(config)
+    tensors = read_checkpoint(source)
+    target = Target(config.text)
+    quantization = quantize_target(target, options.weights)
+    dtype = options.weights.dtype or _own_dtype(config, tensors)
+    conversions = _match(target, source, tensors, partial(target_names, config=config), dtype, quantization, MLX_PREFIX)
+    shards = plan_shards(conversions)
+    tokenizer = tuple(source / name for name in _TOKENIZER_FILES if (source / name).is_file())
+    if not {"tokenizer.json", "tokenizer.model"} & {file.name for file in tokenizer}:
+        raise TokenizerError(f"{source}: the folder has no tokenizer.json or tokenizer.model")
+    fields = _target_fields(config) | _weight_fields(dtype, quantization, MLX_PREFIX)
+    fields["text_config"] |= {"dtype": dtype}
+    texts = {
+        "config.json": json.dumps(fields, indent=4, sort_keys=True),
+        INDEX_NAME: index_text(shards),
+        "README.md": _model_card(options, source),
+    }
+    return Part(shards, texts, tokenizer + _generation_config(source))
+
+
+def _plan_drafter(config: DrafterConfig, options: WeightOptions) -> Part:
+    source = config.path.parent
+    _check_unquantized(config)
+    tensors = read_checkpoint(source)
+    drafter = Drafter(config)
+    quantization = quantize_drafter(drafter, config.num_centroids > 0, options.drafter_q_bits)
+    dtype = options.dtype
+    if dtype is None:
+        by_default = config.num_centroids > 0 and options.drafter_q_bits is None
+        dtype = "bfloat16" if by_default else _own_dtype(config, tensors)
+    conversions = _match(drafter, source, tensors, partial(drafter_names, config=config), dtype, quantization, "")
+    fields = read_json(config.path) | _weight_fields(dtype, quantization, "")
+    # One file whatever its size: the drafter's layout has no index.
+    return Part(
+        {"model.safetensors": conversions},
+        {"config.json": json.dumps(fields, indent=4, sort_keys=True)},
+        _generation_config(source),
+    )
+
+
+def _generation_config(source: Path) -> tuple[Path, ...]:
+    return tuple(file for file in (source / _GENERATION_CONFIG,) if file.is_file())
+
+
+def _check_unquantized(config: TargetConfig | DrafterConfig) -> None:
+    if config.quantization is not None:
+        raise ConfigError(
+            f"{config.path}: the checkpoint is quantized already ({config.quantization.bits} bits): "
+            "expected an unquantized one"
+        )
+
+
+def _own_dtype(config: TargetConfig | DrafterConfig, tensors: dict[str, TensorInfo]) -> str:
+    """The checkpoint's dtype: what its config says, else what all its tensors are."""
+    if config.dtype in DTYPES:
+        return config.dtype
+    if config.dtype is not None:
+        expected = ", ".join(DTYPES)
+        raise ConfigError(
+            f"{config.path}: field dtype must be one of {expected}, found {config.dtype}; choose with --dtype"
+        )
+    found = {FLOATS[tensor.dtype] for tensor in tensors.values() if tensor.dtype in FLOATS}
+    if len(found) != 1:
+        names = ", ".join(sorted(found)) or "none"
+        raise ConfigError(f"{config.path}: field dtype is missing, and the tensors' are {names}; choose with --dtype")
+    return found.pop()
+
+
+def _match(
+    module: nn.Module,
+    source: Path,
+    tensors: dict[str, TensorInfo],
+    names: Callable[[str], list[str]],
+    dtype: str,
+    quantization: Quantization | None,
+    prefix: str,
+) -> list[Conversion]:
+    """A conversion for every parameter of the module, in its order.
+
+    Raises WeightsError for a tensor that is missing, unexpected, misshapen, or of a type that cannot be converted.
+    """
+    shapes = parameter_shapes(module)
+    quantized = parameter_quantization(module, quantization)
+    conversions = {}
+    for key, filled in match_tensors(source, tensors, names, shapes).items():
+        for part, name in enumerate(filled):
+            # The one parameter that is no weight: the order of the vocabulary, which MLX indexes with int32.
+            is_index = name.endswith("token_ordering")
+            kind = mx.int32 if is_index else getattr(mx, dtype)
+            check_shape(source, key, tensors[key].shape, shapes[name], len(filled))
+            _check_type(source, key, tensors[key], is_index)
+            conversions[name] = Conversion(
+                prefix + name, tensors[key], shapes[name], kind, quantized.get(name), part, len(filled)
+            )
+    return [conversions[name] for name in shapes]
+
+
+def _check_type(source: Path, key: str, tensor: TensorInfo, is_index: bool) -> None:
+    dtypes = INTEGERS if is_index else tuple(FLOATS)
+    if tensor.dtype not in dtypes:
+        raise WeightsError(f"{source}: tensor {key} has type {tensor.dtype}, expected one of {', '.join(dtypes)}")
+
+
+def _weight_fields(dtype: str, quantization: Quantization | None, prefix: str) -> dict[str, Any]:
+    """The fields of config.json that describe the weights, as mlx-lm writes them."""
+    if quantization is None:
+        return {"dtype": dtype}
+    overrides = {prefix + path: _parameters(choice) for path, choice in quantization.overrides.items() if choice}
+    fields = _parameters(quantization) | overrides
+    return {"dtype": dtype, "quantization": fields, "quantization_config": fields}
+
+
+def _parameters(quantization: Quantization) -> dict[str, Any]:
+    return {"group_size": quantization.group_size, "bits": quantization.bits, "mode": quantization.mode}
+
+
+def _target_fields(config: TargetConfig) -> dict[str, Any]:
+    """The target's config.json in the published spelling, with every field mlx-lm has a default of its own for."""
+    fields = read_json(config.path)
+    if config.model_type in _TEXT_ONLY_TYPES:
+        kept = ("eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings", "transformers_version")
+        fields = {name: fields[name] for name in kept if name in fields} | {"text_config": fields}
+    dropped = ("vision_config", "audio_config", "torch_dtype", "_name_or_path")
+    fields = {name: value for name, value in fields.items() if name not in dropped}
+    fields["model_type"] = _TEXT_ONLY_TYPES.get(config.model_type, config.model_type)
+    fields["vocab_size"] = config.text.vocab_size
+    text = {
+        name: value for name, value in fields["text_config"].items() if name not in ("per_layer_config", "torch_dtype")
+    }
+    fields["text_config"] = text | _published_fields(config)
+    return fields
+
+
+def _published_fields(config: TargetConfig) -> dict[str, Any]:
+    text = config.text
+    sliding, full = (_attention(config, text, kind) for kind in ("sliding_attention", "full_attention"))
+    k_eq_v = full[2]
+    if not k_eq_v and sliding[1] != full[1]:
+        raise ConfigError(
+            f"{config.path}: field per_layer_config must give full-attention layers the {sliding[1]} K/V heads of the "
+            f"others, found {full[1]}"
+        )
+    fields: dict[str, Any] = {
+        "vocab_size": text.vocab_size,
+        "head_dim": sliding[0],
+        "global_head_dim": full[0],
+        "num_key_value_heads": sliding[1],
+        "num_global_key_value_heads": full[1] if k_eq_v else None,
+        "num_kv_shared_layers": sum(not layer.has_kv for layer in text.layers),
+        "hidden_size_per_layer_input": text.per_layer_input_size,
+        "enable_moe_block": text.num_experts > 0,
+    }
+    if text.num_experts:
+        fields |= {
+            "num_experts": text.num_experts,
+            "top_k_experts": text.top_k_experts,
+            "moe_intermediate_size": text.moe_intermediate_size,
+        }
+    if text.per_layer_input_size:
+        fields["vocab_size_per_layer_input"] = text.per_layer_vocab_size
+    return fields
+
+
+def _attention(config: TargetConfig, text: TextConfig, layer_type: str) -> tuple[int, int, bool]:
+    """Head size, K/V heads and whether keys are the values, of all layers of one type."""
+    shapes = {
+        (layer.head_dim, layer.num_kv_heads, layer.k_eq_v) for layer in text.layers if layer.layer_type == layer_type
+    }
+    if len(shapes) > 1:
+        raise ConfigError(
+            f"{config.path}: field per_layer_config must be alike for all {layer_type} layers, found {sorted(shapes)}"
+        )
+    return shapes.pop()
+
+
+def _model_card(options: Options, source: Path) -> str:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    readme = source / "README.md"
+    published = ModelCard.load(readme, ignore_metadata_errors=True).data if readme.is_file() else ModelCardData()
+    data = ModelCardData(
+        base_model=None if Path(options.hf_path).exists() else options.hf_path,
+        library_name="mlx",
+        license=published.license,
+        pipeline_tag="text-generation",
+        tags=["mlx"],
+    )
+    name = options.upload_repo or options.mlx_path.name
+    return f"""---
+{data.to_yaml()}
+---
+
+# {name}
+
+{Path(options.hf_path).name} in MLX format, for mlx-mtp and mlx-lm. Its drafter for
+speculative decoding, if it has one, is in `{DRAFTER_FOLDER}/`.
+
+```bash
+python -m mlx_mtp.generate --model {name} --prompt "Hello"
+```
+"""
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    """Raises OutputError if the folder exists and may not be replaced, or nothing can be written next to it."""
+    if os.path.lexists(output):
+        if not overwrite:
+            raise OutputError(f"{output}: exists already; choose another --mlx-path, or replace it with --overwrite")
+        if not (output / "config.json").is_file():
+            raise OutputError(f"{output}: not replaced: expected a model's folder, found no config.json in it")
+    parent = _existing_parent(output)
+    if not parent.is_dir():
+        raise OutputError(f"{output}: cannot be written: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{output}: cannot be written: no permission to write in {parent}")
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.parents if parent.exists())
+
+
+def _check_disk(output: Path, needed: int) -> None:
+    parent = _existing_parent(output)
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise OutputError(f"{output}: needs {needed:,} bytes, found {free:,} free on the disk of {parent}")
+
+
+@contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """A new empty folder next to the output, which takes its place at the end; removed if anything fails.
+
+    Raises OutputError if writing fails.
+    """
+    created = [parent for parent in output.parents if not parent.exists()]
+    workspace: Path | None = None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        workspace = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+        # Inside, because the workspace itself is closed to other users.
+        new = workspace / "new"
+        new.mkdir()
+        yield new
+        if os.path.lexists(output):
+            output.rename(workspace / "old")
+        new.rename(output)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written: {error}") from error
+    finally:
+        if workspace is not None:
+            _clean_up(output, workspace)
+        if not os.path.lexists(output):
+            with suppress(OSError):
+                for parent in created:
+                    parent.rmdir()
+
+
+def _clean_up(output: Path, workspace: Path) -> None:
+    old = workspace / "old"
+    if os.path.lexists(old) and not os.path.lexists(output):
+        # Interrupted between the two renames.
+        old.rename(output)
+    shutil.rmtree(workspace, ignore_errors=True)
+
+
+def _write(folder: Path, part: Part, block_bytes: int, advance: Callable[[int], object]) -> None:
+    for name, shard in part.shards.items():
+        write_shard(folder / name, shard, block_bytes, advance)
+    for name, text in part.texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    for file in part.copies:
+        shutil.copyfile(file, folder / file.name)
+
+
+def _check_repo_id(repo: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise OptionError(f"--upload-repo: expected a hub repository's id, found {repo}: {error}") from None
+
+
+def _upload(folder: Path, repo: str) -> None:
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise HubError(f"{repo}: upload failed, the converted model is in {folder}: {reason}") from error

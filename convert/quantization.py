@@ -1,0 +1,151 @@
+"""Which parameters are quantized, and how: the options' values checked, then one choice per module."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import mlx.nn as nn
+
+from mlx_mtp.config import Quantization
+from mlx_mtp.errors import OptionError
+
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+AFFINE_GROUP_SIZES = (32, 64, 128)
+# Group size and bits; the modes other than affine have no others.
+MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
+DTYPES = ("float16", "bfloat16", "float32")
+# mlx-lm's names: bits of most modules, and of the few that matter more.
+RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
+UNQUANTIZED_BITS = 16
+DRAFTER_BITS = (*AFFINE_BITS, UNQUANTIZED_BITS)
+_DRAFTER_DEFAULT = Quantization(64, 4)
+# Few weights that choose the experts: mlx-lm keeps them at 8 bits too.
+_ROUTER = "router.proj"
+_ROUTER_QUANTIZATION = Quantization(64, 8)
+
+
+@dataclass(frozen=True)
+class WeightOptions:
+    """The command line's choices about weights, by its flags' names; None where a flag is not given."""
+
+    quantize: bool = False
+    q_bits: int | None = None
+    q_group_size: int | None = None
+    q_mode: str = "affine"
+    quant_predicate: str | None = None
+    dtype: str | None = None
+    drafter_q_bits: int | None = None
+
+
+def check_options(options: WeightOptions) -> None:
+    """Raises OptionError naming the first flag whose value is not possible, or contradicts another's."""
+    affine = options.q_mode == "affine"
+    _check("--q-mode", options.q_mode, tuple(MODES))
+    group_size, bits = MODES[options.q_mode]
+    reason = "" if affine else f" with --q-mode {options.q_mode}"
+    _check("--q-bits", options.q_bits, AFFINE_BITS if affine else (bits,), reason)
+    _check("--q-group-size", options.q_group_size, AFFINE_GROUP_SIZES if affine else (group_size,), reason)
+    _check("--quant-predicate", options.quant_predicate, RECIPES)
+    _check("--dtype", options.dtype, DTYPES)
+    _check("--drafter-q-bits", options.drafter_q_bits, DRAFTER_BITS)
+    if options.quant_predicate and not affine:
+        raise OptionError(f"--quant-predicate: expected --q-mode affine, found {options.q_mode}")
+    if options.quant_predicate and options.q_bits:
+        raise OptionError(f"--q-bits: expected none with --quant-predicate, which chooses them, found {options.q_bits}")
+    given = {
+        "--q-bits": options.q_bits,
+        "--q-group-size": options.q_group_size,
+        "--q-mode": None if affine else options.q_mode,
+        "--quant-predicate": options.quant_predicate,
+    }
+    for flag, value in given.items():
+        if value is not None and not options.quantize:
+            raise OptionError(f"{flag}: expected --quantize with it, found {value} alone")
+
+
+def _check(flag: str, value: object, expected: tuple[object, ...], reason: str = "") -> None:
+    if value is not None and value not in expected:
+        choices = ", ".join(str(choice) for choice in expected)
+        raise OptionError(f"{flag}: expected {'one of ' if len(expected) > 1 else ''}{choices}{reason}, found {value}")
+
+
+def quantize_target(target: nn.Module, options: WeightOptions) -> Quantization | None:
+    """How a target is quantized, with overrides by module path; None if it is not.
+
+    Raises OptionError if the group size does not divide a weight's columns.
+    """
+    if not options.quantize:
+        return None
+    group_size, bits = MODES[options.q_mode]
+    default = Quantization(options.q_group_size or group_size, options.q_bits or bits, options.q_mode)
+    modules = _quantizable(target)
+    chosen = dict.fromkeys(modules, default)
+    if options.quant_predicate is not None:
+        # mlx-lm brings transformers along, seconds that only a recipe needs.
+        from mlx_lm.convert import mixed_quant_predicate_builder
+
+        default = replace(default, bits=int(options.quant_predicate.split("_")[1]))
+        # Its annotation names an argument it does not take.
+        predicate: Any = mixed_quant_predicate_builder(options.quant_predicate, target, default.group_size)
+        chosen = {path: Quantization(**predicate(path, module)) for path, module in modules.items()}
+    chosen |= {path: _ROUTER_QUANTIZATION for path in modules if path.endswith(_ROUTER)}
+    may_shrink = options.q_group_size is None
+    return _with_overrides(modules, default, chosen, may_shrink, "choose another --q-group-size or --q-mode")
+
+
+def quantize_drafter(drafter: nn.Module, has_centroids: bool, bits: int | None) -> Quantization | None:
+    """How a drafter is quantized; None if it is not.
+
+    By default a dense head is, since it is read in full at every draft step; a centroid head reads few of its rows and
+    is small.
+
+    Raises OptionError if the group size does not divide a weight's columns.
+    """
+    if bits is None:
+        bits = UNQUANTIZED_BITS if has_centroids else _DRAFTER_DEFAULT.bits
+    if bits == UNQUANTIZED_BITS:
+        return None
+    default = replace(_DRAFTER_DEFAULT, bits=bits)
+    modules = _quantizable(drafter)
+    advice = f"leave the drafter unquantized with --drafter-q-bits {UNQUANTIZED_BITS}"
+    return _with_overrides(modules, default, dict.fromkeys(modules, default), True, advice)
+
+
+def parameter_quantization(module: nn.Module, quantization: Quantization | None) -> dict[str, Quantization]:
+    """The quantization of every parameter that is quantized, by name."""
+    if quantization is None:
+        return {}
+    return {f"{path}.weight": quantization.overrides.get(path) or quantization for path in _quantizable(module)}
+
+
+def _quantizable(module: nn.Module) -> dict[str, nn.Module]:
+    return {path: leaf for path, leaf in module.named_modules() if hasattr(leaf, "to_quantized")}
+
+
+def _with_overrides(
+    modules: dict[str, nn.Module],
+    default: Quantization,
+    chosen: dict[str, Quantization],
+    may_shrink: bool,
+    advice: str,
+) -> Quantization:
+    overrides: dict[str, Quantization | Literal[False]] = {}
+    for path, module in modules.items():
+        fitted = _fit(path, module, chosen[path], may_shrink, advice)
+        if fitted != default:
+            overrides[path] = fitted
+    return replace(default, overrides=overrides)
+
+
+def _fit(path: str, module: nn.Module, choice: Quantization, may_shrink: bool, advice: str) -> Quantization:
+    """The choice itself, or with the smallest group size where that divides the weight and the choice's does not.
+
+    mlx-lm would leave such a weight unquantized and say nothing.
+    """
+    columns = module.weight.shape[-1]
+    sizes = [choice.group_size, *(AFFINE_GROUP_SIZES[:1] if may_shrink and choice.mode == "affine" else ())]
+    for size in sizes:
+        if columns % size == 0:
+            return replace(choice, group_size=size)
+    raise OptionError(
+        f"tensor {path}.weight has {columns} columns, not divisible by the group size of {choice.group_size}; {advice}"
+    )

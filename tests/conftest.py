@@ -1,0 +1,48 @@
+"""Fixtures shared by the tests: tiny random pairs of every variant, and the small trained pair where it is present."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny import load_drafter, load_target, make_drafter, make_target
+
+from mlx_mtp.drafter import Drafter
+from mlx_mtp.gemma4 import Target
+
+PAIR = Path(__file__).parents[2] / "shared" / "pair"
+
+
+@pytest.fixture(scope="session")
+def pair() -> Path:
+    """The small trained pair in Hugging Face layout: `target/` and `assistant/`."""
+    if not PAIR.is_dir():
+        pytest.skip("the trained pair is not beside this checkout")
+    return PAIR
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny random pair by variant, holding `target/` and `target-assistant/`. Read only."""
+    root = tmp_path_factory.mktemp("tiny")
+
+    def folder(variant: str) -> Path:
+        if not (root / variant).is_dir():
+            make_target(root / variant / "target", variant)
+            make_drafter(root / variant / "target-assistant", variant)
+        return root / variant
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tiny_pair: Callable[[str], Path]) -> Callable[[str], tuple[Target, Drafter]]:
+    """Target and drafter of a tiny random pair by variant, in float32."""
+    models: dict[str, tuple[Target, Drafter]] = {}
+
+    def load(variant: str) -> tuple[Target, Drafter]:
+        if variant not in models:
+            folder = tiny_pair(variant)
+            models[variant] = load_target(folder / "target")[0], load_drafter(folder / "target-assistant")[0]
+        return models[variant]
+
+    return load

@@ -1,0 +1,305 @@
+"""The round: greedy output is the target's own whatever is drafted; the state after it is that of plain decoding."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import VARIANTS, WINDOW, load_drafter, load_target, random_tokens
+
+from mlx_mtp.cache import Cache
+from mlx_mtp.drafter import DraftContext, Drafter
+from mlx_mtp.errors import OptionError, PromptError
+from mlx_mtp.gemma4 import Target
+from mlx_mtp.speculative import Stats, Stream, decode
+
+Models = Callable[[str], tuple[Target, Drafter]]
+
+SHORT = random_tokens(WINDOW - 5, seed=1)
+LONG = random_tokens(3 * WINDOW + 5, seed=2)
+
+
+class Scripted(Drafter):
+    """A drafter that knows the plain continuation of a prompt: it drafts it, wrong in the positions told."""
+
+    def __init__(self, drafter: Drafter, prompt: list[int], plain: list[int], wrong_at: tuple[int, ...] = ()) -> None:
+        super().__init__(drafter.config)
+        self.prompt_length = len(prompt)
+        self.plain = plain
+        self.wrong_at = wrong_at
+
+    def draft(self, target: Target, token: mx.array, hidden: mx.array, context: DraftContext, k: int) -> mx.array:
+        # The bonus token's index is context.position; the continuation begins at the prompt's end.
+        start = int(context.position.item()) - self.prompt_length + 1
+        tokens = (self.plain[start:] + [0] * k)[:k]
+        return mx.array([[(t + 1) % 512 if i in self.wrong_at else t for i, t in enumerate(tokens)]], mx.int32)
+
+
+def run(
+    target: Target,
+    drafter: Drafter | None,
+    prompt: list[int],
+    k: int,
+    *,
+    max_tokens: int = 300,
+    stop_ids: frozenset[int] = frozenset(),
+    max_context: int = 4096,
+    step: int = 64,
+) -> tuple[list[int], Stats, Stream]:
+    """Decode, returning tokens, statistics and the stream afterwards."""
+    stream = Stream(target, drafter, max_draft_tokens=k)
+    tokens: list[int] = []
+    stats = Stats()
+    for result in decode(
+        stream,
+        prompt,
+        max_tokens=max_tokens,
+        num_draft_tokens=k,
+        stop_ids=stop_ids,
+        max_context=max_context,
+        prefill_step_size=step,
+    ):
+        if tokens:
+            stats.add(result.drafted, result.accepted)
+        tokens += result.tokens
+    return tokens, stats, stream
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_models: Models) -> Callable[[str, tuple[int, ...]], list[int]]:
+    """300 tokens of plain decoding, by variant and prompt."""
+    known: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+
+    def tokens(variant: str, prompt: tuple[int, ...]) -> list[int]:
+        if (variant, prompt) not in known:
+            known[variant, prompt] = run(tiny_models(variant)[0], None, list(prompt), 0)[0]
+        return known[variant, prompt]
+
+    return tokens
+
+
+Plain = Callable[[str, tuple[int, ...]], list[int]]
+
+
+@pytest.mark.parametrize("prompt", [SHORT, LONG], ids=["short", "long"])
+@pytest.mark.parametrize("k", range(1, 9))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_speculative_greedy_is_plain_greedy(
+    tiny_models: Models, plain: Plain, variant: str, k: int, prompt: list[int]
+) -> None:
+    target, drafter = tiny_models(variant)
+    reference = plain(variant, tuple(prompt))
+    assert len(reference) == 300
+    assert len(set(reference)) > 20, "the plain text is too repetitive to prove anything"
+    tokens, stats, _ = run(target, drafter, prompt, k)
+    assert tokens == reference
+    assert stats.drafted > 0
+    tokens, stats, _ = run(target, Scripted(drafter, prompt, reference), prompt, k)
+    assert tokens == reference
+    assert stats.accepted == stats.drafted
+    assert stats.rounds == -(-299 // (k + 1))
+    wrong = tuple(range(k // 2, k))
+    tokens, stats, _ = run(target, Scripted(drafter, prompt, reference, wrong), prompt, k)
+    assert tokens == reference
+    # At the tail fewer are drafted than k.
+    assert all(share == (position not in wrong) for position, share in enumerate(stats.acceptance_by_position))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_four_bit_pair_with_float32_activations(tiny_pair: Callable[[str], Path], variant: str) -> None:
+    target, _ = load_target(tiny_pair(variant) / "target")
+    drafter, _ = load_drafter(tiny_pair(variant) / "target-assistant")
+    for module in (target, drafter):
+        nn.quantize(module, group_size=64, bits=4)
+        mx.eval(module.parameters())
+    reference, _, _ = run(target, None, LONG, 0)
+    assert len(set(reference)) > 20
+    for k in (1, 3, 4, 8):
+        assert run(target, drafter, LONG, k)[0] == reference
+        tokens, stats, _ = run(target, Scripted(drafter, LONG, reference), LONG, k)
+        assert tokens == reference
+        assert stats.accepted == stats.drafted
+
+
+@pytest.mark.parametrize("step", [1, 7, WINDOW + 4, 1000])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_chunk_size_of_prefill_does_not_matter(tiny_models: Models, plain: Plain, variant: str, step: int) -> None:
+    target, drafter = tiny_models(variant)
+    assert run(target, drafter, LONG, 3, step=step, max_tokens=60)[0] == plain(variant, tuple(LONG))[:60]
+
+
+def assert_same_state(stream: Stream, target: Target, tokens: list[int]) -> None:
+    """A stream's caches hold exactly these tokens: equal, where visible, to those of one fresh pass over them."""
+    assert stream.cache.length == int(stream.cache.offset.item()) == len(tokens)
+    fresh = Cache(target.config, target.dtype, max_block=stream.cache.max_block)
+    target(mx.array([tokens]), fresh)
+    fresh.set_length(len(tokens))
+    for layer_type in ("sliding_attention", "full_attention"):
+        views = stream.cache.draft_view(layer_type), fresh.draft_view(layer_type)
+        masks = [np.array(view.mask)[0] for view in views]
+        assert (masks[0] == masks[1]).all()
+        for name in ("keys", "values"):
+            ours, theirs = (np.array(getattr(view, name))[:, :, masks[0]] for view in views)
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+# (draft tokens of the round, how many of them are right)
+rounds = st.integers(0, 4).flatmap(lambda k: st.tuples(st.just(k), st.integers(0, k)))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    variant=st.sampled_from(VARIANTS),
+    chunk=st.integers(1, 2 * WINDOW),
+    length=st.integers(1, len(LONG)),
+    history=st.lists(rounds, min_size=1, max_size=10),
+)
+def test_any_rounds_and_rejections_leave_the_state_of_a_fresh_fill(
+    tiny_models: Models, plain: Plain, variant: str, chunk: int, length: int, history: list[tuple[int, int]]
+) -> None:
+    target, drafter = tiny_models(variant)
+    prompt = LONG[:length]
+    reference = plain(variant, tuple(prompt)) if length == len(LONG) else run(target, None, prompt, 0, max_tokens=60)[0]
+    stream = Stream(target, None, max_draft_tokens=4)
+    tokens = [stream.prefill(prompt, chunk)]
+    for k, right in history:
+        stream.drafter = Scripted(drafter, prompt, reference, tuple(range(right, k)))
+        result = stream.round(k)
+        assert result.accepted == right
+        tokens += result.tokens
+    assert tokens == reference[: len(tokens)]
+    assert_same_state(stream, target, prompt + tokens[:-1])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_stop_inside_a_block_ends_there_and_leaves_exactly_the_emitted_tokens(
+    tiny_models: Models, plain: Plain, variant: str
+) -> None:
+    target, drafter = tiny_models(variant)
+    reference = plain(variant, tuple(LONG))
+    # A token first seen in the middle of a block of four.
+    end = next(i for i in range(18, 300) if i % 5 == 2 and reference[i] not in reference[:i])
+    stop_ids = frozenset({reference[end]})
+    perfect = Scripted(drafter, LONG, reference)
+    tokens, _, stream = run(target, perfect, LONG, 4, stop_ids=stop_ids)
+    assert tokens == reference[: end + 1]
+    assert_same_state(stream, target, LONG + tokens[:-1])
+    # The stream can go on from there as if nothing had been drafted beyond.
+    assert stream.round(4).tokens == reference[end + 1 : end + 6]
+
+
+def test_the_first_token_may_be_the_stop(tiny_models: Models, plain: Plain) -> None:
+    target, drafter = tiny_models("e2b")
+    first = plain("e2b", tuple(SHORT))[0]
+    assert run(target, drafter, SHORT, 3, stop_ids=frozenset({first}))[0] == [first]
+
+
+@pytest.mark.parametrize("k", [0, 3])
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 4, 5, 17])
+def test_never_more_than_max_tokens(tiny_models: Models, plain: Plain, k: int, max_tokens: int) -> None:
+    target, drafter = tiny_models("31b")
+    reference = plain("31b", tuple(SHORT))
+    tokens, _, stream = run(target, Scripted(drafter, SHORT, reference), SHORT, k, max_tokens=max_tokens)
+    assert tokens == reference[:max_tokens]
+    assert stream.cache.length == len(SHORT) + max_tokens - 1
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_stops_at_the_context_limit(tiny_models: Models, plain: Plain, k: int) -> None:
+    target, drafter = tiny_models("12b")
+    tokens, _, _ = run(target, drafter, LONG, k, max_context=len(LONG) + 10)
+    assert tokens == plain("12b", tuple(LONG))[:10]
+    with pytest.raises(PromptError, match=f"the prompt has {len(LONG)} tokens, but the context holds {len(LONG)}"):
+        run(target, drafter, LONG, k, max_context=len(LONG))
+
+
+def test_bad_arguments(tiny_models: Models) -> None:
+    target, drafter = tiny_models("e2b")
+    with pytest.raises(PromptError, match="the prompt is empty"):
+        run(target, drafter, [], 3)
+    with pytest.raises(OptionError, match="max_tokens must be at least 1, found 0"):
+        run(target, drafter, SHORT, 3, max_tokens=0)
+    with pytest.raises(OptionError, match="3 draft tokens asked for without a drafter"):
+        run(target, None, SHORT, 3)
+
+
+@pytest.mark.parametrize("prompt", [SHORT, LONG], ids=["short", "long"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_drafter_never_sees_a_rejected_row(
+    tiny_models: Models, plain: Plain, variant: str, prompt: list[int]
+) -> None:
+    """After rounds with rejections, the drafts are those of a cache that never held a rejected token."""
+    target, drafter = tiny_models(variant)
+    reference = plain(variant, tuple(prompt))
+    stream = Stream(target, Scripted(drafter, prompt, reference, wrong_at=(1, 2, 3)), max_draft_tokens=4)
+    tokens = [stream.prefill(prompt, 64)]
+    untouched = Stream(target, None, max_draft_tokens=4)
+    untouched.prefill(prompt, 64)
+    for _ in range(12):
+        emitted = stream.round(4).tokens
+        tokens += emitted
+        for _ in emitted:
+            untouched.round(0)
+        ours, theirs = (
+            drafter.draft(target, mx.array([[tokens[-1]]]), s._hidden, drafter.context(s.cache), 4)
+            for s in (stream, untouched)
+        )
+        assert ours.tolist() == theirs.tolist()
+        step, clean = (
+            drafter(target.embed(mx.array([[tokens[-1]]])), s._hidden, drafter.context(s.cache))
+            for s in (stream, untouched)
+        )
+        np.testing.assert_allclose(np.array(step.hidden), np.array(clean.hidden), atol=1e-4)
+
+
+def test_the_first_round_after_a_long_prompt_sees_the_right_rows_and_the_window_stays(tiny_models: Models) -> None:
+    """From the first round on the drafter sees the same number of rows: the last window + 1, the newest among them."""
+    target, drafter = tiny_models("e2b")
+    stream = Stream(target, drafter, max_draft_tokens=3)
+    stream.prefill(LONG, 1000)
+    everything = Cache(target.config, target.dtype, max_block=len(LONG) + 60)
+    target(mx.array([LONG]), everything)
+    for round_index in range(10):
+        view = stream.cache.draft_view("sliding_attention")
+        seen = np.array(view.keys)[0, 0][np.array(view.mask)[0]]
+        assert len(seen) == WINDOW + 1
+        if round_index == 0:
+            # This cache never wrapped: its rows are in order of position.
+            layer = target.config.last_kv_layer("sliding_attention")
+            last = np.array(everything.keys[layer])[0, 0][len(LONG) - WINDOW - 1 : len(LONG)]
+            np.testing.assert_allclose(np.sort(seen, axis=0), np.sort(last, axis=0), atol=1e-5)
+        assert np.array(stream.cache.draft_view("full_attention").mask).sum() == stream.cache.length
+        stream.round(3)
+
+
+def test_one_host_read_per_round(tiny_models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read, and nothing evaluated, but once per round: `.item()` in a draft step would be."""
+    target, drafter = tiny_models("e2b")
+    stream = Stream(target, drafter, max_draft_tokens=4)
+    stream.prefill(SHORT, 64)
+    calls = {"eval": 0, "read": 0}
+    real_eval, real_read = mx.eval, mx.array.tolist
+
+    def counting_eval(*arrays: object) -> None:
+        calls["eval"] += 1
+        real_eval(*arrays)
+
+    monkeypatch.setattr(mx, "eval", counting_eval)
+
+    import mlx_mtp.speculative as speculative
+
+    read = speculative._read
+
+    def counting_read(report: mx.array) -> list[int]:
+        calls["read"] += 1
+        return read(report)
+
+    monkeypatch.setattr(speculative, "_read", counting_read)
+    for _ in range(5):
+        stream.round(4)
+    assert calls == {"eval": 5, "read": 5}
+    assert real_read is mx.array.tolist
