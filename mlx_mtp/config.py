@@ -6,6 +6,7 @@ missing is an error, never a default.
 """
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -140,7 +141,7 @@ class _Fields:
 
     def number(self, name: str) -> float:
         value = self.require(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise self.error(name, f"must be a positive number, found {value!r}")
         return float(value)
 
@@ -266,6 +267,10 @@ def _read_text(text: _Fields, vocab_size: int, *, shares_all: bool) -> TextConfi
     unified = "model_type" in text and "unified" in text.string("model_type")
     per_layer = 0 if unified and "hidden_size_per_layer_input" not in text else _per_layer_size(text)
     moe = not (unified and "enable_moe_block" not in text) and text.boolean("enable_moe_block")
+    num_experts = text.integer("num_experts") if moe else 0
+    top_k = text.integer("top_k_experts") if moe else 0
+    if top_k > num_experts:
+        raise text.error("top_k_experts", f"must be at most the {num_experts} experts, found {top_k}")
     softcap = text.require("final_logit_softcapping")
     return TextConfig(
         hidden_size=text.integer("hidden_size"),
@@ -279,8 +284,8 @@ def _read_text(text: _Fields, vocab_size: int, *, shares_all: bool) -> TextConfi
         rope=_read_rope(text),
         per_layer_input_size=per_layer,
         per_layer_vocab_size=text.integer("vocab_size_per_layer_input") if per_layer else 0,
-        num_experts=text.integer("num_experts") if moe else 0,
-        top_k_experts=text.integer("top_k_experts") if moe else 0,
+        num_experts=num_experts,
+        top_k_experts=top_k,
         moe_intermediate_size=text.integer("moe_intermediate_size") if moe else 0,
     )
 
@@ -317,10 +322,12 @@ def _read_layers(text: _Fields, *, shares_all: bool) -> tuple[LayerConfig, ...]:
         raise text.error("num_kv_shared_layers", f"leaves no K/V of each layer type: {shared} of {count} layers")
     k_eq_v = text.boolean("attention_k_eq_v")
     double_wide = text.boolean("use_double_wide_mlp")
-    width = text.integer("intermediate_size")
+    width, heads = text.integer("intermediate_size"), text.integer("num_attention_heads")
     layers = []
     for index, layer_type in enumerate(types):
         head_dim, kv_heads = _attention_shape(text, index, layer_type, k_eq_v)
+        if heads % kv_heads:
+            raise text.error("num_attention_heads", f"must be a multiple of the {kv_heads} K/V heads, found {heads}")
         has_kv = index < count - shared
         # A drafter's layers read the target's K/V: no source inside the drafter itself.
         source = index if has_kv or shares_all else max(i for i, t in enumerate(owners) if t == layer_type)
@@ -370,6 +377,8 @@ def _read_rope(text: _Fields) -> dict[LayerType, RopeConfig]:
         if kind not in ("default", "proportional"):
             raise fields.error("rope_type", f"must be default or proportional, found {kind!r}")
         fraction = fields.number("partial_rotary_factor") if kind == "proportional" else 1.0
+        if fraction > 1:
+            raise fields.error("partial_rotary_factor", f"must be at most 1, found {fraction}")
         rope[layer_type] = RopeConfig(fields.number("rope_theta"), fraction)
     return rope
 

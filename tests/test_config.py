@@ -484,6 +484,20 @@ def test_wrong_value(field: str, value: Any, tmp_path: Path) -> None:
     refused(read_target_config, folder, str(folder / "config.json"), field.rsplit(".", 1)[-1])
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("text_config.rms_norm_eps", float("nan")),
+        ("text_config.num_attention_heads", 30),
+        ("text_config.rope_parameters.full_attention.partial_rotary_factor", 1.5),
+        ("text_config.top_k_experts", 129),
+    ],
+)
+def test_value_that_contradicts_another(field: str, value: Any, tmp_path: Path) -> None:
+    folder = write(tmp_path, changed(published_target("26B"), field, value))
+    refused(read_target_config, folder, str(folder / "config.json"), field.rsplit(".", 1)[-1])
+
+
 @pytest.mark.parametrize("name", ["E2B", "12B", "26B"])
 def test_junk_is_refused_as_config_error(name: str, tmp_path: Path) -> None:
     published = published_target(name)

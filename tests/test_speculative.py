@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import VARIANTS, WINDOW, load_drafter, load_target, random_tokens
 
+from mlx_mtp import speculative
 from mlx_mtp.cache import Cache
 from mlx_mtp.drafter import DraftContext, Drafter
 from mlx_mtp.errors import OptionError, PromptError
@@ -85,28 +86,32 @@ def plain(tiny_models: Models) -> Callable[[str, tuple[int, ...]], list[int]]:
 Plain = Callable[[str, tuple[int, ...]], list[int]]
 
 
-@pytest.mark.parametrize("prompt", [SHORT, LONG], ids=["short", "long"])
-@pytest.mark.parametrize("k", range(1, 9))
+# Every draft length is tested; two of them in the quick run.
+EVERY_K = [pytest.param(k, marks=[] if k in (1, 4) else pytest.mark.slow) for k in range(1, 9)]
+
+
+@pytest.mark.parametrize("k", EVERY_K)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_speculative_greedy_is_plain_greedy(
-    tiny_models: Models, plain: Plain, variant: str, k: int, prompt: list[int]
-) -> None:
+def test_speculative_greedy_is_plain_greedy(tiny_models: Models, plain: Plain, variant: str, k: int) -> None:
+    """With a random drafter, with a perfect one, and with one that is right for the first half of each block."""
     target, drafter = tiny_models(variant)
-    reference = plain(variant, tuple(prompt))
-    assert len(reference) == 300
-    assert len(set(reference)) > 20, "the plain text is too repetitive to prove anything"
-    tokens, stats, _ = run(target, drafter, prompt, k)
-    assert tokens == reference
-    assert stats.drafted > 0
-    tokens, stats, _ = run(target, Scripted(drafter, prompt, reference), prompt, k)
-    assert tokens == reference
-    assert stats.accepted == stats.drafted
-    assert stats.rounds == -(-299 // (k + 1))
-    wrong = tuple(range(k // 2, k))
-    tokens, stats, _ = run(target, Scripted(drafter, prompt, reference, wrong), prompt, k)
-    assert tokens == reference
-    # At the tail fewer are drafted than k.
-    assert all(share == (position not in wrong) for position, share in enumerate(stats.acceptance_by_position))
+    for prompt, draft_randomly in ((SHORT, k % 2 == 1), (LONG, k % 2 == 0)):
+        reference = plain(variant, tuple(prompt))
+        assert len(reference) == 300
+        assert len(set(reference)) > 20, "the plain text is too repetitive to prove anything"
+        tokens, stats, _ = run(target, Scripted(drafter, prompt, reference), prompt, k)
+        assert tokens == reference
+        assert stats.accepted == stats.drafted
+        assert stats.rounds == -(-299 // (k + 1))
+        if draft_randomly:
+            tokens, stats, _ = run(target, drafter, prompt, k)
+            assert tokens == reference
+            assert stats.drafted > 0
+        else:
+            wrong = tuple(range(k // 2, k))
+            tokens, stats, _ = run(target, Scripted(drafter, prompt, reference, wrong), prompt, k)
+            assert tokens == reference
+            assert all(share == (at not in wrong) for at, share in enumerate(stats.acceptance_by_position))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -118,8 +123,8 @@ def test_a_four_bit_pair_with_float32_activations(tiny_pair: Callable[[str], Pat
         mx.eval(module.parameters())
     reference, _, _ = run(target, None, LONG, 0)
     assert len(set(reference)) > 20
-    for k in (1, 3, 4, 8):
-        assert run(target, drafter, LONG, k)[0] == reference
+    for k in (1, 4, 8):
+        assert run(target, drafter, LONG, k, max_tokens=100)[0] == reference[:100]
         tokens, stats, _ = run(target, Scripted(drafter, LONG, reference), LONG, k)
         assert tokens == reference
         assert stats.accepted == stats.drafted
@@ -282,16 +287,13 @@ def test_one_host_read_per_round(tiny_models: Models, monkeypatch: pytest.Monkey
     stream = Stream(target, drafter, max_draft_tokens=4)
     stream.prefill(SHORT, 64)
     calls = {"eval": 0, "read": 0}
-    real_eval, real_read = mx.eval, mx.array.tolist
+    real_eval = mx.eval
 
     def counting_eval(*arrays: object) -> None:
         calls["eval"] += 1
         real_eval(*arrays)
 
     monkeypatch.setattr(mx, "eval", counting_eval)
-
-    import mlx_mtp.speculative as speculative
-
     read = speculative._read
 
     def counting_read(report: mx.array) -> list[int]:
@@ -302,4 +304,3 @@ def test_one_host_read_per_round(tiny_models: Models, monkeypatch: pytest.Monkey
     for _ in range(5):
         stream.round(4)
     assert calls == {"eval": 5, "read": 5}
-    assert real_read is mx.array.tolist
