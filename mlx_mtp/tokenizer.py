@@ -23,6 +23,9 @@ def load_tokenizer(folder: Path, eos_token_ids: tuple[int, ...]) -> "TokenizerWr
         tokenizer = tokenizer_utils.load(folder, eos_token_ids=list(eos_token_ids))
     except (ValueError, OSError, KeyError) as error:
         raise TokenizerError(f"{folder}: the tokenizer cannot be read: {error}") from error
+    if not (folder / "tokenizer.json").is_file():
+        # mlx-lm knows sentencepiece by tokenizer.json; its general detokenizer repeats characters split into bytes.
+        tokenizer._detokenizer = tokenizer_utils.SPMStreamingDetokenizer(tokenizer, trim_space=False)
     # The context's limit is checked where decoding starts; transformers would warn of a limit of its own.
     tokenizer.model_max_length = sys.maxsize
     return tokenizer

@@ -304,3 +304,18 @@ def test_one_host_read_per_round(tiny_models: Models, monkeypatch: pytest.Monkey
     for _ in range(5):
         stream.round(4)
     assert calls == {"eval": 5, "read": 5}
+
+
+@pytest.mark.parametrize("variant", ["e2b", "31b"])
+def test_drafting_reads_nothing(tiny_models: Models, variant: str) -> None:
+    """Draft steps can be traced, in which reading a value (`.item()`) is an error: both heads stay on the device."""
+    target, drafter = tiny_models(variant)
+    stream = Stream(target, drafter, max_draft_tokens=4)
+    stream.prefill(LONG, 64)
+    context = drafter.context(stream.cache)
+
+    def draft(token: mx.array, hidden: mx.array) -> mx.array:
+        return drafter.draft(target, token, hidden, context, 4)
+
+    traced = mx.compile(draft)(stream._bonus, stream._hidden)
+    assert traced.tolist() == draft(stream._bonus, stream._hidden).tolist()
