@@ -33,8 +33,8 @@ from mlx_mtp.weights import (
     TensorInfo,
     check_shape,
     drafter_names,
+    lazy_parameters,
     match_tensors,
-    parameter_shapes,
     read_checkpoint,
     target_names,
 )
@@ -254,7 +254,7 @@ def _match(
 
     Raises WeightsError for a tensor that is missing, unexpected, misshapen, or of a type that cannot be converted.
     """
-    shapes = parameter_shapes(module)
+    shapes = {name: array.shape for name, array in lazy_parameters(module).items()}
     quantized = parameter_quantization(module, quantization)
     conversions = {}
     for key, filled in match_tensors(source, tensors, names, shapes).items():

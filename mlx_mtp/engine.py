@@ -11,7 +11,7 @@ from .config import DrafterConfig, TargetConfig
 from .drafter import Drafter
 from .errors import OptionError
 from .gemma4 import Target
-from .speculative import Progress, Stats, Stream, decode
+from .speculative import Progress, Stats, Stream, decode, token_budget
 from .tokenizer import encode_prompt
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class _Clock:
         return (tokens - 1) / (time.perf_counter() - self.first_token) if tokens > 1 else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Model:
     """A loaded target with its tokenizer and, unless it decodes plainly, its drafter. Made by `mlx_mtp.load`."""
 
@@ -102,8 +102,11 @@ class Model:
         k = self._draft_tokens(num_draft_tokens)
         if prefill_step_size < 1:
             raise OptionError(f"prefill_step_size must be at least 1, found {prefill_step_size}")
-        tokens = encode_prompt(self.tokenizer, prompt, use_chat_template=False) if isinstance(prompt, str) else prompt
-        return self._stream(list(tokens), max_tokens, k, prefill_step_size, on_prefill)
+        tokens = (
+            encode_prompt(self.tokenizer, prompt, use_chat_template=False) if isinstance(prompt, str) else list(prompt)
+        )
+        budget = token_budget(tokens, max_tokens, self.max_context)
+        return self._stream(tokens, budget, k, prefill_step_size, on_prefill)
 
     def generate(
         self,
@@ -140,7 +143,6 @@ class Model:
         detokenizer = self.tokenizer.detokenizer
         stats = Stats()
         generated = 0
-        limit = min(max_tokens, self.max_context - len(prompt))
         stream = Stream(self.target, self.drafter, max_draft_tokens=k)
         clock = _Clock(len(prompt))
         for result in decode(
@@ -149,7 +151,6 @@ class Model:
             max_tokens=max_tokens,
             num_draft_tokens=k,
             stop_ids=stop_ids,
-            max_context=self.max_context,
             prefill_step_size=prefill_step_size,
             on_prefill=on_prefill,
         ):
@@ -159,7 +160,7 @@ class Model:
                 clock.first_token = time.perf_counter()
             for position, token in enumerate(result.tokens):
                 generated += 1
-                finish: Literal["stop", "length"] | None = "length" if generated == limit else None
+                finish: Literal["stop", "length"] | None = "length" if generated == max_tokens else None
                 if token in stop_ids:
                     finish = "stop"
                 else:

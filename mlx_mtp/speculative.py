@@ -97,6 +97,7 @@ class Stream:
 
         One evaluation, one host read. A stop token ends the round early: nothing after it is emitted or kept.
         """
+        assert k < self.cache.max_block, "more draft tokens than the stream was made for"
         length = self.cache.length
         drafted = self._draft(k)
         output = self.target(mx.concatenate([self._bonus, drafted], axis=1), self.cache, logit_rows=k + 1)
@@ -136,22 +137,10 @@ def _read(report: mx.array) -> list[int]:
     return values
 
 
-def decode(
-    stream: Stream,
-    prompt: list[int],
-    *,
-    max_tokens: int,
-    num_draft_tokens: int,
-    stop_ids: frozenset[int],
-    max_context: int,
-    prefill_step_size: int,
-    on_prefill: Progress | None = None,
-) -> Iterator[Round]:
-    """Decode greedily from a prompt of token ids; the first item is what prefill yields (drafted = accepted = 0).
+def token_budget(prompt: list[int], max_tokens: int, max_context: int) -> int:
+    """Most tokens that may follow a prompt: `max_tokens`, or what is left of the context.
 
-    Ends after a stop token (which is emitted), after `max_tokens`, or when prompt and output fill `max_context`.
-
-    Raises PromptError for an empty prompt or one that leaves no room in the context.
+    Raises PromptError for an empty prompt or one that leaves no room, OptionError for a `max_tokens` below 1.
     """
     if not prompt:
         raise PromptError("the prompt is empty: expected at least one token")
@@ -159,10 +148,26 @@ def decode(
         raise PromptError(f"the prompt has {len(prompt)} tokens, but the context holds {max_context} with the answer")
     if max_tokens < 1:
         raise OptionError(f"max_tokens must be at least 1, found {max_tokens}")
-    left = min(max_tokens, max_context - len(prompt))
-    first = stream.prefill(prompt, prefill_step_size, on_prefill)
-    yield Round([first], 0, 0)
-    last, left = first, left - 1
+    return min(max_tokens, max_context - len(prompt))
+
+
+def decode(
+    stream: Stream,
+    prompt: list[int],
+    *,
+    max_tokens: int,
+    num_draft_tokens: int,
+    stop_ids: frozenset[int],
+    prefill_step_size: int,
+    on_prefill: Progress | None = None,
+) -> Iterator[Round]:
+    """Decode greedily from a prompt of token ids; the first item is what prefill yields (drafted = accepted = 0).
+
+    Ends after a stop token, which is emitted, or after `max_tokens` (see `token_budget`).
+    """
+    last = stream.prefill(prompt, prefill_step_size, on_prefill)
+    yield Round([last], 0, 0)
+    left = max_tokens - 1
     while left and last not in stop_ids:
         # A round yields up to k + 1 tokens: never draft more than may still be emitted.
         result = stream.round(min(num_draft_tokens, left - 1), stop_ids)

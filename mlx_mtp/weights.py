@@ -17,6 +17,8 @@ from .config import DrafterConfig, Quantization, TargetConfig, read_json
 from .errors import WeightsError
 
 INDEX_NAME = "model.safetensors.index.json"
+# Types of weights that are not quantized, as safetensors spells them.
+FLOAT_TYPES = ("F32", "F16", "BF16")
 # What mlx-lm puts before the parameter names of a Gemma 4 target, in files and in quantization overrides.
 MLX_PREFIX = "language_model.model."
 
@@ -53,8 +55,8 @@ def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
     index = folder / INDEX_NAME
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise WeightsError(f"{index}: field weight_map must be an object, found {weight_map!r}")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise WeightsError(f"{index}: field weight_map must name a file for each tensor, found {weight_map!r:.200}")
         files = [folder / name for name in sorted(set(weight_map.values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
@@ -83,16 +85,16 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                 f"{file}: truncated or not a safetensors file: expected a header of {header_size} bytes, "
                 f"found {size} bytes in all"
             )
-        try:
-            header = json.loads(stream.read(header_size))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise WeightsError(f"{file}: not a safetensors file: its header is not JSON: {error}") from None
+        header = stream.read(header_size)
     base = 8 + header_size
     tensors = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            tensors[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), base + start, base + end)
+    try:
+        for name, entry in json.loads(header).items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                tensors[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), base + start, base + end)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise WeightsError(f"{file}: not a safetensors file: its header cannot be read: {error!r}") from None
     expected = max((tensor.end for tensor in tensors.values()), default=base)
     if expected != size:
         raise WeightsError(f"{file}: truncated: its header describes {expected} bytes, found {size}")
@@ -126,10 +128,10 @@ def drafter_names(key: str, config: DrafterConfig) -> list[str]:
     return [] if unused else [key]
 
 
-def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of a module by name. Nothing is computed: MLX initialises lazily."""
+def lazy_parameters(module: nn.Module) -> dict[str, mx.array]:
+    """Every parameter of a module by name, for its shape and type. Nothing is computed: MLX initialises lazily."""
     parameters: dict[str, mx.array] = tree_flatten(module.parameters(), destination={})  # type: ignore[assignment]
-    return {name: value.shape for name, value in parameters.items()}
+    return parameters
 
 
 def match_tensors(
@@ -174,10 +176,14 @@ def fill_module(
     present = {name for key in tensors for name in names(key)}
     if quantization is not None:
         _quantize_modules(module, quantization, present, prefix)
-    shapes = parameter_shapes(module)
-    matched = match_tensors(folder, tensors, names, shapes)
+    parameters = lazy_parameters(module)
+    matched = match_tensors(folder, tensors, names, parameters)
     for key, filled in matched.items():
-        check_shape(folder, key, tensors[key].shape, shapes[filled[0]], len(filled))
+        check_shape(folder, key, tensors[key].shape, parameters[filled[0]].shape, len(filled))
+        if mx.issubdtype(parameters[filled[0]].dtype, mx.floating) and tensors[key].dtype not in FLOAT_TYPES:
+            raise WeightsError(
+                f"{folder}: tensor {key} is {tensors[key].dtype}, expected one of {', '.join(FLOAT_TYPES)}"
+            )
     arrays: dict[str, mx.array] = {}
     for file in sorted({tensors[key].file for key in matched}):
         arrays |= mx.load(str(file))  # type: ignore[arg-type]

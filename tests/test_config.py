@@ -21,7 +21,7 @@ from mlx_mtp.config import (
 from mlx_mtp.drafter import Drafter
 from mlx_mtp.errors import ConfigError
 from mlx_mtp.gemma4 import Target
-from mlx_mtp.weights import parameter_shapes
+from mlx_mtp.weights import lazy_parameters
 
 Json = dict[str, Any]
 
@@ -386,14 +386,9 @@ def test_parameter_counts(name: str, tmp_path: Path) -> None:
 
 
 def _parameters(module: Any) -> int:
-    total = 0
-    for name, shape in parameter_shapes(module).items():
-        count = 1
-        for size in shape:
-            count *= size
-        # Buffers in the reference: no parameters.
-        total += 0 if name.endswith(("layer_scalar", "token_ordering")) else count
-    return total
+    # Buffers in the reference: no parameters.
+    buffers = ("layer_scalar", "token_ordering")
+    return sum(array.size for name, array in lazy_parameters(module).items() if not name.endswith(buffers))
 
 
 def resaved(folder: Path, config: Json, *, flat: bool = False) -> Json:

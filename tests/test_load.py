@@ -343,6 +343,18 @@ def test_unexpected_tensor(folders: tuple[Path, Path]) -> None:
     check(mlx_mtp.WeightsError, r"tensor model.extra.weight belongs to no part of the model", *folders)
 
 
+def test_tensor_of_a_type_that_is_no_weight(folders: tuple[Path, Path]) -> None:
+    name = "model.language_model.layers.1.mlp.up_proj.weight"
+    edit_tensors(folders[0], lambda tensors: tensors.update({name: tensors[name].astype(mx.int8)}))
+    check(mlx_mtp.WeightsError, rf"tensor {name} is I8, expected one of F32, F16, BF16", folders[0], "none")
+
+
+@pytest.mark.parametrize("header", [b"[]", b'{"a": {}}', b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": 3}}'])
+def test_a_header_that_makes_no_sense(folders: tuple[Path, Path], header: bytes) -> None:
+    (folders[0] / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    check(mlx_mtp.WeightsError, r"not a safetensors file: its header cannot be read", folders[0], "none")
+
+
 def test_index_naming_a_tensor_that_is_not_there(folders: tuple[Path, Path]) -> None:
     weight_map = {"model.ghost.weight": "model.safetensors"}
     (folders[0] / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))

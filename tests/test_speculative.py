@@ -16,7 +16,7 @@ from mlx_mtp.cache import Cache
 from mlx_mtp.drafter import DraftContext, Drafter
 from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.gemma4 import Target
-from mlx_mtp.speculative import Stats, Stream, decode
+from mlx_mtp.speculative import Stats, Stream, decode, token_budget
 
 Models = Callable[[str], tuple[Target, Drafter]]
 
@@ -55,14 +55,9 @@ def run(
     stream = Stream(target, drafter, max_draft_tokens=k)
     tokens: list[int] = []
     stats = Stats()
+    budget = token_budget(prompt, max_tokens, max_context)
     for result in decode(
-        stream,
-        prompt,
-        max_tokens=max_tokens,
-        num_draft_tokens=k,
-        stop_ids=stop_ids,
-        max_context=max_context,
-        prefill_step_size=step,
+        stream, prompt, max_tokens=budget, num_draft_tokens=k, stop_ids=stop_ids, prefill_step_size=step
     ):
         if tokens:
             stats.add(result.drafted, result.accepted)
@@ -86,8 +81,8 @@ def plain(tiny_models: Models) -> Callable[[str, tuple[int, ...]], list[int]]:
 Plain = Callable[[str, tuple[int, ...]], list[int]]
 
 
-# Every draft length is tested; two of them in the quick run.
-EVERY_K = [pytest.param(k, marks=[] if k in (1, 4) else pytest.mark.slow) for k in range(1, 9)]
+# Every draft length is tested; one of them in the quick run.
+EVERY_K = [pytest.param(k, marks=[] if k == 4 else pytest.mark.slow) for k in range(1, 9)]
 
 
 @pytest.mark.parametrize("k", EVERY_K)
@@ -156,7 +151,7 @@ def assert_same_state(stream: Stream, target: Target, tokens: list[int]) -> None
 rounds = st.integers(0, 4).flatmap(lambda k: st.tuples(st.just(k), st.integers(0, k)))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     variant=st.sampled_from(VARIANTS),
     chunk=st.integers(1, 2 * WINDOW),
@@ -317,5 +312,5 @@ def test_drafting_reads_nothing(tiny_models: Models, variant: str) -> None:
     def draft(token: mx.array, hidden: mx.array) -> mx.array:
         return drafter.draft(target, token, hidden, context, 4)
 
-    traced = mx.compile(draft)(stream._bonus, stream._hidden)
+    traced = mx.vmap(draft)(stream._bonus[None], stream._hidden[None])[0]
     assert traced.tolist() == draft(stream._bonus, stream._hidden).tolist()
