@@ -175,7 +175,10 @@ def fill_module(
     tensors = read_checkpoint(folder)
     present = {name for key in tensors for name in names(key)}
     if quantization is not None:
-        _quantize_modules(module, quantization, present, prefix)
+        try:
+            _quantize_modules(module, quantization, present, prefix)
+        except ValueError as error:
+            raise WeightsError(f"{folder}: config.json gives a quantization its weights cannot have: {error}") from None
     parameters = lazy_parameters(module)
     matched = match_tensors(folder, tensors, names, parameters)
     for key, filled in matched.items():

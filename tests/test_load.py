@@ -372,6 +372,14 @@ def test_quantization_that_does_not_fit_the_tensors(folders: tuple[Path, Path]) 
     check(mlx_mtp.WeightsError, r"up_proj.weight has shape \[128, 16\], expected \[128, 8\]", folders[0], "none")
 
 
+@pytest.mark.parametrize("wrong", [{"bits": 7}, {"group_size": 48}, {"mode": "int4"}])
+def test_quantization_that_is_none(folders: tuple[Path, Path], wrong: dict[str, object]) -> None:
+    name = "model.language_model.layers.0.mlp.up_proj.scales"
+    edit_tensors(folders[0], lambda tensors: tensors.update({name: mx.zeros((128, 1))}))
+    edit_config(folders[0], quantization={"group_size": 64, "bits": 4} | wrong)
+    check(mlx_mtp.WeightsError, r"config.json gives a quantization its weights cannot have", folders[0], "none")
+
+
 def test_tokenizer_missing(folders: tuple[Path, Path]) -> None:
     (folders[0] / "tokenizer.json").unlink()
     check(

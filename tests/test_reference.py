@@ -305,7 +305,6 @@ def generate(pair: Pair, drafter: Any, prompt: list[int], count: int, k: int) ->
             max_tokens=count,
             num_draft_tokens=k,
             stop_ids=frozenset(),
-            max_context=4096,
             prefill_step_size=WINDOW + 5,
         )
     )
