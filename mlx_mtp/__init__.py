@@ -15,6 +15,7 @@ from .errors import (
     WeightsError,
 )
 from .load import load
+from .sampling import Sampling
 
 __version__ = version("mlx-mtp")
 
@@ -29,6 +30,7 @@ __all__ = [
     "OutputError",
     "PairError",
     "PromptError",
+    "Sampling",
     "TokenizerError",
     "WeightsError",
     "__version__",

@@ -84,14 +84,24 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class SamplingDefaults:
+    """What the model's makers sample with (`generation_config.json`); None where the checkpoint does not say."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+@dataclass(frozen=True)
 class TargetConfig:
-    """A target checkpoint's `config.json`."""
+    """A target checkpoint's `config.json`, with the stop ids and sampling defaults of its `generation_config.json`."""
 
     path: Path
     model_type: str
     text: TextConfig
     quantization: Quantization | None
     eos_token_ids: tuple[int, ...]
+    sampling: SamplingDefaults
     dtype: str | None
 
 
@@ -190,12 +200,15 @@ def read_target_config(folder: Path) -> TargetConfig:
     root = _read_config(folder, TARGET_TYPES, "target")
     text = _text_fields(root)
     vocab_size = _vocab_size(root, text)
+    path = folder / "generation_config.json"
+    generation = _Fields(read_json(path) if path.is_file() else {}, path)
     return TargetConfig(
         path=root.path,
         model_type=root.string("model_type"),
         text=_read_text(text, vocab_size, shares_all=False),
         quantization=_read_quantization(root),
-        eos_token_ids=_read_eos(folder, root, text),
+        eos_token_ids=_read_eos(generation, root, text),
+        sampling=_read_sampling(generation),
         dtype=_read_dtype(root, text),
     )
 
@@ -406,11 +419,9 @@ def _read_quantization_entry(fields: _Fields) -> Quantization:
     return Quantization(fields.integer("group_size"), fields.integer("bits"), mode)
 
 
-def _read_eos(folder: Path, root: _Fields, text: _Fields) -> tuple[int, ...]:
+def _read_eos(generation: _Fields, root: _Fields, text: _Fields) -> tuple[int, ...]:
     """Stop ids: `generation_config.json` first (it alone lists all of them), then `config.json`."""
-    path = folder / "generation_config.json"
-    sources = [_Fields(read_json(path), path)] if path.is_file() else []
-    for fields in (*sources, root, text):
+    for fields in (generation, root, text):
         if "eos_token_id" in fields:
             value = fields.values["eos_token_id"]
             ids = value if isinstance(value, list) else [value]
@@ -418,6 +429,14 @@ def _read_eos(folder: Path, root: _Fields, text: _Fields) -> tuple[int, ...]:
                 raise fields.error("eos_token_id", f"must be an integer or a list of them, found {value!r}")
             return tuple(ids)
     raise root.error("eos_token_id", "is missing, and so is generation_config.json")
+
+
+def _read_sampling(generation: _Fields) -> SamplingDefaults:
+    return SamplingDefaults(
+        temperature=generation.number("temperature") if "temperature" in generation else None,
+        top_k=generation.integer("top_k", 0) if "top_k" in generation else None,
+        top_p=generation.number("top_p") if "top_p" in generation else None,
+    )
 
 
 def _read_dtype(root: _Fields, text: _Fields) -> str | None:

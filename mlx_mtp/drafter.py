@@ -5,11 +5,13 @@ layers that hold queries only and attend to the target's K/V at one constant pos
 hidden state for the next step.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .acceptance import Draft
 from .cache import Cache, View
 from .config import DrafterConfig, LayerType
 from .gemma4 import DecoderLayer, Target
@@ -30,6 +32,16 @@ class Candidates(NamedTuple):
 
     ids: mx.array | None
     logits: mx.array
+
+
+# Chooses one of the candidates at a draft step: its index, int32 [1, 1], and the log probabilities [1, candidates] it
+# was drawn from, or None where they do not matter.
+Choose = Callable[[int, Candidates], tuple[mx.array, mx.array | None]]
+
+
+def choose_best(_step: int, candidates: Candidates) -> tuple[mx.array, None]:
+    """The greedy choice."""
+    return mx.argmax(candidates.logits, axis=-1, keepdims=True), None
 
 
 class DraftStep(NamedTuple):
@@ -99,14 +111,32 @@ class Drafter(nn.Module):
         # Calling the embedding gathers the rows, dequantizing no others.
         return Candidates(ids[None], state[0] @ self.model.embed_tokens(ids).T)
 
-    def draft(self, target: Target, token: mx.array, hidden: mx.array, context: DraftContext, k: int) -> mx.array:
-        """k greedy draft tokens, int32 [1, k], after `token` [1, 1] and the hidden state that produced it."""
-        drafted = [mx.zeros((1, 0), mx.int32)]
-        for _ in range(k):
+    def draft(
+        self,
+        target: Target,
+        token: mx.array,
+        hidden: mx.array,
+        context: DraftContext,
+        k: int,
+        choose: Choose = choose_best,
+    ) -> Draft:
+        """k draft tokens after `token`, int32 [1, 1], and the hidden state that produced it."""
+        tokens, ids, log_probabilities = [mx.zeros((1, 0), mx.int32)], [], []
+        for index in range(k):
             step = self(target.embed(token), hidden, context)
-            ids, logits = self.candidates(step.state)
-            token = mx.argmax(logits, axis=-1, keepdims=True)
-            token = (token if ids is None else mx.take_along_axis(ids, token, axis=-1)).astype(mx.int32)
+            candidates = self.candidates(step.state)
+            choice, distribution = choose(index, candidates)
+            if candidates.ids is None:
+                token = choice.astype(mx.int32)
+            else:
+                token = mx.take_along_axis(candidates.ids, choice, axis=-1).astype(mx.int32)
+                ids.append(candidates.ids)
+            if distribution is not None:
+                log_probabilities.append(distribution)
             hidden = step.hidden
-            drafted.append(token)
-        return mx.concatenate(drafted, axis=1)
+            tokens.append(token)
+        return Draft(
+            mx.concatenate(tokens, axis=1),
+            mx.concatenate(ids) if ids else None,
+            mx.concatenate(log_probabilities) if log_probabilities else None,
+        )

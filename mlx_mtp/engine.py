@@ -11,6 +11,7 @@ from .config import DrafterConfig, TargetConfig
 from .drafter import Drafter
 from .errors import OptionError
 from .gemma4 import Target
+from .sampling import Sampling
 from .speculative import Progress, Stats, Stream, decode, token_budget
 from .tokenizer import encode_prompt
 
@@ -88,14 +89,16 @@ class Model:
         prompt: str | Sequence[int],
         *,
         max_tokens: int = DEFAULT_MAX_TOKENS,
+        sampling: Sampling | None = None,
         num_draft_tokens: int | None = None,
         prefill_step_size: int = DEFAULT_PREFILL_STEP,
         on_prefill: Progress | None = None,
     ) -> Iterator[GenerationResponse]:
-        """Decode greedily, one response per token.
+        """Decode one response per token, greedily unless `sampling` says how to draw.
 
         A string is encoded as it stands, without chat template. `num_draft_tokens` (default 3 with a drafter) is the
-        number of draft tokens per round; 0 decodes plainly. The tokens do not depend on it.
+        number of draft tokens per round; 0 decodes plainly. Greedy tokens do not depend on it; sampled ones keep their
+        distribution, and with `Sampling(acceptance="coupled")` do not depend on it either.
 
         Raises PromptError for a prompt that is empty or too long, OptionError for draft tokens without a drafter.
         """
@@ -106,13 +109,15 @@ class Model:
             encode_prompt(self.tokenizer, prompt, use_chat_template=False) if isinstance(prompt, str) else list(prompt)
         )
         budget = token_budget(tokens, max_tokens, self.max_context)
-        return self._stream(tokens, budget, k, prefill_step_size, on_prefill)
+        stream = Stream(self.target, self.drafter, max_draft_tokens=k, sampling=sampling)
+        return self._stream(stream, tokens, budget, k, prefill_step_size, on_prefill)
 
     def generate(
         self,
         prompt: str | Sequence[int],
         *,
         max_tokens: int = DEFAULT_MAX_TOKENS,
+        sampling: Sampling | None = None,
         num_draft_tokens: int | None = None,
         prefill_step_size: int = DEFAULT_PREFILL_STEP,
     ) -> GenerationResult:
@@ -121,6 +126,7 @@ class Model:
             self.stream_generate(
                 prompt,
                 max_tokens=max_tokens,
+                sampling=sampling,
                 num_draft_tokens=num_draft_tokens,
                 prefill_step_size=prefill_step_size,
             )
@@ -137,13 +143,18 @@ class Model:
         return requested
 
     def _stream(
-        self, prompt: list[int], max_tokens: int, k: int, prefill_step_size: int, on_prefill: Progress | None
+        self,
+        stream: Stream,
+        prompt: list[int],
+        max_tokens: int,
+        k: int,
+        prefill_step_size: int,
+        on_prefill: Progress | None,
     ) -> Iterator[GenerationResponse]:
         stop_ids = frozenset(self.tokenizer.eos_token_ids)
         detokenizer = self.tokenizer.detokenizer
         stats = Stats()
         generated = 0
-        stream = Stream(self.target, self.drafter, max_draft_tokens=k)
         clock = _Clock(len(prompt))
         for result in decode(
             stream,

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +13,9 @@ from typing import Any
 from huggingface_hub.utils import tqdm
 
 from .engine import DEFAULT_DRAFT_TOKENS, DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, GenerationResponse, Model
-from .errors import MTPError, OptionError
+from .errors import MTPError
 from .load import load
+from .sampling import ACCEPTANCE_RULES, Sampling
 from .tokenizer import encode_prompt
 
 # What a shell expects of a program ended by Ctrl-C.
@@ -56,16 +58,11 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_MAX_TOKENS,
         help="Most tokens to generate (default: %(default)s).",
     )
-    parser.add_argument(
-        "--temp",
-        type=float,
-        default=0.0,
-        help="Sampling temperature (default: %(default)s, greedy, which is all this version does).",
-    )
+    _add_sampling_options(parser)
     parser.add_argument(
         "--num-draft-tokens",
         type=int,
-        help=f"Draft tokens per round (default: {DEFAULT_DRAFT_TOKENS}); 0 decodes plainly. Never changes the text.",
+        help=f"Draft tokens per round (default: {DEFAULT_DRAFT_TOKENS}); 0 decodes plainly. Never changes greedy text.",
     )
     parser.add_argument(
         "--prefill-step-size",
@@ -79,16 +76,60 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    unset = Sampling()
+    add("--temp", type=float, default=0.0, help="Sampling temperature (default: %(default)s, greedy).")
+    add("--top-k", type=int, help="Most likely tokens to draw from, 0 for all (default: the model's own).")
+    add("--top-p", type=float, help="Probability mass to draw from, 1 for all (default: the model's own).")
+    add("--min-p", type=float, default=unset.min_p, help="Least share of the best token's probability (%(default)s).")
+    add(
+        "--xtc-probability",
+        type=float,
+        default=unset.xtc_probability,
+        help="Probability of XTC, leaving out the most likely tokens (default: %(default)s).",
+    )
+    add(
+        "--xtc-threshold",
+        type=float,
+        default=unset.xtc_threshold,
+        help="Probability above which XTC leaves tokens out, all but the least likely of them (default: %(default)s).",
+    )
+    add("--seed", type=int, help="Seed of the random numbers (default: a new one each time, named with --verbose).")
+    add(
+        "--acceptance",
+        choices=ACCEPTANCE_RULES,
+        default=unset.acceptance,
+        help="Rule for sampled drafts: 'block' accepts most; with 'coupled' the text for a seed does not depend on the "
+        "number of draft tokens (default: %(default)s).",
+    )
+
+
+def _sampling(args: argparse.Namespace, model: Model) -> Sampling:
+    """The options given, else what the model's makers sample with."""
+    own = model.config.sampling
+    unset = Sampling()
+    return Sampling(
+        temperature=args.temp,
+        top_k=next(v for v in (args.top_k, own.top_k, unset.top_k) if v is not None),
+        top_p=next(v for v in (args.top_p, own.top_p, unset.top_p) if v is not None),
+        min_p=args.min_p,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        seed=secrets.randbits(32) if args.seed is None else args.seed,
+        acceptance=args.acceptance,
+    )
+
+
 def _run(args: argparse.Namespace) -> int:
-    if args.temp != 0:
-        raise OptionError(f"--temp: expected 0 (greedy), all this version does, found {args.temp:g}")
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     started = time.perf_counter()
     model = load(args.model, args.drafter)
     if model.drafter is None and args.drafter is None:
         print(f"no drafter found for {args.model}: decoding plainly (name one with --drafter)", file=sys.stderr)
+    sampling = _sampling(args, model)
     if args.verbose:
-        _describe(model, time.perf_counter() - started)
+        _describe(model, sampling, time.perf_counter() - started)
     prompt = encode_prompt(
         model.tokenizer, text, system_prompt=args.system_prompt, use_chat_template=not args.ignore_chat_template
     )
@@ -96,6 +137,7 @@ def _run(args: argparse.Namespace) -> int:
         responses = model.stream_generate(
             prompt,
             max_tokens=args.max_tokens,
+            sampling=sampling,
             num_draft_tokens=args.num_draft_tokens,
             prefill_step_size=args.prefill_step_size,
             on_prefill=on_prefill,
@@ -139,7 +181,7 @@ def _prefill_bar(total: int, step_size: int) -> Iterator[Callable[[int, int], No
         bar.close()
 
 
-def _describe(model: Model, seconds: float) -> None:
+def _describe(model: Model, sampling: Sampling, seconds: float) -> None:
     for role, config in (("target", model.config), ("drafter", model.drafter_config)):
         if config is None:
             print(f"{role}: none", file=sys.stderr)
@@ -148,6 +190,7 @@ def _describe(model: Model, seconds: float) -> None:
         weights = f"{q.bits} bit ({q.mode}, groups of {q.group_size})" if q else "not quantized"
         print(f"{role}: {config.path.parent}, {config.model_type}, {weights}", file=sys.stderr)
     print(f"activations: {model.target.dtype}, context: {model.max_context} tokens", file=sys.stderr)
+    print("sampling: greedy" if sampling.is_greedy else f"sampling: {sampling}", file=sys.stderr)
     print(f"loaded in {seconds:.1f} s", file=sys.stderr)
 
 

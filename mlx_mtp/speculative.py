@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .acceptance import accept_greedy
+from .acceptance import Acceptance, Draft, accept_block, accept_matching
 from .cache import Cache
-from .drafter import Drafter
+from .drafter import Candidates, Choose, Drafter, choose_best
 from .errors import OptionError, PromptError
 from .gemma4 import Target
+from .sampling import Sampling, gumbel, position_key, uniform
 
 # Called during prefill with (tokens done, tokens in all).
 Progress = Callable[[int, int], None]
@@ -69,9 +70,14 @@ class Stream:
     token.
     """
 
-    def __init__(self, target: Target, drafter: Drafter | None, *, max_draft_tokens: int) -> None:
+    def __init__(
+        self, target: Target, drafter: Drafter | None, *, max_draft_tokens: int, sampling: Sampling | None = None
+    ) -> None:
         self.target = target
         self.drafter = drafter
+        self.sampling = sampling or Sampling()
+        # All randomness comes from these and a position: nothing to advance, whatever is accepted.
+        self._draw_key, self._coin_key = mx.random.split(mx.random.key(self.sampling.seed))
         self.cache = Cache(target.config, target.dtype, max_block=max_draft_tokens + 1)
         self._bonus = mx.zeros((1, 1), mx.int32)
         self._hidden = mx.zeros((1, 1, target.config.hidden_size), target.dtype)
@@ -85,7 +91,7 @@ class Stream:
             self._hidden = output.hidden[:, -1:]
             self.cache.set_length(self.cache.length + len(chunk))
             if is_last:
-                self._bonus = mx.argmax(output.logits, axis=-1).astype(mx.int32)
+                self._bonus = self._accept(Draft(mx.zeros((1, 0), mx.int32)), output.logits[0], 0).tokens[None]
             del output
             mx.eval(self._bonus, self._hidden, self.cache.arrays())
             if on_progress is not None:
@@ -99,9 +105,9 @@ class Stream:
         """
         assert k < self.cache.max_block, "more draft tokens than the stream was made for"
         length = self.cache.length
-        drafted = self._draft(k)
-        output = self.target(mx.concatenate([self._bonus, drafted], axis=1), self.cache, logit_rows=k + 1)
-        accepted, choices = accept_greedy(drafted, output.logits)
+        draft = self._draft(k)
+        output = self.target(mx.concatenate([self._bonus, draft.tokens], axis=1), self.cache, logit_rows=k + 1)
+        accepted, choices = self._accept(draft, output.logits[0], 1)
         self._select(output.hidden, choices, accepted)
         self.cache.offset = self.cache.offset + accepted + 1
         report = mx.concatenate([accepted[None], choices])
@@ -116,19 +122,57 @@ class Stream:
             self.cache.set_length(length + stop + 1)
         return Round(tokens, k, count)
 
-    def _draft(self, k: int) -> mx.array:
+    def _draft(self, k: int) -> Draft:
         # In a function of its own: a K/V view still referenced at evaluation would force a copy of the whole buffer.
         if k == 0:
-            return mx.zeros((1, 0), mx.int32)
+            return Draft(mx.zeros((1, 0), mx.int32))
         if self.drafter is None:
             raise OptionError(f"{k} draft tokens asked for without a drafter")
         context = self.drafter.context(self.cache)
-        return self.drafter.draft(self.target, self._bonus, self._hidden, context, k)
+        return self.drafter.draft(self.target, self._bonus, self._hidden, context, k, self._choose(k))
+
+    def _choose(self, k: int) -> Choose:
+        """How the drafter draws in this round: under the same options as the target will."""
+        sampling, first = self.sampling, self.cache.offset + 1
+        if sampling.is_greedy:
+            return choose_best
+        coins = uniform(self._coin_key, first, k)
+        if sampling.acceptance == "coupled":
+            noise = gumbel(self._draw_key, first, k, self.target.config.vocab_size)
+        else:
+            keys = mx.random.split(_round_keys(self._draw_key, first)[0], k)
+
+        def choose(step: int, candidates: Candidates) -> tuple[mx.array, mx.array | None]:
+            drawn_from = sampling.log_probabilities(candidates.logits, coins[step : step + 1])
+            if sampling.acceptance == "block":
+                return mx.random.categorical(drawn_from, key=keys[step])[:, None], drawn_from
+            shared = noise[step] if candidates.ids is None else noise[step][candidates.ids[0]]
+            return mx.argmax(drawn_from + shared, axis=-1, keepdims=True), None
+
+        return choose
+
+    def _accept(self, draft: Draft, logits: mx.array, ahead: int) -> Acceptance:
+        """Decide on a draft by the target's logits [k + 1, vocab], whose first row is for position offset + `ahead`."""
+        sampling, first = self.sampling, self.cache.offset + ahead
+        if sampling.is_greedy:
+            return accept_matching(draft.tokens, logits)
+        rows, vocab_size = logits.shape
+        coins = uniform(self._coin_key, first, rows)
+        log_probabilities = sampling.log_probabilities(self.target.soft_cap(logits), coins)
+        if sampling.acceptance == "coupled":
+            noise = gumbel(self._draw_key, first, rows, vocab_size)
+            return accept_matching(draft.tokens, log_probabilities + noise)
+        return accept_block(draft, log_probabilities, _round_keys(self._draw_key, first)[1])
 
     def _select(self, hidden: mx.array, choices: mx.array, row: mx.array) -> None:
         """Make the target's choice at one verified row the bonus token."""
         self._bonus = choices[row].reshape(1, 1)
         self._hidden = mx.take(hidden, row[None], axis=1)
+
+
+def _round_keys(key: mx.array, first: mx.array) -> mx.array:
+    """Keys for drafting and for accepting in the round that decides on position `first`."""
+    return mx.random.split(position_key(key, first))
 
 
 def _read(report: mx.array) -> list[int]:
@@ -161,7 +205,7 @@ def decode(
     prefill_step_size: int,
     on_prefill: Progress | None = None,
 ) -> Iterator[Round]:
-    """Decode greedily from a prompt of token ids; the first item is what prefill yields (drafted = accepted = 0).
+    """Decode from a prompt of token ids; the first item is what prefill yields (drafted = accepted = 0).
 
     Ends after a stop token, which is emitted, or after `max_tokens` (see `token_budget`).
     """

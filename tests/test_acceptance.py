@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from mlx_mtp.acceptance import accept_greedy
+from mlx_mtp.acceptance import accept_matching
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from mlx_mtp.acceptance import accept_greedy
 )
 def test_emits_the_matching_prefix_and_one_more(drafted: list[int], choices: list[int], emitted: list[int]) -> None:
     logits = (mx.arange(4)[None] == mx.array(choices)[:, None]).astype(mx.float32)
-    result = accept_greedy(mx.array([drafted], mx.int32), logits[None])
+    result = accept_matching(mx.array([drafted], mx.int32), logits)
     accepted = int(result.accepted.item())
     assert accepted == len(emitted) - 1
     assert result.tokens.tolist()[: accepted + 1] == emitted

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tiny import VARIANTS, WINDOW, load_drafter, load_target, make_drafter, make_target, random_tokens
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 
+from mlx_mtp.acceptance import Draft
 from mlx_mtp.cache import Cache, ring_positions
 from mlx_mtp.config import LayerType
 from mlx_mtp.drafter import DraftContext, Drafter
@@ -256,7 +257,7 @@ def test_first_drafts_equal_reference(pair: Pair, length: int) -> None:
     hidden, logits = run_pass(pair.target, cache, tokens)
     bonus = logits[:, -1:].argmax(-1)
     drafted = pair.drafter.draft(pair.target, bonus, hidden[:, -1:], pair.drafter.context(cache), 6)
-    assert [bonus.item(), *drafted[0].tolist()] == reference_drafts(pair, tokens)
+    assert [bonus.item(), *drafted.tokens[0].tolist()] == reference_drafts(pair, tokens)
 
 
 class ScriptedDrafter:
@@ -270,8 +271,8 @@ class ScriptedDrafter:
     def context(self, cache: Cache) -> int:
         return cache.length - self.prompt + 1
 
-    def draft(self, target: Target, token: mx.array, hidden: mx.array, context: int, k: int) -> mx.array:
-        return mx.array([self.script[context : context + k]], mx.int32)
+    def draft(self, target: Target, token: mx.array, hidden: mx.array, context: int, k: int, *_: object) -> Draft:
+        return Draft(mx.array([self.script[context : context + k]], mx.int32))
 
 
 class ObservedDrafter(ScriptedDrafter):
@@ -287,10 +288,10 @@ class ObservedDrafter(ScriptedDrafter):
         self.real_context = self.drafter.context(cache)
         return super().context(cache)
 
-    def draft(self, target: Target, token: mx.array, hidden: mx.array, context: int, k: int) -> mx.array:
+    def draft(self, target: Target, token: mx.array, hidden: mx.array, context: int, k: int, *_: object) -> Draft:
         assert self.real_context is not None
         drafted = self.drafter.draft(target, token, hidden, self.real_context, 6)
-        self.drafts[context - 1 + self.prompt] = [int(token.item()), *drafted[0].tolist()]
+        self.drafts[context - 1 + self.prompt] = [int(token.item()), *drafted.tokens[0].tolist()]
         self.real_context = None
         return super().draft(target, token, hidden, context, k)
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tiny import VARIANTS, WINDOW, load_drafter, load_target, random_tokens
 
 from mlx_mtp import speculative
+from mlx_mtp.acceptance import Draft
 from mlx_mtp.cache import Cache
-from mlx_mtp.drafter import DraftContext, Drafter
+from mlx_mtp.drafter import Choose, DraftContext, Drafter, choose_best
 from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.gemma4 import Target
 from mlx_mtp.speculative import Stats, Stream, decode, token_budget
@@ -33,11 +34,19 @@ class Scripted(Drafter):
         self.plain = plain
         self.wrong_at = wrong_at
 
-    def draft(self, target: Target, token: mx.array, hidden: mx.array, context: DraftContext, k: int) -> mx.array:
+    def draft(
+        self,
+        target: Target,
+        token: mx.array,
+        hidden: mx.array,
+        context: DraftContext,
+        k: int,
+        choose: Choose = choose_best,
+    ) -> Draft:
         # The bonus token's index is context.position; the continuation begins at the prompt's end.
         start = int(context.position.item()) - self.prompt_length + 1
         tokens = (self.plain[start:] + [0] * k)[:k]
-        return mx.array([[(t + 1) % 512 if i in self.wrong_at else t for i, t in enumerate(tokens)]], mx.int32)
+        return Draft(mx.array([[(t + 1) % 512 if i in self.wrong_at else t for i, t in enumerate(tokens)]], mx.int32))
 
 
 def run(
@@ -248,7 +257,7 @@ def test_the_drafter_never_sees_a_rejected_row(
             drafter.draft(target, mx.array([[tokens[-1]]]), s._hidden, drafter.context(s.cache), 4)
             for s in (stream, untouched)
         )
-        assert ours.tolist() == theirs.tolist()
+        assert ours.tokens.tolist() == theirs.tokens.tolist()
         step, clean = (
             drafter(target.embed(mx.array([[tokens[-1]]])), s._hidden, drafter.context(s.cache))
             for s in (stream, untouched)
@@ -310,7 +319,7 @@ def test_drafting_reads_nothing(tiny_models: Models, variant: str) -> None:
     context = drafter.context(stream.cache)
 
     def draft(token: mx.array, hidden: mx.array) -> mx.array:
-        return drafter.draft(target, token, hidden, context, 4)
+        return drafter.draft(target, token, hidden, context, 4).tokens
 
     traced = mx.vmap(draft)(stream._bonus[None], stream._hidden[None])[0]
     assert traced.tolist() == draft(stream._bonus, stream._hidden).tolist()
