@@ -12,7 +12,7 @@ from .drafter import Drafter
 from .errors import OptionError
 from .gemma4 import Target
 from .sampling import Sampling
-from .speculative import Progress, Stats, Stream, decode, token_budget
+from .speculative import Progress, Round, Stats, Stream, decode, token_budget
 from .tokenizer import encode_prompt
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class GenerationResponse:
 
     `text` is the readable text since the last response, valid UTF-8. `prompt_tps` and `generation_tps` are tokens per
     second so far, `peak_memory` is in GB (1e9 bytes). `finish_reason` is set on the last response: "stop" after a stop
-    token, "length" at `max_tokens` or the end of the context.
+    token or string, "length" at `max_tokens` or the end of the context.
     """
 
     text: str
@@ -69,6 +69,25 @@ class _Clock:
         return (tokens - 1) / (time.perf_counter() - self.first_token) if tokens > 1 else 0.0
 
 
+class _StopStrings:
+    """Cuts text at the first stop string, holding back what may yet become one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = stop
+        self._held = ""
+
+    def add(self, text: str, *, is_last: bool) -> tuple[str, bool]:
+        """The text that can be emitted now, and whether a stop string ends it."""
+        self._held += text
+        found = [index for index in (self._held.find(stop) for stop in self._stop) if index >= 0]
+        if found:
+            return self._held[: min(found)], True
+        beginnings = [n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n])]
+        ready = len(self._held) - (0 if is_last else max(beginnings, default=0))
+        text, self._held = self._held[:ready], self._held[ready:]
+        return text, False
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class Model:
     """A loaded target with its tokenizer and, unless it decodes plainly, its drafter. Made by `mlx_mtp.load`."""
@@ -90,6 +109,8 @@ class Model:
         *,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
         num_draft_tokens: int | None = None,
         prefill_step_size: int = DEFAULT_PREFILL_STEP,
         on_prefill: Progress | None = None,
@@ -100,8 +121,14 @@ class Model:
         number of draft tokens per round; 0 decodes plainly. Greedy tokens do not depend on it; sampled ones keep their
         distribution, and with `Sampling(acceptance="coupled")` do not depend on it either.
 
-        Raises PromptError for a prompt that is empty or too long, OptionError for draft tokens without a drafter.
+        The text ends before the first of the `stop` strings, wherever tokens or blocks break it. `ignore_eos` goes on
+        after the model's own stop tokens.
+
+        Raises PromptError for a prompt that is empty or too long, OptionError for an option that cannot be honoured.
         """
+        stop = [stop] if isinstance(stop, str) else list(stop)
+        if "" in stop:
+            raise OptionError("stop holds an empty string")
         k = self._draft_tokens(num_draft_tokens)
         if prefill_step_size < 1:
             raise OptionError(f"prefill_step_size must be at least 1, found {prefill_step_size}")
@@ -110,7 +137,16 @@ class Model:
         )
         budget = token_budget(tokens, max_tokens, self.max_context)
         stream = Stream(self.target, self.drafter, max_draft_tokens=k, sampling=sampling)
-        return self._stream(stream, tokens, budget, k, prefill_step_size, on_prefill)
+        rounds = decode(
+            stream,
+            tokens,
+            max_tokens=budget,
+            num_draft_tokens=k,
+            stop_ids=frozenset() if ignore_eos else frozenset(self.tokenizer.eos_token_ids),
+            prefill_step_size=prefill_step_size,
+            on_prefill=on_prefill,
+        )
+        return self._respond(rounds, len(tokens), budget, ignore_eos, _StopStrings(stop))
 
     def generate(
         self,
@@ -118,6 +154,8 @@ class Model:
         *,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
         num_draft_tokens: int | None = None,
         prefill_step_size: int = DEFAULT_PREFILL_STEP,
     ) -> GenerationResult:
@@ -127,6 +165,8 @@ class Model:
                 prompt,
                 max_tokens=max_tokens,
                 sampling=sampling,
+                stop=stop,
+                ignore_eos=ignore_eos,
                 num_draft_tokens=num_draft_tokens,
                 prefill_step_size=prefill_step_size,
             )
@@ -142,47 +182,36 @@ class Model:
             raise OptionError(f"num_draft_tokens is {requested}, but no drafter is loaded")
         return requested
 
-    def _stream(
-        self,
-        stream: Stream,
-        prompt: list[int],
-        max_tokens: int,
-        k: int,
-        prefill_step_size: int,
-        on_prefill: Progress | None,
+    def _respond(
+        self, rounds: Iterator[Round], prompt_tokens: int, budget: int, ignore_eos: bool, stop: _StopStrings
     ) -> Iterator[GenerationResponse]:
-        stop_ids = frozenset(self.tokenizer.eos_token_ids)
+        eos = frozenset(self.tokenizer.eos_token_ids)
         detokenizer = self.tokenizer.detokenizer
         stats = Stats()
         generated = 0
-        clock = _Clock(len(prompt))
-        for result in decode(
-            stream,
-            prompt,
-            max_tokens=max_tokens,
-            num_draft_tokens=k,
-            stop_ids=stop_ids,
-            prefill_step_size=prefill_step_size,
-            on_prefill=on_prefill,
-        ):
+        clock = _Clock(prompt_tokens)
+        for result in rounds:
             if generated:
                 stats.add(result.drafted, result.accepted)
             else:
                 clock.first_token = time.perf_counter()
             for position, token in enumerate(result.tokens):
                 generated += 1
-                finish: Literal["stop", "length"] | None = "length" if generated == max_tokens else None
-                if token in stop_ids:
+                finish: Literal["stop", "length"] | None = "length" if generated == budget else None
+                if token in eos and not ignore_eos:
                     finish = "stop"
                 else:
                     detokenizer.add_token(token)
                 if finish:
                     detokenizer.finalize()
+                text, stopped = stop.add(detokenizer.last_segment, is_last=finish is not None)
+                if stopped:
+                    finish = "stop"
                 yield GenerationResponse(
-                    text=detokenizer.last_segment,
+                    text=text,
                     token=token,
                     from_draft=position < result.accepted,
-                    prompt_tokens=len(prompt),
+                    prompt_tokens=prompt_tokens,
                     prompt_tps=clock.prompt_tps(),
                     generation_tokens=generated,
                     generation_tps=clock.generation_tps(generated),
@@ -190,3 +219,5 @@ class Model:
                     finish_reason=finish,
                     stats=stats,
                 )
+                if stopped:
+                    return

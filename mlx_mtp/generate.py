@@ -70,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_PREFILL_STEP,
         help="Prompt tokens read per pass (default: %(default)s).",
     )
+    parser.add_argument("--stop", action="append", default=[], help="End the text before this string; may be repeated.")
+    parser.add_argument("--ignore-eos", action="store_true", help="Go on after the model's own stop tokens.")
     parser.add_argument("--ignore-chat-template", action="store_true", help="Continue the bare prompt.")
     parser.add_argument("--verbose", action="store_true", help="Say what was loaded, on stderr.")
     parser.add_argument("--json", action="store_true", help="End stdout with one line: a JSON object with all results.")
@@ -96,6 +98,7 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="Probability above which XTC leaves tokens out, all but the least likely of them (default: %(default)s).",
     )
     add("--seed", type=int, help="Seed of the random numbers (default: a new one each time, named with --verbose).")
+    _add_penalty_options(parser)
     add(
         "--acceptance",
         choices=ACCEPTANCE_RULES,
@@ -103,6 +106,37 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="Rule for sampled drafts: 'block' accepts most; with 'coupled' the text for a seed does not depend on the "
         "number of draft tokens (default: %(default)s).",
     )
+
+
+def _add_penalty_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    unset = Sampling()
+    for name, effect in (
+        ("repetition", "divides"),
+        ("presence", "subtracts once"),
+        ("frequency", "subtracts each time"),
+    ):
+        penalty, size = f"{name}_penalty", f"{name}_context_size"
+        add(
+            f"--{name}-penalty",
+            type=float,
+            default=vars(unset)[penalty],
+            help=f"Penalty for tokens seen before, which {effect} (default: %(default)s, none).",
+        )
+        add(
+            f"--{name}-context-size",
+            type=int,
+            default=vars(unset)[size],
+            help="Number of preceding tokens it looks at (default: %(default)s).",
+        )
+    add("--logit-bias", type=_logit_bias, default={}, metavar="JSON", help='Added to logits: {"token id": bias, ...}.')
+
+
+def _logit_bias(text: str) -> dict[int, float]:
+    try:
+        return {int(token): float(bias) for token, bias in json.loads(text).items()}
+    except (ValueError, AttributeError, TypeError):
+        raise argparse.ArgumentTypeError(f"expected a JSON object of token ids and numbers, found {text!r}") from None
 
 
 def _sampling(args: argparse.Namespace, model: Model) -> Sampling:
@@ -118,6 +152,12 @@ def _sampling(args: argparse.Namespace, model: Model) -> Sampling:
         xtc_threshold=args.xtc_threshold,
         seed=secrets.randbits(32) if args.seed is None else args.seed,
         acceptance=args.acceptance,
+        logit_bias=args.logit_bias,
+        **{
+            f"{name}_{kind}": vars(args)[f"{name}_{kind}"]
+            for name in ("repetition", "presence", "frequency")
+            for kind in ("penalty", "context_size")
+        },
     )
 
 
@@ -138,6 +178,8 @@ def _run(args: argparse.Namespace) -> int:
             prompt,
             max_tokens=args.max_tokens,
             sampling=sampling,
+            stop=args.stop,
+            ignore_eos=args.ignore_eos,
             num_draft_tokens=args.num_draft_tokens,
             prefill_step_size=args.prefill_step_size,
             on_prefill=on_prefill,

@@ -1,11 +1,12 @@
-"""From logits to the distribution tokens are drawn from, and drawing with explicit random keys.
+"""From logits to the distribution tokens are drawn from: penalties, filters, and explicit random keys.
 
 The filters are mlx-lm's, in mlx-lm's order: top-p, min-p, XTC, top-k, then temperature. Target and drafter go through
 the same ones, so that a drafter that agrees with the target is accepted whatever the options are.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import mlx.core as mx
@@ -18,7 +19,11 @@ ACCEPTANCE_RULES: tuple[AcceptanceRule, ...] = ("block", "coupled")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. The defaults decode greedily; with `temperature` 0 nothing else matters.
+    """How tokens are drawn. The defaults decode greedily.
+
+    `logit_bias` and the penalties act on the logits first, as in mlx-lm: `repetition_penalty` divides (1 is none), the
+    others subtract (0 is none), each for the tokens among the last `..._context_size`, prompt included. They hold for
+    greedy decoding too.
 
     `top_k` 0, `top_p` 1, `min_p` 0 and `xtc_probability` 0 leave the distribution as it is. The same seed gives the
     same tokens; with `acceptance` "coupled" it does whatever is drafted, with "block" for the same number of draft
@@ -35,6 +40,13 @@ class Sampling:
     xtc_threshold: float = 0.1
     seed: int = 0
     acceptance: AcceptanceRule = "block"
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    repetition_penalty: float = 1.0
+    repetition_context_size: int = 20
+    presence_penalty: float = 0.0
+    presence_context_size: int = 20
+    frequency_penalty: float = 0.0
+    frequency_context_size: int = 20
 
     def __post_init__(self) -> None:
         ranges = {
@@ -45,16 +57,26 @@ class Sampling:
             "xtc_probability": (0.0, 1.0),
             "xtc_threshold": (0.0, 0.5),
             "seed": (0, 2**64 - 1),
+            "repetition_penalty": (0.0, math.inf),
+            "presence_penalty": (-math.inf, math.inf),
+            "frequency_penalty": (-math.inf, math.inf),
+            "repetition_context_size": (1, math.inf),
+            "presence_context_size": (1, math.inf),
+            "frequency_context_size": (1, math.inf),
         }
         for name, (low, high) in ranges.items():
             value = vars(self)[name]
-            whole = name in ("top_k", "seed")
+            whole = isinstance(_default(name), int)
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
                 raise OptionError(f"{name} must be {'an integer' if whole else 'a number'}, found {value!r}")
-            if not low <= value <= high or value == math.inf:
+            if not low <= value <= high or math.isinf(value):
                 raise OptionError(f"{name} must be {_range(low, high)}, found {value}")
-        if self.top_p == 0:
-            raise OptionError("top_p must be above 0, found 0: no token would be left")
+        for name in ("top_p", "repetition_penalty"):
+            if vars(self)[name] == 0:
+                raise OptionError(f"{name} must be above 0, found 0")
+        for token, bias in self.logit_bias.items():
+            if isinstance(token, bool) or not isinstance(token, int) or not isinstance(bias, int | float):
+                raise OptionError(f"logit_bias must map token ids to numbers, found {token!r}: {bias!r}")
         if self.acceptance not in ACCEPTANCE_RULES:
             raise OptionError(f"acceptance must be one of {', '.join(ACCEPTANCE_RULES)}, found {self.acceptance!r}")
 
@@ -89,6 +111,65 @@ class Sampling:
         return mx.where(applies & (probabilities > least), -mx.inf, x)
 
 
+class Penalties:
+    """Logit bias and penalties of one `Sampling` for a vocabulary, on the device.
+
+    `context_size` is the number of preceding tokens they look at.
+
+    Raises OptionError if a biased token is not in the vocabulary.
+    """
+
+    def __init__(self, sampling: Sampling, vocab_size: int) -> None:
+        self.sampling = sampling
+        self.vocab_size = vocab_size
+        outside = [token for token in sampling.logit_bias if not 0 <= token < vocab_size]
+        if outside:
+            raise OptionError(f"logit_bias names token {outside[0]}, the vocabulary has {vocab_size}")
+        sizes = {
+            "repetition": sampling.repetition_context_size if sampling.repetition_penalty != 1 else 0,
+            "presence": sampling.presence_context_size if sampling.presence_penalty else 0,
+            "frequency": sampling.frequency_context_size if sampling.frequency_penalty else 0,
+        }
+        self._sizes = {name: size for name, size in sizes.items() if size}
+        self.context_size = max(sizes.values())
+        self.is_active = bool(self._sizes or sampling.logit_bias)
+
+    def __call__(self, logits: mx.array, contexts: mx.array, ids: mx.array | None = None) -> mx.array:
+        """Logits [rows, candidates] after bias and penalties.
+
+        `contexts`, int32 [rows, context_size], are the tokens before each row, the newest last, -1 where none was.
+        `ids`, [rows, candidates], are the candidates' tokens; None for the whole vocabulary.
+        """
+        if not self.is_active:
+            return logits
+        logits = logits.astype(mx.float32)
+        if self.sampling.logit_bias:
+            tokens, values = mx.array([*self.sampling.logit_bias]), mx.array([*self.sampling.logit_bias.values()])
+            bias = mx.zeros(self.vocab_size).at[tokens].add(values)
+            logits = logits + (bias if ids is None else bias[ids])
+        for name, size in self._sizes.items():
+            counts = self._counts(contexts[:, -size:])
+            if ids is not None:
+                counts = mx.take_along_axis(counts, ids, axis=-1)
+            logits = self._penalize(name, logits, counts)
+        return logits
+
+    def _penalize(self, name: str, logits: mx.array, counts: mx.array) -> mx.array:
+        if name == "repetition":
+            penalty = self.sampling.repetition_penalty
+            return mx.where(counts > 0, mx.where(logits < 0, logits * penalty, logits / penalty), logits)
+        if name == "presence":
+            return logits - self.sampling.presence_penalty * (counts > 0)
+        return logits - self.sampling.frequency_penalty * counts
+
+    def _counts(self, contexts: mx.array) -> mx.array:
+        """How often each token occurs in each row's context, [rows, vocab_size]."""
+        rows = mx.arange(contexts.shape[0])[:, None]
+        real = contexts >= 0
+        counts = mx.zeros((contexts.shape[0], self.vocab_size))
+        return counts.at[rows, mx.where(real, contexts, 0)].add(real.astype(mx.float32))
+
+
 def position_key(key: mx.array, position: mx.array) -> mx.array:
     """A random key for a position, from a stream's key; computed on the device."""
     # Words of a key made by splitting are far apart between seeds, so neighbouring seeds do not share keys.
@@ -110,5 +191,11 @@ def _normalize(x: mx.array) -> mx.array:
     return x - mx.logsumexp(x, axis=-1, keepdims=True)
 
 
+def _default(name: str) -> object:
+    return Sampling.__dataclass_fields__[name].default
+
+
 def _range(low: float, high: float) -> str:
-    return f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+    if math.isinf(low):
+        return "finite"
+    return f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"

@@ -11,7 +11,7 @@ from .cache import Cache
 from .drafter import Candidates, Choose, Drafter, choose_best
 from .errors import OptionError, PromptError
 from .gemma4 import Target
-from .sampling import Sampling, gumbel, position_key, uniform
+from .sampling import Penalties, Sampling, gumbel, position_key, uniform
 
 # Called during prefill with (tokens done, tokens in all).
 Progress = Callable[[int, int], None]
@@ -79,11 +79,15 @@ class Stream:
         # All randomness comes from these and a position: nothing to advance, whatever is accepted.
         self._draw_key, self._coin_key = mx.random.split(mx.random.key(self.sampling.seed))
         self.cache = Cache(target.config, target.dtype, max_block=max_draft_tokens + 1)
+        self._penalties = Penalties(self.sampling, target.config.vocab_size)
+        # The tokens the next one is penalized for, the bonus token last; -1 where the text is shorter.
+        self._context = mx.full((self._penalties.context_size,), -1, mx.int32)
         self._bonus = mx.zeros((1, 1), mx.int32)
         self._hidden = mx.zeros((1, 1, target.config.hidden_size), target.dtype)
 
     def prefill(self, prompt: list[int], step_size: int, on_progress: Progress | None = None) -> int:
         """Read the prompt in chunks of `step_size` tokens and return the first token: the target's choice after it."""
+        self._remember(mx.array(prompt[-self._context.size :], mx.int32))
         for start in range(0, len(prompt), step_size):
             chunk = prompt[start : start + step_size]
             is_last = start + len(chunk) == len(prompt)
@@ -92,8 +96,9 @@ class Stream:
             self.cache.set_length(self.cache.length + len(chunk))
             if is_last:
                 self._bonus = self._accept(Draft(mx.zeros((1, 0), mx.int32)), output.logits[0], 0).tokens[None]
+                self._remember(self._bonus[0])
             del output
-            mx.eval(self._bonus, self._hidden, self.cache.arrays())
+            mx.eval(self._bonus, self._hidden, self._context, self.cache.arrays())
             if on_progress is not None:
                 on_progress(start + len(chunk), len(prompt))
         return _read(self._bonus[0])[0]
@@ -108,16 +113,18 @@ class Stream:
         draft = self._draft(k)
         output = self.target(mx.concatenate([self._bonus, draft.tokens], axis=1), self.cache, logit_rows=k + 1)
         accepted, choices = self._accept(draft, output.logits[0], 1)
+        context = self._context
         self._select(output.hidden, choices, accepted)
         self.cache.offset = self.cache.offset + accepted + 1
         report = mx.concatenate([accepted[None], choices])
-        mx.eval(report, self._bonus, self._hidden, self.cache.arrays())
+        mx.eval(report, self._bonus, self._hidden, self._context, self.cache.arrays())
         count, *tokens = _read(report)
         tokens = tokens[: count + 1]
         self.cache.length = length + count + 1
         stop = next((i for i, token in enumerate(tokens) if token in stop_ids), count)
         if stop < count:
             tokens = tokens[: stop + 1]
+            self._context = context
             self._select(output.hidden, choices, mx.array(stop))
             self.cache.set_length(length + stop + 1)
         return Round(tokens, k, count)
@@ -133,9 +140,23 @@ class Stream:
 
     def _choose(self, k: int) -> Choose:
         """How the drafter draws in this round: under the same options as the target will."""
+        choose = self._choose_sampled(k) if not self.sampling.is_greedy else choose_best
+        if not self._penalties.is_active:
+            return choose
+        context = self._context[None]
+
+        def choose_penalized(step: int, candidates: Candidates) -> tuple[mx.array, mx.array | None]:
+            nonlocal context
+            ids, logits = candidates
+            choice = choose(step, Candidates(ids, self._penalties(logits, context, ids)))
+            token = choice[0] if ids is None else mx.take_along_axis(ids, choice[0], axis=-1)
+            context = mx.concatenate([context, token.astype(mx.int32)], axis=1)[:, 1:]
+            return choice
+
+        return choose_penalized
+
+    def _choose_sampled(self, k: int) -> Choose:
         sampling, first = self.sampling, self.cache.offset + 1
-        if sampling.is_greedy:
-            return choose_best
         coins = uniform(self._coin_key, first, k)
         if sampling.acceptance == "coupled":
             noise = gumbel(self._draw_key, first, k, self.target.config.vocab_size)
@@ -154,11 +175,16 @@ class Stream:
     def _accept(self, draft: Draft, logits: mx.array, ahead: int) -> Acceptance:
         """Decide on a draft by the target's logits [k + 1, vocab], whose first row is for position offset + `ahead`."""
         sampling, first = self.sampling, self.cache.offset + ahead
+        rows, vocab_size = logits.shape
+        if self._penalties.is_active or not sampling.is_greedy:
+            size = self._penalties.context_size
+            text = mx.concatenate([self._context, draft.tokens[0]])
+            contexts = mx.stack([text[row : row + size] for row in range(rows)])
+            logits = self._penalties(self.target.soft_cap(logits), contexts)
         if sampling.is_greedy:
             return accept_matching(draft.tokens, logits)
-        rows, vocab_size = logits.shape
         coins = uniform(self._coin_key, first, rows)
-        log_probabilities = sampling.log_probabilities(self.target.soft_cap(logits), coins)
+        log_probabilities = sampling.log_probabilities(logits, coins)
         if sampling.acceptance == "coupled":
             noise = gumbel(self._draw_key, first, rows, vocab_size)
             return accept_matching(draft.tokens, log_probabilities + noise)
@@ -168,6 +194,14 @@ class Stream:
         """Make the target's choice at one verified row the bonus token."""
         self._bonus = choices[row].reshape(1, 1)
         self._hidden = mx.take(hidden, row[None], axis=1)
+        self._context = mx.slice(
+            mx.concatenate([self._context, choices]), row[None] + 1, axes=(0,), slice_size=self._context.shape
+        )
+
+    def _remember(self, tokens: mx.array) -> None:
+        """Append tokens to the context of penalties."""
+        size = self._context.size
+        self._context = mx.concatenate([self._context, tokens])[tokens.size :][:size]
 
 
 def _round_keys(key: mx.array, first: mx.array) -> mx.array:
