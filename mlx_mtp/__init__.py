@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from .engine import GenerationResponse, GenerationResult, Model
+from .engine import GenerationOptions, GenerationResponse, GenerationResult, Model
 from .errors import (
     ConfigError,
     HubError,
@@ -21,6 +21,7 @@ __version__ = version("mlx-mtp")
 
 __all__ = [
     "ConfigError",
+    "GenerationOptions",
     "GenerationResponse",
     "GenerationResult",
     "HubError",

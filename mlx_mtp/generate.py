@@ -72,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--stop", action="append", default=[], help="End the text before this string; may be repeated.")
     parser.add_argument("--ignore-eos", action="store_true", help="Go on after the model's own stop tokens.")
+    parser.add_argument("--min-tokens", type=int, default=0, help="No stop token before this many (default: 0).")
+    parser.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="With --json, each token's log probability and the N most likely ones.",
+    )
     parser.add_argument("--ignore-chat-template", action="store_true", help="Continue the bare prompt.")
     parser.add_argument("--verbose", action="store_true", help="Say what was loaded, on stderr.")
     parser.add_argument("--json", action="store_true", help="End stdout with one line: a JSON object with all results.")
@@ -180,6 +187,8 @@ def _run(args: argparse.Namespace) -> int:
             sampling=sampling,
             stop=args.stop,
             ignore_eos=args.ignore_eos,
+            min_tokens=args.min_tokens,
+            logprobs=args.logprobs,
             num_draft_tokens=args.num_draft_tokens,
             prefill_step_size=args.prefill_step_size,
             on_prefill=on_prefill,
@@ -273,6 +282,11 @@ def _report(seen: list[GenerationResponse], model: Model, interrupted: bool) -> 
         "prompt_tps": last.prompt_tps,
         "generation_tps": last.generation_tps,
         "peak_memory_gb": last.peak_memory,
+        "logprobs": [
+            {"token": r.token, "logprob": r.logprobs.token, "top": [list(pair) for pair in r.logprobs.top]}
+            for r in seen
+            if r.logprobs is not None
+        ],
     }
 
 

@@ -1,6 +1,6 @@
 """The round (draft, verify, accept, advance) and the one decode loop over token ids."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,28 +15,43 @@ from .sampling import Penalties, Sampling, gumbel, position_key, uniform
 
 # Called during prefill with (tokens done, tokens in all).
 Progress = Callable[[int, int], None]
+# As in mlx-lm: (all tokens so far, logits [1, vocab]) -> logits [1, vocab].
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+
+
+class Logprobs(NamedTuple):
+    """Natural log of the target's own probability, before any option, of a token and of the most likely ones."""
+
+    token: float
+    top: list[tuple[int, float]]
 
 
 class Round(NamedTuple):
     """What one round emitted, and how many of its draft tokens the target accepted.
 
-    The last of `tokens` is the target's own choice unless a stop cut the round short.
+    The last of `tokens` is the target's own choice unless a stop cut the round short. `logprobs`, if asked for, are
+    those of the tokens.
     """
 
     tokens: list[int]
     drafted: int
     accepted: int
+    logprobs: list[Logprobs] | None = None
 
 
 @dataclass
 class Stats:
-    """Counts over the rounds of one generation. The token that prefill yields belongs to no round."""
+    """Counts over the rounds of one generation. The token that prefill yields belongs to no round.
+
+    `processed_rows` counts the rows a logits processor in Python was called for, which may read from the device.
+    """
 
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
     drafted_at: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
+    processed_rows: int = 0
 
     def add(self, drafted: int, accepted: int) -> None:
         self.rounds += 1
@@ -71,10 +86,23 @@ class Stream:
     """
 
     def __init__(
-        self, target: Target, drafter: Drafter | None, *, max_draft_tokens: int, sampling: Sampling | None = None
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        *,
+        max_draft_tokens: int,
+        sampling: Sampling | None = None,
+        processors: Sequence[LogitsProcessor] = (),
+        logprobs: int | None = None,
     ) -> None:
         self.target = target
         self.drafter = drafter
+        self.processors = processors
+        if logprobs is not None and logprobs > target.config.vocab_size:
+            raise OptionError(f"logprobs is {logprobs}, more than the vocabulary of {target.config.vocab_size}")
+        self.logprobs = logprobs
+        # All tokens so far, for the processors; kept only if there are any.
+        self._text = mx.zeros(0, mx.int32)
         self.sampling = sampling or Sampling()
         # All randomness comes from these and a position: nothing to advance, whatever is accepted.
         self._draw_key, self._coin_key = mx.random.split(mx.random.key(self.sampling.seed))
@@ -85,8 +113,10 @@ class Stream:
         self._bonus = mx.zeros((1, 1), mx.int32)
         self._hidden = mx.zeros((1, 1, target.config.hidden_size), target.dtype)
 
-    def prefill(self, prompt: list[int], step_size: int, on_progress: Progress | None = None) -> int:
-        """Read the prompt in chunks of `step_size` tokens and return the first token: the target's choice after it."""
+    def prefill(self, prompt: list[int], step_size: int, on_progress: Progress | None = None) -> Round:
+        """Read the prompt in chunks of `step_size` tokens; the target's choice after it is the first token."""
+        if self.processors:
+            self._text = mx.array(prompt, mx.int32)
         self._remember(mx.array(prompt[-self._context.size :], mx.int32))
         for start in range(0, len(prompt), step_size):
             chunk = prompt[start : start + step_size]
@@ -97,11 +127,14 @@ class Stream:
             if is_last:
                 self._bonus = self._accept(Draft(mx.zeros((1, 0), mx.int32)), output.logits[0], 0).tokens[None]
                 self._remember(self._bonus[0])
+                logprobs = self._logprobs(output.logits[0], self._bonus[0])
             del output
             mx.eval(self._bonus, self._hidden, self._context, self.cache.arrays())
             if on_progress is not None:
                 on_progress(start + len(chunk), len(prompt))
-        return _read(self._bonus[0])[0]
+        token = _read(self._bonus[0])
+        self._append(token)
+        return Round(token, 0, 0, self._read_logprobs(logprobs, 1))
 
     def round(self, k: int, stop_ids: frozenset[int] = frozenset()) -> Round:
         """Draft k tokens, verify them in one pass, emit those accepted and one more. k = 0 is plain decoding.
@@ -117,7 +150,8 @@ class Stream:
         self._select(output.hidden, choices, accepted)
         self.cache.offset = self.cache.offset + accepted + 1
         report = mx.concatenate([accepted[None], choices])
-        mx.eval(report, self._bonus, self._hidden, self._context, self.cache.arrays())
+        logprobs = self._logprobs(output.logits[0], choices)
+        mx.eval(report, logprobs, self._bonus, self._hidden, self._context, self.cache.arrays())
         count, *tokens = _read(report)
         tokens = tokens[: count + 1]
         self.cache.length = length + count + 1
@@ -127,7 +161,8 @@ class Stream:
             self._context = context
             self._select(output.hidden, choices, mx.array(stop))
             self.cache.set_length(length + stop + 1)
-        return Round(tokens, k, count)
+        self._append(tokens)
+        return Round(tokens, k, count, self._read_logprobs(logprobs, len(tokens)))
 
     def _draft(self, k: int) -> Draft:
         # In a function of its own: a K/V view still referenced at evaluation would force a copy of the whole buffer.
@@ -176,11 +211,11 @@ class Stream:
         """Decide on a draft by the target's logits [k + 1, vocab], whose first row is for position offset + `ahead`."""
         sampling, first = self.sampling, self.cache.offset + ahead
         rows, vocab_size = logits.shape
-        if self._penalties.is_active or not sampling.is_greedy:
+        if self._penalties.is_active or self.processors or not sampling.is_greedy:
             size = self._penalties.context_size
             text = mx.concatenate([self._context, draft.tokens[0]])
             contexts = mx.stack([text[row : row + size] for row in range(rows)])
-            logits = self._penalties(self.target.soft_cap(logits), contexts)
+            logits = self._process(self._penalties(self.target.soft_cap(logits), contexts), draft.tokens[0])
         if sampling.is_greedy:
             return accept_matching(draft.tokens, logits)
         coins = uniform(self._coin_key, first, rows)
@@ -189,6 +224,48 @@ class Stream:
             noise = gumbel(self._draw_key, first, rows, vocab_size)
             return accept_matching(draft.tokens, log_probabilities + noise)
         return accept_block(draft, log_probabilities, _round_keys(self._draw_key, first)[1])
+
+    def _process(self, logits: mx.array, drafted: mx.array) -> mx.array:
+        """Pass each row, [vocab], through the processors with the tokens that precede it."""
+        if not self.processors:
+            return logits
+        text = mx.concatenate([self._text, drafted])
+        rows = []
+        for index in range(logits.shape[0]):
+            row, before = logits[index : index + 1], text[: self._text.size + index]
+            for processor in self.processors:
+                processed = processor(before, row)
+                if not isinstance(processed, mx.array) or processed.shape != row.shape:
+                    found = list(processed.shape) if isinstance(processed, mx.array) else type(processed).__name__
+                    raise OptionError(f"a logits processor must return logits {list(row.shape)}, found {found}")
+                row = processed
+            rows.append(row)
+        return mx.concatenate(rows)
+
+    def _append(self, tokens: list[int]) -> None:
+        if self.processors:
+            self._text = mx.concatenate([self._text, mx.array(tokens, mx.int32)])
+
+    def _logprobs(self, logits: mx.array, tokens: mx.array) -> mx.array:
+        """Per row the token's log probability, then the ids and the log probabilities of the most likely: float32."""
+        if self.logprobs is None:
+            return mx.zeros(0)
+        capped = self.target.soft_cap(logits).astype(mx.float32)
+        values = capped - mx.logsumexp(capped, axis=-1, keepdims=True)
+        # Stable order: the most likely first, equal ones by id.
+        top = mx.argsort(-values, axis=-1)[:, : self.logprobs]
+        own = mx.take_along_axis(values, tokens[:, None], axis=-1)
+        # Ids are exact in float32 up to 2**24, more than any vocabulary.
+        return mx.concatenate([own, top.astype(mx.float32), mx.take_along_axis(values, top, axis=-1)], axis=-1)
+
+    def _read_logprobs(self, report: mx.array, count: int) -> list[Logprobs] | None:
+        if self.logprobs is None:
+            return None
+        rows: list[list[float]] = report[:count].tolist()  # type: ignore[assignment]
+        n = self.logprobs
+        return [
+            Logprobs(row[0], [(int(i), p) for i, p in zip(row[1 : n + 1], row[n + 1 :], strict=True)]) for row in rows
+        ]
 
     def _select(self, hidden: mx.array, choices: mx.array, row: mx.array) -> None:
         """Make the target's choice at one verified row the bonus token."""
@@ -218,14 +295,12 @@ def _read(report: mx.array) -> list[int]:
 def token_budget(prompt: list[int], max_tokens: int, max_context: int) -> int:
     """Most tokens that may follow a prompt: `max_tokens`, or what is left of the context.
 
-    Raises PromptError for an empty prompt or one that leaves no room, OptionError for a `max_tokens` below 1.
+    Raises PromptError for an empty prompt or one that leaves no room.
     """
     if not prompt:
         raise PromptError("the prompt is empty: expected at least one token")
     if len(prompt) >= max_context:
         raise PromptError(f"the prompt has {len(prompt)} tokens, but the context holds {max_context} with the answer")
-    if max_tokens < 1:
-        raise OptionError(f"max_tokens must be at least 1, found {max_tokens}")
     return min(max_tokens, max_context - len(prompt))
 
 
@@ -243,9 +318,9 @@ def decode(
 
     Ends after a stop token, which is emitted, or after `max_tokens` (see `token_budget`).
     """
-    last = stream.prefill(prompt, prefill_step_size, on_prefill)
-    yield Round([last], 0, 0)
-    left = max_tokens - 1
+    first = stream.prefill(prompt, prefill_step_size, on_prefill)
+    yield first
+    last, left = first.tokens[-1], max_tokens - 1
     while left and last not in stop_ids:
         # A round yields up to k + 1 tokens: never draft more than may still be emitted.
         result = stream.round(min(num_draft_tokens, left - 1), stop_ids)

@@ -77,6 +77,66 @@ def test_a_banned_token_never_appears(model: mlx_mtp.Model) -> None:
         assert not banned & set(generate(model, 4, sampling=sampling).tokens)
 
 
+def test_logits_processors_see_each_rows_own_tokens(model: mlx_mtp.Model) -> None:
+    """One that forbids repeating the last three tokens, and depends on the length: as in mlx-lm's plain loop."""
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        bias = 5.0 if tokens.size % 2 else 0.0
+        return logits.at[:, tokens[-3:]].add(-100.0).at[:, 60].add(bias)
+
+    tokens = list(PROMPT)
+    for _ in range(TOKENS):
+        cache = Cache(model.config.text, mx.float32, max_block=1)
+        logits = model.target.soft_cap(model.target(mx.array([tokens]), cache, logit_rows=1).logits[0])
+        tokens.append(int(mx.argmax(process(mx.array(tokens), logits)).item()))
+    for k in (0, 4):
+        result = generate(model, k, logits_processors=[process])
+        assert result.tokens == tokens[len(PROMPT) :]
+        assert result.last.stats.processed_rows == 1 + result.last.stats.rounds + result.last.stats.drafted
+    assert generate(model, 4).last.stats.processed_rows == 0
+
+
+def test_a_processor_of_the_wrong_shape(model: mlx_mtp.Model) -> None:
+    with pytest.raises(mlx_mtp.OptionError, match=r"must return logits \[1, 512\], found \[512\]"):
+        next(model.stream_generate(PROMPT, logits_processors=[lambda _, logits: logits[0]]))
+    with pytest.raises(mlx_mtp.OptionError, match=r"must return logits \[1, 512\], found NoneType"):
+        next(model.stream_generate(PROMPT, logits_processors=[lambda _, logits: None]))
+
+
+def test_min_tokens(model: mlx_mtp.Model) -> None:
+    plain = generate(model, 0).tokens
+    model.tokenizer.add_eos_token(str(plain[5]))
+    try:
+        stopped = model.generate(PROMPT, max_tokens=TOKENS, num_draft_tokens=0)
+        assert stopped.last.generation_tokens == plain.index(plain[5]) + 1
+        expected = model.generate(PROMPT, max_tokens=TOKENS, num_draft_tokens=0, min_tokens=30)
+        assert plain[5] not in expected.tokens[:30]
+        assert model.generate(PROMPT, max_tokens=TOKENS, num_draft_tokens=4, min_tokens=30).tokens == expected.tokens
+    finally:
+        model.tokenizer.eos_token_ids.discard(plain[5])
+
+
+def test_logprobs_are_the_targets_own(model: mlx_mtp.Model) -> None:
+    """Whatever the options are; the same with and without drafts."""
+    sampling = mlx_mtp.Sampling(temperature=0.7, top_k=10, presence_penalty=1.0, acceptance="coupled")
+    for k in (0, 3):
+        options = {"num_draft_tokens": k, "max_tokens": TOKENS, "ignore_eos": True, "logprobs": 4}
+        responses = list(model.stream_generate(PROMPT, sampling=sampling, **options))
+        tokens = [response.token for response in responses]
+        cache = Cache(model.config.text, mx.float32, max_block=1)
+        output = model.target(mx.array([PROMPT + tokens]), cache, logit_rows=TOKENS + 1)
+        logits = model.target.soft_cap(output.logits[0, :-1])
+        values = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        for row, response in zip(values, responses, strict=True):
+            assert response.logprobs is not None
+            assert response.logprobs.token == pytest.approx(row[response.token].item(), abs=1e-3)
+            best = mx.sort(row)[::-1][:4].tolist()
+            assert [p for _, p in response.logprobs.top] == pytest.approx(best, abs=1e-3)
+            assert [row[i].item() for i, _ in response.logprobs.top] == pytest.approx(best, abs=1e-3)
+    assert responses[0].logprobs != responses[1].logprobs
+    assert generate(model, 3).last.logprobs is None
+
+
 def test_penalties_keep_the_drafter_useful(pair: Path) -> None:
     """On the trained pair: penalties reach the drafter as well. Measured 2.1 tokens per round; 1.0 is no help."""
     model = mlx_mtp.load(pair / "target", pair / "assistant")
@@ -150,6 +210,12 @@ def test_options_are_checked_before_anything_is_generated(model: mlx_mtp.Model) 
         model.stream_generate(PROMPT, sampling=mlx_mtp.Sampling(logit_bias={512: 1.0}))
     with pytest.raises(mlx_mtp.OptionError, match="stop holds an empty string"):
         model.stream_generate(PROMPT, stop=["a", ""])
+    with pytest.raises(mlx_mtp.OptionError, match="min_tokens is 5, more than the max_tokens of 4"):
+        model.stream_generate(PROMPT, min_tokens=5, max_tokens=4)
+    with pytest.raises(mlx_mtp.OptionError, match="logprobs is 513, more than the vocabulary of 512"):
+        model.stream_generate(PROMPT, logprobs=513)
+    with pytest.raises(TypeError, match="max_token"):
+        model.stream_generate(PROMPT, max_token=3)
 
 
 def test_the_command_line_takes_them_all(tiny_pair: TinyPair) -> None:
@@ -166,7 +232,10 @@ def test_the_command_line_takes_them_all(tiny_pair: TinyPair) -> None:
     penalties = ("--repetition-penalty", "1.2", "--presence-penalty", "0.5", "--frequency-penalty", "0.1")
     sizes = ("--repetition-context-size", "10", "--presence-context-size", "30", "--frequency-context-size", "30")
     every = (*sampled, *xtc, *penalties, *sizes, "--logit-bias", '{"100": 2}')
-    drafted, plain = run(*every), run(*every, "--num-draft-tokens", "0")
+    drafted, plain = run(*every, "--logprobs", "2"), run(*every, "--num-draft-tokens", "0", "--min-tokens", "10")
+    assert [entry["token"] for entry in drafted["logprobs"]] == drafted["tokens"]
+    assert all(entry["logprob"] <= entry["top"][0][1] and len(entry["top"]) == 2 for entry in drafted["logprobs"])
+    assert plain["logprobs"] == []
     assert drafted["tokens"] == plain["tokens"]
     assert drafted["drafted"] > plain["drafted"] == 0
     stop = drafted["text"][10:12]

@@ -174,7 +174,7 @@ def test_any_rounds_and_rejections_leave_the_state_of_a_fresh_fill(
     prompt = LONG[:length]
     reference = plain(variant, tuple(prompt)) if length == len(LONG) else run(target, None, prompt, 0, max_tokens=60)[0]
     stream = Stream(target, None, max_draft_tokens=4)
-    tokens = [stream.prefill(prompt, chunk)]
+    tokens = stream.prefill(prompt, chunk).tokens
     for k, right in history:
         stream.drafter = Scripted(drafter, prompt, reference, tuple(range(right, k)))
         result = stream.round(k)
@@ -230,8 +230,6 @@ def test_bad_arguments(tiny_models: Models) -> None:
     target, drafter = tiny_models("e2b")
     with pytest.raises(PromptError, match="the prompt is empty"):
         run(target, drafter, [], 3)
-    with pytest.raises(OptionError, match="max_tokens must be at least 1, found 0"):
-        run(target, drafter, SHORT, 3, max_tokens=0)
     with pytest.raises(OptionError, match="3 draft tokens asked for without a drafter"):
         run(target, None, SHORT, 3)
 
@@ -245,7 +243,7 @@ def test_the_drafter_never_sees_a_rejected_row(
     target, drafter = tiny_models(variant)
     reference = plain(variant, tuple(prompt))
     stream = Stream(target, Scripted(drafter, prompt, reference, wrong_at=(1, 2, 3)), max_draft_tokens=4)
-    tokens = [stream.prefill(prompt, 64)]
+    tokens = stream.prefill(prompt, 64).tokens
     untouched = Stream(target, None, max_draft_tokens=4)
     untouched.prefill(prompt, 64)
     for _ in range(12):
