@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -64,6 +65,15 @@ class Stats:
             self.drafted_at[position] += 1
             self.accepted_at[position] += position < accepted
 
+    def merge(self, other: "Stats") -> None:
+        """Add another generation's counts."""
+        self.rounds += other.rounds
+        self.drafted += other.drafted
+        self.accepted += other.accepted
+        self.processed_rows += other.processed_rows
+        self.drafted_at = _sums(self.drafted_at, other.drafted_at)
+        self.accepted_at = _sums(self.accepted_at, other.accepted_at)
+
     @property
     def acceptance_length(self) -> float | None:
         """Mean number of tokens a round yields: accepted draft tokens plus the target's own. 1.0 is plain decoding.
@@ -76,6 +86,10 @@ class Stats:
     def acceptance_by_position(self) -> list[float]:
         """Per draft position, the share of rounds drafting that far in which the token there was accepted."""
         return [a / d for a, d in zip(self.accepted_at, self.drafted_at, strict=True)]
+
+
+def _sums(left: list[int], right: list[int]) -> list[int]:
+    return [a + b for a, b in zip_longest(left, right, fillvalue=0)]
 
 
 class Stream:

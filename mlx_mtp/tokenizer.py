@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .errors import PromptError, TokenizerError
 
@@ -47,8 +47,13 @@ def encode_prompt(
             raise PromptError("a system prompt needs a chat template: this model has none, or it is ignored")
         bos = tokenizer.bos_token
         return list(tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos)))
-    messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
+    messages = [{"role": "user", "content": prompt}]
     if system_prompt is not None:
         messages.insert(0, {"role": "system", "content": system_prompt})
+    return encode_chat(tokenizer, messages)
+
+
+def encode_chat(tokenizer: "TokenizerWrapper", messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation, up to where the model's answer begins."""
     # Thinking is off by default in Gemma's own template; mlx-lm's wrapper would turn it on.
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False))

@@ -1,0 +1,193 @@
+"""What the command lines share: options, error handling, and what they print about a generation."""
+
+import argparse
+import json
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from huggingface_hub.utils import tqdm
+
+from .engine import DEFAULT_DRAFT_TOKENS, GenerationResponse, Model
+from .errors import MTPError
+from .sampling import ACCEPTANCE_RULES, Sampling
+
+# What a shell expects of a program ended by Ctrl-C.
+INTERRUPTED = 130
+
+
+def exit_status(run: Callable[[], int]) -> int:
+    """Run a command: its own exit status, 1 after an error, which is printed in one line, or 130 after Ctrl-C."""
+    try:
+        return run()
+    except MTPError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output is gone; what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="Target: a local folder or a Hugging Face hub id.")
+    parser.add_argument(
+        "--drafter",
+        help="Drafter: a local folder or a hub id, or 'none' to decode plainly. "
+        "Default: MODEL/drafter, else the sibling MODEL-assistant.",
+    )
+    parser.add_argument(
+        "--num-draft-tokens",
+        type=int,
+        help=f"Draft tokens per round (default: {DEFAULT_DRAFT_TOKENS}); 0 decodes plainly. Never changes greedy text.",
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    unset = Sampling()
+    add("--temp", type=float, default=0.0, help="Sampling temperature (default: %(default)s, greedy).")
+    add("--top-k", type=int, help="Most likely tokens to draw from, 0 for all (default: the model's own).")
+    add("--top-p", type=float, help="Probability mass to draw from, 1 for all (default: the model's own).")
+    add("--min-p", type=float, default=unset.min_p, help="Least share of the best token's probability (%(default)s).")
+    add(
+        "--xtc-probability",
+        type=float,
+        default=unset.xtc_probability,
+        help="Probability of XTC, leaving out the most likely tokens (default: %(default)s).",
+    )
+    add(
+        "--xtc-threshold",
+        type=float,
+        default=unset.xtc_threshold,
+        help="Probability above which XTC leaves tokens out, all but the least likely of them (default: %(default)s).",
+    )
+    add("--seed", type=int, help="Seed of the random numbers (default: a new one each time, named with --verbose).")
+    _add_penalty_options(parser)
+    add(
+        "--acceptance",
+        choices=ACCEPTANCE_RULES,
+        default=unset.acceptance,
+        help="Rule for sampled drafts: 'block' accepts most; with 'coupled' the text for a seed does not depend on the "
+        "number of draft tokens (default: %(default)s).",
+    )
+
+
+def _add_penalty_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    unset = Sampling()
+    for name, effect in (
+        ("repetition", "divides"),
+        ("presence", "subtracts once"),
+        ("frequency", "subtracts each time"),
+    ):
+        penalty, size = f"{name}_penalty", f"{name}_context_size"
+        add(
+            f"--{name}-penalty",
+            type=float,
+            default=vars(unset)[penalty],
+            help=f"Penalty for tokens seen before, which {effect} (default: %(default)s, none).",
+        )
+        add(
+            f"--{name}-context-size",
+            type=int,
+            default=vars(unset)[size],
+            help="Number of preceding tokens it looks at (default: %(default)s).",
+        )
+    add("--logit-bias", type=_logit_bias, default={}, metavar="JSON", help='Added to logits: {"token id": bias, ...}.')
+
+
+def _logit_bias(text: str) -> dict[int, float]:
+    try:
+        return {int(token): float(bias) for token, bias in json.loads(text).items()}
+    except (ValueError, AttributeError, TypeError):
+        raise argparse.ArgumentTypeError(f"expected a JSON object of token ids and numbers, found {text!r}") from None
+
+
+def read_sampling(args: argparse.Namespace, model: Model) -> Sampling:
+    """The options given, else what the model's makers sample with."""
+    own = model.config.sampling
+    unset = Sampling()
+    return Sampling(
+        temperature=args.temp,
+        top_k=next(v for v in (args.top_k, own.top_k, unset.top_k) if v is not None),
+        top_p=next(v for v in (args.top_p, own.top_p, unset.top_p) if v is not None),
+        min_p=args.min_p,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        seed=secrets.randbits(32) if args.seed is None else args.seed,
+        acceptance=args.acceptance,
+        logit_bias=args.logit_bias,
+        **{
+            f"{name}_{kind}": vars(args)[f"{name}_{kind}"]
+            for name in ("repetition", "presence", "frequency")
+            for kind in ("penalty", "context_size")
+        },
+    )
+
+
+def print_stream(responses: Iterator[GenerationResponse]) -> tuple[list[GenerationResponse], bool]:
+    """Print text as it comes. Returns the responses, and whether Ctrl-C ended them early."""
+    seen: list[GenerationResponse] = []
+    interrupted = False
+    try:
+        for response in responses:
+            seen.append(response)
+            print(response.text, end="", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    print(flush=True)
+    return seen, interrupted
+
+
+@contextmanager
+def prefill_bar(total: int, step_size: int) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, for prompts of more than one chunk; gone before the text begins."""
+    disable = None if total > step_size else True
+    bar = tqdm(total=total, desc="Prefill", unit="tok", leave=False, disable=disable, file=sys.stderr)
+
+    def update(done: int, total: int) -> None:
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    try:
+        yield update
+    finally:
+        bar.close()
+
+
+def describe(model: Model, sampling: Sampling, seconds: float) -> None:
+    for role, config in (("target", model.config), ("drafter", model.drafter_config)):
+        if config is None:
+            print(f"{role}: none", file=sys.stderr)
+            continue
+        q = config.quantization
+        weights = f"{q.bits} bit ({q.mode}, groups of {q.group_size})" if q else "not quantized"
+        print(f"{role}: {config.path.parent}, {config.model_type}, {weights}", file=sys.stderr)
+    print(f"activations: {model.target.dtype}, context: {model.max_context} tokens", file=sys.stderr)
+    print("sampling: greedy" if sampling.is_greedy else f"sampling: {sampling}", file=sys.stderr)
+    print(f"loaded in {seconds:.1f} s", file=sys.stderr)
+
+
+def summarize(last: GenerationResponse, model: Model) -> None:
+    stats = last.stats
+    lines = [
+        f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens/s",
+        f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s",
+    ]
+    if stats.drafted:
+        lines += [
+            f"Rounds: {stats.rounds}, drafted: {stats.drafted}, accepted: {stats.accepted}",
+            f"Acceptance length: {stats.acceptance_length:.2f} tokens per round",
+            "Acceptance by position: " + " ".join(f"{share:.2f}" for share in stats.acceptance_by_position),
+        ]
+    else:
+        reason = "no drafter" if model.drafter is None else "drafter not used"
+        lines.append(f"Rounds: {stats.rounds}, nothing drafted ({reason})")
+    lines.append(f"Peak memory: {last.peak_memory:.3f} GB")
+    print("\n".join(lines), file=sys.stderr)
