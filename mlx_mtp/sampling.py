@@ -14,6 +14,8 @@ import mlx.core as mx
 from .errors import OptionError
 
 AcceptanceRule = Literal["block", "coupled"]
+# Least temperature above 0, and least top_p: less leaves nothing but rounding of float32.
+_SMALLEST = 1e-6
 ACCEPTANCE_RULES: tuple[AcceptanceRule, ...] = ("block", "coupled")
 
 
@@ -71,9 +73,11 @@ class Sampling:
                 raise OptionError(f"{name} must be {'an integer' if whole else 'a number'}, found {value!r}")
             if not low <= value <= high or math.isinf(value):
                 raise OptionError(f"{name} must be {_range(low, high)}, found {value}")
-        for name in ("top_p", "repetition_penalty"):
-            if vars(self)[name] == 0:
-                raise OptionError(f"{name} must be above 0, found 0")
+        if self.repetition_penalty == 0:
+            raise OptionError("repetition_penalty must be above 0, found 0")
+        if 0 < self.temperature < _SMALLEST or self.top_p < _SMALLEST:
+            name = "top_p" if self.top_p < _SMALLEST else "temperature"
+            raise OptionError(f"{name} must be at least {_SMALLEST:g}, found {vars(self)[name]:g}")
         for token, bias in self.logit_bias.items():
             if isinstance(token, bool) or not isinstance(token, int) or not isinstance(bias, int | float):
                 raise OptionError(f"logit_bias must map token ids to numbers, found {token!r}: {bias!r}")

@@ -131,7 +131,7 @@ def make_tables(drafter: str, vocab_size: int, sampling: Sampling | None = None)
     logits = {
         "good": np.log(0.7 * np.exp(target) + 0.3 * np.exp(other)),
         "bad": other,
-        "opposite": target[:, ::-1],
+        "opposite": target[:, ::-1].copy(),
         # Nearly sure of the target's least likely token.
         "adversarial": np.log(np.eye(vocab_size)[target.argmin(axis=1)] * 0.97 + 0.03 / vocab_size),
         "identical": target,
@@ -225,15 +225,15 @@ def test_the_test_rejects_drafting_the_argmax_against_its_probability(drafter: s
     assert misfit(make_tables(drafter, 4), 3, token_by_token, greedy_draft=True) > 20
 
 
-@pytest.mark.parametrize("drafter", ["bad", "opposite"])
-def test_the_test_rejects_a_residual_without_weight(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("k", [3, 4])
+def test_the_test_rejects_a_residual_without_weight(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     right = acceptance._next_token
 
     def wrong(draft: Draft, p: mx.array, q: mx.array, weights: mx.array, accepted: mx.array, key: mx.array) -> mx.array:
         return right(draft, p, q, mx.ones_like(weights), accepted, key)
 
     monkeypatch.setattr(acceptance, "_next_token", wrong)
-    assert misfit(make_tables(drafter, 4), 3) > 2
+    assert misfit(make_tables("bad", 4), k) > 2
 
 
 @pytest.mark.parametrize("scale", [0.8, 1.25])

@@ -111,7 +111,7 @@ def test_help_names_every_option() -> None:
     [
         (["-p", ""], "error: the prompt is empty: expected some text"),
         (["-p", "x", "--temp", "-0.7"], "error: temperature must be at least 0, found -0.7"),
-        (["-p", "x", "--temp", "1", "--top-p", "0"], "error: top_p must be above 0, found 0"),
+        (["-p", "x", "--temp", "1", "--top-p", "0"], "error: top_p must be at least 1e-06, found 0"),
         (["-p", "x", "--min-p", "1.5"], "error: min_p must be between 0 and 1, found 1.5"),
         (["-p", "x", "-m", "0"], "error: max_tokens must be an integer of at least 1, found 0"),
         (["-p", "x", "--num-draft-tokens", "-1"], "error: num_draft_tokens must be an integer of at least 0, found -1"),

@@ -182,25 +182,15 @@ def test_stop_tokens_and_ignore_eos(model: mlx_mtp.Model) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1.0}, "temperature must be at least 0, found -1.0"),
-        ({"temperature": float("nan")}, "temperature must be at least 0, found nan"),
-        ({"temperature": float("inf")}, "temperature must be at least 0, found inf"),
-        ({"temperature": "1"}, "temperature must be a number, found '1'"),
-        ({"top_k": -1}, "top_k must be at least 0, found -1"),
-        ({"top_k": 1.5}, "top_k must be an integer, found 1.5"),
-        ({"top_p": 0.0}, "top_p must be above 0, found 0"),
-        ({"top_p": 1.1}, "top_p must be between 0 and 1, found 1.1"),
-        ({"min_p": -0.1}, "min_p must be between 0 and 1, found -0.1"),
-        ({"xtc_threshold": 0.7}, "xtc_threshold must be between 0 and 0.5, found 0.7"),
-        ({"seed": -1}, "seed must be between 0 and .*, found -1"),
-        ({"acceptance": "typical"}, "acceptance must be one of block, coupled, found 'typical'"),
+        ({"top_p": 1e-46}, "top_p must be at least 1e-06, found 1e-46"),
+        ({"temperature": 1e-39}, "temperature must be at least 1e-06, found 1e-39"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0, found 0"),
         ({"presence_penalty": float("inf")}, "presence_penalty must be finite, found inf"),
         ({"frequency_context_size": 0}, "frequency_context_size must be at least 1, found 0"),
         ({"logit_bias": {"a": 1.0}}, "logit_bias must map token ids to numbers, found 'a': 1.0"),
     ],
 )
-def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+def test_penalties_and_extremes_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(mlx_mtp.OptionError, match=message):
         mlx_mtp.Sampling(**options)
 

@@ -1,0 +1,210 @@
+"""Accepted draft tokens per round when sampling, by acceptance rule: block verification and two simpler ones.
+
+    python scripts/acceptance_rules.py --model target --drafter assistant
+
+All rules leave the target's distribution as it is; they differ in how many draft tokens they accept. Each decodes the
+same prompts, beginnings of source files of Python's standard library, with the same seeds. Their texts part ways, so
+the last line compares the first two without that noise: what each may expect to accept of the very same drafts.
+"""
+
+import argparse
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+import mlx_mtp
+from mlx_mtp.acceptance import Acceptance, Draft, accept_matching
+from mlx_mtp.drafter import Choose, choose_best
+from mlx_mtp.sampling import Sampling, position_key, uniform
+from mlx_mtp.speculative import Stats, Stream, decode
+
+FILES = (
+    "curses/has_key.py",
+    "asyncio/streams.py",
+    "wsgiref/simple_server.py",
+    "posixpath.py",
+    "queue.py",
+    "email/mime/image.py",
+    "venv/__init__.py",
+    "importlib/resources/_common.py",
+    "xmlrpc/client.py",
+    "hmac.py",
+)
+
+
+class TokenByToken(Stream):
+    """Rejection sampling (Leviathan et al. 2022, Chen et al. 2023): each draft token by itself, by u < p / q."""
+
+    def _accept(self, draft: Draft, logits: mx.array, ahead: int) -> Acceptance:
+        k = draft.tokens.shape[1]
+        if k == 0:
+            return super()._accept(draft, logits, ahead)
+        assert draft.log_probabilities is not None
+        key = accept_key(self, ahead)
+        p, q = mx.exp(target_log_probabilities(self, logits, ahead)), mx.exp(draft.log_probabilities)
+        if draft.ids is not None:
+            q = mx.put_along_axis(mx.zeros((k, p.shape[-1])), draft.ids, q, axis=-1)
+        p_of, q_of = (mx.take_along_axis(x[:k], draft.tokens.T, axis=-1)[:, 0] for x in (p, q))
+        uniform_key, next_key = mx.random.split(key)
+        passes = mx.random.uniform(shape=(k,), key=uniform_key) < p_of / q_of
+        accepted = mx.cumprod(passes.astype(mx.int32)).sum()
+        left = mx.maximum(p[accepted] - q[mx.minimum(accepted, k - 1)], 0)
+        left = mx.where((accepted < k) & (left.sum() > 0), left, p[accepted])
+        following = mx.random.categorical(mx.log(left), key=next_key).astype(mx.int32)
+        tokens = mx.concatenate([draft.tokens[0], mx.zeros(1, mx.int32)])
+        return Acceptance(accepted, mx.where(mx.arange(k + 1) == accepted, following, tokens))
+
+
+class Block(Stream):
+    """Block verification, noting what it and token by token may expect to accept of each round's draft."""
+
+    expected: list[tuple[float, float]]
+
+    def _accept(self, draft: Draft, logits: mx.array, ahead: int) -> Acceptance:
+        if draft.log_probabilities is not None and len(logits) == self.cache.max_block:
+            p, q = np.exp(np.array(target_log_probabilities(self, logits, ahead))), np.exp(draft.log_probabilities)
+            ids = np.arange(p.shape[-1])[None] if draft.ids is None else np.array(draft.ids)
+            dense = np.zeros_like(p[:-1])
+            np.put_along_axis(dense, ids, q, axis=-1)
+            self.expected.append(expected_accepted(p, dense, np.array(draft.tokens[0])))
+        return super()._accept(draft, logits, ahead)
+
+
+def expected_accepted(p: np.ndarray, q: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
+    """Expected number of accepted tokens given the draft: block verification, token by token."""
+    k = len(tokens)
+    ratios = (p[:k] / np.maximum(q, 1e-30))[range(k), tokens]
+    passes, weight = [], 1.0
+    for i, ratio in enumerate(ratios):
+        weight = min(weight * ratio, 1.0)
+        surplus = np.maximum(weight * p[i + 1] - q[i + 1], 0).sum() if i + 1 < k else weight
+        room = surplus + 1 - weight if i + 1 < k else 1.0
+        passes.append(surplus / room if room > 0 else 0.0)
+    block = sum(1 - np.prod(1 - np.array(passes[i:])) for i in range(k))
+    return float(block), float(np.cumprod(np.minimum(ratios, 1)).sum())
+
+
+class SampleAndCompare(Stream):
+    """The drafter's likeliest tokens, accepted where the target happens to draw the same."""
+
+    def _choose(self, k: int) -> Choose:
+        return choose_best
+
+    def _accept(self, draft: Draft, logits: mx.array, ahead: int) -> Acceptance:
+        noise = mx.random.gumbel(logits.shape, key=accept_key(self, ahead))
+        return accept_matching(draft.tokens, target_log_probabilities(self, logits, ahead) + noise)
+
+
+RULES: dict[str, type[Stream]] = {
+    "block verification": Block,
+    "token by token": TokenByToken,
+    "sample and compare": SampleAndCompare,
+}
+
+
+class Result(NamedTuple):
+    """Per generation: accepted draft tokens per round, and the share of rounds that accepted the first.
+
+    `expected`, for block verification, is per round.
+    """
+
+    accepted: list[float]
+    first: list[float]
+    expected: list[tuple[float, float]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Accepted draft tokens per round when sampling, by acceptance rule.")
+    parser.add_argument("--model", required=True, help="Folder of the target.")
+    parser.add_argument("--drafter", required=True, help="Folder of its drafter.")
+    parser.add_argument("--temperature", type=float, default=1.0, help="Sampling temperature (default: 1).")
+    parser.add_argument("--top-k", type=int, default=64, help="Keep this many tokens (default: 64).")
+    parser.add_argument("--top-p", type=float, default=0.95, help="Keep this much probability (default: 0.95).")
+    parser.add_argument("--num-draft-tokens", type=int, default=3, help="Draft tokens per round (default: 3).")
+    parser.add_argument("--max-tokens", type=int, default=100, help="Tokens per generation (default: 100).")
+    parser.add_argument("--prompt-tokens", type=int, default=250, help="Tokens per prompt (default: 250).")
+    parser.add_argument("--prompts", type=int, default=8, help="How many prompts (default: 8).")
+    parser.add_argument("--seeds", type=int, default=3, help="How many seeds per prompt (default: 3).")
+    args = parser.parse_args()
+    model = mlx_mtp.load(args.model, args.drafter)
+    prompts = held_out_prompts(model, args.prompts, args.prompt_tokens)
+    samplings = [
+        Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=seed)
+        for seed in range(args.seeds)
+    ]
+    results = {
+        rule: measure(model, stream, prompts, samplings, args.num_draft_tokens, args.max_tokens)
+        for rule, stream in RULES.items()
+    }
+    print_table(results, args.num_draft_tokens)
+
+
+def held_out_prompts(model: mlx_mtp.Model, count: int, length: int) -> list[list[int]]:
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = [folder / name for name in FILES if (folder / name).is_file()]
+    return [model.tokenizer.encode(file.read_text())[:length] for file in files[:count]]
+
+
+def measure(
+    model: mlx_mtp.Model,
+    rule: type[Stream],
+    prompts: list[list[int]],
+    samplings: list[Sampling],
+    k: int,
+    max_tokens: int,
+) -> Result:
+    result = Result([], [], [])
+    for prompt in prompts:
+        for sampling in samplings:
+            stream = rule(model.target, model.drafter, max_draft_tokens=k, sampling=sampling)
+            if isinstance(stream, Block):
+                stream.expected = result.expected
+            stats = generate(stream, prompt, k, min(max_tokens, model.max_context - len(prompt)))
+            result.accepted.append(stats.accepted / stats.rounds)
+            result.first.append(stats.acceptance_by_position[0])
+    return result
+
+
+def generate(stream: Stream, prompt: list[int], k: int, max_tokens: int) -> Stats:
+    """Statistics of one generation over the rounds of k draft tokens; stop tokens do not end it."""
+    stats = Stats()
+    for result in decode(
+        stream, prompt, max_tokens=max_tokens, num_draft_tokens=k, stop_ids=frozenset(), prefill_step_size=512
+    ):
+        if result.drafted == k:
+            stats.add(result.drafted, result.accepted)
+    return stats
+
+
+def target_log_probabilities(stream: Stream, logits: mx.array, ahead: int) -> mx.array:
+    coins = uniform(stream._coin_key, stream.cache.offset + ahead, logits.shape[0])
+    return stream.sampling.log_probabilities(stream.target.soft_cap(logits), coins)
+
+
+def accept_key(stream: Stream, ahead: int) -> mx.array:
+    """The key of a round's decision; the first of the two is what its draft tokens are drawn with."""
+    return mx.random.split(position_key(stream._draw_key, stream.cache.offset + ahead))[1]
+
+
+def print_table(results: dict[str, Result], k: int) -> None:
+    block = results["block verification"]
+    print(f"accepted draft tokens per round of {k}, mean and standard error over {len(block.accepted)} generations")
+    print(f"{'rule':<20} {'accepted':>16} {'first accepted':>16}")
+    for rule, result in results.items():
+        mean = f"{np.mean(result.accepted):.3f} +- {error(np.array(result.accepted)):.3f}"
+        print(f"{rule:<20} {mean:>16} {np.mean(result.first):>15.1%}")
+    ours, theirs = np.array(block.expected).T
+    gain = f"{(ours - theirs).mean():.3f} +- {error(ours - theirs):.3f}"
+    print(f"on the same {len(ours)} drafts: block {ours.mean():.3f}, token by token {theirs.mean():.3f}, gain {gain}")
+
+
+def error(values: np.ndarray) -> float:
+    """Standard error of the mean."""
+    return float(values.std(ddof=1) / values.size**0.5) if values.size > 1 else float("nan")
+
+
+if __name__ == "__main__":
+    main()
