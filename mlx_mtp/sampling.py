@@ -29,7 +29,7 @@ class Sampling:
 
     `top_k` 0, `top_p` 1, `min_p` 0 and `xtc_probability` 0 leave the distribution as it is. The same seed gives the
     same tokens; with `acceptance` "coupled" it does whatever is drafted, with "block" for the same number of draft
-    tokens.
+    tokens and `max_tokens`.
 
     Raises OptionError for a value out of range.
     """
