@@ -321,3 +321,23 @@ def test_drafting_reads_nothing(tiny_models: Models, variant: str) -> None:
 
     traced = mx.vmap(draft)(stream._bonus[None], stream._hidden[None])[0]
     assert traced.tolist() == draft(stream._bonus, stream._hidden).tolist()
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_a_round_copies_no_buffer(tiny_models: Models, k: int) -> None:
+    """Drafting, verifying and accepting hold no old K/V view: a round's peak does not grow with the buffers."""
+    target, drafter = tiny_models("31b")
+    peaks, sizes = [], []
+    for capacity in (1024, 64 * 1024):
+        stream = Stream(target, drafter, max_draft_tokens=3)
+        stream.cache = Cache(target.config, target.dtype, max_block=4, capacity=capacity)
+        stream.prefill(LONG, 64)
+        stream.round(k)
+        active = mx.get_active_memory()
+        mx.reset_peak_memory()
+        for _ in range(5):
+            stream.round(k)
+        peaks.append(mx.get_peak_memory() - active)
+        sizes.append(sum(buffer.nbytes for buffer in stream.cache.arrays()))
+    assert sizes[1] > sizes[0] + 50e6
+    assert peaks[1] < peaks[0] + 1e6
