@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from .cli import (
     add_model_options,
     add_sampling_options,
+    add_thinking_options,
     describe,
     exit_status,
     prefill_bar,
@@ -21,12 +22,10 @@ from .cli import (
     read_sampling,
     summarize,
 )
-from .engine import DEFAULT_PREFILL_STEP, GenerationResponse, Model
+from .engine import DEFAULT_PREFILL_STEP, GenerationOptions, GenerationResponse, Model
 from .errors import PromptError
 from .load import load
-from .sampling import Sampling
 from .speculative import Progress, Stats
-from .tokenizer import encode_chat
 
 DEFAULT_ANSWER_TOKENS = 1024
 
@@ -62,18 +61,17 @@ def _parser() -> argparse.ArgumentParser:
         help="Most tokens of an answer (default: %(default)s).",
     )
     add_sampling_options(parser)
+    add_thinking_options(parser)
     parser.add_argument("--verbose", action="store_true", help="Say what was loaded, and the figures of each answer.")
     return parser
 
 
 @dataclass
 class _Chat:
-    """A conversation, and the last response of every answer since the program began."""
+    """A conversation, and the last response of every answer since the program began. Thoughts are not kept in it."""
 
     model: Model
-    sampling: Sampling
-    max_tokens: int
-    num_draft_tokens: int | None
+    options: GenerationOptions
     system_prompt: str | None
     messages: list[Message] = field(default_factory=list)
     answers: list[GenerationResponse] = field(default_factory=list)
@@ -81,10 +79,8 @@ class _Chat:
 
     def check(self) -> None:
         """Raises MTPError for an option that cannot be honoured, before a message is asked for."""
-        if not self.model.tokenizer.has_chat_template:
-            raise PromptError("a conversation needs a chat template: this model has none")
-        # Checks its options at once, but decodes nothing until a response is asked for.
-        self._stream([0])
+        # Checks everything at once, but decodes nothing until a response is asked for.
+        self._stream(self._encode([{"role": "user", "content": ""}]))
 
     def ask(self, text: str) -> None:
         """Print the answer to a message, and keep both. Ctrl-C ends the answer there.
@@ -120,18 +116,13 @@ class _Chat:
 
     def _encode(self, messages: list[Message]) -> list[int]:
         system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
-        return encode_chat(self.model.tokenizer, system + messages)
+        return self.model.encode(system + messages, enable_thinking=self.options.enable_thinking)
 
     def _stream(self, prompt: list[int], on_prefill: Progress | None = None) -> Iterator[GenerationResponse]:
         # A seed of its own for each answer: a question asked again after /reset would get the same draws.
-        seed = (self.sampling.seed + len(self.answers)) % 2**64
-        return self.model.stream_generate(
-            prompt,
-            max_tokens=self.max_tokens,
-            sampling=replace(self.sampling, seed=seed),
-            num_draft_tokens=self.num_draft_tokens,
-            on_prefill=on_prefill,
-        )
+        sampling = self.options.sampling
+        sampling = replace(sampling, seed=(sampling.seed + len(self.answers)) % 2**64)
+        return self.model.stream_generate(prompt, self.options, sampling=sampling, on_prefill=on_prefill)
 
 
 def _total(answers: Sequence[GenerationResponse]) -> GenerationResponse:
@@ -160,11 +151,18 @@ def _mean_tps(timed: list[tuple[int, float]]) -> float:
 def _run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     model = load(args.model, args.drafter)
-    chat = _Chat(model, read_sampling(args, model), args.max_tokens, args.num_draft_tokens, args.system_prompt)
+    options = GenerationOptions(
+        max_tokens=args.max_tokens,
+        sampling=read_sampling(args, model),
+        num_draft_tokens=args.num_draft_tokens,
+        enable_thinking=args.enable_thinking,
+        thinking_budget=args.thinking_budget,
+    )
+    chat = _Chat(model, options, args.system_prompt)
     chat.check()
     print(_greeting(args, model), file=sys.stderr)
     if args.verbose:
-        describe(model, chat.sampling, time.perf_counter() - started)
+        describe(model, options.sampling, time.perf_counter() - started)
     for line in _lines():
         if line == "/exit":
             break

@@ -101,6 +101,20 @@ def _add_penalty_options(parser: argparse.ArgumentParser) -> None:
     add("--logit-bias", type=_logit_bias, default={}, metavar="JSON", help='Added to logits: {"token id": bias, ...}.')
 
 
+def add_thinking_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--enable-thinking",
+        action="store_true",
+        help="Let the model think before it answers; thoughts are printed on stderr.",
+    )
+    parser.add_argument(
+        "--thinking-budget",
+        type=int,
+        metavar="N",
+        help="End a thought after this many tokens (default: no limit).",
+    )
+
+
 def _logit_bias(text: str) -> dict[int, float]:
     try:
         return {int(token): float(bias) for token, bias in json.loads(text).items()}
@@ -131,15 +145,25 @@ def read_sampling(args: argparse.Namespace, model: Model) -> Sampling:
 
 
 def print_stream(responses: Iterator[GenerationResponse]) -> tuple[list[GenerationResponse], bool]:
-    """Print text as it comes. Returns the responses, and whether Ctrl-C ended them early."""
+    """Print text as it comes, the thought on stderr. Returns the responses, and whether Ctrl-C ended them early."""
     seen: list[GenerationResponse] = []
-    interrupted = False
+    interrupted = in_thought = False
+    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
     try:
         for response in responses:
             seen.append(response)
-            print(response.text, end="", flush=True)
+            if response.thought:
+                print(f"{dim}{response.thought}{plain}", end="", file=sys.stderr, flush=True)
+                in_thought = True
+            if response.text:
+                if in_thought:
+                    print(file=sys.stderr, flush=True)
+                    in_thought = False
+                print(response.text, end="", flush=True)
     except KeyboardInterrupt:
         interrupted = True
+    if in_thought:
+        print(file=sys.stderr)
     print(flush=True)
     return seen, interrupted
 

@@ -38,6 +38,9 @@ class Candidates(NamedTuple):
 # was drawn from, or None where they do not matter.
 Choose = Callable[[int, Candidates], tuple[mx.array, mx.array | None]]
 
+# Which tokens may follow a token, int32 [1, 1], at the next draft step: bool [1, vocab], or None if all may.
+Allow = Callable[[mx.array], mx.array | None]
+
 
 def choose_best(_step: int, candidates: Candidates) -> tuple[mx.array, None]:
     """The greedy choice."""
@@ -70,9 +73,12 @@ class _CentroidHead(nn.Module):
         self.centroids = nn.Linear(config.text.hidden_size, config.num_centroids, bias=False)
         self.token_ordering = mx.zeros((config.text.vocab_size,), mx.int32)
 
-    def candidates(self, state: mx.array) -> mx.array:
-        """Candidate ids, [candidates], for a state [1, 1, hidden_size]."""
+    def candidates(self, state: mx.array, allowed: mx.array | None) -> mx.array:
+        """Candidate ids, [candidates], for a state [1, 1, hidden_size]; among them some that are allowed."""
         scores = self.centroids(state)[0, 0]
+        if allowed is not None:
+            has_allowed = allowed[0][self.token_ordering].reshape(scores.size, -1).any(axis=-1)
+            scores = mx.where(has_allowed, scores, -mx.inf)
         best = mx.argpartition(scores, kth=-self.top_k)[-self.top_k :]
         return self.token_ordering.reshape(scores.size, -1)[best].reshape(-1)
 
@@ -103,13 +109,18 @@ class Drafter(nn.Module):
         state = self.model.norm(h)
         return DraftStep(state, self.post_projection(state))
 
-    def candidates(self, state: mx.array) -> Candidates:
-        """The head's candidates: the whole vocabulary for a dense head, the best centroids' tokens otherwise."""
+    def candidates(self, state: mx.array, allowed: mx.array | None = None) -> Candidates:
+        """The head's candidates: the whole vocabulary for a dense head, the best centroids' tokens otherwise.
+
+        Those that are not `allowed`, bool [1, vocab], have the logit -inf.
+        """
         if self.masked_embedding is None:
-            return Candidates(None, self.model.embed_tokens.as_linear(state)[0])
-        ids = self.masked_embedding.candidates(state)
+            logits = self.model.embed_tokens.as_linear(state)[0]
+            return Candidates(None, logits if allowed is None else mx.where(allowed, logits, -mx.inf))
+        ids = self.masked_embedding.candidates(state, allowed)
         # Calling the embedding gathers the rows, dequantizing no others.
-        return Candidates(ids[None], state[0] @ self.model.embed_tokens(ids).T)
+        logits = state[0] @ self.model.embed_tokens(ids).T
+        return Candidates(ids[None], logits if allowed is None else mx.where(allowed[:, ids], logits, -mx.inf))
 
     def draft(
         self,
@@ -119,12 +130,13 @@ class Drafter(nn.Module):
         context: DraftContext,
         k: int,
         choose: Choose = choose_best,
+        allow: Allow | None = None,
     ) -> Draft:
         """k draft tokens after `token`, int32 [1, 1], and the hidden state that produced it."""
         tokens, ids, log_probabilities = [mx.zeros((1, 0), mx.int32)], [], []
         for index in range(k):
             step = self(target.embed(token), hidden, context)
-            candidates = self.candidates(step.state)
+            candidates = self.candidates(step.state, None if allow is None else allow(token))
             choice, distribution = choose(index, candidates)
             if candidates.ids is None:
                 token = choice.astype(mx.int32)

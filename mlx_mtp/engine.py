@@ -1,22 +1,29 @@
 """Text in, text out: encoding, the decode loop, stop rules and statistics of a loaded pair."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import mlx.core as mx
 
 from .config import DrafterConfig, TargetConfig
 from .drafter import Drafter
-from .errors import OptionError
+from .errors import OptionError, PromptError
 from .gemma4 import Target
+from .guide import Channel, Guide, compile_grammar
 from .sampling import Sampling
 from .speculative import LogitsProcessor, Logprobs, Progress, Round, Stats, Stream, decode, token_budget
-from .tokenizer import encode_prompt
+from .text import TextStream
+from .tokenizer import encode_chat, encode_prompt, open_thought, thought_channel
 
 if TYPE_CHECKING:
+    from llguidance import LLTokenizer
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+# What to decode from: text, token ids, or the messages of a conversation, each with its role and content.
+Prompt = str | Sequence[int] | mx.array | Sequence[Mapping[str, Any]]
 
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_DRAFT_TOKENS = 3
@@ -33,7 +40,13 @@ class GenerationOptions:
     `logits_processors` are called as by mlx-lm, for every row of a verify pass with the tokens before it; the drafter
     does not know of them. `logprobs` is the number of most likely tokens reported with each token's log probability.
 
-    Raises OptionError for a value out of range.
+    With one of `json_schema`, `regex` and `grammar` (see `guide.compile_grammar`) the answer is always in that
+    language: up to its end, where the text stops, or a beginning of it where `max_tokens` cut it short.
+
+    `enable_thinking` lets the answer begin with a thought, and is the switch of the chat template for messages.
+    `thinking_budget` is the most tokens of a thought, after which it is closed and the answer begins.
+
+    Raises OptionError for a value out of range, and for options that contradict each other.
     """
 
     max_tokens: int = DEFAULT_MAX_TOKENS
@@ -43,11 +56,17 @@ class GenerationOptions:
     min_tokens: int = 0
     logits_processors: Sequence[LogitsProcessor] = ()
     logprobs: int | None = None
+    json_schema: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    enable_thinking: bool = False
+    thinking_budget: int | None = None
     num_draft_tokens: int | None = None
     prefill_step_size: int = DEFAULT_PREFILL_STEP
 
     def __post_init__(self) -> None:
-        least = {"max_tokens": 1, "min_tokens": 0, "logprobs": 0, "num_draft_tokens": 0, "prefill_step_size": 1}
+        least = dict.fromkeys(["min_tokens", "logprobs", "thinking_budget", "num_draft_tokens"], 0)
+        least |= {"max_tokens": 1, "prefill_step_size": 1}
         for name, minimum in least.items():
             value = vars(self)[name]
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
@@ -56,6 +75,15 @@ class GenerationOptions:
             raise OptionError(f"min_tokens is {self.min_tokens}, more than the max_tokens of {self.max_tokens}")
         if "" in self.stop_strings:
             raise OptionError("stop holds an empty string")
+        if self.thinking_budget is not None and not self.enable_thinking:
+            raise OptionError("thinking_budget is given, but enable_thinking is not")
+        if self.compiled_grammar() is not None and (self.ignore_eos or self.min_tokens):
+            name = "ignore_eos" if self.ignore_eos else "min_tokens"
+            raise OptionError(f"{name} contradicts a json_schema, regex or grammar, which says where the answer ends")
+
+    def compiled_grammar(self) -> str | None:
+        """What the answer is constrained to, in llguidance's form; None if to nothing."""
+        return compile_grammar(json_schema=self.json_schema, regex=self.regex, grammar=self.grammar)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -66,7 +94,8 @@ class GenerationOptions:
 class GenerationResponse:
     """One token of a generation, with mlx-lm's field names.
 
-    `text` is the readable text since the last response, valid UTF-8. `prompt_tps` and `generation_tps` are tokens per
+    `text` is the readable text of the answer since the last response, `thought` that of the thought before it (without
+    the tokens and the name of its channel); both are valid UTF-8. `prompt_tps` and `generation_tps` are tokens per
     second so far, `peak_memory` is in GB (1e9 bytes). `finish_reason` is set on the last response: "stop" after a stop
     token or string, "length" at `max_tokens` or the end of the context.
     """
@@ -82,13 +111,15 @@ class GenerationResponse:
     finish_reason: Literal["stop", "length"] | None
     stats: Stats
     logprobs: Logprobs | None = None
+    thought: str = ""
 
 
 @dataclass
 class GenerationResult:
-    """A whole generation: its text, its tokens (a stop token included), and the last response's figures."""
+    """A whole generation: answer, thought, all tokens (a stop token included), and the last response's figures."""
 
     text: str
+    thought: str
     tokens: list[int]
     last: GenerationResponse
 
@@ -119,25 +150,6 @@ def _no_stop_before(length: int, stop_ids: Iterable[int]) -> LogitsProcessor:
     return process
 
 
-class _StopStrings:
-    """Cuts text at the first stop string, holding back what may yet become one."""
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = stop
-        self._held = ""
-
-    def add(self, text: str, *, is_last: bool) -> tuple[str, bool]:
-        """The text that can be emitted now, and whether a stop string ends it."""
-        self._held += text
-        found = [index for index in (self._held.find(stop) for stop in self._stop) if index >= 0]
-        if found:
-            return self._held[: min(found)], True
-        beginnings = [n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n])]
-        ready = len(self._held) - (0 if is_last else max(beginnings, default=0))
-        text, self._held = self._held[:ready], self._held[ready:]
-        return text, False
-
-
 @dataclass(frozen=True, repr=False, eq=False)
 class Model:
     """A loaded target with its tokenizer and, unless it decodes plainly, its drafter. Made by `mlx_mtp.load`."""
@@ -153,15 +165,31 @@ class Model:
         """Most tokens of prompt and answer together (config field `max_position_embeddings`)."""
         return self.config.text.max_position_embeddings
 
+    def encode(self, prompt: Prompt, *, enable_thinking: bool = False) -> list[int]:
+        """Token ids of a prompt: messages go through the chat template, text is encoded as it stands.
+
+        Raises PromptError for messages that cannot be rendered and for token ids that are not in the vocabulary.
+        """
+        if isinstance(prompt, str):
+            return encode_prompt(self.tokenizer, prompt, use_chat_template=False)
+        items: list[Any] = prompt.tolist() if isinstance(prompt, mx.array) else list(prompt)  # type: ignore[assignment]
+        if items and isinstance(items[0], Mapping):
+            return encode_chat(self.tokenizer, items, enable_thinking=enable_thinking)
+        size = self.target.config.vocab_size
+        for token in items:
+            if not isinstance(token, int) or not 0 <= token < size:
+                raise PromptError(f"the prompt must hold token ids from 0 to {size - 1}, found {token!r}")
+        return items
+
     def stream_generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         options: GenerationOptions | None = None,
         *,
         on_prefill: Progress | None = None,
         **changes: Any,
     ) -> Iterator[GenerationResponse]:
-        """Decode, one response per token; a string is encoded as it stands, without chat template.
+        """Decode, one response per token. For the kinds of prompt see `encode`.
 
         `changes` are fields of `GenerationOptions`, as in `stream_generate(prompt, max_tokens=100)`. Everything is
         checked here, before the first token is asked for. Closing the iterator ends the generation.
@@ -170,20 +198,21 @@ class Model:
         """
         chosen = replace(options or GenerationOptions(), **changes)
         k = self._draft_tokens(chosen.num_draft_tokens)
-        tokens = (
-            encode_prompt(self.tokenizer, prompt, use_chat_template=False) if isinstance(prompt, str) else list(prompt)
-        )
+        tokens = self.encode(prompt, enable_thinking=chosen.enable_thinking)
         budget = token_budget(tokens, chosen.max_tokens, self.max_context)
         eos = frozenset(self.tokenizer.eos_token_ids)
+        stop_ids = frozenset() if chosen.ignore_eos else eos
         processors = list(chosen.logits_processors)
         if chosen.min_tokens:
             processors.append(_no_stop_before(len(tokens) + chosen.min_tokens, eos))
+        thought = None if self._channel is None else open_thought(self.tokenizer, self._channel, tokens)
         stream = Stream(
             self.target,
             self.drafter,
             max_draft_tokens=k,
             sampling=chosen.sampling,
             processors=processors,
+            guide=self._guide(chosen, thought, stop_ids),
             logprobs=chosen.logprobs,
         )
         rounds = decode(
@@ -191,18 +220,18 @@ class Model:
             tokens,
             max_tokens=budget,
             num_draft_tokens=k,
-            stop_ids=frozenset() if chosen.ignore_eos else eos,
+            stop_ids=stop_ids,
             prefill_step_size=chosen.prefill_step_size,
             on_prefill=on_prefill,
         )
-        return self._respond(rounds, len(tokens), budget, chosen)
+        text = TextStream(self.tokenizer, self._channel, chosen.stop_strings, thought)
+        return self._respond(rounds, text, stop_ids, len(tokens), budget, bool(chosen.logits_processors))
 
-    def generate(
-        self, prompt: str | Sequence[int], options: GenerationOptions | None = None, **changes: Any
-    ) -> GenerationResult:
+    def generate(self, prompt: Prompt, options: GenerationOptions | None = None, **changes: Any) -> GenerationResult:
         """The whole of `stream_generate`."""
         responses = list(self.stream_generate(prompt, options, **changes))
-        return GenerationResult("".join(r.text for r in responses), [r.token for r in responses], responses[-1])
+        text, thought = "".join(r.text for r in responses), "".join(r.thought for r in responses)
+        return GenerationResult(text, thought, [r.token for r in responses], responses[-1])
 
     def _draft_tokens(self, requested: int | None) -> int:
         if requested is None:
@@ -211,12 +240,54 @@ class Model:
             raise OptionError(f"num_draft_tokens is {requested}, but no drafter is loaded")
         return requested
 
+    @cached_property
+    def _channel(self) -> Channel | None:
+        return thought_channel(self.tokenizer)
+
+    @cached_property
+    def _grammar_tokenizer(self) -> "LLTokenizer":
+        """Seconds to make for a vocabulary of 262144."""
+        from llguidance.hf import from_tokenizer
+
+        eos = sorted(self.tokenizer.eos_token_ids)
+        try:
+            return from_tokenizer(self.tokenizer._tokenizer, n_vocab=self.target.config.vocab_size, eos_token=eos)
+        except ValueError as error:
+            raise OptionError(f"{self.config.path.parent}: the tokenizer cannot follow a grammar: {error}") from None
+
+    def _guide(self, options: GenerationOptions, thought: int | None, stop_ids: frozenset[int]) -> Guide | None:
+        """What constrains the tokens, if anything does. `thought` is as for `Guide`."""
+        if options.enable_thinking and self._channel is None:
+            raise OptionError("enable_thinking is set, but the tokenizer has no <|channel> token for thoughts")
+        grammar = options.compiled_grammar()
+        if grammar is None and options.thinking_budget is None:
+            return None
+        matcher = None
+        if grammar is not None:
+            from llguidance import LLMatcher
+
+            matcher = LLMatcher(self._grammar_tokenizer, grammar, log_level=0)
+        guide = Guide(
+            self.target.config.vocab_size,
+            stop_ids,
+            matcher=matcher,
+            channel=self._channel if options.enable_thinking or thought is not None else None,
+            thought_budget=options.thinking_budget,
+            thought=thought,
+        )
+        # A grammar without any text is an error now rather than after the prompt.
+        guide.mask()
+        return guide
+
     def _respond(
-        self, rounds: Iterator[Round], prompt_tokens: int, budget: int, options: GenerationOptions
+        self,
+        rounds: Iterator[Round],
+        text: TextStream,
+        stop_ids: frozenset[int],
+        prompt_tokens: int,
+        budget: int,
+        is_processed: bool,
     ) -> Iterator[GenerationResponse]:
-        eos = frozenset() if options.ignore_eos else frozenset(self.tokenizer.eos_token_ids)
-        stop = _StopStrings(options.stop_strings)
-        detokenizer = self.tokenizer.detokenizer
         stats = Stats()
         generated = 0
         clock = _Clock(prompt_tokens)
@@ -225,21 +296,14 @@ class Model:
                 stats.add(result.drafted, result.accepted)
             else:
                 clock.first_token = time.perf_counter()
-            stats.processed_rows += result.drafted + 1 if options.logits_processors else 0
+            stats.processed_rows += result.drafted + 1 if is_processed else 0
             for position, token in enumerate(result.tokens):
                 generated += 1
-                finish: Literal["stop", "length"] | None = "length" if generated == budget else None
-                if token in eos:
-                    finish = "stop"
-                else:
-                    detokenizer.add_token(token)
-                if finish:
-                    detokenizer.finalize()
-                text, stopped = stop.add(detokenizer.last_segment, is_last=finish is not None)
-                if stopped:
-                    finish = "stop"
+                is_stop = token in stop_ids
+                is_last = is_stop or generated == budget
+                piece = text.add(None if is_stop else token, is_last=is_last)
                 yield GenerationResponse(
-                    text=text,
+                    text=piece.text,
                     token=token,
                     from_draft=position < result.accepted,
                     prompt_tokens=prompt_tokens,
@@ -247,9 +311,10 @@ class Model:
                     generation_tokens=generated,
                     generation_tps=clock.generation_tps(generated),
                     peak_memory=mx.get_peak_memory() / 1e9,
-                    finish_reason=finish,
+                    finish_reason="stop" if is_stop or piece.stopped else "length" if is_last else None,
                     stats=stats,
                     logprobs=None if result.logprobs is None else result.logprobs[position],
+                    thought=piece.thought,
                 )
-                if stopped:
+                if piece.stopped:
                     return

@@ -4,12 +4,14 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from .cli import (
     INTERRUPTED,
     add_model_options,
     add_sampling_options,
+    add_thinking_options,
     describe,
     exit_status,
     prefill_bar,
@@ -17,7 +19,8 @@ from .cli import (
     read_sampling,
     summarize,
 )
-from .engine import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, GenerationResponse, Model
+from .engine import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, GenerationOptions, GenerationResponse, Model
+from .errors import OptionError
 from .load import load
 from .tokenizer import encode_prompt
 
@@ -59,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="With --json, each token's log probability and the N most likely ones.",
     )
+    grammar = parser.add_mutually_exclusive_group()
+    grammar.add_argument("--json-schema", metavar="FILE", help="Answer with JSON that follows this JSON Schema.")
+    grammar.add_argument("--regex", help="Answer with text that matches this regular expression as a whole.")
+    grammar.add_argument("--grammar", help="Answer in this grammar's language, written in Lark or llama.cpp's GBNF.")
+    grammar.add_argument("--grammar-file", metavar="FILE", help="The same, read from a file.")
+    add_thinking_options(parser)
     parser.add_argument("--ignore-chat-template", action="store_true", help="Continue the bare prompt.")
     parser.add_argument("--verbose", action="store_true", help="Say what was loaded, on stderr.")
     parser.add_argument("--json", action="store_true", help="End stdout with one line: a JSON object with all results.")
@@ -66,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
+    # Made first: what is wrong with the options shows before seconds of loading.
+    options = _options(args)
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     started = time.perf_counter()
     model = load(args.model, args.drafter)
@@ -75,27 +86,56 @@ def _run(args: argparse.Namespace) -> int:
     if args.verbose:
         describe(model, sampling, time.perf_counter() - started)
     prompt = encode_prompt(
-        model.tokenizer, text, system_prompt=args.system_prompt, use_chat_template=not args.ignore_chat_template
+        model.tokenizer,
+        text,
+        system_prompt=args.system_prompt,
+        use_chat_template=not args.ignore_chat_template,
+        enable_thinking=args.enable_thinking,
     )
     with prefill_bar(len(prompt), args.prefill_step_size) as on_prefill:
-        responses = model.stream_generate(
-            prompt,
-            max_tokens=args.max_tokens,
-            sampling=sampling,
-            stop=args.stop,
-            ignore_eos=args.ignore_eos,
-            min_tokens=args.min_tokens,
-            logprobs=args.logprobs,
-            num_draft_tokens=args.num_draft_tokens,
-            prefill_step_size=args.prefill_step_size,
-            on_prefill=on_prefill,
-        )
+        responses = model.stream_generate(prompt, options, sampling=sampling, on_prefill=on_prefill)
         seen, interrupted = print_stream(responses)
     if seen:
+        if seen[-1].finish_reason == "length" and options.compiled_grammar() is not None:
+            print(f"cut after {seen[-1].generation_tokens} tokens: the answer may not be complete", file=sys.stderr)
         summarize(seen[-1], model)
         if args.json:
             print(json.dumps(_report(seen, model, interrupted), ensure_ascii=False), flush=True)
     return INTERRUPTED if interrupted else 0
+
+
+def _options(args: argparse.Namespace) -> GenerationOptions:
+    """All options but sampling, for which the model has a say."""
+    return GenerationOptions(
+        max_tokens=args.max_tokens,
+        stop=args.stop,
+        ignore_eos=args.ignore_eos,
+        min_tokens=args.min_tokens,
+        logprobs=args.logprobs,
+        json_schema=None if args.json_schema is None else _read_schema(args.json_schema),
+        regex=args.regex,
+        grammar=args.grammar if args.grammar_file is None else _read_text(args.grammar_file),
+        enable_thinking=args.enable_thinking,
+        thinking_budget=args.thinking_budget,
+        num_draft_tokens=args.num_draft_tokens,
+        prefill_step_size=args.prefill_step_size,
+    )
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"{path}: cannot be read: {error}") from None
+
+
+def _read_schema(path: str) -> str:
+    text = _read_text(path)
+    try:
+        json.loads(text)
+    except ValueError as error:
+        raise OptionError(f"{path}: not JSON: {error}") from None
+    return text
 
 
 def _report(seen: list[GenerationResponse], model: Model, interrupted: bool) -> dict[str, Any]:
@@ -103,6 +143,7 @@ def _report(seen: list[GenerationResponse], model: Model, interrupted: bool) -> 
     stats = last.stats
     return {
         "text": "".join(response.text for response in seen),
+        "thought": "".join(response.thought for response in seen),
         "tokens": [response.token for response in seen],
         "prompt_tokens": last.prompt_tokens,
         "generation_tokens": last.generation_tokens,

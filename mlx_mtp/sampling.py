@@ -79,8 +79,9 @@ class Sampling:
             name = "top_p" if self.top_p < _SMALLEST else "temperature"
             raise OptionError(f"{name} must be at least {_SMALLEST:g}, found {vars(self)[name]:g}")
         for token, bias in self.logit_bias.items():
-            if isinstance(token, bool) or not isinstance(token, int) or not isinstance(bias, int | float):
-                raise OptionError(f"logit_bias must map token ids to numbers, found {token!r}: {bias!r}")
+            is_valid = isinstance(token, int) and isinstance(bias, int | float) and math.isfinite(bias)
+            if isinstance(token, bool) or not is_valid:
+                raise OptionError(f"logit_bias must map token ids to finite numbers, found {token!r}: {bias!r}")
         if self.acceptance not in ACCEPTANCE_RULES:
             raise OptionError(f"acceptance must be one of {', '.join(ACCEPTANCE_RULES)}, found {self.acceptance!r}")
 

@@ -12,6 +12,7 @@ from .cache import Cache
 from .drafter import Candidates, Choose, Drafter, choose_best
 from .errors import OptionError, PromptError
 from .gemma4 import Target
+from .guide import Guide, RowMasks
 from .sampling import Penalties, Sampling, gumbel, position_key, uniform
 
 # Called during prefill with (tokens done, tokens in all).
@@ -107,11 +108,13 @@ class Stream:
         max_draft_tokens: int,
         sampling: Sampling | None = None,
         processors: Sequence[LogitsProcessor] = (),
+        guide: Guide | None = None,
         logprobs: int | None = None,
     ) -> None:
         self.target = target
         self.drafter = drafter
         self.processors = processors
+        self.guide = guide
         if logprobs is not None and logprobs > target.config.vocab_size:
             raise OptionError(f"logprobs is {logprobs}, more than the vocabulary of {target.config.vocab_size}")
         self.logprobs = logprobs
@@ -139,7 +142,8 @@ class Stream:
             self._hidden = output.hidden[:, -1:]
             self.cache.set_length(self.cache.length + len(chunk))
             if is_last:
-                self._bonus = self._accept(Draft(mx.zeros((1, 0), mx.int32)), output.logits[0], 0).tokens[None]
+                draft, masks = self._draft(0)
+                self._bonus = self._accept(draft, masks, output.logits[0], 0).tokens[None]
                 self._remember(self._bonus[0])
                 logprobs = self._logprobs(output.logits[0], self._bonus[0])
             del output
@@ -153,13 +157,14 @@ class Stream:
     def round(self, k: int, stop_ids: frozenset[int] = frozenset()) -> Round:
         """Draft k tokens, verify them in one pass, emit those accepted and one more. k = 0 is plain decoding.
 
-        One evaluation, one host read. A stop token ends the round early: nothing after it is emitted or kept.
+        One evaluation, one host read; under a guide, draft tokens are read one by one where its masks depend on them.
+        A stop token ends the round early: nothing after it is emitted or kept.
         """
         assert k < self.cache.max_block, "more draft tokens than the stream was made for"
         length = self.cache.length
-        draft = self._draft(k)
+        draft, masks = self._draft(k)
         output = self.target(mx.concatenate([self._bonus, draft.tokens], axis=1), self.cache, logit_rows=k + 1)
-        accepted, choices = self._accept(draft, output.logits[0], 1)
+        accepted, choices = self._accept(draft, masks, output.logits[0], 1)
         context = self._context
         self._select(output.hidden, choices, accepted)
         self.cache.offset = self.cache.offset + accepted + 1
@@ -178,14 +183,23 @@ class Stream:
         self._append(tokens)
         return Round(tokens, k, count, self._read_logprobs(logprobs, len(tokens)))
 
-    def _draft(self, k: int) -> Draft:
-        # In a function of its own: a K/V view still referenced at evaluation would force a copy of the whole buffer.
-        if k == 0:
-            return Draft(mx.zeros((1, 0), mx.int32))
-        if self.drafter is None:
-            raise OptionError(f"{k} draft tokens asked for without a drafter")
-        context = self.drafter.context(self.cache)
-        return self.drafter.draft(self.target, self._bonus, self._hidden, context, k, self._choose(k))
+    def _draft(self, k: int) -> tuple[Draft, mx.array | None]:
+        """k draft tokens, and which tokens the guide allows at each row to verify, bool [k + 1, vocab], None for all.
+
+        In a function of its own: a K/V view still referenced at evaluation would force a copy of the whole buffer.
+        """
+        masks = None if self.guide is None else RowMasks(self.guide, k + 1)
+        draft, last = Draft(mx.zeros((1, 0), mx.int32)), self._bonus
+        if k:
+            if self.drafter is None:
+                raise OptionError(f"{k} draft tokens asked for without a drafter")
+            context = self.drafter.context(self.cache)
+            draft = self.drafter.draft(self.target, self._bonus, self._hidden, context, k, self._choose(k), masks)
+            last = draft.tokens[:, -1:]
+        if masks is None:
+            return draft, None
+        masks(last)
+        return draft, masks.stack()
 
     def _choose(self, k: int) -> Choose:
         """How the drafter draws in this round: under the same options as the target will."""
@@ -221,7 +235,7 @@ class Stream:
 
         return choose
 
-    def _accept(self, draft: Draft, logits: mx.array, ahead: int) -> Acceptance:
+    def _accept(self, draft: Draft, masks: mx.array | None, logits: mx.array, ahead: int) -> Acceptance:
         """Decide on a draft by the target's logits [k + 1, vocab], whose first row is for position offset + `ahead`."""
         sampling, first = self.sampling, self.cache.offset + ahead
         rows, vocab_size = logits.shape
@@ -230,6 +244,8 @@ class Stream:
             text = mx.concatenate([self._context, draft.tokens[0]])
             contexts = mx.stack([text[row : row + size] for row in range(rows)])
             logits = self._process(self._penalties(self.target.soft_cap(logits), contexts), draft.tokens[0])
+        if masks is not None:
+            logits = mx.where(masks, logits, -mx.inf)
         if sampling.is_greedy:
             return accept_matching(draft.tokens, logits)
         coins = uniform(self._coin_key, first, rows)
@@ -257,8 +273,12 @@ class Stream:
         return mx.concatenate(rows)
 
     def _append(self, tokens: list[int]) -> None:
+        """Tell the processors and the guide of tokens emitted."""
         if self.processors:
             self._text = mx.concatenate([self._text, mx.array(tokens, mx.int32)])
+        if self.guide is not None:
+            for token in tokens:
+                self.guide.consume(token)
 
     def _logprobs(self, logits: mx.array, tokens: mx.array) -> mx.array:
         """Per row the token's log probability, then the ids and the log probabilities of the most likely: float32."""

@@ -1,10 +1,12 @@
 """Tokenizer of a checkpoint folder: chat template and streaming detokenizer, thin over mlx-lm's wrapper."""
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import PromptError, TokenizerError
+from .guide import Channel
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -32,28 +34,80 @@ def load_tokenizer(folder: Path, eos_token_ids: tuple[int, ...]) -> "TokenizerWr
 
 
 def encode_prompt(
-    tokenizer: "TokenizerWrapper", prompt: str, *, system_prompt: str | None = None, use_chat_template: bool = True
+    tokenizer: "TokenizerWrapper",
+    prompt: str,
+    *,
+    system_prompt: str | None = None,
+    use_chat_template: bool = True,
+    enable_thinking: bool = False,
 ) -> list[int]:
     """Token ids of a user's prompt: one user turn of the chat template, or the bare text.
 
     The beginning-of-text token is added once, by the template or, for bare text, by the tokenizer.
 
-    Raises PromptError for an empty prompt, and for a system prompt without a chat template to put it in.
+    Raises PromptError for an empty prompt, and for a system prompt or thinking without a chat template.
     """
     if not prompt:
         raise PromptError("the prompt is empty: expected some text")
     if not use_chat_template or not tokenizer.has_chat_template:
-        if system_prompt is not None:
-            raise PromptError("a system prompt needs a chat template: this model has none, or it is ignored")
+        if system_prompt is not None or enable_thinking:
+            what = "a system prompt" if system_prompt is not None else "thinking"
+            raise PromptError(f"{what} needs a chat template: this model has none, or it is ignored")
         bos = tokenizer.bos_token
         return list(tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos)))
     messages = [{"role": "user", "content": prompt}]
     if system_prompt is not None:
         messages.insert(0, {"role": "system", "content": system_prompt})
-    return encode_chat(tokenizer, messages)
+    return encode_chat(tokenizer, messages, enable_thinking=enable_thinking)
 
 
-def encode_chat(tokenizer: "TokenizerWrapper", messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation, up to where the model's answer begins."""
-    # Thinking is off by default in Gemma's own template; mlx-lm's wrapper would turn it on.
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False))
+def encode_chat(
+    tokenizer: "TokenizerWrapper", messages: Sequence[Mapping[str, Any]], *, enable_thinking: bool = False
+) -> list[int]:
+    """Token ids of a conversation, up to where the model's answer begins.
+
+    Raises PromptError if there is no chat template, if it cannot render the messages, or if it has no switch for
+    thinking that should be enabled.
+    """
+    from jinja2 import TemplateError
+
+    if not tokenizer.has_chat_template:
+        raise PromptError("messages need a chat template: this model has none")
+
+    def encode(enable_thinking: bool) -> list[int]:
+        # Always said: mlx-lm's wrapper would turn thinking on where Gemma's own template leaves it off.
+        return list(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, enable_thinking=enable_thinking
+            )
+        )
+
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise PromptError(f"messages[{index}] must have a role and content, found {message!r}")
+    try:
+        tokens = encode(enable_thinking)
+        if enable_thinking and tokens == encode(False):
+            raise PromptError("thinking cannot be enabled: the chat template has no switch enable_thinking")
+    except (TemplateError, TypeError, KeyError) as error:
+        raise PromptError(f"the chat template cannot render the messages: {error}") from None
+    return tokens
+
+
+def thought_channel(tokenizer: "TokenizerWrapper") -> Channel | None:
+    """The tokens that Gemma 4 puts around a thought; None if the tokenizer has none."""
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in ("<|channel>", "<channel|>")]
+    if any(token in (None, tokenizer.unk_token_id) for token in ids):
+        return None
+    return Channel(ids[0], len(tokenizer.encode("thought\n", add_special_tokens=False)), ids[1])
+
+
+def open_thought(tokenizer: "TokenizerWrapper", channel: Channel, prompt: Sequence[int]) -> int | None:
+    """The number of tokens since a prompt opened the thought channel; None if it does not end inside one."""
+    turn = tokenizer.convert_tokens_to_ids("<|turn>")
+    for count, token in enumerate(reversed(prompt)):
+        if token == channel.start:
+            return count
+        if token in (channel.end, turn):
+            return None
+    return None

@@ -38,10 +38,10 @@ FILES = (
 class TokenByToken(Stream):
     """Rejection sampling (Leviathan et al. 2022, Chen et al. 2023): each draft token by itself, by u < p / q."""
 
-    def _accept(self, draft: Draft, logits: mx.array, ahead: int) -> Acceptance:
+    def _accept(self, draft: Draft, masks: mx.array | None, logits: mx.array, ahead: int) -> Acceptance:
         k = draft.tokens.shape[1]
         if k == 0:
-            return super()._accept(draft, logits, ahead)
+            return super()._accept(draft, masks, logits, ahead)
         assert draft.log_probabilities is not None
         key = accept_key(self, ahead)
         p, q = mx.exp(target_log_probabilities(self, logits, ahead)), mx.exp(draft.log_probabilities)
@@ -63,14 +63,14 @@ class Block(Stream):
 
     expected: list[tuple[float, float]]
 
-    def _accept(self, draft: Draft, logits: mx.array, ahead: int) -> Acceptance:
+    def _accept(self, draft: Draft, masks: mx.array | None, logits: mx.array, ahead: int) -> Acceptance:
         if draft.log_probabilities is not None and len(logits) == self.cache.max_block:
             p, q = np.exp(np.array(target_log_probabilities(self, logits, ahead))), np.exp(draft.log_probabilities)
             ids = np.arange(p.shape[-1])[None] if draft.ids is None else np.array(draft.ids)
             dense = np.zeros_like(p[:-1])
             np.put_along_axis(dense, ids, q, axis=-1)
             self.expected.append(expected_accepted(p, dense, np.array(draft.tokens[0])))
-        return super()._accept(draft, logits, ahead)
+        return super()._accept(draft, masks, logits, ahead)
 
 
 def expected_accepted(p: np.ndarray, q: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
@@ -93,7 +93,7 @@ class SampleAndCompare(Stream):
     def _choose(self, k: int) -> Choose:
         return choose_best
 
-    def _accept(self, draft: Draft, logits: mx.array, ahead: int) -> Acceptance:
+    def _accept(self, draft: Draft, masks: mx.array | None, logits: mx.array, ahead: int) -> Acceptance:
         noise = mx.random.gumbel(logits.shape, key=accept_key(self, ahead))
         return accept_matching(draft.tokens, target_log_probabilities(self, logits, ahead) + noise)
 

@@ -187,7 +187,7 @@ def test_stop_tokens_and_ignore_eos(model: mlx_mtp.Model) -> None:
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0, found 0"),
         ({"presence_penalty": float("inf")}, "presence_penalty must be finite, found inf"),
         ({"frequency_context_size": 0}, "frequency_context_size must be at least 1, found 0"),
-        ({"logit_bias": {"a": 1.0}}, "logit_bias must map token ids to numbers, found 'a': 1.0"),
+        ({"logit_bias": {"a": 1.0}}, "logit_bias must map token ids to finite numbers, found 'a': 1.0"),
     ],
 )
 def test_penalties_and_extremes_out_of_range(options: dict[str, Any], message: str) -> None:

@@ -14,7 +14,7 @@ from tiny import VARIANTS, WINDOW, load_drafter, load_target, random_tokens
 from mlx_mtp import speculative
 from mlx_mtp.acceptance import Draft
 from mlx_mtp.cache import Cache
-from mlx_mtp.drafter import Choose, DraftContext, Drafter, choose_best
+from mlx_mtp.drafter import Allow, Choose, DraftContext, Drafter, choose_best
 from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.gemma4 import Target
 from mlx_mtp.speculative import Stats, Stream, decode, token_budget
@@ -42,6 +42,7 @@ class Scripted(Drafter):
         context: DraftContext,
         k: int,
         choose: Choose = choose_best,
+        allow: Allow | None = None,
     ) -> Draft:
         # The bonus token's index is context.position; the continuation begins at the prompt's end.
         start = int(context.position.item()) - self.prompt_length + 1

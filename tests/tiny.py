@@ -48,15 +48,21 @@ Tensors = dict[str, NDArray[Any]]
 
 _CHAT_TEMPLATE = """\
 {{ bos_token }}
+{%- set thinks = enable_thinking is defined and enable_thinking -%}
+{%- if thinks and messages[0]['role'] != 'system' -%}
+<|turn>system
+<|think|>
+<turn|>
+{% endif -%}
 {%- for message in messages -%}
 <|turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}
-{{ message['content'] }}<turn|>
+{% if thinks and message['role'] == 'system' %}<|think|>
+{% endif %}
+{{- message['content'] }}<turn|>
 {% endfor -%}
 {%- if add_generation_prompt -%}
 <|turn>model
-{% if enable_thinking is defined and enable_thinking %}<|channel>thought
-{% endif %}
-{%- endif -%}
+{% endif -%}
 """
 
 _E2B_TYPES = (["sliding_attention"] * 4 + ["full_attention"]) * 2
