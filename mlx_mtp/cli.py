@@ -7,6 +7,7 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
 
 from huggingface_hub.utils import tqdm
 
@@ -50,7 +51,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     unset = Sampling()
-    add("--temp", type=float, default=0.0, help="Sampling temperature (default: %(default)s, greedy).")
+    add("--temp", dest="temperature", type=float, help="Sampling temperature, 0 is greedy (default: the model's own).")
     add("--top-k", type=int, help="Most likely tokens to draw from, 0 for all (default: the model's own).")
     add("--top-p", type=float, help="Probability mass to draw from, 1 for all (default: the model's own).")
     add("--min-p", type=float, default=unset.min_p, help="Least share of the best token's probability (%(default)s).")
@@ -123,25 +124,10 @@ def _logit_bias(text: str) -> dict[int, float]:
 
 
 def read_sampling(args: argparse.Namespace, model: Model) -> Sampling:
-    """The options given, else what the model's makers sample with."""
-    own = model.config.sampling
-    unset = Sampling()
-    return Sampling(
-        temperature=args.temp,
-        top_k=next(v for v in (args.top_k, own.top_k, unset.top_k) if v is not None),
-        top_p=next(v for v in (args.top_p, own.top_p, unset.top_p) if v is not None),
-        min_p=args.min_p,
-        xtc_probability=args.xtc_probability,
-        xtc_threshold=args.xtc_threshold,
-        seed=secrets.randbits(32) if args.seed is None else args.seed,
-        acceptance=args.acceptance,
-        logit_bias=args.logit_bias,
-        **{
-            f"{name}_{kind}": vars(args)[f"{name}_{kind}"]
-            for name in ("repetition", "presence", "frequency")
-            for kind in ("penalty", "context_size")
-        },
-    )
+    """The options given, else what the model's makers sample with, else none."""
+    given = {name: vars(args)[name] for name in (field.name for field in fields(Sampling))}
+    given = {name: value for name, value in given.items() if value is not None}
+    return replace(model.default_sampling, **{"seed": secrets.randbits(32), **given})
 
 
 def print_stream(responses: Iterator[GenerationResponse]) -> tuple[list[GenerationResponse], bool]:

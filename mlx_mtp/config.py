@@ -85,11 +85,12 @@ class Quantization:
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What the model's makers sample with (`generation_config.json`); None where the checkpoint does not say."""
+    """What the model's makers sample with (`generation_config.json`): temperature 0 without `do_sample`, no filters
+    where the checkpoint names none."""
 
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -432,10 +433,12 @@ def _read_eos(generation: _Fields, root: _Fields, text: _Fields) -> tuple[int, .
 
 
 def _read_sampling(generation: _Fields) -> SamplingDefaults:
+    samples = "do_sample" in generation and generation.boolean("do_sample")
+    temperature = generation.number("temperature") if "temperature" in generation else 1.0
     return SamplingDefaults(
-        temperature=generation.number("temperature") if "temperature" in generation else None,
-        top_k=generation.integer("top_k", 0) if "top_k" in generation else None,
-        top_p=generation.number("top_p") if "top_p" in generation else None,
+        temperature=temperature if samples else 0.0,
+        top_k=generation.integer("top_k", 0) if "top_k" in generation else 0,
+        top_p=generation.number("top_p") if "top_p" in generation else 1.0,
     )
 
 

@@ -165,6 +165,11 @@ class Model:
         """Most tokens of prompt and answer together (config field `max_position_embeddings`)."""
         return self.config.text.max_position_embeddings
 
+    @property
+    def default_sampling(self) -> Sampling:
+        """How the model's makers sample (`generation_config.json`): what the command lines begin with."""
+        return Sampling(**vars(self.config.sampling))
+
     def encode(self, prompt: Prompt, *, enable_thinking: bool = False) -> list[int]:
         """Token ids of a prompt: messages go through the chat template, text is encoded as it stands.
 

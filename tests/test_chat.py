@@ -16,7 +16,7 @@ import pytest
 import mlx_mtp
 
 TinyPair = Callable[[str], Path]
-COMMAND = [sys.executable, "-m", "mlx_mtp.chat"]
+COMMAND = [sys.executable, "-m", "mlx_mtp.chat", "--temp", "0"]
 # Runs a command on a terminal of its own, between our pipes; exits with the command's status.
 ON_A_TERMINAL = [
     sys.executable,

@@ -583,6 +583,23 @@ def test_stop_ids(tmp_path: Path) -> None:
     refused(read_target_config, write(tmp_path, config), "generation_config.json", "eos_token_id")
 
 
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        ({}, (0.0, 0, 1.0)),
+        ({"do_sample": True, "temperature": 0.8, "top_k": 64, "top_p": 0.95}, (0.8, 64, 0.95)),
+        ({"do_sample": True, "top_k": 10}, (1.0, 10, 1.0)),
+        ({"do_sample": False, "temperature": 1.0, "top_k": 64}, (0.0, 64, 1.0)),
+        ({"temperature": 1.0}, (0.0, 0, 1.0)),
+    ],
+)
+def test_sampling_defaults(generation: Json, expected: tuple[float, int, float], tmp_path: Path) -> None:
+    """As Hugging Face reads them: without do_sample, greedy."""
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    sampling = target(tmp_path, published_target("E2B")).sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == expected
+
+
 @pytest.mark.parametrize("field", ["dtype", "torch_dtype", "text_config.dtype"])
 def test_dtype(field: str, tmp_path: Path) -> None:
     config = without(published_target("E2B"), "dtype")

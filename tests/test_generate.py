@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 TinyPair = Callable[[str], Path]
-COMMAND = [sys.executable, "-m", "mlx_mtp.generate"]
+COMMAND = [sys.executable, "-m", "mlx_mtp.generate", "--temp", "0"]
 PROMPT = "the quick brown fox"
 
 
