@@ -191,3 +191,17 @@ def test_editing_and_ctrl_c_at_the_prompt(tiny_pair: TinyPair) -> None:
         assert user.process.wait(30) == 130
     assert "unknown command /cleared" not in user.shown
     assert "Traceback" not in user.shown
+
+
+def test_thinking_is_a_switch_of_every_turn(tiny_pair: TinyPair, pair: Path) -> None:
+    target = tiny_pair("e2b") / "target"
+    options = ("--model", target, "-m", "6", "--enable-thinking", "--thinking-budget", "4")
+    stdout, _ = chat(*options, stdin="hello\nand then\n")
+    model = mlx_mtp.load(target, "none")
+    messages = [{"role": "user", "content": "hello"}]
+    first = model.generate(messages, max_tokens=6, enable_thinking=True).text
+    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "and then"}]
+    assert stdout == f"{first}\n{model.generate(messages, max_tokens=6, enable_thinking=True).text}\n"
+    # A template without the switch is refused before the first message.
+    _, stderr = chat("--model", pair / "target", "--drafter", "none", "--enable-thinking", stdin="hello\n", code=1)
+    assert stderr == ["error: thinking cannot be enabled: the chat template has no switch enable_thinking"]

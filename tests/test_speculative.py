@@ -1,5 +1,6 @@
 """The round: greedy output is the target's own whatever is drafted; the state after it is that of plain decoding."""
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mlx_mtp.cache import Cache
 from mlx_mtp.drafter import Allow, Choose, DraftContext, Drafter, choose_best
 from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.gemma4 import Target
+from mlx_mtp.guide import Guide
 from mlx_mtp.speculative import Stats, Stream, decode, token_budget
 
 Models = Callable[[str], tuple[Target, Drafter]]
@@ -324,13 +326,37 @@ def test_drafting_reads_nothing(tiny_models: Models, variant: str) -> None:
     assert traced.tolist() == draft(stream._bonus, stream._hidden).tolist()
 
 
+class AnyToken:
+    """A matcher of the language of all texts."""
+
+    def unsafe_compute_mask_ptr(self, address: int, size: int) -> None:
+        ctypes.memset(address, 0xFF, size)
+
+    def is_error(self) -> bool:
+        return False
+
+    def is_accepting(self) -> bool:
+        return True
+
+    def consume_token(self, token: int) -> bool:
+        return True
+
+    def rollback(self, count: int) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["free", "guided"])
 @pytest.mark.parametrize("k", [0, 3])
-def test_a_round_copies_no_buffer(tiny_models: Models, k: int) -> None:
-    """Drafting, verifying and accepting hold no old K/V view: a round's peak does not grow with the buffers."""
+def test_a_round_copies_no_buffer(tiny_models: Models, k: int, guided: bool) -> None:
+    """Drafting, verifying and accepting hold no old K/V view: a round's peak does not grow with the buffers.
+
+    Nor where draft tokens are read one by one.
+    """
     target, drafter = tiny_models("31b")
     peaks, sizes = [], []
     for capacity in (1024, 64 * 1024):
-        stream = Stream(target, drafter, max_draft_tokens=3)
+        guide = Guide(512, [], matcher=AnyToken()) if guided else None  # type: ignore[arg-type]
+        stream = Stream(target, drafter, max_draft_tokens=3, guide=guide)
         stream.cache = Cache(target.config, target.dtype, max_block=4, capacity=capacity)
         stream.prefill(LONG, 64)
         stream.round(k)
