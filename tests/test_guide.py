@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -13,7 +14,7 @@ import jsonschema
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny import WINDOW, random_tokens
+from tiny import WINDOW, make_gemma_tokenizer, random_tokens
 
 import mlx_mtp
 from mlx_mtp.cache import Cache
@@ -77,6 +78,23 @@ def test_an_answer_is_in_the_language_and_does_not_depend_on_drafts(
             assert is_answer(plain.text, grammar)
             ended += 1
     assert ended, "no answer ended: the test proves nothing"
+
+
+def test_characters_made_of_bytes(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    """In a vocabulary of Gemma's form, where "本" is three tokens, a grammar is followed inside a character."""
+    shutil.copytree(tiny_pair("e2b"), tmp_path, dirs_exist_ok=True)
+    for folder in ("target", "target-assistant"):
+        make_gemma_tokenizer(tmp_path / folder)
+    model = mlx_mtp.load(tmp_path / "target")
+    seen = ""
+    for seed in range(3):
+        sampling = mlx_mtp.Sampling(temperature=1.0, seed=seed)
+        result = model.generate("the end", regex="[本é a]{8}", num_draft_tokens=4, sampling=sampling)
+        assert re.fullmatch("[本é a]{8}", result.text)
+        seen += result.text
+        plain = model.generate("the end", regex="[本é a]{8}", num_draft_tokens=0)
+        assert model.generate("the end", regex="[本é a]{8}", num_draft_tokens=4).tokens == plain.tokens
+    assert "本" in seen
 
 
 def test_greedy_text_of_the_trained_pair_and_the_drafters_use(trained: mlx_mtp.Model) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from mlx_mtp.config import DrafterConfig, TargetConfig, read_drafter_config, read_target_config
 from mlx_mtp.drafter import Drafter
@@ -182,6 +182,32 @@ def make_tokenizer(folder: Path) -> Path:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
     (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE)
+    return folder
+
+
+def make_gemma_tokenizer(folder: Path) -> Path:
+    """Write the same in the form of Gemma's own tokenizer: "▁" for a blank, other characters by their bytes."""
+    make_tokenizer(folder)
+    pieces = [
+        *SPECIAL_TOKENS,
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *"abcdefghijklmnopqrstuvwxyz▁日\n",
+        "▁a",
+        "he",
+    ]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={piece: index for index, piece in enumerate(pieces)},
+            merges=[("▁", "a"), ("h", "e")],
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
