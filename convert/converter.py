@@ -3,9 +3,7 @@
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +25,7 @@ from mlx_mtp.drafter import Drafter
 from mlx_mtp.errors import ConfigError, HubError, OptionError, OutputError, TokenizerError, WeightsError
 from mlx_mtp.gemma4 import Target
 from mlx_mtp.load import DRAFTER_FOLDER, check_pair, find_drafter, resolve_folder
+from mlx_mtp.output import check_output, existing_parent, new_folder
 from mlx_mtp.weights import (
     INDEX_NAME,
     MLX_PREFIX,
@@ -133,13 +132,13 @@ def convert(
     if options.upload_repo is not None:
         _check_repo_id(options.upload_repo)
     output = Path(os.path.abspath(options.mlx_path))
-    _check_output(output, options.overwrite)
+    check_output(output, "--mlx-path", options.overwrite)
     folder = resolve_folder(options.hf_path, options.revision)
     target, drafter = _plan(options, folder, output)
     parts = {"": target} | ({} if drafter is None else {DRAFTER_FOLDER: drafter})
     _check_disk(output, sum(part.nbytes for part in parts.values()))
     total = sum(conversion.source_bytes for part in parts.values() for conversion in part.conversions)
-    with _new_folder(output) as new:
+    with new_folder(output) as new:
         for name, part in parts.items():
             (new / name).mkdir(exist_ok=True)
             _write(new / name, part, block_bytes, lambda done: progress(done, total) if progress else None)
@@ -376,66 +375,11 @@ python -m mlx_mtp.generate --model {name} --prompt "Hello"
 """
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
-    """Raises OutputError if the folder exists and may not be replaced, or nothing can be written next to it."""
-    if os.path.lexists(output):
-        if not overwrite:
-            raise OutputError(f"{output}: exists already; choose another --mlx-path, or replace it with --overwrite")
-        if not (output / "config.json").is_file():
-            raise OutputError(f"{output}: not replaced: expected a model's folder, found no config.json in it")
-    parent = _existing_parent(output)
-    if not parent.is_dir():
-        raise OutputError(f"{output}: cannot be written: {parent} is not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{output}: cannot be written: no permission to write in {parent}")
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in path.parents if parent.exists())
-
-
 def _check_disk(output: Path, needed: int) -> None:
-    parent = _existing_parent(output)
+    parent = existing_parent(output)
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise OutputError(f"{output}: needs {needed:,} bytes, found {free:,} free on the disk of {parent}")
-
-
-@contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A new empty folder next to the output, which takes its place at the end; removed if anything fails.
-
-    Raises OutputError if writing fails.
-    """
-    created = [parent for parent in output.parents if not parent.exists()]
-    workspace: Path | None = None
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        workspace = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-        # Inside, because the workspace itself is closed to other users.
-        new = workspace / "new"
-        new.mkdir()
-        yield new
-        if os.path.lexists(output):
-            output.rename(workspace / "old")
-        new.rename(output)
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be written: {error}") from error
-    finally:
-        if workspace is not None:
-            _clean_up(output, workspace)
-        if not os.path.lexists(output):
-            with suppress(OSError):
-                for parent in created:
-                    parent.rmdir()
-
-
-def _clean_up(output: Path, workspace: Path) -> None:
-    old = workspace / "old"
-    if os.path.lexists(old) and not os.path.lexists(output):
-        # Interrupted between the two renames.
-        old.rename(output)
-    shutil.rmtree(workspace, ignore_errors=True)
 
 
 def _write(folder: Path, part: Part, block_bytes: int, advance: Callable[[int], object]) -> None:

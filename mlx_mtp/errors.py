@@ -35,3 +35,11 @@ class OutputError(MTPError):
 
 class OptionError(MTPError):
     """An option's value is not one this version can honour."""
+
+
+class DataError(MTPError):
+    """A file of training data is absent, unreadable or holds nothing to train on."""
+
+
+class TrainingError(MTPError):
+    """Training cannot go on; its last good state is kept."""

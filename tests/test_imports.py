@@ -10,15 +10,16 @@ import mlx_mtp
 PACKAGE = Path(mlx_mtp.__file__).parent
 # A module may import from the lines below its own only.
 LAYERS = (
-    ("generate", "chat"),
-    ("cli",),
-    ("load",),
+    ("generate", "chat", "train"),
+    ("cli", "training"),
+    ("load", "dataset"),
     ("engine",),
-    ("tokenizer", "text", "speculative"),
+    ("tokenizer", "text", "speculative", "distill", "centroids"),
     ("drafter",),
     ("acceptance", "gemma4", "guide", "sampling"),
     ("cache", "weights"),
     ("config",),
+    ("output",),
     ("errors",),
 )
 
@@ -52,7 +53,9 @@ def test_nothing_imports_the_converter_and_config_json_has_one_reader() -> None:
 
 def test_importing_is_light() -> None:
     """transformers and torch take seconds: --help and the converter do without them."""
-    code = "import sys, mlx_mtp, mlx_mtp.generate, mlx_mtp.chat, mlx_mtp.convert.cli; print(*sys.modules)"
+    code = (
+        "import sys, mlx_mtp, mlx_mtp.generate, mlx_mtp.chat, mlx_mtp.train, mlx_mtp.convert.cli; print(*sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"transformers", "torch", "mlx_lm"} & set(result.stdout.split())
 

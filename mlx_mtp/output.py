@@ -1,0 +1,69 @@
+"""Folders that appear only when they are complete."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import OutputError
+
+
+def check_output(output: Path, option: str, overwrite: bool) -> None:
+    """Check a folder that is yet to be written, named by a command line's `option`.
+
+    Raises OutputError if it exists and may not be replaced, or nothing can be written next to it.
+    """
+    if os.path.lexists(output):
+        if not overwrite:
+            raise OutputError(f"{output}: exists already; choose another {option}, or replace it with --overwrite")
+        if not (output / "config.json").is_file():
+            raise OutputError(f"{output}: not replaced: expected a model's folder, found no config.json in it")
+    parent = existing_parent(output)
+    if not parent.is_dir():
+        raise OutputError(f"{output}: cannot be written: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{output}: cannot be written: no permission to write in {parent}")
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above a path that is there."""
+    return next(parent for parent in path.parents if parent.exists())
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A new empty folder next to the output, which takes its place at the end; removed if anything fails.
+
+    Raises OutputError if writing fails.
+    """
+    created = [parent for parent in output.parents if not parent.exists()]
+    workspace: Path | None = None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        workspace = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+        # Inside, because the workspace itself is closed to other users.
+        new = workspace / "new"
+        new.mkdir()
+        yield new
+        if os.path.lexists(output):
+            output.rename(workspace / "old")
+        new.rename(output)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written: {error}") from error
+    finally:
+        if workspace is not None:
+            _clean_up(output, workspace)
+        if not os.path.lexists(output):
+            with suppress(OSError):
+                for parent in created:
+                    parent.rmdir()
+
+
+def _clean_up(output: Path, workspace: Path) -> None:
+    old = workspace / "old"
+    if os.path.lexists(old) and not os.path.lexists(output):
+        # Interrupted between the two renames.
+        old.rename(output)
+    shutil.rmtree(workspace, ignore_errors=True)

@@ -1,0 +1,242 @@
+"""Command line: train a drafter for a target. `python -m mlx_mtp.train --help`."""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from huggingface_hub.utils import tqdm
+from mlx.utils import tree_unflatten
+
+from .centroids import build_centroids, start_from_target
+from .cli import exit_status
+from .config import DrafterConfig, read_drafter_config
+from .dataset import answer_prompts, read_data
+from .drafter import Drafter
+from .engine import GenerationOptions, Model
+from .errors import OptionError, OutputError
+from .load import DRAFTER_FOLDER, check_pair, find_drafter, load, load_drafter, resolve_folder
+from .output import check_output, new_folder
+from .training import Measure, Trainer, TrainingOptions, save_arrays
+from .weights import lazy_parameters
+
+DEFAULT_MAX_LENGTH = 2048
+DEFAULT_ANSWER_TOKENS = 512
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    args = _parser().parse_args(argv)
+    return exit_status(lambda: _run(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlx_mtp.train",
+        description="Train a drafter for a target: to repair one whose acceptance fell, or from scratch. The target is "
+        "left as it is.",
+    )
+    add = parser.add_argument
+    defaults = TrainingOptions()
+    add("--model", required=True, help="Target: a local folder or a Hugging Face hub id; it may be quantized.")
+    add("--drafter", help="Drafter to begin with. Default: MODEL/drafter, else the sibling MODEL-assistant.")
+    add("--drafter-config", metavar="FOLDER", help="Begin from scratch instead, with the config.json in this folder.")
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE|FOLDER",
+        help="JSONL file, of which a twentieth is held out, or folder with train.jsonl and valid.jsonl. A line holds "
+        "text, messages, prompt and completion, or a prompt alone, which the target answers first.",
+    )
+    add("--output", type=Path, help=f"Folder of the trained drafter (default: MODEL/{DRAFTER_FOLDER}).")
+    add("--overwrite", action="store_true", help="Replace the output folder if it exists.")
+    add("--resume", action="store_true", help="Go on with a training that was interrupted.")
+    add("--fine-tune-type", choices=("full", "lora"), default="full", help="What to train (default: %(default)s).")
+    add("--lora-rank", type=int, default=16, help="Rank of the LoRA matrices (default: %(default)s).")
+    add("--rebuild-centroids", action="store_true", help="Cluster the drafter's vocabulary anew before training.")
+    add("--iters", type=int, default=defaults.iters, help="Updates to make (default: %(default)s).")
+    add("--batch-size", type=int, default=defaults.batch_size, help="Texts per update (default: %(default)s).")
+    add("--learning-rate", type=float, default=defaults.learning_rate, help="Highest step size (default: %(default)s).")
+    add(
+        "--num-draft-tokens",
+        type=int,
+        default=defaults.num_draft_tokens,
+        help="Draft steps to unroll (default: %(default)s).",
+    )
+    add(
+        "--weight-by-reach",
+        action="store_true",
+        help="Count a draft step by the chance that all before it are accepted.",
+    )
+    add(
+        "--max-seq-length",
+        type=int,
+        default=DEFAULT_MAX_LENGTH,
+        help="Longest text in tokens; longer ones are cut into pieces (default: %(default)s).",
+    )
+    add(
+        "--positions-per-pass",
+        type=int,
+        default=defaults.positions_per_pass,
+        help="Positions of a text trained on at once; fewer take less memory (default: %(default)s).",
+    )
+    add("--grad-checkpoint", action="store_true", help="Compute logits twice instead of keeping them: less memory.")
+    add(
+        "--max-answer-tokens", type=int, default=DEFAULT_ANSWER_TOKENS, help="Longest answer to a prompt (%(default)s)."
+    )
+    add(
+        "--steps-per-eval",
+        type=int,
+        default=defaults.steps_per_eval,
+        help="Updates between measurements on held-out texts (default: %(default)s).",
+    )
+    add("--val-batches", type=int, default=defaults.val_batches, help="Batches to measure with (default: %(default)s).")
+    add("--save-every", type=int, default=defaults.save_every, help="Updates between saves (default: %(default)s).")
+    add("--patience", type=int, default=defaults.patience, help="End after so many measurements without gain (0: no).")
+    add("--seed", type=int, default=defaults.seed, help="Seed of data order and new weights (default: %(default)s).")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    options = TrainingOptions(**{field.name: vars(args)[field.name] for field in fields(TrainingOptions)})
+    _check(args)
+    folder = resolve_folder(args.model)
+    output = args.output or folder / DRAFTER_FOLDER
+    check_output(output, "--output", args.overwrite)
+    workspace = _workspace(output, args.resume)
+    source = _source(args, folder)
+    config = read_drafter_config(source)
+    # The drafter there is helps to answer prompts; a damaged one still does.
+    model = load(args.model, "none" if args.drafter_config else source)
+    check_pair(model.config, config)
+    mx.random.seed(options.seed)
+    drafter = _drafter(args, model, config)
+
+    def answer(prompts: Sequence[list[int]]) -> list[list[int]]:
+        chosen = GenerationOptions(max_tokens=args.max_answer_tokens, sampling=model.default_sampling)
+        with tqdm(total=len(prompts), desc="Answers", unit="prompt", disable=None, file=sys.stderr) as bar:
+            return answer_prompts(
+                model, prompts, workspace / "answers.jsonl", chosen, lambda done, _: bar.update(done - bar.n)
+            )
+
+    workspace.mkdir(parents=True, exist_ok=True)
+    data = read_data(args.data, model, args.max_seq_length, answer)
+    trainer = Trainer(model.target, drafter, data, options, workspace)
+    if args.resume and (workspace / "state.json").exists():
+        trainer.resume()
+    print(f"{len(data.train)} texts to train on, {len(data.valid)} held out", file=sys.stderr)
+    with tqdm(total=options.iters, initial=trainer.update, desc="Train", unit="update", disable=None) as bar:
+
+        def report(update: int, loss: float, measured: Measure | None) -> None:
+            bar.update(update - bar.n)
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            if measured is not None:
+                tqdm.write(f"update {update}: {measured}", file=sys.stderr)
+
+        best = trainer.run(report)
+    _write(output, source, drafter, config, model)
+    shutil.rmtree(workspace)
+    first = trainer.initial
+    assert first is not None
+    print(
+        f"{output}: acceptance length, held out, {first.sampled_length:.2f} -> {best.sampled_length:.2f} sampled, "
+        f"{first.greedy_length:.2f} -> {best.greedy_length:.2f} greedy"
+    )
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.drafter is not None and args.drafter_config is not None:
+        raise OptionError("--drafter and --drafter-config contradict each other: begin with one, or from scratch")
+    if args.fine_tune_type == "lora" and args.drafter_config is not None:
+        raise OptionError("--fine-tune-type lora needs a drafter to begin with, found --drafter-config")
+    for name, least in (("lora_rank", 1), ("max_seq_length", 32), ("max_answer_tokens", 16)):
+        if vars(args)[name] < least:
+            raise OptionError(f"{name} must be at least {least}, found {vars(args)[name]}")
+
+
+def _workspace(output: Path, resume: bool) -> Path:
+    """Where the state of the training is kept until its end."""
+    workspace = output.with_name(f"{output.name}.training")
+    if resume and not workspace.is_dir():
+        raise OutputError(f"{workspace}: no training to resume")
+    if not resume and workspace.exists():
+        raise OutputError(f"{workspace}: an unfinished training; go on with --resume, or remove it")
+    return workspace
+
+
+def _source(args: argparse.Namespace, folder: Path) -> Path:
+    """The folder of the drafter, or of the config.json, to begin with."""
+    if args.drafter_config is not None:
+        return Path(args.drafter_config)
+    found = resolve_folder(args.drafter) if args.drafter else find_drafter(args.model, folder)
+    if found is None:
+        raise OptionError(f"no drafter found for {args.model}: name one with --drafter, or begin with --drafter-config")
+    return found
+
+
+def _drafter(args: argparse.Namespace, model: Model, config: DrafterConfig) -> Drafter:
+    """The drafter in float32, with what is to be trained, and nothing else, unfrozen."""
+    if args.rebuild_centroids and not config.num_centroids:
+        raise OptionError(
+            f"{config.path}: --rebuild-centroids needs a centroid head, found use_ordered_embeddings false"
+        )
+    if args.drafter_config is not None:
+        drafter = Drafter(config)
+        start_from_target(drafter, model.target, args.seed)
+    else:
+        if config.quantization is not None and args.fine_tune_type == "full":
+            raise OptionError(f"{config.path}: a quantized drafter can be trained with --fine-tune-type lora only")
+        drafter = load_drafter(config, mx.float32)
+        if args.rebuild_centroids:
+            build_centroids(drafter, args.seed)
+    drafter.unfreeze()
+    if drafter.masked_embedding is not None:
+        drafter.masked_embedding.freeze(recurse=False, keys="token_ordering")
+    if args.fine_tune_type == "lora":
+        _add_lora(drafter, args.lora_rank)
+    mx.eval(drafter.parameters())
+    return drafter
+
+
+def _add_lora(drafter: Drafter, rank: int) -> None:
+    from mlx_lm.tuner.lora import LoRALinear
+
+    drafter.freeze()
+    linears = {
+        name: LoRALinear.from_base(module, r=rank)  # type: ignore[arg-type]
+        for name, module in drafter.named_modules()
+        if isinstance(module, nn.Linear | nn.QuantizedLinear)
+    }
+    drafter.update_modules(tree_unflatten(list(linears.items())))
+
+
+def _write(output: Path, source: Path, drafter: Drafter, config: DrafterConfig, model: Model) -> None:
+    """The drafter's folder, in the layout and the type it was read in; all at once."""
+    lora = {name: module for name, module in drafter.named_modules() if hasattr(module, "fuse")}
+    drafter.update_modules(tree_unflatten([(name, module.fuse()) for name, module in lora.items()]))
+    dtype = getattr(mx, config.dtype) if config.dtype else model.target.dtype
+    arrays = {
+        name: value.astype(dtype) if value.dtype == mx.float32 else value
+        for name, value in lazy_parameters(drafter).items()
+    }
+    with new_folder(output) as new:
+        save_arrays(new / "model.safetensors", arrays)
+        for name in (
+            config.path.name,
+            "generation_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+        ):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, new / name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
