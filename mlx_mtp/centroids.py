@@ -14,17 +14,26 @@ _ROUNDS = 12
 
 
 def start_from_target(drafter: Drafter, target: Target, seed: int) -> None:
-    """Give a drafter that is yet to be trained the target's view of its tokens.
+    """Let a drafter that is yet to be trained see and say things as the target does.
 
-    The head's rows become the principal components of the target's embeddings, and a centroid head's clusters are made
-    from them: tokens that the target sees as alike stand together from the first update on.
+    Its hidden states begin as the principal components of the target's embeddings: the head's rows are the tokens' own,
+    the projections lead from the target's hidden states to the components and back. Untrained, it thus says what the
+    target's last hidden state says; clusters of a centroid head hold tokens the target sees as alike.
     """
     table = _rows(target.embed_tokens)
+    # The mean adds the same to every logit.
     table -= table.mean(axis=0)
-    _, vectors = np.linalg.eigh(table.T @ table)
     size = drafter.config.text.hidden_size
-    components = table @ vectors[:, ::-1][:, :size]
-    drafter.model.embed_tokens.weight = mx.array(components / components.std() * size**-0.5)
+    _, vectors = np.linalg.eigh(table.T @ table)
+    basis = np.ascontiguousarray(vectors[:, ::-1][:, :size])
+    if basis.shape[1] < size:
+        basis = np.pad(basis, ((0, 0), (0, size - basis.shape[1])))
+    drafter.model.embed_tokens.weight = mx.array(table @ basis)
+    drafter.post_projection.weight = mx.array(basis)
+    # The embedding comes first and the hidden state second; a little of the embedding tells the tokens apart.
+    drafter.pre_projection.weight = mx.array(np.concatenate([0.1 * basis.T, basis.T], axis=1))
+    scale = mx.sqrt(mx.square(target.norm.weight.astype(mx.float32)).mean())
+    drafter.model.norm.weight = mx.ones((size,)) * scale
     if drafter.masked_embedding is not None:
         build_centroids(drafter, seed)
 

@@ -43,6 +43,16 @@ class StepLoss(NamedTuple):
     agrees: mx.array
 
 
+class _Wanted(NamedTuple):
+    """The target's probabilities [rows, vocab] and, for a centroid head, those of its clusters [rows, clusters]; their
+    entropies [rows], in nats."""
+
+    p: mx.array
+    entropy: mx.array
+    clusters: mx.array
+    cluster_entropy: mx.array
+
+
 def study(target: Target, tokens: list[int]) -> Lesson:
     """Pass a text through the target."""
     cache = Cache(target.config, target.dtype, max_block=len(tokens), capacity=len(tokens))
@@ -66,16 +76,20 @@ def unroll(
 ) -> list[StepLoss]:
     """The losses of `steps` draft steps for the bonus tokens at positions first..first+rows-1 (first is at least 1).
 
-    With `checkpoint` nothing of the size of the vocabulary is kept for the gradient but computed again.
+    With `checkpoint` no logits of the drafter are kept for the gradient: they are computed again.
     """
 
-    def compare(target_hidden: mx.array, state: mx.array) -> StepLoss:
-        return _compare(target, drafter, target_hidden, state)
+    def compare(wanted: _Wanted, state: mx.array) -> StepLoss:
+        return _compare(drafter, wanted, state)
 
     if checkpoint:
         compare = checkpointed(drafter, compare)
+    # A step's distributions are the next ones of the step before.
+    wanted = _distributions(target, drafter, lesson.hidden[:, first : first + rows + steps - 1])
     states = unrolled_states(drafter, lesson, first, rows, steps)
-    return [compare(lesson.hidden[:, first + step : first + step + rows], state) for step, state in enumerate(states)]
+    return [
+        compare(_Wanted(*(part[step : step + rows] for part in wanted)), state) for step, state in enumerate(states)
+    ]
 
 
 def unrolled_states(drafter: Drafter, lesson: Lesson, first: int, rows: int, steps: int) -> list[mx.array]:
@@ -91,36 +105,55 @@ def unrolled_states(drafter: Drafter, lesson: Lesson, first: int, rows: int, ste
 
 def _context(drafter: Drafter, lesson: Lesson, first: int, rows: int) -> DraftContext:
     """What each row's draft steps share, as `Drafter.context` has it for the one row of a round."""
-    keys = mx.arange(lesson.hidden.shape[1])[None]
     # A row's bonus token is not in the cache yet, so its position is the number of K/V rows there are.
     offsets = mx.arange(first, first + rows)[:, None]
-    past = keys < offsets
-    recent = past & (keys >= offsets - 1 - drafter.config.text.sliding_window)
-    masks: dict[LayerType, mx.array] = {"full_attention": past, "sliding_attention": recent}
-    views = {layer_type: View(*lesson.keys_values[layer_type], mask) for layer_type, mask in masks.items()}
+    window = drafter.config.text.sliding_window
+    views: dict[LayerType, View] = {}
+    for layer_type, (keys, values) in lesson.keys_values.items():
+        # K/V rows that no row of this pass sees are left out.
+        start = max(0, first - 1 - window) if layer_type == "sliding_attention" else 0
+        seen = slice(start, first + rows - 1)
+        positions = mx.arange(seen.start, seen.stop)[None]
+        mask = positions < offsets
+        if layer_type == "sliding_attention":
+            mask = mask & (positions >= offsets - 1 - window)
+        views[layer_type] = View(keys[:, :, seen], values[:, :, seen], mask)
     return DraftContext(views, mx.array(first if drafter.config.draft_position == "bonus" else first - 1, mx.int32))
 
 
-def _compare(target: Target, drafter: Drafter, target_hidden: mx.array, state: mx.array) -> StepLoss:
-    logits = target.soft_cap(target.embed_tokens.as_linear(target_hidden)[0]).astype(mx.float32)
-    log_p = mx.stop_gradient(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+def _distributions(target: Target, drafter: Drafter, hidden: mx.array) -> _Wanted:
+    """The target's distributions behind hidden states [1, rows, hidden_size]."""
+    logits = target.soft_cap(target.embed_tokens.as_linear(hidden)[0]).astype(mx.float32)
+    log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     p = mx.exp(log_p)
+    head = drafter.masked_embedding
+    clusters = mx.zeros((p.shape[0], 0))
+    if head is not None:
+        clusters = p[:, head.token_ordering].reshape(p.shape[0], drafter.config.num_centroids, -1).sum(axis=-1)
+    entropy = -(p * log_p).sum(axis=-1)
+    cluster_entropy = -(clusters * mx.log(mx.maximum(clusters, 1e-30))).sum(axis=-1)
+    wanted = _Wanted(p, entropy, clusters, cluster_entropy)
+    return _Wanted(*(mx.stop_gradient(part) for part in wanted))
+
+
+def _compare(drafter: Drafter, wanted: _Wanted, state: mx.array) -> StepLoss:
     scores = drafter.model.embed_tokens.as_linear(state)[0].astype(mx.float32)
-    log_q = scores - mx.logsumexp(scores, axis=-1, keepdims=True)
-    divergence = (p * (log_p - log_q)).sum(axis=-1)
+    divergence = _cross_entropy(wanted.p, scores) - wanted.entropy
     centroids = mx.zeros_like(divergence)
     head = drafter.masked_embedding
     if head is not None:
         cluster_scores = head.centroids(state)[0].astype(mx.float32)
-        log_clusters = cluster_scores - mx.logsumexp(cluster_scores, axis=-1, keepdims=True)
-        wanted = p[:, head.token_ordering].reshape(*cluster_scores.shape, -1).sum(axis=-1)
-        centroids = (wanted * (mx.log(mx.maximum(wanted, 1e-30)) - log_clusters)).sum(axis=-1)
+        centroids = _cross_entropy(wanted.clusters, cluster_scores) - wanted.cluster_entropy
         scores = _candidates_only(scores, cluster_scores, head.token_ordering, head.top_k)
     scores = mx.stop_gradient(scores)
-    q = mx.softmax(scores, axis=-1)
-    accepted = mx.minimum(p, q).sum(axis=-1)
-    agrees = (mx.argmax(scores, axis=-1) == mx.argmax(log_p, axis=-1)).astype(mx.float32)
+    accepted = mx.minimum(wanted.p, mx.softmax(scores, axis=-1)).sum(axis=-1)
+    agrees = (mx.argmax(scores, axis=-1) == mx.argmax(wanted.p, axis=-1)).astype(mx.float32)
     return StepLoss(divergence, centroids, accepted, agrees)
+
+
+def _cross_entropy(p: mx.array, scores: mx.array) -> mx.array:
+    """Of distributions p against those that scores stand for, by row, in nats."""
+    return mx.logsumexp(scores, axis=-1) - (p * scores).sum(axis=-1)
 
 
 def _candidates_only(scores: mx.array, cluster_scores: mx.array, ordering: mx.array, top_k: int) -> mx.array:

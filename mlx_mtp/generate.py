@@ -4,7 +4,9 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from .cli import (
@@ -23,6 +25,8 @@ from .engine import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, GenerationOptions,
 from .errors import OptionError
 from .load import load
 from .tokenizer import encode_prompt
+
+COMPARED_RUNS = 3
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     grammar.add_argument("--grammar-file", metavar="FILE", help="The same, read from a file.")
     add_thinking_options(parser)
     parser.add_argument("--ignore-chat-template", action="store_true", help="Continue the bare prompt.")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help=f"Decode {COMPARED_RUNS} more times with the drafter and without, in turn, and say how much faster it is.",
+    )
     parser.add_argument("--verbose", action="store_true", help="Say what was loaded, on stderr.")
     parser.add_argument("--json", action="store_true", help="End stdout with one line: a JSON object with all results.")
     return parser
@@ -99,8 +108,17 @@ def _run(args: argparse.Namespace) -> int:
         if seen[-1].finish_reason == "length" and options.compiled_grammar() is not None:
             print(f"cut after {seen[-1].generation_tokens} tokens: the answer may not be complete", file=sys.stderr)
         summarize(seen[-1], model)
+        report = _report(seen, model, interrupted)
+        if args.compare and not interrupted:
+            ratios = _compare(model, prompt, replace(options, sampling=sampling))
+            report["speedup"] = median(ratios)
+            print(
+                f"Speed: {median(ratios):.2f} times plain decoding "
+                f"({min(ratios):.2f} to {max(ratios):.2f}, {COMPARED_RUNS} runs of each in turn)",
+                file=sys.stderr,
+            )
         if args.json:
-            print(json.dumps(_report(seen, model, interrupted), ensure_ascii=False), flush=True)
+            print(json.dumps(report, ensure_ascii=False), flush=True)
     return INTERRUPTED if interrupted else 0
 
 
@@ -120,6 +138,21 @@ def _options(args: argparse.Namespace) -> GenerationOptions:
         num_draft_tokens=args.num_draft_tokens,
         prefill_step_size=args.prefill_step_size,
     )
+
+
+def _compare(model: Model, prompt: list[int], options: GenerationOptions) -> list[float]:
+    """Tokens per second of decoding with the drafter over those without, of runs one right after the other.
+
+    Raises OptionError if nothing would be drafted, or the text has no second token to time.
+    """
+    ratios = []
+    for _ in range(COMPARED_RUNS):
+        drafted = model.generate(prompt, options).last
+        plain = model.generate(prompt, options, num_draft_tokens=0).last
+        if not drafted.stats.drafted or not plain.generation_tps:
+            raise OptionError("--compare needs a drafter, a --num-draft-tokens above 0 and a text of several tokens")
+        ratios.append(drafted.generation_tps / plain.generation_tps)
+    return ratios
 
 
 def _read_text(path: str) -> str:

@@ -134,10 +134,12 @@ class Trainer:
         return self.best
 
     def measure(self) -> Measure:
-        """How good the drafter is on the held-out texts, `val_batches` batches of them at most."""
+        """How good the drafter is on the held-out texts, `val_batches` batches of them at most, from all parts."""
         sums: list[float] | None = None
         count = 0
-        for text in self.data.valid[: self.options.val_batches * self.options.batch_size]:
+        texts = self.data.valid
+        chosen = min(len(texts), self.options.val_batches * self.options.batch_size)
+        for text in (texts[index * len(texts) // chosen] for index in range(chosen)):
             lesson = study(self.target, text.tokens)
             for first, rows in self._passes(text):
                 losses = unroll(self.target, self.drafter, lesson, first, rows, self.options.num_draft_tokens)

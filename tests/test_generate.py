@@ -99,6 +99,17 @@ def test_verbose_says_what_was_loaded(tiny_pair: TinyPair) -> None:
     assert f"drafter: {tiny_pair('e2b') / 'target-assistant'}, gemma4_assistant, not quantized" in result.stderr
 
 
+def test_compare_times_the_drafter_against_plain_decoding(tiny_pair: TinyPair) -> None:
+    target = tiny_pair("e2b") / "target"
+    result = run("--model", target, "-p", PROMPT, "-m", "12", "--compare", "--json")
+    ratio = last_json(result.stdout)["speedup"]
+    assert ratio > 0
+    line = next(line for line in result.stderr.splitlines() if line.startswith("Speed: "))
+    assert line.startswith(f"Speed: {ratio:.2f} times plain decoding (")
+    refused = run("--model", target, "-p", PROMPT, "-m", "12", "--compare", "--num-draft-tokens", "0", code=1)
+    assert refused.stderr.splitlines()[-1].startswith("error: --compare needs a drafter")
+
+
 def test_help_names_every_option() -> None:
     result = run("--help")
     for option in ("--model", "--drafter", "--prompt", "--system-prompt", "--max-tokens", "--temp", "--json"):
