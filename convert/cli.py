@@ -97,6 +97,13 @@ def _add_weight_options(parser: argparse.ArgumentParser) -> None:
         help=f"Bits of the drafter's weights, of {choices(DRAFTER_BITS)}; 16 leaves them unquantized "
         "(default: 4 with a dense head, 16 with a centroid head).",
     )
+    add(
+        "--draft-vocab",
+        type=int,
+        metavar="N",
+        help="Cut the drafter's dense head to N tokens: the most frequent in --draft-vocab-text, else the first.",
+    )
+    add("--draft-vocab-text", type=Path, metavar="FILE", help="Text to count tokens in: one text a line, or JSONL.")
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -108,6 +115,8 @@ def _run(args: argparse.Namespace) -> None:
         quant_predicate=args.quant_predicate,
         dtype=args.dtype,
         drafter_q_bits=args.drafter_q_bits,
+        draft_vocab=args.draft_vocab,
+        draft_vocab_text=args.draft_vocab_text,
     )
     options = Options(
         hf_path=args.hf_path,

@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from mlx_mtp.config import (
     read_json,
     read_target_config,
 )
+from mlx_mtp.draft_vocab import Ids, check_draft_vocab, choose_ids
 from mlx_mtp.drafter import Drafter
 from mlx_mtp.errors import ConfigError, HubError, OptionError, OutputError, TokenizerError, WeightsError
 from mlx_mtp.gemma4 import Target
 from mlx_mtp.load import DRAFTER_FOLDER, check_pair, find_drafter, resolve_folder
 from mlx_mtp.output import check_output, existing_parent, new_folder
+from mlx_mtp.tokenizer import load_tokenizer
 from mlx_mtp.weights import (
     INDEX_NAME,
     MLX_PREFIX,
@@ -93,6 +95,7 @@ class Part:
     shards: dict[str, list[Conversion]]
     texts: dict[str, str]
     copies: tuple[Path, ...]
+    arrays: dict[str, dict[str, mx.array]] = field(default_factory=dict)
 
     @property
     def conversions(self) -> list[Conversion]:
@@ -103,7 +106,8 @@ class Part:
         """Bytes the folder's files will take."""
         texts = sum(len(text.encode()) for text in self.texts.values())
         copies = sum(file.stat().st_size for file in self.copies)
-        return texts + copies + sum(shard_size(shard) for shard in self.shards.values())
+        arrays = sum(array.nbytes for file in self.arrays.values() for array in file.values())
+        return texts + copies + arrays + sum(shard_size(shard) for shard in self.shards.values())
 
     @property
     def bits_per_weight(self) -> float:
@@ -157,7 +161,7 @@ def _plan(options: Options, folder: Path, output: Path) -> tuple[Part, Part | No
         return _plan_target(config, options), None
     drafter_config = read_drafter_config(drafter_folder)
     check_pair(config, drafter_config)
-    return _plan_target(config, options), _plan_drafter(drafter_config, options.weights)
+    return _plan_target(config, options), _plan_drafter(drafter_config, options.weights, config)
 
 
 def _find_drafter(options: Options, folder: Path) -> Path | None:
@@ -165,8 +169,12 @@ def _find_drafter(options: Options, folder: Path) -> Path | None:
         return find_drafter(options.hf_path, folder)
     if options.drafter != "none":
         return resolve_folder(options.drafter)
-    if options.weights.drafter_q_bits is not None:
-        raise OptionError(f"--drafter-q-bits: expected a drafter with it, found {options.drafter}")
+    for flag, value in (
+        ("--drafter-q-bits", options.weights.drafter_q_bits),
+        ("--draft-vocab", options.weights.draft_vocab),
+    ):
+        if value is not None:
+            raise OptionError(f"{flag}: expected a drafter with it, found {options.drafter}")
     return None
 
 
@@ -192,7 +200,7 @@ def _plan_target(config: TargetConfig, options: Options) -> Part:
     return Part(shards, texts, tokenizer + _generation_config(source))
 
 
-def _plan_drafter(config: DrafterConfig, options: WeightOptions) -> Part:
+def _plan_drafter(config: DrafterConfig, options: WeightOptions, target: TargetConfig) -> Part:
     source = config.path.parent
     _check_unquantized(config)
     tensors = read_checkpoint(source)
@@ -204,12 +212,55 @@ def _plan_drafter(config: DrafterConfig, options: WeightOptions) -> Part:
         dtype = "bfloat16" if by_default else _own_dtype(config, tensors)
     conversions = _match(drafter, source, tensors, partial(drafter_names, config=config), dtype, quantization, "")
     fields = read_json(config.path) | _weight_fields(dtype, quantization, "")
+    shards = {"model.safetensors": conversions}
+    arrays = {}
+    if options.draft_vocab is not None:
+        ids = _draft_vocab(config, options.draft_vocab, options.draft_vocab_text, target)
+        shards = {"model.safetensors": [_cut(conversion, ids) for conversion in conversions]}
+        arrays = {"model-draft-vocab.safetensors": {"draft_vocab_ids": mx.array(ids)}}
+        fields["draft_vocab_size"] = len(ids)
     # One file whatever its size: the drafter's layout has no index.
     return Part(
-        {"model.safetensors": conversions},
-        {"config.json": json.dumps(fields, indent=4, sort_keys=True)},
-        _generation_config(source),
+        shards, {"config.json": json.dumps(fields, indent=4, sort_keys=True)}, _generation_config(source), arrays
     )
+
+
+def _draft_vocab(config: DrafterConfig, size: int, text: Path | None, target: TargetConfig) -> Ids:
+    check_draft_vocab(config, size)
+    texts: Iterator[list[int]] = iter(())
+    if text is not None:
+        tokenizer = load_tokenizer(target.path.parent, target.eos_token_ids)
+        texts = (tokenizer.encode(line, add_special_tokens=False) for line in _texts(text))
+    return choose_ids(texts, target.eos_token_ids, config.text.vocab_size, size)
+
+
+def _texts(file: Path) -> Iterator[str]:
+    """The lines of a file; of JSON objects, what text they hold."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"--draft-vocab-text: {file}: cannot be read: {error}") from None
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = line
+        yield from _strings(entry)
+
+
+def _strings(entry: Any) -> Iterator[str]:
+    if isinstance(entry, str):
+        yield entry
+    elif isinstance(entry, dict | list):
+        for part in entry.values() if isinstance(entry, dict) else entry:
+            yield from _strings(part)
+
+
+def _cut(conversion: Conversion, ids: Ids) -> Conversion:
+    """The same, of these rows only, if it makes the drafter's head."""
+    if conversion.name != "model.embed_tokens.weight":
+        return conversion
+    return replace(conversion, shape=(len(ids), *conversion.shape[1:]), rows=tuple(ids.tolist()))
 
 
 def _generation_config(source: Path) -> tuple[Path, ...]:
@@ -258,8 +309,8 @@ def _match(
     conversions = {}
     for key, filled in match_tensors(source, tensors, names, shapes).items():
         for part, name in enumerate(filled):
-            # The one parameter that is no weight: the order of the vocabulary, which MLX indexes with int32.
-            is_index = name.endswith("token_ordering")
+            # Parameters that are no weights but ids of tokens, which MLX indexes with int32.
+            is_index = name.endswith(("token_ordering", "draft_vocab_ids"))
             kind = mx.int32 if is_index else getattr(mx, dtype)
             check_shape(source, key, tensors[key].shape, shapes[name], len(filled))
             _check_type(source, key, tensors[key], is_index)
@@ -385,6 +436,8 @@ def _check_disk(output: Path, needed: int) -> None:
 def _write(folder: Path, part: Part, block_bytes: int, advance: Callable[[int], object]) -> None:
     for name, shard in part.shards.items():
         write_shard(folder / name, shard, block_bytes, advance)
+    for name, arrays in part.arrays.items():
+        mx.save_safetensors(str(folder / name), arrays, metadata={"format": "mlx"})
     for name, text in part.texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     for file in part.copies:

@@ -1,6 +1,7 @@
 """Which parameters are quantized, and how: the options' values checked, then one choice per module."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import mlx.nn as nn
@@ -34,6 +35,8 @@ class WeightOptions:
     quant_predicate: str | None = None
     dtype: str | None = None
     drafter_q_bits: int | None = None
+    draft_vocab: int | None = None
+    draft_vocab_text: Path | None = None
 
 
 def check_options(options: WeightOptions) -> None:
@@ -47,6 +50,8 @@ def check_options(options: WeightOptions) -> None:
     _check("--quant-predicate", options.quant_predicate, RECIPES)
     _check("--dtype", options.dtype, DTYPES)
     _check("--drafter-q-bits", options.drafter_q_bits, DRAFTER_BITS)
+    if options.draft_vocab_text is not None and options.draft_vocab is None:
+        raise OptionError(f"--draft-vocab-text: expected --draft-vocab with it, found {options.draft_vocab_text} alone")
     if options.quant_predicate and not affine:
         raise OptionError(f"--quant-predicate: expected --q-mode affine, found {options.q_mode}")
     if options.quant_predicate and options.q_bits:

@@ -61,7 +61,8 @@ class StoredTensor:
 class Conversion:
     """How one parameter is made: from `part` of `parts` equal parts of the source along its last axis but one.
 
-    `name` is the output's, `shape` the parameter's before quantization, `dtype` what it is cast to first.
+    `name` is the output's, `shape` the parameter's before quantization, `dtype` what it is cast to first. `rows`, in
+    order, are those to take; None for all.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Conversion:
     quantization: Quantization | None = None
     part: int = 0
     parts: int = 1
+    rows: tuple[int, ...] | None = None
 
     def outputs(self) -> list[StoredTensor]:
         """The tensors it writes: one, or a quantized weight with its scales and, in affine mode, biases."""
@@ -88,7 +90,8 @@ class Conversion:
 
     @property
     def source_bytes(self) -> int:
-        return (self.source.end - self.source.start) // self.parts
+        size = (self.source.end - self.source.start) // self.parts
+        return size if self.rows is None else size // self.source.shape[0] * len(self.rows)
 
     def blocks(self, block_bytes: int) -> Iterator[tuple[int, mx.array]]:
         """The parameter's rows as [rows, columns], in order, at most `block_bytes` or one row at a time, each with the
@@ -101,10 +104,19 @@ class Conversion:
         run = total if self.parts == 1 else self.shape[-2]
         most = max(1, block_bytes * total // self.source_bytes)
         with self.source.file.open("rb") as stream:
+            if self.rows is not None:
+                for start in range(0, total, most):
+                    yield start, self._gather(stream, self.rows[start : start + most], columns)
+                return
             for start in range(0, total, run):
                 first = start * self.parts + self.part * run
                 for row in range(0, run, most):
                     yield start + row, self._read(stream, first + row, min(most, run - row), columns)
+
+    def _gather(self, stream: BinaryIO, rows: tuple[int, ...], columns: int) -> mx.array:
+        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        runs = np.split(np.array(rows), breaks)
+        return mx.concatenate([self._read(stream, int(run[0]), len(run), columns) for run in runs])
 
     def _read(self, stream: BinaryIO, first: int, rows: int, columns: int) -> mx.array:
         """Rows of the source. Read, not mapped: pages of a mapped file would count as this process's memory."""

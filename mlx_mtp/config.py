@@ -110,7 +110,8 @@ class TargetConfig:
 class DrafterConfig:
     """A drafter ("assistant") checkpoint's `config.json`.
 
-    `num_centroids` is 0 for a dense head. `draft_position` is the position all draft steps of a round share: `bonus`,
+    `num_centroids` is 0 for a dense head. `draft_vocab_size` is the number of tokens a dense head can draft, 0 for all
+    of the vocabulary. `draft_position` is the position all draft steps of a round share: `bonus`,
     the index of the bonus token (as in transformers), or `last`, one less (as in some other engines).
     """
 
@@ -123,6 +124,7 @@ class DrafterConfig:
     draft_position: DraftPosition
     quantization: Quantization | None
     dtype: str | None
+    draft_vocab_size: int = 0
 
 
 class _Fields:
@@ -233,6 +235,10 @@ def read_drafter_config(folder: Path) -> DrafterConfig:
     position = root.values.get("draft_position", "bonus")
     if position not in DRAFT_POSITIONS:
         raise root.error("draft_position", f"must be one of {', '.join(DRAFT_POSITIONS)}, found {position!r}")
+    draft_vocab_size = root.integer("draft_vocab_size", 0) if "draft_vocab_size" in root else 0
+    if draft_vocab_size > (0 if num_centroids else vocab_size):
+        expected = "be absent with use_ordered_embeddings" if num_centroids else f"be at most {vocab_size}"
+        raise root.error("draft_vocab_size", f"must {expected}, found {draft_vocab_size}")
     config = _read_text(text, vocab_size, shares_all=True)
     if config.per_layer_input_size or config.num_experts:
         raise ConfigError(f"{root.path}: a drafter with per-layer inputs or experts is not supported")
@@ -246,6 +252,7 @@ def read_drafter_config(folder: Path) -> DrafterConfig:
         draft_position=position,
         quantization=_read_quantization(root),
         dtype=_read_dtype(root, text),
+        draft_vocab_size=draft_vocab_size,
     )
 
 

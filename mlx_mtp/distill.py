@@ -31,10 +31,10 @@ class Lesson(NamedTuple):
 class StepLoss(NamedTuple):
     """Of one draft step, by position, float32 [rows].
 
-    `divergence` is KL(target || drafter) over the vocabulary, `centroids` the same over the clusters of a centroid head
-    (zero for a dense head); both in nats. `accepted` is the chance that a draft token drawn from the drafter would be
-    accepted, sum(min(p, q)), with q as decoding draws it: zero outside the centroid candidates. `agrees` is 1 where the
-    likeliest tokens are the same.
+    `divergence` is KL(target || drafter) over the tokens that can be drafted, `centroids` the same over the clusters of
+    a centroid head (zero for a dense head); both in nats. `accepted` is the chance that a draft token drawn from the
+    drafter would be accepted, sum(min(p, q)), with q as decoding draws it: zero outside the centroid candidates.
+    `agrees` is 1 where the likeliest tokens are the same.
     """
 
     divergence: mx.array
@@ -44,10 +44,11 @@ class StepLoss(NamedTuple):
 
 
 class _Wanted(NamedTuple):
-    """The target's probabilities [rows, vocab] and, for a centroid head, those of its clusters [rows, clusters]; their
-    entropies [rows], in nats."""
+    """The target's probabilities of the tokens the drafter can draft, [rows, tokens], and, for a centroid head, of its
+    clusters, [rows, clusters]; their entropies [rows], in nats; and the likeliest token of all, [rows]."""
 
     p: mx.array
+    best: mx.array
     entropy: mx.array
     clusters: mx.array
     cluster_entropy: mx.array
@@ -125,6 +126,9 @@ def _distributions(target: Target, drafter: Drafter, hidden: mx.array) -> _Wante
     """The target's distributions behind hidden states [1, rows, hidden_size]."""
     logits = target.soft_cap(target.embed_tokens.as_linear(hidden)[0]).astype(mx.float32)
     log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    best = mx.argmax(log_p, axis=-1)
+    if drafter.draft_vocab_ids is not None:
+        log_p = log_p[:, drafter.draft_vocab_ids]
     p = mx.exp(log_p)
     head = drafter.masked_embedding
     clusters = mx.zeros((p.shape[0], 0))
@@ -132,7 +136,7 @@ def _distributions(target: Target, drafter: Drafter, hidden: mx.array) -> _Wante
         clusters = p[:, head.token_ordering].reshape(p.shape[0], drafter.config.num_centroids, -1).sum(axis=-1)
     entropy = -(p * log_p).sum(axis=-1)
     cluster_entropy = -(clusters * mx.log(mx.maximum(clusters, 1e-30))).sum(axis=-1)
-    wanted = _Wanted(p, entropy, clusters, cluster_entropy)
+    wanted = _Wanted(p, best, entropy, clusters, cluster_entropy)
     return _Wanted(*(mx.stop_gradient(part) for part in wanted))
 
 
@@ -147,13 +151,15 @@ def _compare(drafter: Drafter, wanted: _Wanted, state: mx.array) -> StepLoss:
         scores = _candidates_only(scores, cluster_scores, head.token_ordering, head.top_k)
     scores = mx.stop_gradient(scores)
     accepted = mx.minimum(wanted.p, mx.softmax(scores, axis=-1)).sum(axis=-1)
-    agrees = (mx.argmax(scores, axis=-1) == mx.argmax(wanted.p, axis=-1)).astype(mx.float32)
-    return StepLoss(divergence, centroids, accepted, agrees)
+    choice = mx.argmax(scores, axis=-1)
+    if drafter.draft_vocab_ids is not None:
+        choice = drafter.draft_vocab_ids[choice]
+    return StepLoss(divergence, centroids, accepted, (choice == wanted.best).astype(mx.float32))
 
 
 def _cross_entropy(p: mx.array, scores: mx.array) -> mx.array:
-    """Of distributions p against those that scores stand for, by row, in nats."""
-    return mx.logsumexp(scores, axis=-1) - (p * scores).sum(axis=-1)
+    """Of distributions p, which may lack some of their mass, against those that scores stand for, by row, in nats."""
+    return p.sum(axis=-1) * mx.logsumexp(scores, axis=-1) - (p * scores).sum(axis=-1)
 
 
 def _candidates_only(scores: mx.array, cluster_scores: mx.array, ordering: mx.array, top_k: int) -> mx.array:

@@ -16,6 +16,9 @@ from .cache import Cache, View
 from .config import DrafterConfig, LayerType
 from .gemma4 import DecoderLayer, Target
 
+# A logit below any other, of probability zero next to any.
+_LAST_RESORT = -1e9
+
 
 class DraftContext(NamedTuple):
     """What every draft step of a round shares: the target's K/V per layer type, and the position, int32 []."""
@@ -59,7 +62,7 @@ class _Backbone(nn.Module):
         super().__init__()
         text = config.text
         # Used as output head only: inputs are embedded with the target's table.
-        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
+        self.embed_tokens = nn.Embedding(config.draft_vocab_size or text.vocab_size, text.hidden_size)
         self.layers = [DecoderLayer(text, layer) for layer in text.layers]
         self.norm = nn.RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
 
@@ -92,6 +95,8 @@ class Drafter(nn.Module):
         self.pre_projection = nn.Linear(2 * backbone, hidden_size, bias=False)
         self.post_projection = nn.Linear(hidden_size, backbone, bias=False)
         self.masked_embedding = _CentroidHead(config) if config.num_centroids else None
+        # Of a pruned head, the tokens its rows stand for.
+        self.draft_vocab_ids = mx.zeros((config.draft_vocab_size,), mx.int32) if config.draft_vocab_size else None
 
     def context(self, cache: Cache) -> DraftContext:
         """A round's context. The cache does not hold the bonus token yet, so its offset is the bonus token's index."""
@@ -110,16 +115,29 @@ class Drafter(nn.Module):
         return DraftStep(state, self.post_projection(state))
 
     def candidates(self, state: mx.array, allowed: mx.array | None = None) -> Candidates:
-        """The head's candidates: the whole vocabulary for a dense head, the best centroids' tokens otherwise.
+        """The head's candidates: the whole vocabulary, or its draft vocabulary, for a dense head, the best centroids'
+        tokens otherwise.
 
         Those that are not `allowed`, bool [1, vocab], have the logit -inf.
         """
         if self.masked_embedding is None:
             logits = self.model.embed_tokens.as_linear(state)[0]
+            if self.draft_vocab_ids is not None:
+                return self._pruned(logits, allowed)
             return Candidates(None, logits if allowed is None else mx.where(allowed, logits, -mx.inf))
         ids = self.masked_embedding.candidates(state, allowed)
         # Calling the embedding gathers the rows, dequantizing no others.
         logits = state[0] @ self.model.embed_tokens(ids).T
+        return Candidates(ids[None], logits if allowed is None else mx.where(allowed[:, ids], logits, -mx.inf))
+
+    def _pruned(self, logits: mx.array, allowed: mx.array | None) -> Candidates:
+        ids = self.draft_vocab_ids
+        assert ids is not None
+        # Where no token of the draft vocabulary is allowed, the first that is, as a candidate of last resort. It is
+        # always there, so that all steps of a draft have as many candidates.
+        last = mx.zeros((1,), mx.int32) if allowed is None else mx.argmax(allowed, axis=-1).astype(mx.int32)
+        ids = mx.concatenate([ids, last])
+        logits = mx.concatenate([logits, mx.full((1, 1), _LAST_RESORT, logits.dtype)], axis=-1)
         return Candidates(ids[None], logits if allowed is None else mx.where(allowed[:, ids], logits, -mx.inf))
 
     def draft(

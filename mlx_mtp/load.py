@@ -95,6 +95,8 @@ def load_drafter(config: DrafterConfig, dtype: mx.Dtype) -> Drafter:
     if drafter.masked_embedding is not None:
         # Published as int64; the ids it yields are compared with the target's int32.
         drafter.masked_embedding.token_ordering = drafter.masked_embedding.token_ordering.astype(mx.int32)
+    if drafter.draft_vocab_ids is not None:
+        drafter.draft_vocab_ids = drafter.draft_vocab_ids.astype(mx.int32)
     mx.eval(drafter.parameters())
     return drafter
 

@@ -1,6 +1,7 @@
 """Command line: train a drafter for a target. `python -m mlx_mtp.train --help`."""
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ from mlx.utils import tree_unflatten
 
 from .centroids import build_centroids, start_from_target
 from .cli import exit_status
-from .config import DrafterConfig, read_drafter_config
+from .config import DrafterConfig, read_drafter_config, read_json
 from .dataset import answer_prompts, read_data
+from .draft_vocab import check_draft_vocab, choose_ids, prune
 from .drafter import Drafter
 from .engine import GenerationOptions, Model
 from .errors import OptionError, OutputError
@@ -59,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--fine-tune-type", choices=("full", "lora"), default="full", help="What to train (default: %(default)s).")
     add("--lora-rank", type=int, default=16, help="Rank of the LoRA matrices (default: %(default)s).")
     add("--rebuild-centroids", action="store_true", help="Cluster the drafter's vocabulary anew before training.")
+    add("--draft-vocab", type=int, metavar="N", help="Cut a dense head to the N tokens most frequent in the data.")
     add("--iters", type=int, default=defaults.iters, help="Updates to make (default: %(default)s).")
     add("--batch-size", type=int, default=defaults.batch_size, help="Texts per update (default: %(default)s).")
     add("--learning-rate", type=float, default=defaults.learning_rate, help="Highest step size (default: %(default)s).")
@@ -114,8 +117,10 @@ def _run(args: argparse.Namespace) -> int:
     # The drafter there is helps to answer prompts; a damaged one still does.
     model = load(args.model, "none" if args.drafter_config else source)
     check_pair(model.config, config)
+    if args.draft_vocab is not None:
+        check_draft_vocab(config, args.draft_vocab)
     mx.random.seed(options.seed)
-    drafter = _drafter(args, model, config)
+    drafter = _initial(args, model, config)
 
     def answer(prompts: Sequence[list[int]]) -> list[list[int]]:
         chosen = GenerationOptions(max_tokens=args.max_answer_tokens, sampling=model.default_sampling)
@@ -126,6 +131,10 @@ def _run(args: argparse.Namespace) -> int:
 
     workspace.mkdir(parents=True, exist_ok=True)
     data = read_data(args.data, model, args.max_seq_length, answer)
+    if args.draft_vocab is not None:
+        texts = (text.tokens for text in data.train)
+        prune(drafter, choose_ids(texts, model.tokenizer.eos_token_ids, config.text.vocab_size, args.draft_vocab))
+    _unfreeze(drafter, None if args.fine_tune_type == "full" else args.lora_rank)
     trainer = Trainer(model.target, drafter, data, options, workspace)
     if args.resume and (workspace / "state.json").exists():
         trainer.resume()
@@ -180,8 +189,8 @@ def _source(args: argparse.Namespace, folder: Path) -> Path:
     return found
 
 
-def _drafter(args: argparse.Namespace, model: Model, config: DrafterConfig) -> Drafter:
-    """The drafter in float32, with what is to be trained, and nothing else, unfrozen."""
+def _initial(args: argparse.Namespace, model: Model, config: DrafterConfig) -> Drafter:
+    """The drafter to begin with, in float32."""
     if args.rebuild_centroids and not config.num_centroids:
         raise OptionError(
             f"{config.path}: --rebuild-centroids needs a centroid head, found use_ordered_embeddings false"
@@ -195,13 +204,19 @@ def _drafter(args: argparse.Namespace, model: Model, config: DrafterConfig) -> D
         drafter = load_drafter(config, mx.float32)
         if args.rebuild_centroids:
             build_centroids(drafter, args.seed)
+    return drafter
+
+
+def _unfreeze(drafter: Drafter, lora_rank: int | None) -> None:
+    """Let the weights be trained, or LoRA matrices of this rank beside them, and nothing else."""
     drafter.unfreeze()
     if drafter.masked_embedding is not None:
         drafter.masked_embedding.freeze(recurse=False, keys="token_ordering")
-    if args.fine_tune_type == "lora":
-        _add_lora(drafter, args.lora_rank)
+    if drafter.draft_vocab_ids is not None:
+        drafter.freeze(recurse=False, keys="draft_vocab_ids")
+    if lora_rank is not None:
+        _add_lora(drafter, lora_rank)
     mx.eval(drafter.parameters())
-    return drafter
 
 
 def _add_lora(drafter: Drafter, rank: int) -> None:
@@ -225,15 +240,13 @@ def _write(output: Path, source: Path, drafter: Drafter, config: DrafterConfig, 
         name: value.astype(dtype) if value.dtype == mx.float32 else value
         for name, value in lazy_parameters(drafter).items()
     }
+    fields = read_json(config.path)
+    if drafter.config.draft_vocab_size:
+        fields["draft_vocab_size"] = drafter.config.draft_vocab_size
     with new_folder(output) as new:
         save_arrays(new / "model.safetensors", arrays)
-        for name in (
-            config.path.name,
-            "generation_config.json",
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "chat_template.jinja",
-        ):
+        (new / config.path.name).write_text(json.dumps(fields, indent=2))
+        for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             if (source / name).is_file():
                 shutil.copyfile(source / name, new / name)
 

@@ -14,7 +14,7 @@ LAYERS = (
     ("cli", "training"),
     ("load", "dataset"),
     ("engine",),
-    ("tokenizer", "text", "speculative", "distill", "centroids"),
+    ("tokenizer", "text", "speculative", "distill", "centroids", "draft_vocab"),
     ("drafter",),
     ("acceptance", "gemma4", "guide", "sampling"),
     ("cache", "weights"),
