@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from .dataset import answer_prompts, read_data
 from .draft_vocab import check_draft_vocab, choose_ids, prune
 from .drafter import Drafter
 from .engine import GenerationOptions, Model
-from .errors import OptionError, OutputError
+from .errors import MTPError, OptionError, OutputError
 from .load import DRAFTER_FOLDER, check_pair, find_drafter, load, load_drafter, resolve_folder
 from .output import check_output, new_folder
 from .training import Measure, Trainer, TrainingOptions, save_arrays
@@ -130,7 +131,13 @@ def _run(args: argparse.Namespace) -> int:
             )
 
     workspace.mkdir(parents=True, exist_ok=True)
-    data = read_data(args.data, model, args.max_seq_length, answer)
+    try:
+        data = read_data(args.data, model, args.max_seq_length, answer)
+    except MTPError:
+        # Where no prompt was answered there is nothing to resume.
+        with suppress(OSError):
+            workspace.rmdir()
+        raise
     if args.draft_vocab is not None:
         texts = (text.tokens for text in data.train)
         prune(drafter, choose_ids(texts, model.tokenizer.eos_token_ids, config.text.vocab_size, args.draft_vocab))

@@ -1,7 +1,6 @@
 """`python -m mlx_mtp.train`: as a process, killed and resumed, and the data it reads."""
 
 import json
-import os
 import resource
 import shutil
 import signal
@@ -285,6 +284,4 @@ def test_what_cannot_be_trained(folder: Path, data: Path, tiny_pair: TinyPair) -
     ):
         result = run(*model, *args, code=1)
         assert message in result.stderr.splitlines()[-1]
-        assert not (folder / "target" / "drafter").exists()
-        shutil.rmtree(folder / "target" / "drafter.training", ignore_errors=True)
-    assert os.listdir(folder / "target").count("config.json") == 1
+        assert not list((folder / "target").glob("drafter*"))

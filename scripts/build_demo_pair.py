@@ -1,0 +1,344 @@
+"""Build the demo pair: a small Gemma 4 target and its drafter, trained on the Python standard library's own source.
+
+    pip install -c constraints.txt -e '.[demo]'
+    python scripts/build_demo_pair.py --output build/demo
+
+Steps, each skipped if its output is there already: tokenizer (seconds), target (PyTorch, about 50 minutes on two
+cores), drafter (`mlx_mtp.train`, about an hour), the packaged pair.
+"""
+
+import argparse
+import ast
+import ctypes.util
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+# Not trained on: what the pair is measured with.
+HELD_OUT = (
+    "curses/has_key.py",
+    "asyncio/streams.py",
+    "lib2to3/fixes/fix_raise.py",
+    "wsgiref/simple_server.py",
+    "tkinter/simpledialog.py",
+    "posixpath.py",
+    "queue.py",
+    "email/mime/image.py",
+    "venv/__init__.py",
+    "importlib/resources/_common.py",
+    "xmlrpc/client.py",
+    "hmac.py",
+)
+# Tables of character codes, and tests, which are more than half of all and much alike.
+LEFT_OUT = {"test", "tests", "idle_test", "encodings", "site-packages"}
+
+VOCAB_SIZE = 2048
+SPECIAL_TOKENS = (
+    "<pad>", "<eos>", "<bos>", "<unk>", "<mask>",
+    "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>',
+    "<|think|>", "<|channel>", "<channel|>", "<|turn>", "<turn|>",
+)  # fmt: skip
+PAD, EOS, BOS, TURN_END = (SPECIAL_TOKENS.index(token) for token in ("<pad>", "<eos>", "<bos>", "<turn|>"))
+
+CHAT_TEMPLATE = """\
+{{ bos_token }}
+{%- set thinks = enable_thinking is defined and enable_thinking -%}
+{%- if thinks and messages[0]['role'] != 'system' -%}
+<|turn>system
+<|think|>
+<turn|>
+{% endif -%}
+{%- for message in messages -%}
+<|turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}
+{% if thinks and message['role'] == 'system' %}<|think|>
+{% endif %}
+{{- message['content'] }}<turn|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|turn>model
+{% endif -%}
+"""
+
+# E2B in small: per-layer inputs, half of the layers share K/V, and are twice as wide there, 4 sliding layers to 1 full.
+TEXT_CONFIG: dict[str, Any] = {
+    "model_type": "gemma4_text",
+    "vocab_size": VOCAB_SIZE,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "hidden_size": 128,
+    "hidden_size_per_layer_input": 32,
+    "intermediate_size": 256,
+    "use_double_wide_mlp": True,
+    "num_hidden_layers": 10,
+    "num_kv_shared_layers": 5,
+    "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "num_global_key_value_heads": None,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "sliding_window": 64,
+    "max_position_embeddings": 4096,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "hidden_activation": "gelu_pytorch_tanh",
+    "final_logit_softcapping": 30.0,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "attention_k_eq_v": False,
+    "enable_moe_block": False,
+    "num_experts": None,
+    "tie_word_embeddings": True,
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+    "bos_token_id": BOS,
+}
+DRAFTER_CONFIG: dict[str, Any] = {
+    "architectures": ["Gemma4AssistantForCausalLM"],
+    "model_type": "gemma4_assistant",
+    "backbone_hidden_size": TEXT_CONFIG["hidden_size"],
+    "use_ordered_embeddings": True,
+    "num_centroids": 128,
+    "centroid_intermediate_top_k": 16,
+    "tie_word_embeddings": True,
+    "text_config": TEXT_CONFIG
+    | {
+        "hidden_size": 128,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 0,
+        "intermediate_size": 256,
+        "use_double_wide_mlp": False,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 4,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "num_attention_heads": 2,
+        "final_logit_softcapping": None,
+    },
+}
+
+LENGTH = 256
+BATCH = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build the demo pair.")
+    parser.add_argument("--output", type=Path, required=True, help="Folder to build in.")
+    parser.add_argument("--target-tokens", type=float, default=12e6, help="Tokens to train the target on (12e6).")
+    parser.add_argument("--drafter-updates", type=int, default=4000, help="Updates to train the drafter for (4000).")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of data order and weights (0).")
+    args = parser.parse_args()
+    pin_threads()
+    target = args.output / "target"
+    if not (target / "tokenizer.json").is_file():
+        write_tokenizer(target)
+    if not (target / "model.safetensors").is_file():
+        train_target(target, int(args.target_tokens), args.seed)
+    if not (args.output / "drafter").is_dir():
+        train_drafter(args.output, args.drafter_updates, args.seed)
+
+
+def train_drafter(folder: Path, updates: int, seed: int) -> None:
+    """Distil the drafter with the package's own command."""
+    config, data = folder / "drafter-config", folder / "data"
+    for path in (config, data):
+        path.mkdir(exist_ok=True)
+    (config / "config.json").write_text(json.dumps(DRAFTER_CONFIG, indent=2))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(folder / "target" / name, config / name)
+    lines = [{"text": source} for source in sources()]
+    lines += [{"prompt": prompt, "completion": text} for source in sources() for prompt, text in functions(source)]
+    random.Random(seed).shuffle(lines)
+    # Pieces of 256 tokens, of which every update takes four.
+    wanted, size = updates * 4 * LENGTH * 3, 0
+    with (data / "train.jsonl").open("w") as file:
+        for line in lines:
+            file.write(json.dumps(line) + "\n")
+            size += sum(map(len, line.values()))
+            if size > wanted:
+                break
+    root = Path(sysconfig.get_path("stdlib"))
+    held_out = [{"text": (root / name).read_text()} for name in HELD_OUT if (root / name).is_file()]
+    (data / "valid.jsonl").write_text("".join(json.dumps(line) + "\n" for line in held_out))
+    command = [sys.executable, "-m", "mlx_mtp.train", "--model", str(folder / "target")]
+    command += ["--drafter-config", str(config), "--data", str(data), "--output", str(folder / "drafter")]
+    command += ["--iters", str(updates), "--batch-size", "4", "--learning-rate", "2e-3", "--seed", str(seed)]
+    command += ["--max-seq-length", str(LENGTH), "--val-batches", "8", "--steps-per-eval", "200"]
+    if (folder / "drafter.training" / "state.json").is_file():
+        command.append("--resume")
+    subprocess.run(command, check=True, env=os.environ | fast_blas())
+
+
+def fast_blas() -> dict[str, str]:
+    """MLX's CPU build for Linux links the reference BLAS; OpenBLAS in its place multiplies seven times faster."""
+    library = ctypes.util.find_library("openblas") if sys.platform == "linux" else None
+    if library is None:
+        print(
+            "without OpenBLAS (Debian's libopenblas0-pthread) the drafter takes much longer on Linux", file=sys.stderr
+        )
+        return {}
+    return {"LD_PRELOAD": library}
+
+
+def pin_threads() -> None:
+    """Start again with pinned threads: two that wander between cores make PyTorch twenty times slower."""
+    wanted = {"GOMP_CPU_AFFINITY": f"0-{(os.cpu_count() or 1) - 1}", "MALLOC_MMAP_MAX_": "0"}
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
+
+
+def sources() -> Iterator[str]:
+    """The standard library's modules but for those left out, in a fixed order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for file in sorted(root.rglob("*.py")):
+        name = file.relative_to(root)
+        if not LEFT_OUT & set(name.parts) and name.as_posix() not in HELD_OUT:
+            yield file.read_text(encoding="utf-8", errors="ignore")
+
+
+def functions(source: str) -> Iterator[tuple[str, str]]:
+    """The signature of each function at the top of a module or class, and the whole function."""
+    try:
+        module = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return
+    lines = source.splitlines()
+    bodies = [module.body, *(node.body for node in module.body if isinstance(node, ast.ClassDef))]
+    for node in (node for body in bodies for node in body if isinstance(node, ast.FunctionDef)):
+        text = [line[node.col_offset :] for line in lines[node.lineno - 1 : node.end_lineno]]
+        head = node.body[0].lineno - node.lineno
+        if 0 < head < len(text) and 40 < sum(map(len, text)) < 1200:
+            yield "\n".join(text[:head]), "\n".join(text)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Train a BPE tokenizer in the form of Gemma's: "▁" for a blank, other characters by their bytes."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    # Without it a merge could run across words and lines; Gemma's own splits at blanks.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        pattern=__import__("tokenizers").Regex("▁*[A-Za-z]+|▁*[0-9]|▁*[^▁A-Za-z0-9\n]+|\n+▁*|▁+"), behavior="isolated"
+    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))],
+        initial_alphabet=[chr(code) for code in range(33, 127)] + ["\n", "▁"],
+        limit_alphabet=110,
+    )
+    tokenizer.train_from_iterator(sources(), trainer)
+    content = json.loads(tokenizer.to_str())
+    # The byte tokens are ordinary ones: only Gemma's own markers are special.
+    content["added_tokens"] = content["added_tokens"][: len(SPECIAL_TOKENS)]
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
+    config = names | {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
+def training_tokens(folder: Path, seed: int) -> np.ndarray:
+    """All texts one after the other: modules, and functions as answers to their signatures, in the chat format."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    chooser = random.Random(seed)
+    texts = []
+    for source in sources():
+        texts.append(f"<bos>{source}<eos>")
+        texts += [
+            f"<bos><|turn>user\n{signature}<turn|>\n<|turn>model\n{function}<turn|>\n"
+            for signature, function in functions(source)
+            if chooser.random() < 0.4
+        ]
+    chooser.shuffle(texts)
+    return np.concatenate([np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch(texts)])
+
+
+def train_target(folder: Path, budget: int, seed: int) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    torch.manual_seed(seed)
+    torch.set_num_threads(os.cpu_count() or 1)
+    tokens = training_tokens(folder, seed)
+    model = Gemma4ForCausalLM(Gemma4TextConfig(**TEXT_CONFIG))
+    model.train()
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95))
+    updates = budget // (LENGTH * BATCH)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / 100, 0.05 + 0.95 * (1 + math.cos(math.pi * i / updates)) / 2)
+    )
+    rng = np.random.default_rng(seed)
+    starts = np.concatenate([epoch_starts(tokens.size, rng) for _ in range(1 + budget // tokens.size)])
+    mean = None
+    bar = tqdm(range(updates), desc="Target", unit="update", disable=None)
+    began = time.perf_counter()
+    for update in bar:
+        rows = [tokens[start : start + LENGTH + 1] for start in starts[update * BATCH : (update + 1) * BATCH]]
+        batch = torch.from_numpy(np.stack(rows).astype(np.int64))
+        logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{mean:.3f}")
+        if update % 100 == 0:
+            speed = (update + 1) * LENGTH * BATCH / (time.perf_counter() - began)
+            print(f"update {update} of {updates}: loss {mean:.3f}, {speed:.0f} tokens/s", flush=True)
+    (folder / "config.json").write_text(json.dumps(target_config(), indent=2))
+    generation = {"bos_token_id": BOS, "pad_token_id": PAD, "eos_token_id": [EOS, TURN_END]}
+    generation |= {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
+    weights = {
+        name.replace("model.", "model.language_model.", 1): value.detach().contiguous()
+        for name, value in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    save_file(weights, folder / "model.safetensors.part", metadata={"format": "pt"})
+    os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
+
+
+def epoch_starts(size: int, rng: np.random.Generator) -> np.ndarray:
+    """Where the windows of one pass over the tokens begin, in random order, at a random phase."""
+    return rng.permutation(np.arange(rng.integers(LENGTH), size - LENGTH - 1, LENGTH))
+
+
+def target_config() -> dict[str, Any]:
+    return {
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "model_type": "gemma4",
+        "dtype": "float32",
+        "vocab_size": VOCAB_SIZE,
+        "tie_word_embeddings": True,
+        "eos_token_id": [EOS, TURN_END],
+        "text_config": TEXT_CONFIG,
+    }
+
+
+if __name__ == "__main__":
+    main()
