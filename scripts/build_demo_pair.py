@@ -1,10 +1,10 @@
-"""Build the demo pair: a small Gemma 4 target and its drafter, trained on the Python standard library's own source.
+"""Build a small pair: a Gemma 4 target and its drafter, trained on the Python standard library's own source.
 
-    pip install -c constraints.txt -e '.[demo]'
+    pip install -c constraints.txt -e '.[test]'
     python scripts/build_demo_pair.py --output build/demo
 
-Steps, each skipped if its output is there already: tokenizer (seconds), target (PyTorch, about 50 minutes on two
-cores), drafter (`mlx_mtp.train`, about an hour), the packaged pair.
+Steps, each skipped if its output is there already: tokenizer (seconds), target (PyTorch, 12 million tokens, 50 to 60
+minutes on two cores), drafter (`mlx_mtp.train`; on Linux much faster with OpenBLAS, see `fast_blas`).
 """
 
 import argparse
@@ -134,7 +134,7 @@ BATCH = 16
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Build the demo pair.")
+    parser = argparse.ArgumentParser(description="Build a small pair of target and drafter.")
     parser.add_argument("--output", type=Path, required=True, help="Folder to build in.")
     parser.add_argument("--target-tokens", type=float, default=12e6, help="Tokens to train the target on (12e6).")
     parser.add_argument("--drafter-updates", type=int, default=4000, help="Updates to train the drafter for (4000).")
