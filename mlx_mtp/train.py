@@ -44,7 +44,6 @@ def _parser() -> argparse.ArgumentParser:
         "left as it is.",
     )
     add = parser.add_argument
-    defaults = TrainingOptions()
     add("--model", required=True, help="Target: a local folder or a Hugging Face hub id; it may be quantized.")
     add("--drafter", help="Drafter to begin with. Default: MODEL/drafter, else the sibling MODEL-assistant.")
     add("--drafter-config", metavar="FOLDER", help="Begin from scratch instead, with the config.json in this folder.")
@@ -63,6 +62,23 @@ def _parser() -> argparse.ArgumentParser:
     add("--lora-rank", type=int, default=16, help="Rank of the LoRA matrices (default: %(default)s).")
     add("--rebuild-centroids", action="store_true", help="Cluster the drafter's vocabulary anew before training.")
     add("--draft-vocab", type=int, metavar="N", help="Cut a dense head to the N tokens most frequent in the data.")
+    add(
+        "--max-seq-length",
+        type=int,
+        default=DEFAULT_MAX_LENGTH,
+        help="Longest text in tokens; longer ones are cut into pieces (default: %(default)s).",
+    )
+    add(
+        "--max-answer-tokens", type=int, default=DEFAULT_ANSWER_TOKENS, help="Longest answer to a prompt (%(default)s)."
+    )
+    _add_training_options(parser)
+    return parser
+
+
+def _add_training_options(parser: argparse.ArgumentParser) -> None:
+    """The fields of TrainingOptions."""
+    add = parser.add_argument
+    defaults = TrainingOptions()
     add("--iters", type=int, default=defaults.iters, help="Updates to make (default: %(default)s).")
     add("--batch-size", type=int, default=defaults.batch_size, help="Texts per update (default: %(default)s).")
     add("--learning-rate", type=float, default=defaults.learning_rate, help="Highest step size (default: %(default)s).")
@@ -78,21 +94,12 @@ def _parser() -> argparse.ArgumentParser:
         help="Count a draft step by the chance that all before it are accepted.",
     )
     add(
-        "--max-seq-length",
-        type=int,
-        default=DEFAULT_MAX_LENGTH,
-        help="Longest text in tokens; longer ones are cut into pieces (default: %(default)s).",
-    )
-    add(
         "--positions-per-pass",
         type=int,
         default=defaults.positions_per_pass,
         help="Positions of a text trained on at once; fewer take less memory (default: %(default)s).",
     )
     add("--grad-checkpoint", action="store_true", help="Compute logits twice instead of keeping them: less memory.")
-    add(
-        "--max-answer-tokens", type=int, default=DEFAULT_ANSWER_TOKENS, help="Longest answer to a prompt (%(default)s)."
-    )
     add(
         "--steps-per-eval",
         type=int,
@@ -103,7 +110,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--save-every", type=int, default=defaults.save_every, help="Updates between saves (default: %(default)s).")
     add("--patience", type=int, default=defaults.patience, help="End after so many measurements without gain (0: no).")
     add("--seed", type=int, default=defaults.seed, help="Seed of data order and new weights (default: %(default)s).")
-    return parser
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -150,7 +156,9 @@ def _run(args: argparse.Namespace) -> int:
 
         def report(update: int, loss: float, measured: Measure | None) -> None:
             bar.update(update - bar.n)
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            held_out = measured or trainer.best
+            assert held_out is not None
+            bar.set_postfix(loss=f"{loss:.4f}", acceptance=f"{held_out.sampled_length:.2f}", refresh=False)
             if measured is not None:
                 tqdm.write(f"update {update}: {measured}", file=sys.stderr)
 

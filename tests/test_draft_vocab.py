@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,22 +12,18 @@ import pytest
 from tiny import WINDOW, random_tokens
 
 import mlx_mtp
+from mlx_mtp.convert.cli import main
 from mlx_mtp.draft_vocab import choose_ids
+from mlx_mtp.train import main as train
 
 TinyPair = Callable[[str], Path]
 PROMPT = random_tokens(2 * WINDOW, seed=5)
 SIZE = 150
 
 
-def run(*args: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run([sys.executable, "-m", *map(str, args)], capture_output=True, text=True)
-    assert result.returncode == code, result.stderr
-    assert "Traceback" not in result.stderr
-    return result
-
-
-def convert(source: Path, output: Path, *args: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    return run("mlx_mtp.convert", "--hf-path", source / "target", "--mlx-path", output, *args, code=code)
+def convert(source: Path, output: Path, *args: str | Path, code: int = 0) -> None:
+    """The command line, in this process: a dozen of them would take a minute to start."""
+    assert main(list(map(str, ["--hf-path", source / "target", "--mlx-path", output, *args]))) == code
 
 
 def test_the_most_useful_tokens() -> None:
@@ -117,18 +111,8 @@ def test_trained_with_a_draft_vocabulary(tiny_pair: TinyPair, tmp_path: Path) ->
     data.write_text(
         "".join(json.dumps({"text": " ".join(rng.choice(["ba", "be", "on"], 40))}) + "\n" for _ in range(9))
     )
-    args = (
-        "mlx_mtp.train",
-        "--model",
-        tmp_path / "pair" / "target",
-        "--data",
-        data,
-        "--iters",
-        "4",
-        "--batch-size",
-        "1",
-    )
-    run(*args, "--draft-vocab", "30")
+    args = ["--model", tmp_path / "pair" / "target", "--data", data, "--iters", 4, "--batch-size", 1]
+    assert train([*map(str, args), "--draft-vocab", "30"]) == 0
     model = mlx_mtp.load(tmp_path / "pair" / "target")
     assert model.drafter is not None
     assert model.drafter.draft_vocab_ids is not None
@@ -139,7 +123,7 @@ def test_trained_with_a_draft_vocabulary(tiny_pair: TinyPair, tmp_path: Path) ->
     assert model.generate(PROMPT, max_tokens=30).tokens == plain.tokens
 
 
-def test_what_cannot_be_cut(tiny_pair: TinyPair, tmp_path: Path) -> None:
+def test_what_cannot_be_cut(tiny_pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dense, centroids = tiny_pair("31b"), tiny_pair("e2b")
     for source, args, message in (
         (centroids, ["--draft-vocab", "40"], "--draft-vocab needs a dense head, found one with centroids"),
@@ -149,7 +133,8 @@ def test_what_cannot_be_cut(tiny_pair: TinyPair, tmp_path: Path) -> None:
         (dense, ["--draft-vocab-text", tmp_path], "--draft-vocab-text: expected --draft-vocab with it"),
         (dense, ["--draft-vocab", "9", "--draft-vocab-text", tmp_path], "cannot be read"),
     ):
-        result = convert(source, tmp_path / "out", *args, code=1)
-        assert message in result.stderr
-        assert len(result.stderr.splitlines()) == 1
+        convert(source, tmp_path / "out", *args, code=1)
+        stderr = capsys.readouterr().err
+        assert message in stderr
+        assert len(stderr.splitlines()) == 1
         assert not (tmp_path / "out").exists()

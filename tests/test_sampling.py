@@ -190,9 +190,8 @@ def test_a_coupled_stop_inside_a_block(tiny_models: Models, plain: Plain) -> Non
     ("variant", "temperature", "acceptance", "seeds"),
     [
         ("e2b", 2.0, "block", 600),
-        pytest.param("e2b", 2.0, "block", 2000, marks=pytest.mark.slow),
-        pytest.param("31b", 4.0, "block", 2000, marks=pytest.mark.slow),
-        pytest.param("31b", 4.0, "coupled", 2000, marks=pytest.mark.slow),
+        pytest.param("31b", 4.0, "block", 1200, marks=pytest.mark.slow),
+        pytest.param("31b", 4.0, "coupled", 1200, marks=pytest.mark.slow),
     ],
 )
 def test_the_token_a_round_decides_on_has_the_target_s_distribution(

@@ -21,6 +21,7 @@ import mlx_mtp
 from mlx_mtp.dataset import Data, Text, read_data
 from mlx_mtp.drafter import Drafter
 from mlx_mtp.errors import DataError, TrainingError
+from mlx_mtp.train import main
 from mlx_mtp.training import Trainer, TrainingOptions
 
 TinyPair = Callable[[str], Path]
@@ -51,7 +52,9 @@ def data(tmp_path: Path) -> Path:
     return file
 
 
-def test_training_writes_a_drafter_that_is_found_and_works(folder: Path, data: Path) -> None:
+def test_training_writes_a_drafter_that_is_found_and_works(
+    folder: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = run("--model", folder / "target", "--data", data, *QUICK)
     assert "23 texts to train on, 1 held out" in result.stderr
     assert "update 6: loss " in result.stderr
@@ -63,14 +66,16 @@ def test_training_writes_a_drafter_that_is_found_and_works(folder: Path, data: P
     plain = model.generate("hello", max_tokens=30, num_draft_tokens=0, ignore_eos=True)
     assert model.generate("hello", max_tokens=30, num_draft_tokens=3, ignore_eos=True).tokens == plain.tokens
     # What exists is not replaced unless asked to.
-    again = ("--model", folder / "target", "--data", data, *QUICK)
-    assert "exists already; choose another --output, or replace it with --overwrite" in run(*again, code=1).stderr
-    run(*again, "--overwrite")
+    again = ["--model", str(folder / "target"), "--data", str(data), *QUICK, "--iters", "1"]
+    assert main(again) == 1
+    assert "exists already; choose another --output, or replace it with --overwrite" in capsys.readouterr().err
+    assert main([*again, "--overwrite"]) == 0
 
 
 @pytest.mark.parametrize("options", [["--fine-tune-type", "lora", "--lora-rank", "4"], ["--rebuild-centroids"]])
 def test_ways_to_train(folder: Path, data: Path, options: list[str]) -> None:
-    run("--model", folder / "target", "--data", data, "--output", folder / "new", *QUICK, *options)
+    args = ["--model", folder / "target", "--data", data, "--output", folder / "new", *QUICK, *options]
+    assert main(list(map(str, args))) == 0
     old, new = (load_drafter(path)[0] for path in (folder / "target-assistant", folder / "new"))
     before, after = (dict(tree_flatten(drafter.parameters())) for drafter in (old, new))
     changed = {name for name in before if not mx.array_equal(before[name], after[name])}
@@ -87,7 +92,8 @@ def test_from_scratch_and_in_the_form_asked_for(folder: Path, data: Path, tmp_pa
     config.mkdir()
     shutil.copyfile(folder / "target-assistant" / "config.json", config / "config.json")
     shutil.rmtree(folder / "target-assistant")
-    run("--model", folder / "target", "--drafter-config", config, "--data", data, *QUICK, "--weight-by-reach")
+    args = ["--model", folder / "target", "--drafter-config", config, "--data", data, *QUICK, "--weight-by-reach"]
+    assert main(list(map(str, args))) == 0
     assert mlx_mtp.load(folder / "target").drafter is not None
 
 
@@ -102,16 +108,18 @@ def interrupted(command: list[str], state: Path) -> None:
     assert process.returncode == -signal.SIGKILL, "ended before it could be killed"
 
 
-def test_a_killed_training_goes_on_to_the_same_drafter(folder: Path, data: Path) -> None:
-    args = ["--model", str(folder / "target"), "--data", str(data), *QUICK, "--iters", "40", "--steps-per-eval", "15"]
+def test_a_killed_training_goes_on_to_the_same_drafter(
+    folder: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--model", str(folder / "target"), "--data", str(data), *QUICK, "--iters", "16", "--steps-per-eval", "8"]
     run(*args, "--output", folder / "whole")
     output = folder / "killed"
     interrupted([*COMMAND, *args, "--output", str(output)], folder / "killed.training" / "state.json")
     assert not output.exists()
-    unfinished = run(*args, "--output", output, code=1)
-    assert "an unfinished training; go on with --resume, or remove it" in unfinished.stderr
-    other = run(*args, "--output", output, "--resume", "--seed", "5", code=1)
-    assert "begun with seed 0, found 5" in other.stderr
+    assert main([*args, "--output", str(output)]) == 1
+    assert "an unfinished training; go on with --resume, or remove it" in capsys.readouterr().err
+    assert main([*args, "--output", str(output), "--resume", "--seed", "5"]) == 1
+    assert "begun with seed 0, found 5" in capsys.readouterr().err
     run(*args, "--output", output, "--resume")
     for name in ("model.safetensors", "config.json"):
         assert (output / name).read_bytes() == (folder / "whole" / name).read_bytes()
@@ -120,10 +128,9 @@ def test_a_killed_training_goes_on_to_the_same_drafter(folder: Path, data: Path)
 def test_prompts_are_answered_by_the_target_and_kept(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"tell me about {i}"}) + "\n" for i in range(6)))
-    args = ("--model", folder / "target", "--data", file, *QUICK, "--max-answer-tokens", "24")
-    broken = run(*args, "--learning-rate", "0.5", "--num-draft-tokens", "9", code=1)
-    assert "num_draft_tokens must be at most 8 to train, found 9" in broken.stderr
-    run(*args)
+    args = ["--model", str(folder / "target"), "--data", str(file), *QUICK, "--max-answer-tokens", "24"]
+    assert main(args) == 0
+    assert (folder / "target" / "drafter" / "model.safetensors").is_file()
 
 
 def test_answers_are_resumed(tiny_pair: TinyPair, tmp_path: Path) -> None:
@@ -267,7 +274,9 @@ def test_data_that_is_no_use(tiny_pair: TinyPair, tmp_path: Path, content: str, 
         read_data(tmp_path / "absent.jsonl", model, 100, lambda prompts: [])
 
 
-def test_what_cannot_be_trained(folder: Path, data: Path, tiny_pair: TinyPair) -> None:
+def test_what_cannot_be_trained(
+    folder: Path, data: Path, tiny_pair: TinyPair, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = ("--model", folder / "target", "--data", data)
     other = tiny_pair("31b") / "target-assistant"
     for args, message in (
@@ -278,10 +287,11 @@ def test_what_cannot_be_trained(folder: Path, data: Path, tiny_pair: TinyPair) -
             "--fine-tune-type lora needs a drafter to begin with",
         ),
         (["--iters", "0"], "iters must be at least 1, found 0"),
+        (["--num-draft-tokens", "9"], "num_draft_tokens must be at most 8 to train, found 9"),
         (["--learning-rate", "2"], "learning_rate must be between 0 and 1, found 2.0"),
         (["--resume"], "no training to resume"),
         (["--data", folder / "absent.jsonl"], "absent.jsonl: cannot be read"),
     ):
-        result = run(*model, *args, code=1)
-        assert message in result.stderr.splitlines()[-1]
+        assert main(list(map(str, [*model, *args]))) == 1
+        assert message in capsys.readouterr().err.splitlines()[-1]
         assert not list((folder / "target").glob("drafter*"))
