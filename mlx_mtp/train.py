@@ -24,7 +24,7 @@ from .engine import GenerationOptions, Model
 from .errors import MTPError, OptionError, OutputError
 from .load import DRAFTER_FOLDER, check_pair, find_drafter, load, load_drafter, resolve_folder
 from .output import check_output, new_folder
-from .training import Measure, Trainer, TrainingOptions, save_arrays
+from .training import OPTIMIZERS, Measure, Trainer, TrainingOptions, save_arrays
 from .weights import lazy_parameters
 
 DEFAULT_MAX_LENGTH = 2048
@@ -82,6 +82,12 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
     add("--iters", type=int, default=defaults.iters, help="Updates to make (default: %(default)s).")
     add("--batch-size", type=int, default=defaults.batch_size, help="Texts per update (default: %(default)s).")
     add("--learning-rate", type=float, default=defaults.learning_rate, help="Highest step size (default: %(default)s).")
+    add(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default=defaults.optimizer,
+        help="Muon needs half of the updates from scratch (default: %(default)s).",
+    )
     add(
         "--num-draft-tokens",
         type=int,

@@ -22,13 +22,16 @@ from .gemma4 import Target
 
 Arrays = dict[str, mx.array]
 
+OPTIMIZERS = ("adamw", "muon")
+
 
 @dataclass(frozen=True)
 class TrainingOptions:
     """How to train. The names are mlx-lm's where it has one.
 
     One update is made from `batch_size` texts, one after the other: memory is that of one, and of
-    `positions_per_pass` of its positions at a time. `num_draft_tokens` is how many draft steps are unrolled.
+    `positions_per_pass` of its positions at a time. `optimizer` is "adamw", or "muon" for the matrices of the layers
+    and AdamW for the rest. `num_draft_tokens` is how many draft steps are unrolled.
     `weight_by_reach` counts a step by the chance that decoding gets there. Training ends early after `patience`
     measurements in a row, one every `steps_per_eval` updates, that are no better than the best (0: never).
 
@@ -38,6 +41,7 @@ class TrainingOptions:
     iters: int = 1000
     batch_size: int = 4
     learning_rate: float = 1e-4
+    optimizer: str = "adamw"
     num_draft_tokens: int = 4
     weight_by_reach: bool = False
     positions_per_pass: int = 512
@@ -56,6 +60,8 @@ class TrainingOptions:
                 raise OptionError(f"{name} must be at least {minimum}, found {vars(self)[name]}")
         if self.num_draft_tokens > 8:
             raise OptionError(f"num_draft_tokens must be at most 8 to train, found {self.num_draft_tokens}")
+        if self.optimizer not in OPTIMIZERS:
+            raise OptionError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, found {self.optimizer}")
         if not 0 < self.learning_rate < 1:
             raise OptionError(f"learning_rate must be between 0 and 1, found {self.learning_rate}")
 
@@ -90,15 +96,7 @@ class Trainer:
         self.data = data
         self.options = options
         self.folder = folder
-        warmup = max(1, min(100, options.iters // 10))
-        schedule = optim.join_schedules(
-            [
-                optim.linear_schedule(options.learning_rate / warmup, options.learning_rate, warmup),
-                optim.cosine_decay(options.learning_rate, max(1, options.iters - warmup), options.learning_rate / 20),
-            ],
-            [warmup],
-        )
-        self.optimizer = optim.AdamW(schedule, betas=[0.9, 0.95], weight_decay=0.01, bias_correction=True)
+        self.optimizer = _optimizer(options, drafter.config.text.hidden_size)
         self.optimizer.init(drafter.trainable_parameters())
         self.update = 0
         self.initial: Measure | None = None
@@ -250,6 +248,27 @@ class Trainer:
         self._best_parameters = parts["best"]
         self.update, self.best_update = state["update"], state["best_update"]
         self.initial, self.best = (Measure(*state[name]) for name in ("initial", "best"))
+
+
+def _optimizer(options: TrainingOptions, hidden_size: int) -> optim.Optimizer:
+    def schedule(rate: float) -> Callable[[mx.array], mx.array]:
+        warmup = max(1, min(100, options.iters // 10))
+        rising = optim.linear_schedule(rate / warmup, rate, warmup)
+        falling = optim.cosine_decay(rate, max(1, options.iters - warmup), rate / 20)
+        joined: Callable[[mx.array], mx.array] = optim.join_schedules([rising, falling], [warmup])
+        return joined
+
+    adamw = optim.AdamW(schedule(options.learning_rate), betas=[0.9, 0.95], weight_decay=0.01, bias_correction=True)
+    if options.optimizer == "adamw":
+        return adamw
+    # Steps of about the size AdamW's have, so that a learning rate means the same (Liu et al. 2025, arXiv:2502.16982).
+    rate = 0.2 * math.sqrt(hidden_size) * options.learning_rate
+    return optim.MultiOptimizer([optim.Muon(schedule(rate), weight_decay=0.0), adamw], [_is_inner_matrix])
+
+
+def _is_inner_matrix(name: str, weight: mx.array) -> bool:
+    """What Muon is made for: neither the head nor vectors."""
+    return weight.ndim == 2 and not name.endswith(("embed_tokens.weight", "centroids.weight"))
 
 
 def _flat(tree: Any) -> Arrays:

@@ -8,10 +8,9 @@ the last line compares the first two without that noise: what each may expect to
 """
 
 import argparse
-import sysconfig
-from pathlib import Path
 from typing import NamedTuple
 
+import held_out
 import mlx.core as mx
 import numpy as np
 
@@ -20,19 +19,6 @@ from mlx_mtp.acceptance import Acceptance, Draft, accept_matching
 from mlx_mtp.drafter import Choose, choose_best
 from mlx_mtp.sampling import Sampling, position_key, uniform
 from mlx_mtp.speculative import Stats, Stream, decode
-
-FILES = (
-    "curses/has_key.py",
-    "asyncio/streams.py",
-    "wsgiref/simple_server.py",
-    "posixpath.py",
-    "queue.py",
-    "email/mime/image.py",
-    "venv/__init__.py",
-    "importlib/resources/_common.py",
-    "xmlrpc/client.py",
-    "hmac.py",
-)
 
 
 class TokenByToken(Stream):
@@ -130,7 +116,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="How many seeds per prompt (default: 3).")
     args = parser.parse_args()
     model = mlx_mtp.load(args.model, args.drafter)
-    prompts = held_out_prompts(model, args.prompts, args.prompt_tokens)
+    prompts = held_out.prompts(model, held_out.stdlib_files(), args.prompt_tokens)[: args.prompts]
     samplings = [
         Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=seed)
         for seed in range(args.seeds)
@@ -140,12 +126,6 @@ def main() -> None:
         for rule, stream in RULES.items()
     }
     print_table(results, args.num_draft_tokens)
-
-
-def held_out_prompts(model: mlx_mtp.Model, count: int, length: int) -> list[list[int]]:
-    folder = Path(sysconfig.get_path("stdlib"))
-    files = [folder / name for name in FILES if (folder / name).is_file()]
-    return [model.tokenizer.encode(file.read_text())[:length] for file in files[:count]]
 
 
 def measure(

@@ -1,58 +1,72 @@
-"""How well a drafter fits its target, on held-out text, and how much faster it makes it.
+"""How well a drafter fits its target, on text neither was trained on, and how much faster it makes it.
 
     python scripts/measure_pair.py --model target --drafter assistant
 
-Prompts are beginnings of source files of Python's standard library. Small models' greedy texts repeat themselves, which
-flatters a drafter, so the share of repeated 4-grams stands beside the figure, and the drafter is measured on the files'
-own text as well: agreement on the likeliest token, and sum(min(p, q)), the chance that a sampled draft is accepted.
+Prompts are beginnings of source files: of Python's standard library, and of other packages. Small models' greedy texts
+repeat themselves, which flatters a drafter, so the share of repeated 4-grams stands beside the figure, and the drafter
+is measured on the files' own text as well: agreement on the likeliest token, and sum(min(p, q)), the chance that a
+sampled draft is accepted.
 """
 
 import argparse
 from dataclasses import replace
 from statistics import mean, median
 
+import held_out
 import mlx.core as mx
 import numpy as np
-from acceptance_rules import error, held_out_prompts
+from acceptance_rules import error
 
 import mlx_mtp
 from mlx_mtp.distill import study, unroll
 
 STEPS = 4
+# Tokens of each file's beginning for the measures on its own text.
+TEXT = 512
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="How well a drafter fits its target.")
-    parser.add_argument("--model", required=True, help="Folder of the target.")
+    parser.add_argument("--model", default=mlx_mtp.DEMO_PAIR, help="Folder of the target (default: the demo pair).")
     parser.add_argument("--drafter", help="Folder of its drafter.")
     parser.add_argument("--num-draft-tokens", type=int, default=3, help="Draft tokens per round (default: 3).")
     parser.add_argument("--max-tokens", type=int, default=120, help="Tokens per generation (default: 120).")
     parser.add_argument("--prompt-tokens", type=int, default=250, help="Tokens per prompt (default: 250).")
-    parser.add_argument("--prompts", type=int, default=10, help="How many prompts (default: 10).")
     args = parser.parse_args()
     model = mlx_mtp.load(args.model, args.drafter)
-    prompts = held_out_prompts(model, args.prompts, args.prompt_tokens)
     options = mlx_mtp.GenerationOptions(
         max_tokens=args.max_tokens, num_draft_tokens=args.num_draft_tokens, ignore_eos=True
     )
-    own = replace(model.default_sampling, temperature=1.0)
-    print(f"{args.num_draft_tokens} draft tokens, {len(prompts)} prompts, {args.max_tokens} tokens each")
-    for name, chosen in (
-        ("greedy", options),
-        (f"temperature 1, {own.top_k}, {own.top_p}", replace(options, sampling=own)),
-    ):
-        results = [model.generate(prompt, chosen) for prompt in prompts]
-        lengths = np.array([result.last.stats.acceptance_length for result in results])
-        repeats = mean(repeated(result.tokens) for result in results)
-        print(
-            f"{name}: {lengths.mean():.2f} +- {error(lengths):.2f} tokens per round "
-            f"({lengths.min():.2f} to {lengths.max():.2f}), {repeats:.0%} of 4-grams repeated"
-        )
-    agreement, overlap = teacher_forced(model, args.prompts)
-    print("agreement by step, on the files' own text: " + " ".join(f"{share:.3f}" for share in agreement))
-    print("sum(min(p, q)) by step: " + " ".join(f"{share:.3f}" for share in overlap))
-    ratios = [speedup(model, prompt, options) for prompt in prompts[:5] for _ in range(3)]
-    print(f"speed over plain decoding, in turn: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    own = replace(model.default_sampling, temperature=1.0, seed=0)
+    samplings = {"greedy": mlx_mtp.Sampling(), f"temperature 1, top-k {own.top_k}, top-p {own.top_p}": own}
+    for kind, files in (("standard library", held_out.stdlib_files()), ("other packages", held_out.package_files())):
+        prompts = held_out.prompts(model, files, args.prompt_tokens)
+        print(f"{kind}: {len(prompts)} prompts, {args.max_tokens} tokens each, {args.num_draft_tokens} draft tokens")
+        for name, sampling in samplings.items():
+            lengths, repeats = generated(model, prompts, replace(options, sampling=sampling))
+            print(
+                f"  {name}: {lengths.mean():.2f} +- {error(lengths):.2f} tokens per round "
+                f"({lengths.min():.2f} to {lengths.max():.2f}), {repeats:.0%} of 4-grams repeated"
+            )
+        agreement, overlap = teacher_forced(model, held_out.prompts(model, files, TEXT))
+        print("  agreement by step, on the files' own text: " + " ".join(f"{share:.3f}" for share in agreement))
+        print("  sum(min(p, q)) by step: " + " ".join(f"{share:.3f}" for share in overlap))
+        for name, sampling in samplings.items():
+            chosen = replace(options, sampling=sampling)
+            ratios = [speedup(model, prompt, chosen) for prompt in prompts[:5] for _ in range(3)]
+            print(
+                f"  speed over plain decoding, in turn, {name}: {median(ratios):.2f} "
+                f"({min(ratios):.2f} to {max(ratios):.2f})"
+            )
+
+
+def generated(
+    model: mlx_mtp.Model, prompts: list[list[int]], options: mlx_mtp.GenerationOptions
+) -> tuple[np.ndarray, float]:
+    """Tokens per round of each prompt's generation, and the share of 4-grams of all that are repeated in their text."""
+    results = [model.generate(prompt, options) for prompt in prompts]
+    lengths = np.array([result.last.stats.acceptance_length for result in results])
+    return lengths, mean(repeated(result.tokens) for result in results)
 
 
 def repeated(tokens: list[int]) -> float:
@@ -60,11 +74,11 @@ def repeated(tokens: list[int]) -> float:
     return 1 - len(set(grams)) / len(grams)
 
 
-def teacher_forced(model: mlx_mtp.Model, count: int) -> tuple[list[float], list[float]]:
-    """Mean agreement and acceptance of the draft steps at all positions of the files' beginnings."""
+def teacher_forced(model: mlx_mtp.Model, texts: list[list[int]]) -> tuple[list[float], list[float]]:
+    """Mean agreement and sum(min(p, q)) of the draft steps at all positions of texts."""
     assert model.drafter is not None
     sums, positions = np.zeros((2, STEPS)), 0
-    for tokens in held_out_prompts(model, count, 512):
+    for tokens in texts:
         rows = len(tokens) - STEPS
         losses = unroll(model.target, model.drafter, study(model.target, tokens), 1, rows, STEPS)
         sums += np.array([[mx.sum(step.agrees).item(), mx.sum(step.accepted).item()] for step in losses]).T

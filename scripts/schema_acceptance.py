@@ -7,8 +7,9 @@ Each decodes the same prompts, beginnings of source files of Python's standard l
 
 import argparse
 
+import held_out
 import numpy as np
-from acceptance_rules import error, held_out_prompts
+from acceptance_rules import error
 
 import mlx_mtp
 from mlx_mtp.sampling import Sampling
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="How many seeds per prompt when sampling (default: 3).")
     args = parser.parse_args()
     model = mlx_mtp.load(args.model, args.drafter)
-    prompts = held_out_prompts(model, args.prompts, args.prompt_tokens)
+    prompts = held_out.prompts(model, held_out.stdlib_files(), args.prompt_tokens)[: args.prompts]
     greedy = [Sampling()]
     sampled = [Sampling(temperature=1.0, top_k=64, top_p=0.95, seed=seed) for seed in range(args.seeds)]
     print(f"tokens per round, {args.num_draft_tokens} draft tokens, mean and standard error over generations")

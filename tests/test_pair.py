@@ -3,31 +3,17 @@
 import json
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
+from held_out import prompts, stdlib_files
 
 import mlx_mtp
 from mlx_mtp.speculative import Stats
 
-STDLIB = Path(sysconfig.get_path("stdlib"))
-# Source files the pair was not trained on.
-HELD_OUT = (
-    "curses/has_key.py",
-    "asyncio/streams.py",
-    "wsgiref/simple_server.py",
-    "posixpath.py",
-    "queue.py",
-    "email/mime/image.py",
-    "venv/__init__.py",
-    "importlib/resources/_common.py",
-    "xmlrpc/client.py",
-    "hmac.py",
-)
 # Tokens per round at k = 3 over all held-out prompts. Measured in bfloat16: 3.06; a drafter of no help gives 1.
 ACCEPTANCE_FLOOR = 2.6
 
@@ -56,9 +42,9 @@ def converted(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Convert:
 
 
 def held_out(model: mlx_mtp.Model, length: int) -> list[list[int]]:
-    files = [STDLIB / name for name in HELD_OUT if (STDLIB / name).is_file()]
-    assert len(files) >= 5
-    return [model.tokenizer.encode(file.read_text())[:length] for file in files]
+    found = prompts(model, stdlib_files(), length)
+    assert len(found) >= 5
+    return found
 
 
 def test_the_commands_a_user_types(converted: Convert) -> None:

@@ -112,6 +112,7 @@ def test_a_killed_training_goes_on_to_the_same_drafter(
     folder: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["--model", str(folder / "target"), "--data", str(data), *QUICK, "--iters", "16", "--steps-per-eval", "8"]
+    args += ["--optimizer", "muon"]
     run(*args, "--output", folder / "whole")
     output = folder / "killed"
     interrupted([*COMMAND, *args, "--output", str(output)], folder / "killed.training" / "state.json")

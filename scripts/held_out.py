@@ -1,0 +1,54 @@
+"""Texts the small trained pairs have not seen: source files to take prompts from and to measure with."""
+
+import importlib.util
+import sysconfig
+from pathlib import Path
+
+import mlx_mtp
+
+# Left out of the standard library when a pair is trained.
+STDLIB = (
+    "curses/has_key.py",
+    "asyncio/streams.py",
+    "lib2to3/fixes/fix_raise.py",
+    "wsgiref/simple_server.py",
+    "tkinter/simpledialog.py",
+    "posixpath.py",
+    "queue.py",
+    "email/mime/image.py",
+    "venv/__init__.py",
+    "importlib/resources/_common.py",
+    "xmlrpc/client.py",
+    "hmac.py",
+)
+# Of packages that are installed with this one, by other authors.
+PACKAGES = (
+    "mlx_lm/generate.py",
+    "huggingface_hub/hf_file_system.py",
+    "numpy/lib/_npyio_impl.py",
+    "mlx/nn/layers/linear.py",
+    "tqdm/std.py",
+)
+
+
+def stdlib_files() -> list[Path]:
+    """Those of this Python's standard library; not all are in every version."""
+    root = Path(sysconfig.get_path("stdlib"))
+    return [root / name for name in STDLIB if (root / name).is_file()]
+
+
+def package_files() -> list[Path]:
+    """Those of installed packages."""
+    files = []
+    for name in PACKAGES:
+        package, _, rest = name.partition("/")
+        spec = importlib.util.find_spec(package)
+        folders = [] if spec is None else list(spec.submodule_search_locations or [])
+        files += [Path(folder) / rest for folder in folders if (Path(folder) / rest).is_file()]
+    return files
+
+
+def prompts(model: mlx_mtp.Model, files: list[Path], length: int) -> list[list[int]]:
+    """The first `length` tokens of each file that has as many."""
+    texts = (model.tokenizer.encode(file.read_text(encoding="utf-8")) for file in files)
+    return [tokens[:length] for tokens in texts if len(tokens) >= length]
