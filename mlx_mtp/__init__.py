@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from .engine import GenerationOptions, GenerationResponse, GenerationResult, Model
 from .errors import (
+    CalibrationError,
     ConfigError,
     HubError,
     MTPError,
@@ -14,12 +15,14 @@ from .errors import (
     TokenizerError,
     WeightsError,
 )
-from .load import load
+from .load import DEMO_PAIR, load
 from .sampling import Sampling
 
 __version__ = version("mlx-mtp")
 
 __all__ = [
+    "DEMO_PAIR",
+    "CalibrationError",
     "ConfigError",
     "GenerationOptions",
     "GenerationResponse",

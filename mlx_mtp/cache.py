@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from .config import LayerType, TextConfig
 
-# Full-attention buffers grow by this many rows at a time.
+# Full-attention buffers grow by at least this many rows at a time.
 CAPACITY_STEP = 256
 
 
@@ -32,7 +32,9 @@ class Cache:
     """The K/V buffers of one stream.
 
     `offset` (device) and `length` (host) are the number of valid positions; they are the same number, and `length` is
-    what the host last knew. `max_block` is the largest number of rows one verify pass may write.
+    what the host last knew. `max_block` is the largest number of rows one verify pass may write. `visible` is how many
+    rows of the full-attention buffers a pass and the drafter look at: no fewer than are valid, in steps, so that passes
+    of the same shape follow each other, at a cost that does not depend on the capacity.
     """
 
     def __init__(self, config: TextConfig, dtype: mx.Dtype, *, max_block: int, capacity: int = CAPACITY_STEP) -> None:
@@ -42,6 +44,7 @@ class Cache:
         self.capacity = _round_up(capacity)
         self.offset = mx.array(0, mx.int32)
         self.length = 0
+        self.visible = self.capacity
         self.keys: dict[int, mx.array] = {}
         self.values: dict[int, mx.array] = {}
         for index, layer in enumerate(config.layers):
@@ -53,8 +56,13 @@ class Cache:
 
     def start(self, length: int) -> "Pass":
         """A forward pass that will write `length` rows at the offset. The offset itself is the caller's to advance."""
-        self._reserve(self.length + length)
+        self.reserve(length)
         return Pass(self, length)
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` more rows, and make them visible."""
+        self.visible = _round_up(self.length + length)
+        self._grow(self.visible)
 
     def set_length(self, length: int) -> None:
         """Set the number of valid positions, known on the host. Rows beyond it are forgotten."""
@@ -68,7 +76,7 @@ class Cache:
         """
         layer = self.config.last_kv_layer(layer_type)
         if layer_type == "full_attention":
-            rows = _round_up(self.length)
+            rows = self.visible
             mask = mx.arange(rows) < self.offset
             return View(self.keys[layer][:, :, :rows], self.values[layer][:, :, :rows], mask[None])
         positions = ring_positions(self.offset, self.ring)
@@ -79,10 +87,22 @@ class Cache:
         """Every array of the state, to be evaluated together."""
         return [self.offset, *self.keys.values(), *self.values.values()]
 
-    def _reserve(self, rows: int) -> None:
-        if rows <= self.capacity:
+    def take_arrays(self) -> list[mx.array]:
+        """The same, leaving the cache without buffers: one is updated in place only if nothing else holds it."""
+        arrays = self.arrays()
+        self.keys, self.values = {}, {}
+        return arrays
+
+    def set_arrays(self, arrays: list[mx.array]) -> None:
+        """Give the cache every array of its state, in the order of `arrays`."""
+        layers = [index for index, layer in enumerate(self.config.layers) if layer.has_kv]
+        self.offset = arrays[0]
+        self.keys = dict(zip(layers, arrays[1 : 1 + len(layers)], strict=True))
+        self.values = dict(zip(layers, arrays[1 + len(layers) :], strict=True))
+
+    def _grow(self, grown: int) -> None:
+        if grown <= self.capacity:
             return
-        grown = _round_up(rows)
         for index, layer in enumerate(self.config.layers):
             if layer.has_kv and layer.layer_type == "full_attention":
                 shape = (1, layer.num_kv_heads, grown - self.capacity, layer.head_dim)
@@ -104,9 +124,7 @@ class Pass:
         self.offset = cache.offset
         self._views: dict[int, View] = {}
         queries = (self.offset + mx.arange(length))[:, None]
-        # Attending to no more rows than needed, in steps, keeps the cost of a pass independent of the capacity.
-        self._full_rows = _round_up(cache.length + length)
-        self._full_mask = mx.arange(self._full_rows)[None] <= queries
+        self._full_mask = mx.arange(cache.visible)[None] <= queries
         # A block that fits the spare slots is read back from the ring. A longer one (prefill) would overwrite keys its
         # own first rows still need, so it attends to the ring as it was plus its own rows.
         self._fits = length <= cache.max_block
@@ -142,7 +160,7 @@ class Pass:
 
     def _write_full(self, buffers: dict[int, mx.array], layer: int, rows: mx.array) -> mx.array:
         buffers[layer] = mx.slice_update(buffers[layer], rows, self.offset[None], axes=(2,))
-        return buffers[layer][:, :, : self._full_rows]
+        return buffers[layer][:, :, : self.cache.visible]
 
     def _write_ring(self, buffers: dict[int, mx.array], layer: int, rows: mx.array) -> mx.array:
         old = buffers[layer]
@@ -162,4 +180,6 @@ def ring_positions(end: mx.array, ring: int) -> mx.array:
 
 
 def _round_up(rows: int) -> int:
-    return -(-rows // CAPACITY_STEP) * CAPACITY_STEP
+    """To a multiple of a step that grows with the number, at most an eighth more than needed beyond 4096."""
+    step = max(CAPACITY_STEP, 1 << rows.bit_length() >> 4)
+    return -(-rows // step) * step

@@ -15,6 +15,7 @@ from .cli import (
     add_model_options,
     add_sampling_options,
     add_thinking_options,
+    calibrate,
     describe,
     exit_status,
     prefill_bar,
@@ -107,9 +108,9 @@ class _Chat:
     def print_stats(self) -> None:
         if self.answers:
             print("Last answer", file=sys.stderr)
-            summarize(self.answers[-1], self.model)
+            summarize(self.answers[-1], self.model, self.options)
             print(f"All answers: {len(self.answers)}", file=sys.stderr)
-            summarize(_total(self.answers), self.model)
+            summarize(_total(self.answers), self.model, self.options)
         else:
             print("Nothing answered yet", file=sys.stderr)
         print(f"Context: {self.context_used} of {self.model.max_context} tokens", file=sys.stderr)
@@ -158,6 +159,7 @@ def _run(args: argparse.Namespace) -> int:
         enable_thinking=args.enable_thinking,
         thinking_budget=args.thinking_budget,
     )
+    calibrate(model, options)
     chat = _Chat(model, options, args.system_prompt)
     chat.check()
     print(_greeting(args, model), file=sys.stderr)
@@ -243,7 +245,7 @@ def _ask(text: str, chat: _Chat, verbose: bool) -> None:
         print("stopped before the answer: the message is dropped", file=sys.stderr)
     else:
         if verbose:
-            summarize(chat.answers[-1], chat.model)
+            summarize(chat.answers[-1], chat.model, chat.options)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 
 from huggingface_hub.utils import tqdm
 
-from .engine import DEFAULT_DRAFT_TOKENS, GenerationResponse, Model
+from .engine import GenerationOptions, GenerationResponse, Model
 from .errors import MTPError
 from .sampling import ACCEPTANCE_RULES, Sampling
 
@@ -34,8 +34,12 @@ def exit_status(run: Callable[[], int]) -> int:
         return 1
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="Target: a local folder or a Hugging Face hub id.")
+def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    """`default` says what is taken where no model is named; without it one must be."""
+    what = "Target: a local folder or a Hugging Face hub id"
+    parser.add_argument(
+        "--model", required=default is None, help=f"{what} (default: {default})." if default else f"{what}."
+    )
     parser.add_argument(
         "--drafter",
         help="Drafter: a local folder or a hub id, or 'none' to decode plainly. "
@@ -43,8 +47,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--num-draft-tokens",
-        type=int,
-        help=f"Draft tokens per round (default: {DEFAULT_DRAFT_TOKENS}); 0 decodes plainly. Never changes greedy text.",
+        type=_draft_tokens,
+        default="auto",
+        metavar="N|auto",
+        help="Draft tokens per round; 0 decodes plainly. Default: auto, as many as are fastest on this machine, which "
+        "is measured once per kind of model. Never changes greedy text.",
     )
 
 
@@ -116,6 +123,10 @@ def add_thinking_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _draft_tokens(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def _logit_bias(text: str) -> dict[int, float]:
     try:
         return {int(token): float(bias) for token, bias in json.loads(text).items()}
@@ -154,6 +165,19 @@ def print_stream(responses: Iterator[GenerationResponse]) -> tuple[list[Generati
     return seen, interrupted
 
 
+def calibrate(model: Model, options: GenerationOptions) -> None:
+    """Measure what rounds cost on this machine with a progress bar, if the options need it and it is not known yet."""
+    if model.drafter is None or options.num_draft_tokens != "auto":
+        return
+    with tqdm(desc="Measuring, once", unit="pass", leave=False, disable=None, file=sys.stderr) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        model.calibrate(options.sampling, on_progress=update)
+
+
 @contextmanager
 def prefill_bar(total: int, step_size: int) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on a terminal, for prompts of more than one chunk; gone before the text begins."""
@@ -184,7 +208,7 @@ def describe(model: Model, sampling: Sampling, seconds: float) -> None:
     print(f"loaded in {seconds:.1f} s", file=sys.stderr)
 
 
-def summarize(last: GenerationResponse, model: Model) -> None:
+def summarize(last: GenerationResponse, model: Model, options: GenerationOptions) -> None:
     stats = last.stats
     lines = [
         f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens/s",
@@ -192,12 +216,15 @@ def summarize(last: GenerationResponse, model: Model) -> None:
     ]
     if stats.drafted:
         lines += [
-            f"Rounds: {stats.rounds}, drafted: {stats.drafted}, accepted: {stats.accepted}",
+            f"Rounds: {stats.rounds}, drafted: {stats.drafted} ({stats.drafted / stats.rounds:.1f} per round), "
+            f"accepted: {stats.accepted}",
             f"Acceptance length: {stats.acceptance_length:.2f} tokens per round",
             "Acceptance by position: " + " ".join(f"{share:.2f}" for share in stats.acceptance_by_position),
         ]
     else:
-        reason = "no drafter" if model.drafter is None else "drafter not used"
+        is_auto = options.num_draft_tokens == "auto"
+        reason = "plain decoding is fastest here" if is_auto else "drafter not used"
+        reason = "no drafter" if model.drafter is None else reason
         lines.append(f"Rounds: {stats.rounds}, nothing drafted ({reason})")
     lines.append(f"Peak memory: {last.peak_memory:.3f} GB")
     print("\n".join(lines), file=sys.stderr)

@@ -98,6 +98,15 @@ class Drafter(nn.Module):
         # Of a pruned head, the tokens its rows stand for.
         self.draft_vocab_ids = mx.zeros((config.draft_vocab_size,), mx.int32) if config.draft_vocab_size else None
 
+    @property
+    def num_candidates(self) -> int:
+        """How many tokens a draft step chooses from."""
+        text = self.config.text
+        if self.config.num_centroids:
+            return self.config.centroid_top_k * (text.vocab_size // self.config.num_centroids)
+        # A pruned head has one of last resort.
+        return self.config.draft_vocab_size + 1 if self.config.draft_vocab_size else text.vocab_size
+
     def context(self, cache: Cache) -> DraftContext:
         """A round's context. The cache does not hold the bonus token yet, so its offset is the bonus token's index."""
         position = cache.offset if self.config.draft_position == "bonus" else cache.offset - 1
@@ -110,7 +119,7 @@ class Drafter(nn.Module):
         """One draft step from a token's scaled embedding and a hidden state, [1, 1, backbone_hidden_size] each."""
         h = self.pre_projection(mx.concatenate([embedding, hidden], axis=-1))
         for layer, config in zip(self.model.layers, self.config.text.layers, strict=True):
-            h = layer(h, layer.input_layernorm(h), context.position, context.views[config.layer_type])
+            h = layer(h, layer.project(h), context.position, context.views[config.layer_type])
         state = self.model.norm(h)
         return DraftStep(state, self.post_projection(state))
 

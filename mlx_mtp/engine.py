@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import mlx.core as mx
 
+from .calibration import device_identity, measure_rounds, read_or_measure
 from .config import DrafterConfig, TargetConfig
+from .draft_length import MAX_DRAFT_TOKENS, CostCurve, DraftLength
 from .drafter import Drafter
 from .errors import OptionError, PromptError
 from .gemma4 import Target
 from .guide import Channel, Guide, compile_grammar
 from .sampling import Sampling
-from .speculative import LogitsProcessor, Logprobs, Progress, Round, Stats, Stream, decode, token_budget
+from .speculative import LogitsProcessor, Logprobs, Progress, Round, Rounds, Stats, Stream, decode, token_budget
 from .text import TextStream
 from .tokenizer import encode_chat, encode_prompt, open_thought, thought_channel
 
@@ -26,19 +28,24 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int] | mx.array | Sequence[Mapping[str, Any]]
 
 DEFAULT_MAX_TOKENS = 256
-DEFAULT_DRAFT_TOKENS = 3
+# What a draft token is expected to be accepted with before any was tried: greedy, and sampled.
+_EXPECTED_ACCEPTANCE = (0.6, 0.5)
 DEFAULT_PREFILL_STEP = 512
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How to generate. `num_draft_tokens`, of a round, is 3 by default with a drafter; 0 decodes plainly.
+    """How to generate. `num_draft_tokens`, of a round, is "auto" by default: as many as make most tokens per second, by
+    what rounds cost on this machine (see `Model.calibrate`) and by what was accepted so far. 0 decodes plainly.
 
     Greedy tokens do not depend on it; sampled ones keep their distribution, and do not depend on it either with
-    `Sampling(acceptance="coupled")`. The text ends before the first of the `stop` strings, wherever tokens or blocks
-    break it. `ignore_eos` goes on after the model's own stop tokens; before `min_tokens` there can be none.
-    `logits_processors` are called as by mlx-lm, for every row of a verify pass with the tokens before it; the drafter
-    does not know of them. `logprobs` is the number of most likely tokens reported with each token's log probability.
+    `Sampling(acceptance="coupled")`. With block verification a seed gives the same text for the same number, or for
+    "auto" on the same machine as long as the measurement is kept.
+
+    The text ends before the first of the `stop` strings, wherever tokens or blocks break it. `ignore_eos` goes on after
+    the model's own stop tokens; before `min_tokens` there can be none. `logits_processors` are called as by mlx-lm, for
+    every row of a verify pass with the tokens before it; the drafter does not know of them. `logprobs` is the number of
+    most likely tokens reported with each token's log probability.
 
     With one of `json_schema`, `regex` and `grammar` (see `guide.compile_grammar`) the answer is always in that
     language: up to its end, where the text stops, or a beginning of it where `max_tokens` cut it short.
@@ -61,7 +68,7 @@ class GenerationOptions:
     grammar: str | None = None
     enable_thinking: bool = False
     thinking_budget: int | None = None
-    num_draft_tokens: int | None = None
+    num_draft_tokens: int | Literal["auto"] = "auto"
     prefill_step_size: int = DEFAULT_PREFILL_STEP
 
     def __post_init__(self) -> None:
@@ -69,6 +76,8 @@ class GenerationOptions:
         least |= {"max_tokens": 1, "prefill_step_size": 1}
         for name, minimum in least.items():
             value = vars(self)[name]
+            if name == "num_draft_tokens" and value == "auto":
+                continue
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
                 raise OptionError(f"{name} must be an integer of at least {minimum}, found {value!r}")
         if self.min_tokens > self.max_tokens:
@@ -152,7 +161,10 @@ def _no_stop_before(length: int, stop_ids: Iterable[int]) -> LogitsProcessor:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Model:
-    """A loaded target with its tokenizer and, unless it decodes plainly, its drafter. Made by `mlx_mtp.load`."""
+    """A loaded target with its tokenizer and, unless it decodes plainly, its drafter. Made by `mlx_mtp.load`.
+
+    Rounds are compiled with the weights as they are: change none after the first generation.
+    """
 
     target: Target
     drafter: Drafter | None
@@ -202,7 +214,6 @@ class Model:
         Raises PromptError for a prompt that is empty or too long, OptionError for an option that cannot be honoured.
         """
         chosen = replace(options or GenerationOptions(), **changes)
-        k = self._draft_tokens(chosen.num_draft_tokens)
         tokens = self.encode(prompt, enable_thinking=chosen.enable_thinking)
         budget = token_budget(tokens, chosen.max_tokens, self.max_context)
         eos = frozenset(self.tokenizer.eos_token_ids)
@@ -211,14 +222,16 @@ class Model:
         if chosen.min_tokens:
             processors.append(_no_stop_before(len(tokens) + chosen.min_tokens, eos))
         thought = None if self._channel is None else open_thought(self.tokenizer, self._channel, tokens)
+        k = self._draft_tokens(chosen)
         stream = Stream(
             self.target,
             self.drafter,
-            max_draft_tokens=k,
+            max_draft_tokens=k if isinstance(k, int) else MAX_DRAFT_TOKENS,
             sampling=chosen.sampling,
             processors=processors,
             guide=self._guide(chosen, thought, stop_ids),
             logprobs=chosen.logprobs,
+            rounds=self._rounds,
         )
         rounds = decode(
             stream,
@@ -238,12 +251,55 @@ class Model:
         text, thought = "".join(r.text for r in responses), "".join(r.thought for r in responses)
         return GenerationResult(text, thought, [r.token for r in responses], responses[-1])
 
-    def _draft_tokens(self, requested: int | None) -> int:
-        if requested is None:
-            return 0 if self.drafter is None else DEFAULT_DRAFT_TOKENS
-        if requested and self.drafter is None:
-            raise OptionError(f"num_draft_tokens is {requested}, but no drafter is loaded")
-        return requested
+    def calibrate(self, sampling: Sampling | None = None, *, on_progress: Progress | None = None) -> CostCurve:
+        """What rounds cost on this machine with such sampling (greedy by default), in seconds.
+
+        Measured once, in a few seconds, for all pairs of the same shapes, and kept in the user's cache directory (see
+        `calibration.cache_directory`). The first generation that needs it does it otherwise.
+
+        Raises OptionError without a drafter, CalibrationError if the clock gives nonsense.
+        """
+        if self.drafter is None:
+            raise OptionError("the cost of rounds is asked for, but no drafter is loaded")
+        drafter, sampling = self.drafter, sampling or Sampling()
+        identity = self._identity(sampling)
+        key = repr(identity)
+        if key not in self._curves:
+            self._curves[key] = read_or_measure(
+                identity, lambda: measure_rounds(self.target, drafter, sampling, on_progress)
+            )
+        return self._curves[key]
+
+    def _identity(self, sampling: Sampling) -> dict[str, Any]:
+        """All that the cost of a round depends on. Of sampling, which options are in use."""
+        defaults = vars(Sampling())
+        options = sorted(name for name, value in vars(sampling).items() if name != "seed" and value != defaults[name])
+        configs = [self.config, self.drafter_config]
+        shapes = [repr((c.text, c.quantization)) for c in configs if c is not None]
+        head = self.drafter_config
+        assert head is not None
+        shapes.append(repr((head.num_centroids, head.centroid_top_k, head.draft_vocab_size)))
+        return {"pair": shapes, "dtype": str(self.target.dtype), "sampling": options} | device_identity()
+
+    def _draft_tokens(self, options: GenerationOptions) -> int | DraftLength:
+        requested = options.num_draft_tokens
+        if self.drafter is None:
+            if requested not in (0, "auto"):
+                raise OptionError(f"num_draft_tokens is {requested}, but no drafter is loaded")
+            return 0
+        if requested != "auto":
+            return requested
+        greedy, sampled = _EXPECTED_ACCEPTANCE
+        expected = greedy if options.sampling.is_greedy else sampled
+        return DraftLength(self.calibrate(options.sampling), expected=expected)
+
+    @cached_property
+    def _curves(self) -> dict[str, CostCurve]:
+        return {}
+
+    @cached_property
+    def _rounds(self) -> Rounds:
+        return Rounds()
 
     @cached_property
     def _channel(self) -> Channel | None:

@@ -37,6 +37,10 @@ class OptionError(MTPError):
     """An option's value is not one this version can honour."""
 
 
+class CalibrationError(MTPError):
+    """What rounds cost on this machine could not be measured."""
+
+
 class DataError(MTPError):
     """A file of training data is absent, unreadable or holds nothing to train on."""
 

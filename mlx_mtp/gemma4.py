@@ -3,6 +3,7 @@
 Covers E2B, E4B, 12B, 26B-A4B and 31B. Parameter names are those of mlx-lm's Gemma 4 below `language_model.model.`.
 """
 
+from copy import copy
 from functools import partial
 from typing import NamedTuple
 
@@ -11,6 +12,9 @@ import mlx.nn as nn
 
 from .cache import Cache, View
 from .config import LayerConfig, RopeConfig, TextConfig
+
+# Fields of mlx.nn.QuantizedLinear.
+_QUANTIZATION = ("group_size", "bits", "mode")
 
 
 class TargetOutput(NamedTuple):
@@ -53,7 +57,27 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
+        if "gate_up_proj" in self:
+            return self.down_proj(_geglu(*mx.split(self.gate_up_proj(x), 2, axis=-1)))
         return self.down_proj(_geglu(self.gate_proj(x), self.up_proj(x)))
+
+    def fuse(self) -> None:
+        """Compute both inner projections in one, where they are quantized alike."""
+        fused = _join([self.gate_proj, self.up_proj])
+        if fused is not None:
+            self.gate_up_proj = fused
+            del self.gate_proj, self.up_proj
+
+
+class Projected(NamedTuple):
+    """A layer's queries, keys and values before norm and rotation, [1, heads, length, head_dim] each.
+
+    `keys` is None for a layer that has none of its own, `values` for one whose values are its keys.
+    """
+
+    queries: mx.array
+    keys: mx.array | None = None
+    values: mx.array | None = None
 
 
 class Attention(nn.Module):
@@ -65,6 +89,9 @@ class Attention(nn.Module):
         self.rope = Rope(config.rope[layer.layer_type], layer.head_dim)
         self.eps = config.rms_norm_eps
         width = config.num_attention_heads * layer.head_dim
+        self.heads = config.num_attention_heads
+        self.kv_heads = layer.num_kv_heads
+        self.k_eq_v = layer.k_eq_v
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(layer.head_dim, eps=config.rms_norm_eps)
@@ -74,16 +101,34 @@ class Attention(nn.Module):
             self.v_proj = None if layer.k_eq_v else nn.Linear(config.hidden_size, kv_width, bias=False)
             self.k_norm = nn.RMSNorm(layer.head_dim, eps=config.rms_norm_eps)
 
-    def keys_values(self, x: mx.array, offset: mx.array) -> tuple[mx.array, mx.array]:
-        """New K/V rows of x, [1, length, hidden_size]: keys normed and rotated, values normed without a weight."""
-        raw_keys = self._heads(self.k_proj(x))
-        raw_values = raw_keys if self.v_proj is None else self._heads(self.v_proj(x))
-        return self.rope(self.k_norm(raw_keys), offset), mx.fast.rms_norm(raw_values, None, self.eps)
+    def fuse(self) -> None:
+        """Compute all projections of the input in one, where they are quantized alike."""
+        names = [name for name in ("q_proj", "k_proj", "v_proj") if self.get(name) is not None]
+        fused = _join([self[name] for name in names]) if len(names) > 1 else None
+        if fused is not None:
+            self.qkv_proj = fused
+            for name in names:
+                del self[name]
 
-    def __call__(self, x: mx.array, offset: mx.array, view: View) -> mx.array:
-        queries = self.rope(self.q_norm(self._heads(self.q_proj(x))), offset)
+    def project(self, x: mx.array) -> Projected:
+        """Of x, [1, length, hidden_size]."""
+        if "qkv_proj" in self:
+            ends = [self.heads] if self.k_eq_v else [self.heads, self.heads + self.kv_heads]
+            return Projected(*mx.split(self._heads(self.qkv_proj(x)), ends, axis=1))
+        names = [name for name in ("q_proj", "k_proj", "v_proj") if self.get(name) is not None]
+        return Projected(*(self._heads(self[name](x)) for name in names))
+
+    def keys_values(self, projected: Projected, offset: mx.array) -> tuple[mx.array, mx.array]:
+        """New K/V rows: keys normed and rotated, values normed without a weight."""
+        keys = projected.keys
+        assert keys is not None
+        values = keys if projected.values is None else projected.values
+        return self.rope(self.k_norm(keys), offset), mx.fast.rms_norm(values, None, self.eps)
+
+    def __call__(self, projected: Projected, offset: mx.array, view: View) -> mx.array:
+        queries = self.rope(self.q_norm(projected.queries), offset)
         out = mx.fast.scaled_dot_product_attention(queries, view.keys, view.values, scale=1.0, mask=view.mask)
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(*x.shape[:-1], -1))
+        return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
 
     def _heads(self, x: mx.array) -> mx.array:
         """[1, length, heads * head_dim] -> [1, heads, length, head_dim]"""
@@ -151,11 +196,15 @@ class DecoderLayer(nn.Module):
             self.per_layer_projection = nn.Linear(config.per_layer_input_size, config.hidden_size, bias=False)
             self.post_per_layer_input_norm = norm()
 
+    def project(self, h: mx.array) -> Projected:
+        """The beginning of this layer: what its attention needs of the residual stream h."""
+        return self.self_attn.project(self.input_layernorm(h))
+
     def __call__(
-        self, h: mx.array, normed: mx.array, offset: mx.array, view: View, per_layer_input: mx.array | None = None
+        self, h: mx.array, projected: Projected, offset: mx.array, view: View, per_layer_input: mx.array | None = None
     ) -> mx.array:
-        """The residual stream after this layer; `normed` is `input_layernorm(h)`, which the K/V were made from too."""
-        h = h + self.post_attention_layernorm(self.self_attn(normed, offset, view))
+        """The residual stream after this layer; `projected` is `project(h)`, which the K/V were made from too."""
+        h = h + self.post_attention_layernorm(self.self_attn(projected, offset, view))
         h = h + self.post_feedforward_layernorm(self._feed_forward(h))
         if per_layer_input is not None:
             gated = _geglu(self.per_layer_input_gate(h), per_layer_input)
@@ -169,6 +218,27 @@ class DecoderLayer(nn.Module):
         sparse: mx.array = self.experts(self.pre_feedforward_layernorm_2(h), *self.router(h))
         mixed: mx.array = self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(sparse)
         return mixed
+
+
+def fuse_projections(layers: list[DecoderLayer]) -> None:
+    """Compute projections of the same input in one, for fewer and larger multiplications. Results stay the same up to
+    rounding; no weight is kept twice."""
+    for layer in layers:
+        for module in (layer.self_attn, layer.mlp):
+            module.fuse()
+            # One layer at a time, so that no more than its weights are in memory twice.
+            mx.eval(module.parameters())
+
+
+def _join(projections: list[nn.Module]) -> nn.Module | None:
+    """One projection with the outputs of all, or None if they are not of one kind and quantization."""
+    first = projections[0]
+    kinds = {(type(p), p.get("bias") is None, *(vars(p).get(n) for n in _QUANTIZATION)) for p in projections}
+    if len(kinds) > 1 or type(first) not in (nn.Linear, nn.QuantizedLinear) or "bias" in first:
+        return None
+    joined = copy(first)
+    joined.update({name: mx.concatenate([p[name] for p in projections]) for name in first.parameters()})
+    return joined
 
 
 class Target(nn.Module):
@@ -202,12 +272,12 @@ class Target(nn.Module):
         per_layer = self._per_layer_inputs(tokens, h)
         step = cache.start(tokens.shape[1])
         for index, (layer, config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
-            normed = layer.input_layernorm(h)
+            projected = layer.project(h)
             if config.has_kv:
-                view = step.write(index, *layer.self_attn.keys_values(normed, step.offset))
+                view = step.write(index, *layer.self_attn.keys_values(projected, step.offset))
             else:
                 view = step.read(config.kv_layer)
-            h = layer(h, normed, step.offset, view, None if per_layer is None else per_layer[:, :, index])
+            h = layer(h, projected, step.offset, view, None if per_layer is None else per_layer[:, :, index])
         hidden = self.norm(h)
         return TargetOutput(hidden, self.embed_tokens.as_linear(hidden[:, hidden.shape[1] - logit_rows :]))
 

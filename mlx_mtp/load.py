@@ -27,12 +27,14 @@ from .config import (
 from .drafter import Drafter
 from .engine import Model
 from .errors import ConfigError, HubError, PairError
-from .gemma4 import Target
+from .gemma4 import Target, fuse_projections
 from .tokenizer import load_tokenizer
 from .weights import MLX_PREFIX, drafter_names, fill_module, target_names
 
 # Where a converted pair keeps its drafter.
 DRAFTER_FOLDER = "drafter"
+# A small pair, trained on Python source, that is part of the package; its README.md says how it was made.
+DEMO_PAIR = Path(__file__).parent / "demo"
 
 _DOWNLOADED = [
     "*.json",
@@ -68,9 +70,14 @@ def load(path_or_repo: str | Path, drafter: str | Path | None = None, *, revisio
         check_pair(config, drafter_config)
     tokenizer = load_tokenizer(folder, config.eos_token_ids)
     target = load_target(config)
+    fuse_projections(target.layers)
+    loaded = None
+    if drafter_config is not None:
+        loaded = load_drafter(drafter_config, target.dtype)
+        fuse_projections(loaded.model.layers)
     return Model(
         target=target,
-        drafter=None if drafter_config is None else load_drafter(drafter_config, target.dtype),
+        drafter=loaded,
         tokenizer=tokenizer,
         config=config,
         drafter_config=drafter_config,

@@ -67,3 +67,14 @@ def _clean_up(output: Path, workspace: Path) -> None:
         # Interrupted between the two renames.
         old.rename(output)
     shutil.rmtree(workspace, ignore_errors=True)
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file that appears only when it is whole. Raises OutputError if it cannot be written."""
+    part = file.with_name(f"{file.name}.part")
+    try:
+        part.write_text(text)
+        os.replace(part, file)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OutputError(f"{file}: cannot be written: {error}") from None

@@ -1,7 +1,8 @@
 """The round (draft, verify, accept, advance) and the one decode loop over token ids."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import mlx.core as mx
 
 from .acceptance import Acceptance, Draft, accept_block, accept_matching
 from .cache import Cache
+from .draft_length import DraftLength
 from .drafter import Candidates, Choose, Drafter, choose_best
 from .errors import OptionError, PromptError
 from .gemma4 import Target
@@ -19,6 +21,12 @@ from .sampling import Penalties, Sampling, gumbel, position_key, uniform
 Progress = Callable[[int, int], None]
 # As in mlx-lm: (all tokens so far, logits [1, vocab]) -> logits [1, vocab].
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+
+# What a compiled round was made for, and the round: all arrays of a stream in, what was verified and the arrays out.
+Shape = tuple[int, int, int, int, int | None, str]
+Function = Callable[[list[mx.array]], tuple["Verified", list[mx.array]]]
+# How many compiled rounds are kept.
+_COMPILED_ROUNDS = 64
 
 
 class Logprobs(NamedTuple):
@@ -39,6 +47,15 @@ class Round(NamedTuple):
     drafted: int
     accepted: int
     logprobs: list[Logprobs] | None = None
+
+
+class Verified(NamedTuple):
+    """A round before it is read: `report` is int32 [k + 2], the number accepted and the tokens to emit; `hidden` the
+    target's states at the rows verified, [1, k + 1, hidden_size]."""
+
+    report: mx.array
+    hidden: mx.array
+    logprobs: mx.array
 
 
 @dataclass
@@ -93,11 +110,55 @@ def _sums(left: list[int], right: list[int]) -> list[int]:
     return [a + b for a, b in zip_longest(left, right, fillvalue=0)]
 
 
+class Rounds:
+    """Compiled rounds, shared by the streams of one target and drafter, whose weights must stay as they are.
+
+    A round is compiled by its shape: the number of draft tokens, the K/V rows it looks at, and the options that make
+    it. `traces` has the shape of every trace there was. Under a guide or Python processors nothing is compiled, for
+    they take part in the round on the host.
+    """
+
+    def __init__(self) -> None:
+        self.traces: list[Shape] = []
+        self._functions: dict[Shape, Function | None] = {}
+
+    def run(self, stream: "Stream", k: int) -> Verified:
+        cache, options = stream.cache, repr(replace(stream.sampling, seed=0))
+        shape = (k, cache.visible, cache.capacity, cache.max_block, stream.logprobs, options)
+        is_new = shape not in self._functions
+        function = self._functions.pop(shape, None)
+        if is_new:
+            # It may be the last: near the end of a text, fewer tokens are drafted.
+            verified = stream._advance(k)
+        else:
+            function = function or self._compile(stream, k, shape)
+            arrays = stream._take_arrays()
+            (report, hidden, logprobs), arrays = function(arrays)
+            stream._set_arrays(arrays)
+            verified = Verified(report, hidden, logprobs)
+        self._functions[shape] = function
+        if len(self._functions) > _COMPILED_ROUNDS:
+            self._functions.pop(next(iter(self._functions)))
+        return verified
+
+    def _compile(self, stream: "Stream", k: int, shape: Shape) -> Function:
+        blank, traces = stream._copy_without_arrays(), self.traces
+
+        def trace(arrays: list[mx.array]) -> tuple[Verified, list[mx.array]]:
+            traces.append(shape)
+            traced = blank._copy_without_arrays()
+            traced._set_arrays(arrays)
+            return traced._advance(k), traced._take_arrays()
+
+        compiled: Function = mx.compile(trace)
+        return compiled
+
+
 class Stream:
     """The state of one sequence: K/V cache, bonus token (emitted, not yet in the cache) and the hidden state behind it.
 
     After `prefill`, the cache always holds exactly the prompt and the emitted tokens but the last, which is the bonus
-    token.
+    token. With `rounds`, rounds are compiled.
     """
 
     def __init__(
@@ -110,11 +171,13 @@ class Stream:
         processors: Sequence[LogitsProcessor] = (),
         guide: Guide | None = None,
         logprobs: int | None = None,
+        rounds: Rounds | None = None,
     ) -> None:
         self.target = target
         self.drafter = drafter
         self.processors = processors
         self.guide = guide
+        self.rounds = rounds
         if logprobs is not None and logprobs > target.config.vocab_size:
             raise OptionError(f"logprobs is {logprobs}, more than the vocabulary of {target.config.vocab_size}")
         self.logprobs = logprobs
@@ -161,27 +224,49 @@ class Stream:
         A stop token ends the round early: nothing after it is emitted or kept.
         """
         assert k < self.cache.max_block, "more draft tokens than the stream was made for"
-        length = self.cache.length
-        draft, masks = self._draft(k)
-        output = self.target(mx.concatenate([self._bonus, draft.tokens], axis=1), self.cache, logit_rows=k + 1)
-        accepted, choices = self._accept(draft, masks, output.logits[0], 1)
-        context = self._context
-        self._select(output.hidden, choices, accepted)
-        self.cache.offset = self.cache.offset + accepted + 1
-        report = mx.concatenate([accepted[None], choices])
-        logprobs = self._logprobs(output.logits[0], choices)
-        mx.eval(report, logprobs, self._bonus, self._hidden, self._context, self.cache.arrays())
-        count, *tokens = _read(report)
+        length, context = self.cache.length, self._context
+        self.cache.reserve(k + 1)
+        compiles = self.rounds is not None and not self.processors and self.guide is None
+        verified = self.rounds.run(self, k) if self.rounds is not None and compiles else self._advance(k)
+        mx.eval(verified, self._bonus, self._hidden, self._context, self.cache.arrays())
+        count, *tokens = _read(verified.report)
         tokens = tokens[: count + 1]
         self.cache.length = length + count + 1
         stop = next((i for i, token in enumerate(tokens) if token in stop_ids), count)
         if stop < count:
             tokens = tokens[: stop + 1]
             self._context = context
-            self._select(output.hidden, choices, mx.array(stop))
+            self._select(verified.hidden, verified.report[1:], mx.array(stop))
             self.cache.set_length(length + stop + 1)
         self._append(tokens)
-        return Round(tokens, k, count, self._read_logprobs(logprobs, len(tokens)))
+        return Round(tokens, k, count, self._read_logprobs(verified.logprobs, len(tokens)))
+
+    def _advance(self, k: int) -> Verified:
+        """The round as a function of the stream's arrays, which it replaces: nothing is evaluated."""
+        draft, masks = self._draft(k)
+        output = self.target(mx.concatenate([self._bonus, draft.tokens], axis=1), self.cache, logit_rows=k + 1)
+        accepted, choices = self._accept(draft, masks, output.logits[0], 1)
+        self._select(output.hidden, choices, accepted)
+        self.cache.offset = self.cache.offset + accepted + 1
+        report = mx.concatenate([accepted[None], choices])
+        return Verified(report, output.hidden, self._logprobs(output.logits[0], choices))
+
+    def _take_arrays(self) -> list[mx.array]:
+        """Every array of the state; the stream is then without K/V buffers."""
+        small = [self._bonus, self._hidden, self._context, self._draw_key, self._coin_key]
+        return small + self.cache.take_arrays()
+
+    def _set_arrays(self, arrays: list[mx.array]) -> None:
+        self._bonus, self._hidden, self._context, self._draw_key, self._coin_key, *rest = arrays
+        self.cache.set_arrays(rest)
+
+    def _copy_without_arrays(self) -> "Stream":
+        """What a compiled round is traced with: it must hold neither buffers nor the rounds that hold it."""
+        copied = copy(self)
+        copied.rounds = None
+        copied.cache = copy(self.cache)
+        copied.cache.take_arrays()
+        return copied
 
     def _draft(self, k: int) -> tuple[Draft, mx.array | None]:
         """k draft tokens, and which tokens the guide allows at each row to verify, bool [k + 1, vocab], None for all.
@@ -343,12 +428,14 @@ def decode(
     prompt: list[int],
     *,
     max_tokens: int,
-    num_draft_tokens: int,
+    num_draft_tokens: int | DraftLength,
     stop_ids: frozenset[int],
     prefill_step_size: int,
     on_prefill: Progress | None = None,
 ) -> Iterator[Round]:
-    """Decode from a prompt of token ids; the first item is what prefill yields (drafted = accepted = 0).
+    """Decode from a prompt of token ids; `num_draft_tokens` are drafted in a round, or as many as a policy says.
+
+    The first item is what prefill yields (drafted = accepted = 0).
 
     Ends after a stop token, which is emitted, or after `max_tokens` (see `token_budget`).
     """
@@ -357,6 +444,9 @@ def decode(
     last, left = first.tokens[-1], max_tokens - 1
     while left and last not in stop_ids:
         # A round yields up to k + 1 tokens: never draft more than may still be emitted.
-        result = stream.round(min(num_draft_tokens, left - 1), stop_ids)
+        k = num_draft_tokens if isinstance(num_draft_tokens, int) else num_draft_tokens.k
+        result = stream.round(min(k, left - 1), stop_ids)
+        if isinstance(num_draft_tokens, DraftLength):
+            num_draft_tokens.update(result.drafted, result.accepted)
         yield result
         last, left = result.tokens[-1], left - len(result.tokens)

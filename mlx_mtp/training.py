@@ -19,6 +19,7 @@ from .distill import Lesson, acceptance_lengths, objective, study, unroll
 from .drafter import Drafter
 from .errors import OptionError, OutputError, TrainingError
 from .gemma4 import Target
+from .output import replace_text
 
 Arrays = dict[str, mx.array]
 
@@ -217,7 +218,7 @@ class Trainer:
             "options": asdict(self.options),
         }
         save_arrays(self.folder / name, arrays)
-        _replace_text(self.folder / "state.json", json.dumps(state, indent=2))
+        replace_text(self.folder / "state.json", json.dumps(state, indent=2))
         for old in self.folder.glob("state-*.safetensors"):
             if old.name != name:
                 old.unlink()
@@ -283,15 +284,5 @@ def save_arrays(file: Path, arrays: Arrays) -> None:
         mx.save_safetensors(str(part), arrays, metadata={"format": "mlx"})
         os.replace(part, file)
     except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(f"{file}: cannot be written: {error}") from None
-
-
-def _replace_text(file: Path, text: str) -> None:
-    part = file.with_name(f"{file.name}.part")
-    try:
-        part.write_text(text)
-        os.replace(part, file)
-    except OSError as error:
         part.unlink(missing_ok=True)
         raise OutputError(f"{file}: cannot be written: {error}") from None

@@ -1,15 +1,37 @@
 """Fixtures shared by the tests: tiny random pairs of every variant, and the small trained pair where it is present."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tiny import load_drafter, load_target, make_drafter, make_target
 
+from mlx_mtp import engine
+from mlx_mtp.draft_length import CostCurve
 from mlx_mtp.drafter import Drafter
 from mlx_mtp.gemma4 import Target
 
 PAIR = Path(__file__).parents[2] / "shared" / "pair"
+
+
+# Relative costs of rounds where drafting pays, as on the machines this is made for.
+CURVE = CostCurve([1, 1.1, 1.3, 1.5, 1.75, 2.06, 2.3, 2.6, 2.8], 0.05, 0.02)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the commands keep what they measured: nothing of the user's is read or written. One for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    os.environ["MLX_MTP_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is timed in this process, so that the same text is drafted in the same way; commands do time."""
+    monkeypatch.setattr(engine, "measure_rounds", lambda *_: CURVE)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,8 @@ import pytest
 import mlx_mtp
 
 TinyPair = Callable[[str], Path]
-COMMAND = [sys.executable, "-m", "mlx_mtp.chat", "--temp", "0"]
+COMMAND = [sys.executable, "-m", "mlx_mtp.chat", "--temp", "0", "--num-draft-tokens", "3"]
+AUTO = ("--num-draft-tokens", "auto")
 # Runs a command on a terminal of its own, between our pipes; exits with the command's status.
 ON_A_TERMINAL = [
     sys.executable,
@@ -73,13 +74,13 @@ def test_a_conversation_through_a_pipe(tiny_pair: TinyPair) -> None:
 def assert_figures(lines: list[str], tokens: int) -> None:
     values = dict(line.split(": ", 1) for line in lines if ": " in line)
     assert re.fullmatch(rf"{tokens} tokens, \d+\.\d tokens/s", values["Generation"])
-    assert re.fullmatch(r"\d+, drafted: [1-9]\d*, accepted: \d+", values["Rounds"])
+    assert re.fullmatch(r"\d+, drafted: [1-9]\d* \(\d\.\d per round\), accepted: \d+", values["Rounds"])
     assert {"Prompt", "Acceptance length", "Acceptance by position"} <= set(values)
 
 
 def test_system_prompt_outlives_reset_and_no_drafter_is_said(tiny_pair: TinyPair, tmp_path: Path) -> None:
     alone = shutil.copytree(tiny_pair("12b") / "target", tmp_path / "alone")
-    args = ("--model", alone, "-m", "8", "--system-prompt", "be brief", "--verbose")
+    args = ("--model", alone, "-m", "8", "--system-prompt", "be brief", "--verbose", *AUTO)
     stdout, stderr = chat(*args, stdin="hello\n/reset\nhello\n/help\n/exit\nnever read\n")
     assert stdout == answers(alone, [["hello"], ["hello"]], "be brief")
     assert stdout != answers(alone, [["hello"], ["hello"]])
@@ -203,5 +204,7 @@ def test_thinking_is_a_switch_of_every_turn(tiny_pair: TinyPair, pair: Path) -> 
     messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "and then"}]
     assert stdout == f"{first}\n{model.generate(messages, max_tokens=6, enable_thinking=True).text}\n"
     # A template without the switch is refused before the first message.
-    _, stderr = chat("--model", pair / "target", "--drafter", "none", "--enable-thinking", stdin="hello\n", code=1)
+    _, stderr = chat(
+        "--model", pair / "target", "--drafter", "none", *AUTO, "--enable-thinking", stdin="hello\n", code=1
+    )
     assert stderr == ["error: thinking cannot be enabled: the chat template has no switch enable_thinking"]

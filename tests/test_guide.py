@@ -389,7 +389,7 @@ def test_without_llguidance_one_line_says_how_to_get_it() -> None:
 
 
 def run(*args: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mlx_mtp.generate", *map(str, args)]
+    command = [sys.executable, "-m", "mlx_mtp.generate", "--num-draft-tokens", "3", *map(str, args)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr

@@ -1,7 +1,9 @@
 """The round: greedy output is the target's own whatever is drafted; the state after it is that of plain decoding."""
 
 import ctypes
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,7 +21,8 @@ from mlx_mtp.drafter import Allow, Choose, DraftContext, Drafter, choose_best
 from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.gemma4 import Target
 from mlx_mtp.guide import Guide
-from mlx_mtp.speculative import Stats, Stream, decode, token_budget
+from mlx_mtp.sampling import Sampling
+from mlx_mtp.speculative import Rounds, Stats, Stream, decode, token_budget
 
 Models = Callable[[str], tuple[Target, Drafter]]
 
@@ -286,10 +289,11 @@ def test_the_first_round_after_a_long_prompt_sees_the_right_rows_and_the_window_
         stream.round(3)
 
 
-def test_one_host_read_per_round(tiny_models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_one_host_read_per_round(tiny_models: Models, monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
     """Nothing is read, and nothing evaluated, but once per round: `.item()` in a draft step would be."""
     target, drafter = tiny_models("e2b")
-    stream = Stream(target, drafter, max_draft_tokens=4)
+    stream = Stream(target, drafter, max_draft_tokens=4, rounds=Rounds() if compiled else None)
     stream.prefill(SHORT, 64)
     calls = {"eval": 0, "read": 0}
     real_eval = mx.eval
@@ -345,21 +349,22 @@ class AnyToken:
         return True
 
 
-@pytest.mark.parametrize("guided", [False, True], ids=["free", "guided"])
+@pytest.mark.parametrize(("guided", "compiled"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("k", [0, 3])
-def test_a_round_copies_no_buffer(tiny_models: Models, k: int, guided: bool) -> None:
+def test_a_round_copies_no_buffer(tiny_models: Models, k: int, guided: bool, compiled: bool) -> None:
     """Drafting, verifying and accepting hold no old K/V view: a round's peak does not grow with the buffers.
 
     Nor where draft tokens are read one by one.
     """
     target, drafter = tiny_models("31b")
-    peaks, sizes = [], []
+    peaks, sizes, rounds = [], [], Rounds() if compiled else None
     for capacity in (1024, 64 * 1024):
         guide = Guide(512, [], matcher=AnyToken()) if guided else None  # type: ignore[arg-type]
-        stream = Stream(target, drafter, max_draft_tokens=3, guide=guide)
+        stream = Stream(target, drafter, max_draft_tokens=3, guide=guide, rounds=rounds)
         stream.cache = Cache(target.config, target.dtype, max_block=4, capacity=capacity)
         stream.prefill(LONG, 64)
-        stream.round(k)
+        for _ in range(3):
+            stream.round(k)
         active = mx.get_active_memory()
         mx.reset_peak_memory()
         for _ in range(5):
@@ -368,3 +373,61 @@ def test_a_round_copies_no_buffer(tiny_models: Models, k: int, guided: bool) -> 
         sizes.append(sum(buffer.nbytes for buffer in stream.cache.arrays()))
     assert sizes[1] > sizes[0] + 50e6
     assert peaks[1] < peaks[0] + 1e6
+
+
+OPTIONS = [
+    Sampling(),
+    Sampling(temperature=1.0, top_k=64, top_p=0.95, seed=1),
+    Sampling(temperature=1.2, acceptance="coupled", min_p=0.01, seed=2, repetition_penalty=1.3, xtc_probability=0.5),
+]
+
+
+@pytest.mark.parametrize("sampling", OPTIONS, ids=["greedy", "block", "coupled"])
+def test_a_compiled_round_is_the_round(tiny_models: Models, sampling: Sampling) -> None:
+    """The same tokens, log probabilities and state, in a text that makes the buffers grow; traced once per shape."""
+    target, drafter = tiny_models("e2b")
+    rounds = Rounds()
+    for seed in (sampling.seed, sampling.seed + 1):
+        streams = [
+            Stream(
+                target,
+                drafter,
+                max_draft_tokens=3,
+                sampling=replace(sampling, seed=seed),
+                logprobs=2,
+                rounds=compiled,
+            )
+            for compiled in (None, rounds)
+        ]
+        eager, compiled = ([stream.prefill(LONG, 64)] for stream in streams)
+        for _ in range(90):
+            for stream, seen in zip(streams, (eager, compiled), strict=True):
+                seen.append(stream.round(3))
+        for left, right in zip(eager, compiled, strict=True):
+            assert left[:3] == right[:3]
+            np.testing.assert_allclose([p.token for p in left.logprobs], [p.token for p in right.logprobs], atol=1e-3)
+        assert streams[1].cache.length == streams[0].cache.length
+        np.testing.assert_allclose(streams[1]._hidden, streams[0]._hidden, atol=1e-3)
+        assert streams[0].cache.length + 4 < 1024
+    # Texts of up to 512 tokens see 256 rows, then 512. Another seed is the same round.
+    assert len(rounds.traces) == len(set(rounds.traces))
+    assert [shape[:2] for shape in rounds.traces] in ([(3, 256)], [(3, 256), (3, 512)])
+
+
+def test_compiled_rounds_do_not_keep_a_stream_alive(tiny_models: Models) -> None:
+    """Neither its buffers nor, once the pair is done with, themselves: memory is free at once."""
+    target, drafter = tiny_models("31b")
+    rounds = Rounds()
+    stream = Stream(target, drafter, max_draft_tokens=3, rounds=rounds)
+    stream.cache = Cache(target.config, target.dtype, max_block=4, capacity=64 * 1024)
+    stream.prefill(SHORT, 64)
+    for _ in range(4):
+        stream.round(3)
+    assert len(rounds.traces) == 1
+    size = sum(buffer.nbytes for buffer in stream.cache.arrays())
+    before = mx.get_active_memory()
+    del stream
+    assert mx.get_active_memory() < before - 0.99 * size
+    reference = weakref.ref(rounds)
+    del rounds
+    assert reference() is None

@@ -1,0 +1,189 @@
+"""What rounds cost on this machine: measured once for a kind of pair, and kept in the user's cache directory."""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .acceptance import Draft
+from .cache import Cache
+from .draft_length import MAX_DRAFT_TOKENS, CostCurve
+from .drafter import Allow, Choose, DraftContext, Drafter, choose_best
+from .errors import CalibrationError, OutputError
+from .gemma4 import Target
+from .output import replace_text
+from .sampling import Sampling
+from .speculative import Progress, Rounds, Stream
+
+logger = logging.getLogger(__name__)
+
+# Tokens before the rounds that are measured. What longer contexts add, they add to all rounds alike.
+_CONTEXT = 64
+# A round is run once as it is, once to be compiled, and once more, before it is timed.
+_WARM_UP = 3
+# Draft lengths that are measured with a drafter: the rest follows from the passes alone.
+_MEASURED = (1, MAX_DRAFT_TOKENS)
+# How often each is timed: until so many seconds are over, but between these.
+_SECONDS = 3.0
+_REPETITIONS = (3, 25)
+
+
+def cache_directory() -> Path:
+    """Where measurements are kept: `MLX_MTP_CACHE`, else the platform's cache folder of the user."""
+    if "MLX_MTP_CACHE" in os.environ:
+        return Path(os.environ["MLX_MTP_CACHE"])
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "mlx-mtp"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-mtp"
+
+
+def read_or_measure(
+    identity: dict[str, Any], measure: Callable[[], CostCurve], folder: Path | None = None
+) -> CostCurve:
+    """The cost curve kept for an identity, everything that decides what a round costs; measured if there is none.
+
+    A file that cannot be read, or that is of something else, is measured again and replaced. Where the folder cannot be
+    written the curve is measured all the same, with a warning.
+
+    Raises CalibrationError if what was measured cannot be true.
+    """
+    text = json.dumps(identity, sort_keys=True)
+    name = f"rounds-{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    file = (folder or cache_directory()) / name
+    if file.exists():
+        try:
+            content = json.loads(file.read_text())
+            if content["identity"] != json.loads(text):
+                raise ValueError("of another pair, device or version")
+            return _checked(CostCurve(**content["seconds"]))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            logger.warning("%s: not a usable measurement of rounds, measured again: %s", file, error)
+    try:
+        curve = _checked(measure())
+    except ValueError as error:
+        raise CalibrationError(
+            f"{error}: rounds cannot be timed here; say how many draft tokens a round has with num_draft_tokens"
+        ) from None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(file, json.dumps({"identity": identity, "seconds": curve._asdict()}, indent=2))
+    except (OSError, OutputError) as error:
+        logger.warning("%s: the measurement of rounds is not kept: %s", file, error)
+    return curve
+
+
+def _checked(curve: CostCurve) -> CostCurve:
+    """Raises ValueError for costs that no clock can have measured."""
+    numbers = [*curve.verify, curve.draft, curve.overhead]
+    if len(curve.verify) != MAX_DRAFT_TOKENS + 1 or not all(isinstance(n, int | float) for n in numbers):
+        raise ValueError(f"expected {MAX_DRAFT_TOKENS + 1} costs of passes, of a draft step and of the rest")
+    if not all(math.isfinite(n) and n >= 0 for n in numbers) or min(curve.verify) <= 0:
+        raise ValueError(f"the costs of rounds must be positive numbers, found {numbers}")
+    return curve
+
+
+def device_identity() -> dict[str, Any]:
+    """What the costs depend on beside the pair."""
+    info = mx.device_info()
+    return {"device": str(mx.default_device()), "name": info.get("device_name"), "mlx": version("mlx")}
+
+
+class _GivenDraft(Drafter):
+    """Draft tokens for nothing: what is left of a round is the target's part."""
+
+    def __init__(self, drafter: Drafter, candidates: int | None) -> None:
+        nn.Module.__init__(self)
+        self.config = drafter.config
+        self.size = candidates
+
+    def context(self, cache: Cache) -> DraftContext:
+        return DraftContext({}, cache.offset)
+
+    def draft(
+        self,
+        target: Target,
+        token: mx.array,
+        hidden: mx.array,
+        context: DraftContext,
+        k: int,
+        choose: Choose = choose_best,
+        allow: Allow | None = None,
+    ) -> Draft:
+        # Depends on what came before, as real drafts do: a chain of rounds, none of which can begin early.
+        tokens = (token + mx.arange(1, k + 1)) % target.config.vocab_size
+        if self.size is None:
+            return Draft(tokens)
+        ids = (tokens.T + mx.arange(self.size)) % target.config.vocab_size
+        return Draft(tokens, ids, mx.full((k, self.size), -math.log(self.size)))
+
+
+def measure_rounds(
+    target: Target, drafter: Drafter, sampling: Sampling, on_progress: Progress | None = None
+) -> CostCurve:
+    """Time verify passes of 1 to 9 rows, draft steps, and whole rounds, in turn: medians, in seconds.
+
+    Each pass begins with what the one before it gave.
+    """
+    draws = not sampling.is_greedy and sampling.acceptance == "block"
+    given = _GivenDraft(drafter, drafter.num_candidates if draws else None)
+    runs: dict[tuple[str, int], Callable[[], object]] = {}
+    for name, who, lengths in (("verify", given, range(MAX_DRAFT_TOKENS + 1)), ("round", drafter, _MEASURED)):
+        stream = Stream(target, who, max_draft_tokens=MAX_DRAFT_TOKENS, sampling=sampling, rounds=Rounds())
+        stream.prefill([(7 * i + 5) % target.config.vocab_size for i in range(_CONTEXT)], _CONTEXT)
+        for k in lengths:
+            runs[name, k] = partial(_round, stream, k)
+    seconds = _time_in_turn(runs, on_progress)
+    few, many = _MEASURED
+    drafting = {k: seconds["round", k] - seconds["verify", k] for k in _MEASURED}
+    draft = max(0.0, (drafting[many] - drafting[few]) / (many - few))
+    verify = [seconds["verify", k] for k in range(MAX_DRAFT_TOKENS + 1)]
+    return CostCurve(verify, draft, max(0.0, drafting[few] - few * draft))
+
+
+def _round(stream: Stream, k: int) -> None:
+    """A round that begins with the token of the one before it, always at the same position."""
+    stream.cache.set_length(_CONTEXT)
+    stream.round(k)
+
+
+def _time_in_turn(
+    runs: dict[tuple[str, int], Callable[[], object]], on_progress: Progress | None
+) -> dict[tuple[str, int], float]:
+    """Median seconds of each, by key."""
+    least, most = _REPETITIONS
+    total = len(runs) * (_WARM_UP + least)
+    done = 0
+
+    def report(more: int) -> None:
+        nonlocal done
+        done += more
+        if on_progress is not None:
+            on_progress(min(done, total), total)
+
+    for run in runs.values():
+        for _ in range(_WARM_UP):
+            run()
+        report(_WARM_UP)
+    taken: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
+    began = time.perf_counter()
+    for repetition in range(most):
+        if repetition >= least and time.perf_counter() - began > _SECONDS:
+            break
+        for key, run in runs.items():
+            start = time.perf_counter()
+            run()
+            taken[key].append(time.perf_counter() - start)
+            report(int(repetition < least))
+    return {key: median(values) for key, values in taken.items()}

@@ -1,0 +1,102 @@
+"""Draft length by measured cost: against the best fixed length, and against none, where acceptance is simulated."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from mlx_mtp.draft_length import CostCurve, DraftLength
+
+# Seconds of a pass over 1..9 rows, relative to one row: this project's CPU backend, and a Mac's 4-bit kernels, stock
+# and flat (Apple M4 Pro: mlx#3839; the flat one of mlx-dspark's README).
+CURVES = {
+    "cpu": CostCurve([1, 1.4, 1.75, 2.0, 2.3, 2.6, 2.9, 3.2, 3.5], 0.35, 0.05),
+    "stock": CostCurve([1, 1.1, 1.3, 1.5, 1.75, 2.06, 2.3, 2.6, 2.8], 0.05, 0.02),
+    "flat": CostCurve([1, 1.2, 1.3, 1.4, 1.4, 1.4, 1.4, 1.4, 1.6], 0.03, 0.02),
+    "steep": CostCurve([1, 2, 3, 4, 5, 6, 7, 8, 9], 0.1, 0.0),
+}
+TOKENS = 1000
+
+
+def accepted(rng: np.random.Generator, k: int, share: float) -> int:
+    return int(np.cumprod(rng.random(k) < share).sum())
+
+
+def tokens_per_second(curve: CostCurve, share: float, seed: int) -> float:
+    """Of a text whose draft tokens are each accepted with this chance, as the policy drafts."""
+    rng = np.random.default_rng(seed)
+    policy = DraftLength(curve)
+    seconds, made = 0.0, 0
+    while made < TOKENS:
+        count = accepted(rng, policy.k, share)
+        seconds += curve.round(policy.k)
+        made += count + 1
+        policy.update(policy.k, count)
+    return made / seconds
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.4, 0.6, 0.8, 0.95])
+@pytest.mark.parametrize("name", CURVES)
+def test_close_to_the_best_fixed_length_and_never_slower_than_none(name: str, share: float) -> None:
+    curve = CURVES[name]
+    chosen = np.mean([tokens_per_second(curve, share, seed) for seed in range(12)])
+    fixed = [sum(share**i for i in range(k + 1)) / curve.round(k) for k in range(9)]
+    print(f"{name} {share}: {chosen / max(fixed):.3f} of k = {np.argmax(fixed)}, {chosen / fixed[0]:.3f} of k = 0")
+    assert chosen > 0.96 * max(fixed)
+    assert chosen > 0.98 * fixed[0]
+
+
+def test_it_follows_a_text_whose_segments_differ() -> None:
+    """Copied text among text the drafter knows nothing of: better than any fixed length."""
+    curve = CURVES["flat"]
+
+    def run(k: int | None) -> float:
+        rng = np.random.default_rng(0)
+        policy = DraftLength(curve)
+        seconds, made = 0.0, 0
+        while made < 6000:
+            drafted = policy.k if k is None else k
+            count = accepted(rng, drafted, 0.97 if made // 500 % 2 else 0.05)
+            seconds += curve.round(drafted)
+            made += count + 1
+            policy.update(drafted, count)
+        return made / seconds
+
+    assert run(None) > 1.02 * max(run(k) for k in range(9))
+
+
+def test_a_useless_drafter_is_tried_less_and_less() -> None:
+    policy = DraftLength(CURVES["cpu"])
+    drafted = []
+    for _ in range(3000):
+        drafted.append(policy.k)
+        policy.update(policy.k, 0)
+    tries = [index for index, k in enumerate(drafted) if k]
+    waits = np.diff(tries)
+    assert (np.diff(waits[3:]) >= 0).all()
+    assert waits[-1] > 2.5 * next(wait for wait in waits if wait > 5)
+    assert all(drafted[index] == 1 for index in tries[5:])
+    # A two hundredth of the time in the end.
+    assert waits[-1] == pytest.approx(200 * (CURVES["cpu"].round(1) / CURVES["cpu"].round(0) - 1), abs=2)
+
+
+def test_it_settles() -> None:
+    """No oscillation where nothing changes: few changes of k over a thousand rounds."""
+    rng = np.random.default_rng(1)
+    policy = DraftLength(CURVES["stock"])
+    lengths = []
+    for _ in range(1000):
+        lengths.append(policy.k)
+        policy.update(policy.k, accepted(rng, policy.k, 0.7))
+    changes = sum(a != b for a, b in pairwise(lengths))
+    print(f"{changes} changes, from {min(lengths)} to {max(lengths)}")
+    assert changes < 150
+
+
+def test_a_round_without_room_changes_nothing() -> None:
+    policy = DraftLength(CURVES["stock"])
+    k = policy.k
+    assert k > 0
+    for _ in range(100):
+        policy.update(0, 0)
+    assert policy.k == k

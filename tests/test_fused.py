@@ -1,0 +1,73 @@
+"""Fused projections: the same results, from weights that are in memory once."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from tiny import VARIANTS, WINDOW, load_drafter, load_target, random_tokens
+
+import mlx_mtp
+from mlx_mtp.cache import Cache
+from mlx_mtp.gemma4 import Target, fuse_projections
+
+TinyPair = Callable[[str], Path]
+
+
+def logits(target: Target) -> mx.array:
+    """Of a chunk and, after it, of a block over the ring's end."""
+    cache = Cache(target.config, target.dtype, max_block=5)
+    tokens = random_tokens(2 * WINDOW + 5, seed=1)
+    first = target(mx.array([tokens[:-5]]), cache, 3).logits
+    cache.set_length(len(tokens) - 5)
+    return mx.concatenate([first, target(mx.array([tokens[-5:]]), cache, 5).logits], axis=1)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fused_projections_compute_the_same(tiny_pair: TinyPair, variant: str, bits: int | None) -> None:
+    target = load_target(tiny_pair(variant) / "target")[0]
+    if bits:
+        nn.quantize(target, 64, bits)
+    size = sum(value.nbytes for _, value in tree_flatten(target.parameters()))
+    expected = logits(target)
+    mx.eval(expected)
+    before = mx.get_active_memory()
+    fuse_projections(target.layers)
+    assert mx.get_active_memory() < before + size / 100
+    assert mx.abs(logits(target) - expected).max() < 1e-5
+    names = [name for name, _ in tree_flatten(target.parameters())]
+    assert not [name for name in names if "gate_proj" in name and "experts" not in name]
+    attention = [set(layer.self_attn) for layer in target.layers]
+    for layer, parts in zip(target.config.layers, attention, strict=True):
+        assert ("qkv_proj" in parts) == layer.has_kv
+        assert ("q_proj" in parts) != layer.has_kv
+
+
+def test_loaded_pairs_are_fused(tiny_pair: TinyPair) -> None:
+    model = mlx_mtp.load(tiny_pair("e2b") / "target")
+    assert model.drafter is not None
+    assert all("gate_up_proj" in layer.mlp for layer in [*model.target.layers, *model.drafter.model.layers])
+    plain = load_drafter(tiny_pair("e2b") / "target-assistant")[0]
+    assert not any("gate_up_proj" in layer.mlp for layer in plain.model.layers)
+
+
+def test_projections_of_different_precision_stay_apart(tiny_pair: TinyPair) -> None:
+    """As mlx-lm's mixed recipes make them, with finer values."""
+    target = load_target(tiny_pair("31b") / "target")[0]
+
+    def precision(path: str, module: nn.Module) -> bool | dict[str, int]:
+        if not hasattr(module, "to_quantized"):
+            return False
+        return {"group_size": 64, "bits": 6 if "v_proj" in path or "up_proj" in path else 4}
+
+    nn.quantize(target, class_predicate=precision)
+    expected = logits(target)
+    fuse_projections(target.layers)
+    sliding = [layer for layer in target.layers if layer.self_attn.get("v_proj") is not None]
+    assert sliding
+    assert not any("qkv_proj" in layer.self_attn for layer in sliding)
+    assert all("gate_proj" in layer.mlp for layer in target.layers)
+    assert mx.array_equal(logits(target), expected)
