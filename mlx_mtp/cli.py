@@ -13,6 +13,7 @@ from huggingface_hub.utils import tqdm
 
 from .engine import GenerationOptions, GenerationResponse, Model
 from .errors import MTPError
+from .load import DEMO_PAIR, load
 from .sampling import ACCEPTANCE_RULES, Sampling
 
 # What a shell expects of a program ended by Ctrl-C.
@@ -34,8 +35,8 @@ def exit_status(run: Callable[[], int]) -> int:
         return 1
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
-    """`default` says what is taken where no model is named; without it one must be."""
+def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = None, lengths: bool = True) -> None:
+    """`default` says what is taken where no model is named; without it one must be. `lengths` adds the draft length."""
     what = "Target: a local folder or a Hugging Face hub id"
     parser.add_argument(
         "--model", required=default is None, help=f"{what} (default: {default})." if default else f"{what}."
@@ -45,6 +46,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = 
         help="Drafter: a local folder or a hub id, or 'none' to decode plainly. "
         "Default: MODEL/drafter, else the sibling MODEL-assistant.",
     )
+    if not lengths:
+        return
     parser.add_argument(
         "--num-draft-tokens",
         type=_draft_tokens,
@@ -132,6 +135,21 @@ def _logit_bias(text: str) -> dict[int, float]:
         return {int(token): float(bias) for token, bias in json.loads(text).items()}
     except (ValueError, AttributeError, TypeError):
         raise argparse.ArgumentTypeError(f"expected a JSON object of token ids and numbers, found {text!r}") from None
+
+
+def load_or_demo(args: argparse.Namespace) -> Model:
+    """The model named, else the demo pair; what is not as a user may expect is said on stderr."""
+    name = args.model
+    if name is None:
+        name = DEMO_PAIR
+        print(
+            "no --model: the demo pair in the package, 3 million parameters that know Python source only",
+            file=sys.stderr,
+        )
+    model = load(name, args.drafter)
+    if model.drafter is None and args.drafter is None:
+        print(f"no drafter found for {name}: decoding plainly (name one with --drafter)", file=sys.stderr)
+    return model
 
 
 def read_sampling(args: argparse.Namespace, model: Model) -> Sampling:

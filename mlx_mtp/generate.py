@@ -17,6 +17,7 @@ from .cli import (
     calibrate,
     describe,
     exit_status,
+    load_or_demo,
     prefill_bar,
     print_stream,
     read_sampling,
@@ -24,7 +25,6 @@ from .cli import (
 )
 from .engine import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, GenerationOptions, GenerationResponse, Model
 from .errors import OptionError
-from .load import DEMO_PAIR, load
 from .tokenizer import encode_prompt
 
 COMPARED_RUNS = 3
@@ -88,17 +88,8 @@ def _run(args: argparse.Namespace) -> int:
     # Made first: what is wrong with the options shows before seconds of loading.
     options = _options(args)
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
-    name = args.model
-    if name is None:
-        name = DEMO_PAIR
-        print(
-            "no --model: the demo pair in the package, 3 million parameters that know Python source only",
-            file=sys.stderr,
-        )
     started = time.perf_counter()
-    model = load(name, args.drafter)
-    if model.drafter is None and args.drafter is None:
-        print(f"no drafter found for {name}: decoding plainly (name one with --drafter)", file=sys.stderr)
+    model = load_or_demo(args)
     sampling = read_sampling(args, model)
     if args.verbose:
         describe(model, sampling, time.perf_counter() - started)

@@ -1,0 +1,339 @@
+"""Command line: how fast a pair decodes here, by kind of text and draft length. `python -m mlx_mtp.bench --help`.
+
+Every setting of a case is run once to warm up, and then all of them in turn, again and again, so that a machine that
+slows down slows all of them; figures are medians, with their range.
+"""
+
+import argparse
+import json
+import platform
+import pydoc_data.topics
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+from huggingface_hub.utils import tqdm
+from mlx.utils import tree_flatten
+
+from .cli import add_model_options, calibrate, exit_status, load_or_demo
+from .draft_length import CostCurve
+from .engine import GenerationOptions, Model
+from .errors import OptionError
+from .sampling import Sampling
+
+KINDS = ("code", "prose", "chat", "copy", "list")
+AUTO = "auto"
+# Modules whose source is the text of "code": of the standard library, so that any machine has it.
+_MODULES = ("argparse", "queue", "posixpath", "textwrap", "statistics", "inspect", "typing", "tarfile", "turtle")
+# Memory bandwidth of Apple's chips, GB/s (Apple's specifications). Where it depends on the variant, the larger one.
+_BANDWIDTH = {
+    "M1": 68, "M2": 100, "M3": 102, "M4": 120, "M5": 153,
+    "M1 Pro": 200, "M2 Pro": 200, "M3 Pro": 150, "M4 Pro": 273, "M5 Pro": 307,
+    "M1 Max": 400, "M2 Max": 400, "M3 Max": 410, "M4 Max": 546, "M5 Max": 614,
+    "M1 Ultra": 800, "M2 Ultra": 800, "M3 Ultra": 819,
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    args = _parser().parse_args(argv)
+    return exit_status(lambda: _run(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlx_mtp.bench",
+        description="Measure how fast a pair decodes on this machine, against plain decoding.",
+    )
+    add_model_options(parser, default="the demo pair in the package", lengths=False)
+    add = parser.add_argument
+    add("--kinds", type=_names, default=KINDS, metavar="A,B", help=f"Kinds of text (default: {','.join(KINDS)}).")
+    add("--contexts", type=_numbers, default=(512,), metavar="N,N", help="Tokens of the prompts (default: 512).")
+    add("--temps", type=_temperatures, default=(0.0, 1.0), metavar="T,T", help="Temperatures (default: 0,1).")
+    add(
+        "--num-draft-tokens",
+        type=_lengths,
+        default=(0, 1, 2, 3, 4, 6, 8, AUTO),
+        metavar="N,auto",
+        help="Draft lengths; 0, plain decoding, is always among them (default: 0,1,2,3,4,6,8,auto).",
+    )
+    add("--max-tokens", "-m", type=int, default=128, help="Tokens to generate in a run (default: %(default)s).")
+    add("--repeats", type=int, default=3, help="Runs of each setting that count (default: %(default)s).")
+    add("--cool-down", type=float, default=0.0, metavar="SECONDS", help="Pause before each run (default: none).")
+    add("--seed", type=int, default=0, help="Seed of the first run at a temperature above 0 (default: %(default)s).")
+    add("--json", action="store_true", help="Print nothing but the last line, a JSON object with all figures.")
+    return parser
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(_split(text))
+    if not names or not set(names) <= set(KINDS):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(KINDS)}, found {text!r}")
+    return names
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in _split(text))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"expected numbers of at least 1, found {text!r}")
+    return numbers
+
+
+def _temperatures(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in _split(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected temperatures, found {text!r}") from None
+
+
+def _lengths(text: str) -> tuple[int | str, ...]:
+    try:
+        lengths = [part if part == AUTO else int(part) for part in _split(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers of draft tokens or auto, found {text!r}") from None
+    return tuple(dict.fromkeys([0, *lengths]))
+
+
+@dataclass
+class Setting:
+    """The runs of one case with one draft length: tokens/s of each, and what was drafted in all."""
+
+    tps: list[float] = field(default_factory=list)
+    tokens: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    drafted_at: list[int] = field(default_factory=list)
+    accepted_at: list[int] = field(default_factory=list)
+    peak_memory_gb: float = 0.0
+
+    def figures(self) -> dict[str, Any]:
+        rounds = max(1, self.rounds)
+        return {
+            "tokens_per_second": median(self.tps),
+            "range": [min(self.tps), max(self.tps)],
+            "acceptance_length": 1 + sum(self.accepted_at) / rounds,
+            "drafted_per_round": self.drafted / rounds,
+            "acceptance_by_position": [a / d for a, d in zip(self.accepted_at, self.drafted_at, strict=True) if d],
+            "peak_memory_gb": self.peak_memory_gb,
+        }
+
+
+def _run(args: argparse.Namespace) -> int:
+    for name, least in (("repeats", 1), ("max_tokens", 2), ("cool_down", 0)):
+        if vars(args)[name] < least:
+            raise OptionError(f"{name} must be at least {least}, found {vars(args)[name]}")
+    model = load_or_demo(args)
+    lengths = args.num_draft_tokens if model.drafter is not None else (0,)
+    samplings = {t: replace(model.default_sampling, temperature=t, seed=args.seed) for t in args.temps}
+    prompts = {(kind, n): prompt(model, kind, n, args.max_tokens) for kind in args.kinds for n in args.contexts}
+    for sampling in samplings.values():
+        calibrate(model, GenerationOptions(sampling=sampling))
+    report = {"environment": environment(), "target": str(model.config.path.parent), **bound(model), "cases": []}
+    report["drafter"] = None if model.drafter_config is None else str(model.drafter_config.path.parent)
+    runs = len(prompts) * len(samplings) * len(lengths) * (args.repeats + 1)
+    with tqdm(total=runs, desc="Bench", unit="run", disable=None, file=sys.stderr) as bar:
+        for (kind, context), tokens in prompts.items():
+            for temperature, sampling in samplings.items():
+                settings = measure(model, tokens, sampling, lengths, args, bar)
+                curve = None if model.drafter is None else model.calibrate(sampling)
+                case = {"kind": kind, "context": context, "temperature": temperature}
+                report["cases"].append(case | summary(settings, curve))
+                if not args.json:
+                    tqdm.write(table(report["cases"][-1], report["bound_tokens_per_second"]))
+    print(json.dumps(report), flush=True)
+    return 0
+
+
+def measure(
+    model: Model, prompt: list[int], sampling: Sampling, lengths: tuple[int | str, ...], args: Any, bar: Any
+) -> dict[int | str, Setting]:
+    """All settings in turn, `args.repeats` times after a first that does not count."""
+    settings: dict[int | str, Setting] = {k: Setting() for k in lengths}
+    for repeat in range(-1, args.repeats):
+        for k, setting in settings.items():
+            time.sleep(args.cool_down)
+            mx.reset_peak_memory()
+            options = GenerationOptions(
+                max_tokens=args.max_tokens,
+                ignore_eos=True,
+                num_draft_tokens=k,  # type: ignore[arg-type]
+                sampling=replace(sampling, seed=sampling.seed + max(0, repeat)),
+            )
+            last = model.generate(prompt, options).last
+            bar.update()
+            if repeat < 0:
+                continue
+            setting.tps.append(last.generation_tps)
+            setting.tokens += last.generation_tokens
+            setting.rounds += last.stats.rounds
+            setting.drafted += last.stats.drafted
+            setting.drafted_at = _sum(setting.drafted_at, last.stats.drafted_at)
+            setting.accepted_at = _sum(setting.accepted_at, last.stats.accepted_at)
+            setting.peak_memory_gb = max(setting.peak_memory_gb, last.peak_memory)
+    return settings
+
+
+def _sum(left: list[int], right: list[int]) -> list[int]:
+    size = max(len(left), len(right))
+    return [a + b for a, b in zip(*(part + [0] * (size - len(part)) for part in (left, right)), strict=True)]
+
+
+def summary(settings: dict[int | str, Setting], curve: CostCurve | None) -> dict[str, Any]:
+    """A case's figures. Ratios are medians over pairs of runs next to each other."""
+    results = {str(k): setting.figures() for k, setting in settings.items()}
+    for k, setting in settings.items():
+        ratios = [a / b for a, b in zip(setting.tps, settings[0].tps, strict=True)]
+        results[str(k)] |= {"ratio": median(ratios), "ratio_range": [min(ratios), max(ratios)]}
+        if curve is not None and isinstance(k, int):
+            predicted = results[str(k)]["acceptance_length"] / curve.round(k)
+            results[str(k)] |= {"share_of_prediction": results[str(k)]["tokens_per_second"] / predicted}
+    fixed = [k for k in settings if k != AUTO]
+    best = max(fixed, key=lambda k: results[str(k)]["ratio"])
+    found: dict[str, Any] = {"settings": results, "best": best}
+    if AUTO in settings:
+        pairs = zip(settings[AUTO].tps, settings[best].tps, strict=True)
+        found["auto_over_best"] = median(a / b for a, b in pairs)
+    if curve is not None:
+        found["costs"] = {"verify": [v / curve.verify[0] for v in curve.verify]} | {
+            name: value / curve.verify[0] for name, value in (("draft", curve.draft), ("overhead", curve.overhead))
+        }
+    return found
+
+
+def table(case: dict[str, Any], bound: float) -> str:
+    lines = [f"{case['kind']}, {case['context']} tokens, temperature {case['temperature']:g}"]
+    lines.append(
+        f"{'drafted':>8} {'tokens/s':>9} {'range':>15} {'ratio':>6} {'of bound':>8} {'length':>7}  accepted by position"
+    )
+    for k, row in case["settings"].items():
+        low, high = row["range"]
+        by_position = " ".join(f"{share:.2f}" for share in row["acceptance_by_position"])
+        lines.append(
+            f"{k:>8} {row['tokens_per_second']:>9.1f} {f'{low:.1f}-{high:.1f}':>15} {row['ratio']:>6.2f} "
+            f"{row['tokens_per_second'] / bound:>8.0%} {row['acceptance_length']:>7.2f}  {by_position}"
+        )
+    if "costs" in case:
+        costs = case["costs"]
+        curve = " ".join(f"{v:.2f}" for v in costs["verify"])
+        lines.append(
+            f"a pass of 1 to 9 rows costs {curve} of one; a draft step {costs['draft']:.2f}, the rest of drafting "
+            f"{costs['overhead']:.2f}"
+        )
+    if "auto_over_best" in case:
+        lines.append(f"auto is at {case['auto_over_best']:.2f} of the best, {case['best']}")
+    return "\n".join(lines) + "\n"
+
+
+def environment() -> dict[str, Any]:
+    packages = {name: version(name) for name in ("mlx-mtp", "mlx", "mlx-lm", "numpy")}
+    device = {"device": str(mx.default_device()), "name": mx.device_info().get("device_name")}
+    return packages | device | {"python": platform.python_version(), "system": platform.platform()}
+
+
+def bound(model: Model) -> dict[str, Any]:
+    """What plain decoding could be at most: the bytes of a pass, the memory's bandwidth, and one over the other."""
+    size = pass_bytes(model)
+    name = str(mx.device_info().get("device_name"))
+    listed = _BANDWIDTH.get(name.removeprefix("Apple ").strip())
+    bandwidth = listed * 1e9 if listed else measured_bandwidth()
+    return {
+        "pass_bytes": size,
+        "bandwidth": bandwidth,
+        "bandwidth_source": "listed" if listed else "measured",
+        "bound_tokens_per_second": bandwidth / size,
+    }
+
+
+def pass_bytes(model: Model) -> float:
+    """Bytes of weights that a pass over one token reads: of tables a row, of experts those chosen, all else once."""
+    text = model.config.text
+    size = 0.0
+    weights: dict[str, mx.array] = tree_flatten(model.target.parameters(), destination={})  # type: ignore[assignment]
+    for name, value in weights.items():
+        if "embed_tokens_per_layer" in name:
+            continue
+        share = text.top_k_experts / text.num_experts if "switch_glu" in name else 1.0
+        size += share * value.nbytes
+    return size
+
+
+def measured_bandwidth() -> float:
+    """Bytes per second that can be read from memory: the best of a few sums over what no cache holds."""
+    block = mx.ones(64 * 1024 * 1024, mx.float32)
+    mx.eval(block)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        mx.eval(mx.max(block))
+        best = min(best, time.perf_counter() - start)
+    return block.nbytes / best
+
+
+def prompt(model: Model, kind: str, length: int, room: int) -> list[int]:
+    """The first `length` tokens of a kind of text. Raises OptionError if the model cannot take as many."""
+    if length + room > model.max_context:
+        raise OptionError(f"a context of {length} and {room} more tokens: the model holds {model.max_context}")
+    if kind == "chat":
+        return _chat(model, length)
+    pieces = {"code": _code, "prose": _prose, "list": _list}
+    if kind == "copy":
+        # What has been copied halfway once is copied on.
+        half = _fill(model, _code(), (2 * length) // 3)
+        return (half + half)[:length]
+    return _fill(model, pieces[kind](), length)
+
+
+def _fill(model: Model, pieces: Iterator[str], length: int) -> list[int]:
+    tokens = model.encode(next(pieces))
+    while len(tokens) < length:
+        tokens += model.tokenizer.encode("\n\n" + next(pieces), add_special_tokens=False)
+    return tokens[:length]
+
+
+def _code() -> Iterator[str]:
+    root = Path(sysconfig.get_path("stdlib"))
+    while True:
+        for name in _MODULES:
+            yield (root / f"{name}.py").read_text(encoding="utf-8")
+
+
+def _prose() -> Iterator[str]:
+    """Python's language reference, as `help` shows it."""
+    while True:
+        yield from pydoc_data.topics.topics.values()
+
+
+def _list() -> Iterator[str]:
+    names = sorted(sys.stdlib_module_names)
+    while True:
+        yield "\n".join(f"{number}. {name}" for number, name in enumerate(names, start=1))
+
+
+def _chat(model: Model, length: int) -> list[int]:
+    """One question about as much text as fits, so that the template's end is at the prompt's end."""
+    question = "Explain in your own words:\n\n"
+
+    def encode(text: list[int]) -> list[int]:
+        return model.encode([{"role": "user", "content": question + model.tokenizer.decode(text)}])
+
+    text = _fill(model, _prose(), length)
+    over = len(encode(text)) - length
+    return encode(text[: max(1, len(text) - over)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

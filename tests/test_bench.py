@@ -1,0 +1,94 @@
+"""`python -m mlx_mtp.bench`, driven as a user would: as a process, on a tiny pair."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+import mlx_mtp
+from mlx_mtp.bench import KINDS, main, pass_bytes, prompt
+
+TinyPair = Callable[[str], Path]
+
+
+def test_a_table_and_a_last_line_of_json(tiny_pair: TinyPair) -> None:
+    command = [sys.executable, "-m", "mlx_mtp.bench", "--model", str(tiny_pair("e2b") / "target")]
+    command += ["--kinds", "code,list", "--contexts", "40", "--temps", "0", "--num-draft-tokens", "2,auto"]
+    result = subprocess.run([*command, "-m", "12", "--repeats", "2"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    *lines, last = result.stdout.splitlines()
+    assert lines[0] == "code, 40 tokens, temperature 0"
+    assert any(line.startswith("a pass of 1 to 9 rows costs 1.00 ") for line in lines)
+    assert any(line.startswith("auto is at ") for line in lines)
+    report = json.loads(last)
+    assert [case["kind"] for case in report["cases"]] == ["code", "list"]
+    assert report["environment"]["mlx-mtp"] == mlx_mtp.__version__
+    assert report["bound_tokens_per_second"] == report["bandwidth"] / report["pass_bytes"]
+    for case in report["cases"]:
+        plain, two = case["settings"]["0"], case["settings"]["2"]
+        assert plain["ratio"] == plain["acceptance_length"] == 1
+        assert plain["acceptance_by_position"] == []
+        assert two["drafted_per_round"] > 1.5
+        assert len(two["acceptance_by_position"]) == 2
+        low, high = two["range"]
+        assert 0 < low <= two["tokens_per_second"] <= high
+        assert case["best"] in (0, 2)
+        assert case["costs"]["verify"][0] == 1
+        assert len(case["costs"]["verify"]) == 9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_have_the_length_asked_for(tiny_pair: TinyPair, kind: str) -> None:
+    model = mlx_mtp.load(tiny_pair("e2b") / "target")
+    tokens = prompt(model, kind, 300, 20)
+    assert len(tokens) == pytest.approx(300, abs=3 if kind == "chat" else 0)
+    assert tokens == prompt(model, kind, 300, 20)
+    if kind == "copy":
+        assert tokens[200:] == tokens[:100]
+    if kind == "chat":
+        assert model.tokenizer.decode(tokens).endswith("<|turn>model\n")
+
+
+def test_the_bytes_of_a_pass(tiny_pair: TinyPair) -> None:
+    """Of tables a row, of experts those chosen."""
+    for variant in ("e2b", "26b"):
+        model = mlx_mtp.load(tiny_pair(variant) / "target")
+        assert 0 < pass_bytes(model) < sum(array.nbytes for array in arrays(model))
+    model = mlx_mtp.load(tiny_pair("31b") / "target")
+    assert pass_bytes(model) == sum(array.nbytes for array in arrays(model))
+
+
+def arrays(model: mlx_mtp.Model) -> list[mx.array]:
+    return [value for _, value in tree_flatten(model.target.parameters())]
+
+
+def test_without_a_drafter_plain_decoding_is_measured(tiny_pair: TinyPair, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--model", str(tiny_pair("31b") / "target"), "--drafter", "none", "--kinds", "list", "--contexts", "40"]
+    assert main([*args, "-m", "4", "--repeats", "1", "--temps", "1", "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert list(json.loads(line)["cases"][0]["settings"]) == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--contexts", "5000"], "error: a context of 5000 and 128 more tokens: the model holds 4096"),
+        (["--repeats", "0"], "error: repeats must be at least 1, found 0"),
+        (["-m", "1"], "error: max_tokens must be at least 2, found 1"),
+        (["--temps", "-1"], "error: temperature must be at least 0, found -1.0"),
+    ],
+)
+def test_bad_options(tiny_pair: TinyPair, capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:
+    assert main(["--model", str(tiny_pair("e2b") / "target"), *args]) == 1
+    assert capsys.readouterr().err.splitlines() == [message]
+
+
+@pytest.mark.parametrize("args", [["--kinds", "poems"], ["--contexts", "many"], ["--num-draft-tokens", "a"]])
+def test_lists_that_are_none(args: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(args)
