@@ -254,7 +254,9 @@ def _add_lora(drafter: Drafter, rank: int) -> None:
 
 def _write(output: Path, source: Path, drafter: Drafter, config: DrafterConfig, model: Model) -> None:
     """The drafter's folder, in the layout and the type it was read in; all at once."""
-    lora = {name: module for name, module in drafter.named_modules() if hasattr(module, "fuse")}
+    from mlx_lm.tuner.lora import LoRALinear
+
+    lora = {name: module for name, module in drafter.named_modules() if isinstance(module, LoRALinear)}
     drafter.update_modules(tree_unflatten([(name, module.fuse()) for name, module in lora.items()]))
     dtype = getattr(mx, config.dtype) if config.dtype else model.target.dtype
     arrays = {

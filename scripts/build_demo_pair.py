@@ -295,14 +295,14 @@ def train_target(folder: Path, budget: int, seed: int) -> None:
     tokens = training_tokens(folder, seed)
     model = Gemma4ForCausalLM(Gemma4TextConfig(**TEXT_CONFIG))
     model.train()
-    decay = [p for p in model.parameters() if p.ndim >= 2]
-    rest = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95))
     updates = budget // (LENGTH * BATCH)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / 100, 0.05 + 0.95 * (1 + math.cos(math.pi * i / updates)) / 2)
-    )
+    optimizers = target_optimizers(model)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda i: min((i + 1) / 100, 0.05 + 0.95 * (1 + math.cos(math.pi * i / updates)) / 2)
+        )
+        for optimizer in optimizers
+    ]
     rng = np.random.default_rng(seed)
     starts = np.concatenate([epoch_starts(tokens.size, rng) for _ in range(1 + budget // tokens.size)])
     mean = None
@@ -315,9 +315,9 @@ def train_target(folder: Path, budget: int, seed: int) -> None:
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        for stepped in (*optimizers, *schedules):
+            stepped.step()
+        model.zero_grad(set_to_none=True)
         mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
         bar.set_postfix(loss=f"{mean:.3f}")
         if update % 100 == 0:
@@ -334,6 +334,21 @@ def train_target(folder: Path, budget: int, seed: int) -> None:
     }
     save_file(weights, folder / "model.safetensors.part", metadata={"format": "pt"})
     os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
+
+
+def target_optimizers(model: Any) -> list[Any]:
+    """Muon for the matrices of the layers, AdamW for the tables and all vectors."""
+    import torch
+
+    named = list(model.named_parameters())
+    tables = [p for name, p in named if p.ndim == 2 and "embed_tokens" in name]
+    matrices = [p for name, p in named if p.ndim == 2 and "embed_tokens" not in name]
+    vectors = [p for _, p in named if p.ndim < 2]
+    groups = [{"params": tables, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return [
+        torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95)),
+        torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+    ]
 
 
 def epoch_starts(size: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""Run the README's first command as a newcomer would: in a fresh copy of the repository, in a new virtual environment.
+"""Run the README's first commands as a newcomer would: in a fresh copy of the repository, in a new virtual environment.
 
-The model it names comes from a hub on loopback, which serves a small pair under that name: the trained one where it
-lies beside the checkout, else a random one. Everything else is real: pip, the hub client, conversion, decoding.
+The first needs no model and no network but the package registry's. The model that the second names comes from a hub on
+loopback, which serves a small pair under that name: the trained one where it lies beside the checkout, else a random
+one. Everything else is real: pip, the hub client, conversion, decoding.
 """
 
 import os
@@ -32,18 +33,23 @@ def main() -> None:
             drafter = make_drafter(temporary / "drafter", "e2b")
         copy = temporary / "checkout"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(copy)], check=True)
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "VIRTUAL_ENV"))}
+        env |= {"HF_HOME": str(temporary / "hub")}
+        run("main", copy, env | {"HF_HUB_OFFLINE": "1"}, "Acceptance length: ", "Speed: ")
         with serve({MODEL: target, f"{MODEL}-assistant": drafter}) as (endpoint, _):
-            env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "VIRTUAL_ENV"))}
-            env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(temporary / "hub")}
-            script = command("main")
-            assert MODEL in script
-            shell = ["bash", "-euo", "pipefail", "-c", script]
-            result = subprocess.run(shell, cwd=copy, env=env, capture_output=True, text=True)
-        print(result.stdout, result.stderr, sep="\n")
-        if result.returncode:
-            sys.exit(f"error: the README's first command failed with status {result.returncode}")
-        if not result.stdout.strip() or "Acceptance length: " not in result.stderr:
-            sys.exit("error: the README's first command printed no text, or no acceptance length")
+            assert MODEL in command("model")
+            run("model", copy, env | {"HF_ENDPOINT": endpoint}, "Acceptance length: ")
+
+
+def run(name: str, folder: Path, env: dict[str, str], *expected: str) -> None:
+    shell = ["bash", "-euo", "pipefail", "-c", command(name)]
+    result = subprocess.run(shell, cwd=folder, env=env, capture_output=True, text=True)
+    print(result.stdout, result.stderr, sep="\n")
+    if result.returncode:
+        sys.exit(f"error: the README's command {name!r} failed with status {result.returncode}")
+    missing = [text for text in expected if text not in result.stderr]
+    if missing or not result.stdout.strip():
+        sys.exit(f"error: the README's command {name!r} printed no text, or no {', '.join(missing)}")
 
 
 if __name__ == "__main__":
