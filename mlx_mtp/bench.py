@@ -26,6 +26,7 @@ from .cli import add_model_options, calibrate, exit_status, load_or_demo
 from .draft_length import CostCurve
 from .engine import GenerationOptions, Model
 from .errors import OptionError
+from .peers import PEERS, Run, load_peer
 from .sampling import Sampling
 
 KINDS = ("code", "prose", "chat", "copy", "list")
@@ -68,6 +69,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=3, help="Runs of each setting that count (default: %(default)s).")
     add("--cool-down", type=float, default=0.0, metavar="SECONDS", help="Pause before each run (default: none).")
     add("--seed", type=int, default=0, help="Seed of the first run at a temperature above 0 (default: %(default)s).")
+    add(
+        "--peers",
+        type=_peers,
+        default=(),
+        metavar="A,B",
+        help=f"Other runtimes to run in the same turns, of {','.join(PEERS)}; they must be installed, see the extra "
+        "peers, and read the pair's folders themselves.",
+    )
     add("--json", action="store_true", help="Print nothing but the last line, a JSON object with all figures.")
     return parser
 
@@ -76,11 +85,15 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _names(text: str) -> tuple[str, ...]:
+def _names(text: str, known: tuple[str, ...] = KINDS) -> tuple[str, ...]:
     names = tuple(_split(text))
-    if not names or not set(names) <= set(KINDS):
-        raise argparse.ArgumentTypeError(f"expected some of {','.join(KINDS)}, found {text!r}")
+    if not names or not set(names) <= set(known):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, found {text!r}")
     return names
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    return _names(text, PEERS)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -110,8 +123,13 @@ def _lengths(text: str) -> tuple[int | str, ...]:
 
 @dataclass
 class Setting:
-    """The runs of one case with one draft length: tokens/s of each, and what was drafted in all."""
+    """The runs of one case with one draft length: tokens/s of each, and what was drafted in all.
 
+    With `peer`, those of another runtime, of which nothing but tokens/s is known; `error` is why it gave up.
+    """
+
+    peer: Run | None = None
+    error: str | None = None
     tps: list[float] = field(default_factory=list)
     tokens: int = 0
     rounds: int = 0
@@ -121,10 +139,13 @@ class Setting:
     peak_memory_gb: float = 0.0
 
     def figures(self) -> dict[str, Any]:
+        if self.error is not None:
+            return {"error": self.error}
         rounds = max(1, self.rounds)
-        return {
-            "tokens_per_second": median(self.tps),
-            "range": [min(self.tps), max(self.tps)],
+        speed: dict[str, Any] = {"tokens_per_second": median(self.tps), "range": [min(self.tps), max(self.tps)]}
+        if self.peer is not None:
+            return speed
+        return speed | {
             "acceptance_length": 1 + sum(self.accepted_at) / rounds,
             "drafted_per_round": self.drafted / rounds,
             "acceptance_by_position": [a / d for a, d in zip(self.accepted_at, self.drafted_at, strict=True) if d],
@@ -143,12 +164,17 @@ def _run(args: argparse.Namespace) -> int:
     for sampling in samplings.values():
         calibrate(model, GenerationOptions(sampling=sampling))
     report = {"environment": environment(), "target": str(model.config.path.parent), **bound(model), "cases": []}
-    report["drafter"] = None if model.drafter_config is None else str(model.drafter_config.path.parent)
-    runs = len(prompts) * len(samplings) * len(lengths) * (args.repeats + 1)
+    drafter = None if model.drafter_config is None else model.drafter_config.path.parent
+    report["drafter"] = None if drafter is None else str(drafter)
+    peers, report["failed_peers"] = _load_peers(args.peers, model, drafter)
+    report["environment"] |= {name: version(name) for name in args.peers if name not in report["failed_peers"]}
+    runs = len(prompts) * len(samplings) * (len(lengths) + len(peers)) * (args.repeats + 1)
     with tqdm(total=runs, desc="Bench", unit="run", disable=None, file=sys.stderr) as bar:
         for (kind, context), tokens in prompts.items():
             for temperature, sampling in samplings.items():
-                settings = measure(model, tokens, sampling, lengths, args, bar)
+                settings: dict[int | str, Setting] = {k: Setting() for k in lengths}
+                settings |= {name: Setting(run) for name, run in peers.items()}
+                measure(model, tokens, sampling, settings, args, bar)
                 curve = None if model.drafter is None else model.calibrate(sampling)
                 case = {"kind": kind, "context": context, "temperature": temperature}
                 report["cases"].append(case | summary(settings, curve))
@@ -158,15 +184,42 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _load_peers(names: tuple[str, ...], model: Model, drafter: Path | None) -> tuple[dict[str, Run], dict[str, str]]:
+    """The settings of the other runtimes, and why some cannot take part."""
+    found: dict[str, Run] = {}
+    failed: dict[str, str] = {}
+    for name in names:
+        try:
+            found |= load_peer(name, model.config.path.parent, drafter, model.target.dtype)
+        # Their errors are theirs: whatever they are, the others go on.
+        except Exception as error:
+            failed[name] = _reason(error)
+            print(f"{name} failed to load the pair: {failed[name]}", file=sys.stderr)
+    return found, failed
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
 def measure(
-    model: Model, prompt: list[int], sampling: Sampling, lengths: tuple[int | str, ...], args: Any, bar: Any
-) -> dict[int | str, Setting]:
+    model: Model,
+    prompt: list[int],
+    sampling: Sampling,
+    settings: dict[int | str, Setting],
+    args: Any,
+    bar: Any,
+) -> None:
     """All settings in turn, `args.repeats` times after a first that does not count."""
-    settings: dict[int | str, Setting] = {k: Setting() for k in lengths}
     for repeat in range(-1, args.repeats):
         for k, setting in settings.items():
             time.sleep(args.cool_down)
             mx.reset_peak_memory()
+            if setting.peer is not None:
+                _measure_peer(setting, prompt, replace(sampling, seed=sampling.seed + max(0, repeat)), args, repeat)
+                bar.update()
+                continue
             options = GenerationOptions(
                 max_tokens=args.max_tokens,
                 ignore_eos=True,
@@ -184,7 +237,18 @@ def measure(
             setting.drafted_at = _sum(setting.drafted_at, last.stats.drafted_at)
             setting.accepted_at = _sum(setting.accepted_at, last.stats.accepted_at)
             setting.peak_memory_gb = max(setting.peak_memory_gb, last.peak_memory)
-    return settings
+
+
+def _measure_peer(setting: Setting, prompt: list[int], sampling: Sampling, args: Any, repeat: int) -> None:
+    assert setting.peer is not None
+    if setting.error is not None:
+        return
+    try:
+        rate = setting.peer(prompt, sampling, args.max_tokens)
+    except Exception as error:
+        setting.error = _reason(error)
+    else:
+        setting.tps += [rate] if repeat >= 0 else []
 
 
 def _sum(left: list[int], right: list[int]) -> list[int]:
@@ -196,12 +260,14 @@ def summary(settings: dict[int | str, Setting], curve: CostCurve | None) -> dict
     """A case's figures. Ratios are medians over pairs of runs next to each other."""
     results = {str(k): setting.figures() for k, setting in settings.items()}
     for k, setting in settings.items():
+        if setting.error is not None:
+            continue
         ratios = [a / b for a, b in zip(setting.tps, settings[0].tps, strict=True)]
         results[str(k)] |= {"ratio": median(ratios), "ratio_range": [min(ratios), max(ratios)]}
         if curve is not None and isinstance(k, int):
             predicted = results[str(k)]["acceptance_length"] / curve.round(k)
             results[str(k)] |= {"share_of_prediction": results[str(k)]["tokens_per_second"] / predicted}
-    fixed = [k for k in settings if k != AUTO]
+    fixed = [k for k in settings if isinstance(k, int)]
     best = max(fixed, key=lambda k: results[str(k)]["ratio"])
     found: dict[str, Any] = {"settings": results, "best": best}
     if AUTO in settings:
@@ -216,16 +282,20 @@ def summary(settings: dict[int | str, Setting], curve: CostCurve | None) -> dict
 
 def table(case: dict[str, Any], bound: float) -> str:
     lines = [f"{case['kind']}, {case['context']} tokens, temperature {case['temperature']:g}"]
-    lines.append(
-        f"{'drafted':>8} {'tokens/s':>9} {'range':>15} {'ratio':>6} {'of bound':>8} {'length':>7}  accepted by position"
-    )
+    width = max(8, *(len(k) for k in case["settings"]))
+    header = f"{'drafted':>{width}} {'tokens/s':>9} {'range':>15} {'ratio':>6} {'of bound':>8} {'length':>7}"
+    lines.append(f"{header}  accepted by position")
     for k, row in case["settings"].items():
+        if "error" in row:
+            lines.append(f"{k:>{width}} failed: {row['error']}")
+            continue
         low, high = row["range"]
-        by_position = " ".join(f"{share:.2f}" for share in row["acceptance_by_position"])
-        lines.append(
-            f"{k:>8} {row['tokens_per_second']:>9.1f} {f'{low:.1f}-{high:.1f}':>15} {row['ratio']:>6.2f} "
-            f"{row['tokens_per_second'] / bound:>8.0%} {row['acceptance_length']:>7.2f}  {by_position}"
-        )
+        line = f"{k:>{width}} {row['tokens_per_second']:>9.1f} {f'{low:.1f}-{high:.1f}':>15} {row['ratio']:>6.2f} "
+        line += f"{row['tokens_per_second'] / bound:>8.0%}"
+        if "acceptance_length" in row:
+            by_position = " ".join(f"{share:.2f}" for share in row["acceptance_by_position"])
+            line += f" {row['acceptance_length']:>7.2f}  {by_position}"
+        lines.append(line)
     if "costs" in case:
         costs = case["costs"]
         curve = " ".join(f"{v:.2f}" for v in costs["verify"])

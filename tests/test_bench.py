@@ -8,10 +8,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+import transformers
 from mlx.utils import tree_flatten
 
 import mlx_mtp
+from mlx_mtp import bench
 from mlx_mtp.bench import KINDS, main, pass_bytes, prompt
+from mlx_mtp.peers import load_peer
 
 TinyPair = Callable[[str], Path]
 
@@ -92,3 +95,41 @@ def test_bad_options(tiny_pair: TinyPair, capsys: pytest.CaptureFixture[str], ar
 def test_lists_that_are_none(args: list[str]) -> None:
     with pytest.raises(SystemExit):
         main(args)
+
+
+def test_other_runtimes_run_in_turn_or_say_why_not(
+    tiny_pair: TinyPair, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where it is installed, it is a broken one here.
+    monkeypatch.setitem(sys.modules, "mlx_vlm", None)
+    args = ["--model", str(tiny_pair("e2b") / "target"), "--kinds", "code", "--contexts", "40", "--temps", "0,1"]
+    args += ["--num-draft-tokens", "2", "-m", "12", "--repeats", "1", "--peers", "mlx-vlm,transformers"]
+    assert main(args) == 0
+    output = capsys.readouterr()
+    assert "mlx-vlm failed to load the pair: ModuleNotFoundError: " in output.err
+    report = json.loads(output.out.splitlines()[-1])
+    assert list(report["failed_peers"]) == ["mlx-vlm"]
+    assert report["environment"]["transformers"] == transformers.__version__
+    for case in report["cases"]:
+        assert list(case["settings"])[2:] == ["transformers", "transformers assisted 3", "transformers assisted 5"]
+        assert all(setting["tokens_per_second"] > 0 for setting in case["settings"].values())
+        assert case["best"] in (0, 2)
+
+
+def test_a_runtime_that_fails_on_the_way_is_reported(
+    tiny_pair: TinyPair, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> float:
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setattr(bench, "load_peer", lambda *_: {"mlx-lm": fails})
+    args = ["--model", str(tiny_pair("e2b") / "target"), "--kinds", "code", "--contexts", "40", "--temps", "0"]
+    assert main([*args, "--num-draft-tokens", "0", "-m", "12", "--repeats", "1", "--peers", "mlx-lm"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  mlx-lm failed: RuntimeError: no such kernel" in lines
+    assert json.loads(lines[-1])["cases"][0]["settings"]["mlx-lm"] == {"error": "RuntimeError: no such kernel"}
+
+
+def test_mlx_lm_decodes_the_demo_pair() -> None:
+    settings = load_peer("mlx-lm", mlx_mtp.DEMO_PAIR, None, mx.float32)
+    assert settings["mlx-lm"]([2, 50, 51], mlx_mtp.Sampling(), 8) > 0

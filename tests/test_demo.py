@@ -27,13 +27,14 @@ def demo() -> mlx_mtp.Model:
 
 def test_generate_without_a_model_and_without_a_network(tmp_path: Path) -> None:
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "mlx_mtp.generate", "--prompt", PROMPT, "--compare", "--json", "--seed", "1"]
+    command = [sys.executable, "-m", "mlx_mtp.generate", "--prompt", PROMPT, "--temp", "0", "--json"]
+    command += ["--num-draft-tokens", "3", "--compare"]
     result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stderr.splitlines()[0].startswith("no --model: the demo pair in the package")
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["text"].startswith(PROMPT)
-    assert report["acceptance_length"] > 1.2
+    assert report["acceptance_length"] > 1.8
     assert f"Speed: {report['speedup']:.2f} times plain decoding" in result.stderr
 
 
@@ -41,7 +42,7 @@ def test_it_is_small_and_has_every_feature_of_e2b(demo: mlx_mtp.Model) -> None:
     files = [file for file in mlx_mtp.DEMO_PAIR.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 16e6
     text = read_target_config(mlx_mtp.DEMO_PAIR).text
-    assert text.hidden_size_per_layer_input > 0
+    assert text.per_layer_input_size > 0
     widths = [layer.intermediate_size for layer in text.layers]
     shared = [not layer.has_kv for layer in text.layers]
     assert 0 < sum(shared) < len(shared)
@@ -59,9 +60,9 @@ def test_it_is_small_and_has_every_feature_of_e2b(demo: mlx_mtp.Model) -> None:
     assert demo.default_sampling == mlx_mtp.Sampling(temperature=1.0, top_k=64, top_p=0.95)
 
 
-@pytest.mark.parametrize("files", [stdlib_files, package_files])
-def test_how_well_it_drafts(demo: mlx_mtp.Model, files: Callable[[], list[Path]]) -> None:
-    """On files it was not trained on; k = 3. README has the figures, with those of more text."""
+@pytest.mark.parametrize(("files", "least_agreement"), [(stdlib_files, 0.62), (package_files, 0.53)])
+def test_how_well_it_drafts(demo: mlx_mtp.Model, files: Callable[[], list[Path]], least_agreement: float) -> None:
+    """On files it was not trained on, k = 3; README has the figures. Other packages are written in other ways."""
     texts = prompts(demo, files(), 250)
     assert len(texts) >= 5
     options = mlx_mtp.GenerationOptions(max_tokens=120, num_draft_tokens=3, ignore_eos=True)
@@ -73,7 +74,7 @@ def test_how_well_it_drafts(demo: mlx_mtp.Model, files: Callable[[], list[Path]]
     assert greedy.mean() > 2.6
     assert sampled.mean() > 2.0
     assert repeated < 0.2
-    assert min(agreement) > 0.62
+    assert min(agreement) > least_agreement
 
 
 @pytest.mark.slow
@@ -84,12 +85,12 @@ def test_training_repairs_the_drafter_of_a_target_that_drifted_away(
     data = tmp_path / "data"
     write_cpp(data)
     drifted = tmp_path / "drifted"
-    lora = ["--train", "--data", data, "--iters", "40", "--batch-size", "4", "--max-seq-length", "256"]
-    lora += ["--num-layers", "-1", "--learning-rate", "2e-3", "--val-batches", "1", "--adapter-path", tmp_path / "lora"]
+    lora = ["--train", "--data", data, "--iters", "25", "--batch-size", "2", "--max-seq-length", "160"]
+    lora += ["--num-layers", "-1", "--learning-rate", "1e-3", "--val-batches", "1", "--adapter-path", tmp_path / "lora"]
     mlx_lm("lora", "--model", mlx_mtp.DEMO_PAIR, *lora)
     mlx_lm("fuse", "--model", mlx_mtp.DEMO_PAIR, "--adapter-path", tmp_path / "lora", "--save-path", drifted)
-    args = ["--model", drifted, "--drafter", mlx_mtp.DEMO_PAIR / "drafter", "--data", data, "--iters", "60"]
-    args += ["--batch-size", "2", "--max-seq-length", "256", "--learning-rate", "1e-3", "--val-batches", "5"]
+    args = ["--model", drifted, "--drafter", mlx_mtp.DEMO_PAIR / "drafter", "--data", data, "--iters", "40"]
+    args += ["--batch-size", "2", "--max-seq-length", "160", "--learning-rate", "1e-3", "--val-batches", "3"]
     capsys.readouterr()
     assert main([str(arg) for arg in args]) == 0
     print(capsys.readouterr().out)
@@ -97,7 +98,7 @@ def test_training_repairs_the_drafter_of_a_target_that_drifted_away(
     lengths = {}
     for drafter in (mlx_mtp.DEMO_PAIR / "drafter", drifted / "drafter"):
         model = mlx_mtp.load(drifted, drafter)
-        tokens = [model.tokenizer.encode(text)[:100] for text in texts[:6]]
+        tokens = [model.tokenizer.encode(text)[:100] for text in texts[:5]]
         options = mlx_mtp.GenerationOptions(
             max_tokens=100,
             num_draft_tokens=3,
