@@ -1,11 +1,11 @@
-"""Build a small pair: a Gemma 4 target and its drafter, trained on the Python standard library's own source.
+"""Build a small pair: a Gemma 4 target and its drafter, trained on the source of Python's library and of packages.
 
     pip install -c constraints.txt -e '.[test]'
     python scripts/build_demo_pair.py --output build/demo
 
-Steps, each skipped if its output is there already: tokenizer (seconds), target (PyTorch, 12 million tokens, 50 to 60
-minutes on two cores), drafter (`mlx_mtp.train`, 5000 updates, 50 minutes on one core; on Linux with OpenBLAS, see
-`fast_blas`), conversion to `pair/`, which is what `mlx_mtp/demo/` holds.
+Steps, each skipped if its output is there already: tokenizer (seconds), target (PyTorch, 12 million tokens, 40 minutes
+on two cores), drafter (`mlx_mtp.train`, 50 minutes on one core; on Linux with OpenBLAS, see `fast_blas`), conversion to
+`pair/`, which is what `mlx_mtp/demo/` holds.
 """
 
 import argparse
@@ -30,31 +30,67 @@ import numpy as np
 from tqdm import tqdm
 
 # Tables of character codes, and tests, which are more than half of all and much alike.
-LEFT_OUT = {"test", "tests", "idle_test", "encodings", "site-packages"}
+LEFT_OUT = {"test", "tests", "idle_test", "encodings", "site-packages", "_vendor"}
+# Installed with the tests, under MIT, BSD or Apache licences; at most so many characters of each.
+PACKAGES = (
+    "_pytest", "anyio", "fsspec", "jinja2", "jsonschema", "mypy", "networkx", "pip", "pydantic", "pygments", "rich",
+    "safetensors", "setuptools", "torch", "transformers",
+)  # fmt: skip
+PACKAGE_SIZE = 700_000
 
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 1024
 SPECIAL_TOKENS = (
     "<pad>", "<eos>", "<bos>", "<unk>", "<mask>",
     "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>',
     "<|think|>", "<|channel>", "<channel|>", "<|turn>", "<turn|>",
 )  # fmt: skip
-PAD, EOS, BOS, TURN_END = (SPECIAL_TOKENS.index(token) for token in ("<pad>", "<eos>", "<bos>", "<turn|>"))
+PAD, EOS, BOS, TURN_END, RESPONSE = (
+    SPECIAL_TOKENS.index(token) for token in ("<pad>", "<eos>", "<bos>", "<turn|>", "<|tool_response>")
+)
 
 CHAT_TEMPLATE = """\
+{%- macro value(x) -%}
+{%- if x is mapping -%}
+{{ '{' }}{% for key, item in x | dictsort %}{{ key }}:{{ value(item) }}{{ ',' if not loop.last }}{% endfor %}{{ '}' }}
+{%- elif x is string -%}<|"|>{{ x }}<|"|>
+{%- elif x is boolean -%}{{ 'true' if x else 'false' }}
+{%- elif x is none -%}null
+{%- elif x is iterable -%}[{% for item in x %}{{ value(item) }}{{ ',' if not loop.last }}{% endfor %}]
+{%- else -%}{{ x }}
+{%- endif -%}
+{%- endmacro -%}
 {{ bos_token }}
 {%- set thinks = enable_thinking is defined and enable_thinking -%}
-{%- if thinks and messages[0]['role'] != 'system' -%}
+{%- set system = messages and messages[0]['role'] in ('system', 'developer') -%}
+{%- if thinks or tools or system -%}
 <|turn>system
-<|think|>
+{% if thinks %}<|think|>
+{% endif %}
+{{- messages[0]['content'] if system }}
+{%- for tool in tools or [] -%}
+{%- set function = tool['function'] or tool -%}
+<|tool>declaration:{{ function['name'] }}{{ value({
+  'description': function['description'] or '', 'parameters': function['parameters'] or {}}) }}<tool|>
+{%- endfor -%}
 <turn|>
 {% endif -%}
-{%- for message in messages -%}
-<|turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}
-{% if thinks and message['role'] == 'system' %}<|think|>
-{% endif %}
-{{- message['content'] }}<turn|>
-{% endfor -%}
-{%- if add_generation_prompt -%}
+{%- for message in messages[1 if system else 0:] -%}
+{%- if message['role'] == 'tool' -%}
+<|tool_response>response:{{ message['name'] or 'tool' }}{{ value({'value': message['content']}) }}<tool_response|>
+{%- else -%}
+{%- set answer = message['role'] == 'assistant' -%}
+{%- if not (answer and loop.previtem and loop.previtem['role'] == 'tool') -%}
+<|turn>{{ 'model' if answer else message['role'] }}
+{% endif -%}
+{{- message['content'] or '' }}
+{%- for call in message['tool_calls'] or [] -%}
+<|tool_call>call:{{ call['function']['name'] }}{{ value(call['function']['arguments']) }}<tool_call|>
+{%- endfor -%}
+{%- if not message['tool_calls'] %}<turn|>
+{% endif -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt and (not messages or messages[-1]['role'] != 'tool') -%}
 <|turn>model
 {% endif -%}
 """
@@ -100,19 +136,18 @@ DRAFTER_CONFIG: dict[str, Any] = {
     "backbone_hidden_size": TEXT_CONFIG["hidden_size"],
     "use_ordered_embeddings": True,
     "num_centroids": 128,
-    "centroid_intermediate_top_k": 16,
+    "centroid_intermediate_top_k": 32,
     "tie_word_embeddings": True,
     "text_config": TEXT_CONFIG
     | {
         "hidden_size": 128,
         "hidden_size_per_layer_input": 0,
         "vocab_size_per_layer_input": 0,
-        "intermediate_size": 256,
+        "intermediate_size": 384,
         "use_double_wide_mlp": False,
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 4,
         "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
-        "num_attention_heads": 2,
         "final_logit_softcapping": None,
     },
 }
@@ -120,24 +155,30 @@ DRAFTER_CONFIG: dict[str, Any] = {
 CARD = f"""\
 # A small pair to try mlx-mtp with
 
-A target of 3 million parameters in the shape of Gemma 4 E2B (per-layer inputs, shared K/V, wider layers there,
+A target of 2.5 million parameters in the shape of Gemma 4 E2B (per-layer inputs, shared K/V, wider layers there,
 sliding window, tied embeddings) and its drafter (four layers, centroid head), with a tokenizer of {VOCAB_SIZE} tokens
 and a chat template. They write text that looks like Python, no more: what is real is the speculation.
 
-Trained from nothing on the source of Python {platform.python_version()}'s standard library, but for its tests, tables
-of character codes and a few files to measure with (copyright Python Software Foundation, PSF licence);
+Trained from nothing on the source of Python {platform.python_version()}'s standard library (copyright Python Software
+Foundation, PSF licence), but for its tests, tables of character codes and a few files to measure with, and on part of
+the source of packages under the MIT, BSD and Apache licences: {", ".join(PACKAGES)}.
 `scripts/build_demo_pair.py` in mlx-mtp's repository does it. Apache-2.0, as mlx-mtp.
 """
 LENGTH = 256
 BATCH = 16
-DRAFTER_BATCH = 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build a small pair of target and drafter.")
     parser.add_argument("--output", type=Path, required=True, help="Folder to build in.")
     parser.add_argument("--target-tokens", type=float, default=12e6, help="Tokens to train the target on (12e6).")
-    parser.add_argument("--drafter-updates", type=int, default=5000, help="Updates to train the drafter for (5000).")
+    parser.add_argument(
+        "--drafter-updates",
+        type=int,
+        nargs=2,
+        default=(1900, 2500),
+        help="Updates with two and with four draft steps.",
+    )
     parser.add_argument("--seed", type=int, default=0, help="Seed of data order and weights (0).")
     args = parser.parse_args()
     pin_threads()
@@ -146,8 +187,7 @@ def main() -> None:
         write_tokenizer(target)
     if not (target / "model.safetensors").is_file():
         train_target(target, int(args.target_tokens), args.seed)
-    if not (args.output / "drafter").is_dir():
-        train_drafter(args.output, args.drafter_updates, args.seed)
+    train_drafter(args.output, args.drafter_updates, args.seed)
     if not (args.output / "pair").is_dir():
         convert(args.output)
 
@@ -160,8 +200,8 @@ def convert(folder: Path) -> None:
     (folder / "pair" / "README.md").write_text(CARD)
 
 
-def train_drafter(folder: Path, updates: int, seed: int) -> None:
-    """Distil the drafter with the package's own command."""
+def train_drafter(folder: Path, updates: tuple[int, int], seed: int) -> None:
+    """The drafter's texts, and its two trainings."""
     config, data = folder / "drafter-config", folder / "data"
     for path in (config, data):
         path.mkdir(exist_ok=True)
@@ -171,22 +211,25 @@ def train_drafter(folder: Path, updates: int, seed: int) -> None:
     lines = [{"text": source} for source in sources()]
     lines += [{"prompt": prompt, "completion": text} for source in sources() for prompt, text in functions(source)]
     random.Random(seed).shuffle(lines)
-    # Characters enough for all updates: a token stands for less than three on average.
-    wanted, size = updates * DRAFTER_BATCH * LENGTH * 3, 0
-    with (data / "train.jsonl").open("w") as file:
-        for line in lines:
-            file.write(json.dumps(line) + "\n")
-            size += sum(map(len, line.values()))
-            if size > wanted:
-                break
+    # Cut into pieces, they are more than the updates use.
+    (data / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:9000]))
     valid = [{"text": file.read_text()} for file in held_out.stdlib_files()]
     (data / "valid.jsonl").write_text("".join(json.dumps(line) + "\n" for line in valid))
-    command = [sys.executable, "-m", "mlx_mtp.train", "--model", str(folder / "target")]
-    command += ["--drafter-config", str(config), "--data", str(data), "--output", str(folder / "drafter")]
-    command += ["--iters", str(updates), "--batch-size", str(DRAFTER_BATCH), "--learning-rate", "1e-2"]
-    command += ["--optimizer", "muon", "--seed", str(seed)]
-    command += ["--max-seq-length", str(LENGTH), "--val-batches", "12", "--steps-per-eval", "250"]
-    if (folder / "drafter.training" / "state.json").is_file():
+    # Two draft steps cost half as much as four, and teach nearly as much; the second training is for the other two.
+    common = ["--model", str(folder / "target"), "--data", str(data), "--optimizer", "muon"]
+    common += ["--max-seq-length", str(LENGTH), "--batch-size", "2", "--val-batches", "12", "--steps-per-eval", "250"]
+    first = ["--drafter-config", str(config), "--iters", str(updates[0]), "--seed", str(seed)]
+    distil([*common, *first, "--num-draft-tokens", "2", "--learning-rate", "1e-2"], folder / "drafter-2")
+    second = ["--drafter", str(folder / "drafter-2"), "--iters", str(updates[1]), "--seed", str(seed + 1)]
+    distil([*common, *second, "--num-draft-tokens", "4", "--learning-rate", "5e-3"], folder / "drafter")
+
+
+def distil(options: list[str], output: Path) -> None:
+    """Distil a drafter with the package's own command, unless it is there."""
+    if output.is_dir():
+        return
+    command = [sys.executable, "-m", "mlx_mtp.train", "--output", str(output), *options]
+    if (output.with_name(f"{output.name}.training") / "state.json").is_file():
         command.append("--resume")
     if subprocess.run(command, env=os.environ | fast_blas()).returncode:
         sys.exit("the drafter is not trained; start again to go on")
@@ -211,14 +254,25 @@ def pin_threads() -> None:
 
 
 def sources() -> Iterator[str]:
-    """The standard library's modules but for those left out, in a fixed order."""
+    """The modules of the standard library and of the packages but for those left out, in a fixed order."""
     root = Path(sysconfig.get_path("stdlib"))
+    for file, text in modules(root):
+        if file.relative_to(root).as_posix() not in held_out.STDLIB:
+            yield text
+    for package in PACKAGES:
+        texts = [text for _, text in modules(Path(sysconfig.get_path("purelib")) / package)]
+        if not texts:
+            sys.exit(f"no source of {package}: pip install -c constraints.txt -e '.[test]'")
+        random.Random(package).shuffle(texts)
+        ends = np.cumsum([len(text) for text in texts])
+        yield from texts[: 1 + int(np.searchsorted(ends, PACKAGE_SIZE))]
+
+
+def modules(root: Path) -> Iterator[tuple[Path, str]]:
     for file in sorted(root.rglob("*.py")):
-        name = file.relative_to(root)
-        if not LEFT_OUT & set(name.parts) and name.as_posix() not in held_out.STDLIB:
-            text = file.read_text(encoding="utf-8", errors="ignore")
-            if text.strip():
-                yield text
+        text = file.read_text(encoding="utf-8", errors="ignore")
+        if text.strip() and not LEFT_OUT & set(file.relative_to(root).parts):
+            yield file, text
 
 
 def functions(source: str) -> Iterator[tuple[str, str]]:
@@ -324,7 +378,7 @@ def train_target(folder: Path, budget: int, seed: int) -> None:
             speed = (update + 1) * LENGTH * BATCH / (time.perf_counter() - began)
             print(f"update {update} of {updates}: loss {mean:.3f}, {speed:.0f} tokens/s", flush=True)
     (folder / "config.json").write_text(json.dumps(target_config(), indent=2))
-    generation = {"bos_token_id": BOS, "pad_token_id": PAD, "eos_token_id": [EOS, TURN_END]}
+    generation = {"bos_token_id": BOS, "pad_token_id": PAD, "eos_token_id": [EOS, TURN_END, RESPONSE]}
     generation |= {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
     weights = {

@@ -60,9 +60,31 @@ def test_it_is_small_and_has_every_feature_of_e2b(demo: mlx_mtp.Model) -> None:
     assert demo.default_sampling == mlx_mtp.Sampling(temperature=1.0, top_k=64, top_p=0.95)
 
 
-@pytest.mark.parametrize(("files", "least_agreement"), [(stdlib_files, 0.62), (package_files, 0.53)])
-def test_how_well_it_drafts(demo: mlx_mtp.Model, files: Callable[[], list[Path]], least_agreement: float) -> None:
-    """On files it was not trained on, k = 3; README has the figures. Other packages are written in other ways."""
+def test_its_template_has_tools(demo: mlx_mtp.Model) -> None:
+    """In Gemma's syntax: declarations in the system turn, calls and responses in the model's."""
+    parameters = {"type": "object", "properties": {"city-name": {"type": "string"}}, "required": ["city-name"]}
+    tool = {"type": "function", "function": {"name": "weather", "description": "Now.", "parameters": parameters}}
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city-name": "Oslo", "days": [1, 2.5]}}}
+    messages = [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "weather", "content": "No."},
+    ]
+    text = demo.tokenizer.apply_chat_template(
+        messages, tools=[tool], tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    assert text == (
+        '<bos><|turn>system\n<|tool>declaration:weather{description:<|"|>Now.<|"|>,parameters:{properties:{city-name:'
+        '{type:<|"|>string<|"|>}},required:[<|"|>city-name<|"|>],type:<|"|>object<|"|>}}<tool|><turn|>\n'
+        "<|turn>user\nRain?<turn|>\n<|turn>model\n"
+        '<|tool_call>call:weather{city-name:<|"|>Oslo<|"|>,days:[1,2.5]}<tool_call|>'
+        '<|tool_response>response:weather{value:<|"|>No.<|"|>}<tool_response|>'
+    )
+
+
+@pytest.mark.parametrize("files", [stdlib_files, package_files])
+def test_how_well_it_drafts(demo: mlx_mtp.Model, files: Callable[[], list[Path]]) -> None:
+    """On files it was not trained on, k = 3; README has the figures."""
     texts = prompts(demo, files(), 250)
     assert len(texts) >= 5
     options = mlx_mtp.GenerationOptions(max_tokens=120, num_draft_tokens=3, ignore_eos=True)
@@ -74,14 +96,14 @@ def test_how_well_it_drafts(demo: mlx_mtp.Model, files: Callable[[], list[Path]]
     assert greedy.mean() > 2.6
     assert sampled.mean() > 2.0
     assert repeated < 0.2
-    assert min(agreement) > least_agreement
+    assert min(agreement) > 0.62
 
 
 @pytest.mark.slow
 def test_training_repairs_the_drafter_of_a_target_that_drifted_away(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A LoRA on C++, by mlx-lm's own commands, and then ours. Measured with three times as much of both: see README."""
+    """A LoRA on C++, by mlx-lm's own commands, and then ours."""
     data = tmp_path / "data"
     write_cpp(data)
     drifted = tmp_path / "drifted"

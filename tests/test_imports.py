@@ -11,7 +11,7 @@ PACKAGE = Path(mlx_mtp.__file__).parent
 # A module may import from the lines below its own only.
 LAYERS = (
     ("bench", "generate", "chat", "train"),
-    ("cli", "training"),
+    ("cli", "training", "peers"),
     ("load", "dataset"),
     ("engine",),
     ("tokenizer", "text", "calibration"),
