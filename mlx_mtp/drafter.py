@@ -119,7 +119,8 @@ class Drafter(nn.Module):
         """One draft step from a token's scaled embedding and a hidden state, [1, 1, backbone_hidden_size] each."""
         h = self.pre_projection(mx.concatenate([embedding, hidden], axis=-1))
         for layer, config in zip(self.model.layers, self.config.text.layers, strict=True):
-            h = layer(h, layer.project(h), context.position, context.views[config.layer_type])
+            queries = layer.project(h, context.position).queries
+            h = layer(h, queries, context.views[config.layer_type])
         state = self.model.norm(h)
         return DraftStep(state, self.post_projection(state))
 

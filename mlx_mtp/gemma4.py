@@ -70,9 +70,9 @@ class MLP(nn.Module):
 
 
 class Projected(NamedTuple):
-    """A layer's queries, keys and values before norm and rotation, [1, heads, length, head_dim] each.
+    """A layer's queries, keys and values, normed and rotated, [1, heads, length, head_dim] each.
 
-    `keys` is None for a layer that has none of its own, `values` for one whose values are its keys.
+    `keys` and `values` are None for a layer that has none of its own.
     """
 
     queries: mx.array
@@ -107,26 +107,30 @@ class Attention(nn.Module):
         fused = _join([self[name] for name in names]) if len(names) > 1 else None
         if fused is not None:
             self.qkv_proj = fused
-            for name in names:
+            weights = [self.q_norm.weight] * self.heads + [self.k_norm.weight] * self.kv_heads
+            self.qk_scale = mx.stack(weights)[:, None]
+            for name in [*names, "q_norm", "k_norm"]:
                 del self[name]
 
-    def project(self, x: mx.array) -> Projected:
-        """Of x, [1, length, hidden_size]."""
+    def project(self, x: mx.array, offset: mx.array) -> Projected:
+        """Of x, [1, length, hidden_size], whose first row is at position `offset`."""
         if "qkv_proj" in self:
-            ends = [self.heads] if self.k_eq_v else [self.heads, self.heads + self.kv_heads]
-            return Projected(*mx.split(self._heads(self.qkv_proj(x)), ends, axis=1))
-        names = [name for name in ("q_proj", "k_proj", "v_proj") if self.get(name) is not None]
-        return Projected(*(self._heads(self[name](x)) for name in names))
+            return self._project_at_once(x, offset)
+        queries = self.rope(self.q_norm(self._heads(self.q_proj(x))), offset)
+        if "k_proj" not in self:
+            return Projected(queries)
+        keys = self._heads(self.k_proj(x))
+        values = keys if self.v_proj is None else self._heads(self.v_proj(x))
+        return Projected(queries, self.rope(self.k_norm(keys), offset), mx.fast.rms_norm(values, None, self.eps))
 
-    def keys_values(self, projected: Projected, offset: mx.array) -> tuple[mx.array, mx.array]:
-        """New K/V rows: keys normed and rotated, values normed without a weight."""
-        keys = projected.keys
-        assert keys is not None
-        values = keys if projected.values is None else projected.values
-        return self.rope(self.k_norm(keys), offset), mx.fast.rms_norm(values, None, self.eps)
+    def _project_at_once(self, x: mx.array, offset: mx.array) -> Projected:
+        """The same with one product, one norm and one rotation for all heads."""
+        normed = mx.fast.rms_norm(self._heads(self.qkv_proj(x)), None, self.eps)
+        rotated = self.rope(normed[:, : self.heads + self.kv_heads] * self.qk_scale, offset)
+        # The last heads are those of the values, or of keys that are the values too.
+        return Projected(rotated[:, : self.heads], rotated[:, self.heads :], normed[:, -self.kv_heads :])
 
-    def __call__(self, projected: Projected, offset: mx.array, view: View) -> mx.array:
-        queries = self.rope(self.q_norm(projected.queries), offset)
+    def __call__(self, queries: mx.array, view: View) -> mx.array:
         out = mx.fast.scaled_dot_product_attention(queries, view.keys, view.values, scale=1.0, mask=view.mask)
         return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
 
@@ -196,15 +200,13 @@ class DecoderLayer(nn.Module):
             self.per_layer_projection = nn.Linear(config.per_layer_input_size, config.hidden_size, bias=False)
             self.post_per_layer_input_norm = norm()
 
-    def project(self, h: mx.array) -> Projected:
+    def project(self, h: mx.array, offset: mx.array) -> Projected:
         """The beginning of this layer: what its attention needs of the residual stream h."""
-        return self.self_attn.project(self.input_layernorm(h))
+        return self.self_attn.project(self.input_layernorm(h), offset)
 
-    def __call__(
-        self, h: mx.array, projected: Projected, offset: mx.array, view: View, per_layer_input: mx.array | None = None
-    ) -> mx.array:
-        """The residual stream after this layer; `projected` is `project(h)`, which the K/V were made from too."""
-        h = h + self.post_attention_layernorm(self.self_attn(projected, offset, view))
+    def __call__(self, h: mx.array, queries: mx.array, view: View, per_layer_input: mx.array | None = None) -> mx.array:
+        """The residual stream after this layer; `queries` are those of `project(h)`."""
+        h = h + self.post_attention_layernorm(self.self_attn(queries, view))
         h = h + self.post_feedforward_layernorm(self._feed_forward(h))
         if per_layer_input is not None:
             gated = _geglu(self.per_layer_input_gate(h), per_layer_input)
@@ -272,12 +274,9 @@ class Target(nn.Module):
         per_layer = self._per_layer_inputs(tokens, h)
         step = cache.start(tokens.shape[1])
         for index, (layer, config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
-            projected = layer.project(h)
-            if config.has_kv:
-                view = step.write(index, *layer.self_attn.keys_values(projected, step.offset))
-            else:
-                view = step.read(config.kv_layer)
-            h = layer(h, projected, step.offset, view, None if per_layer is None else per_layer[:, :, index])
+            queries, keys, values = layer.project(h, step.offset)
+            view = step.read(config.kv_layer) if keys is None or values is None else step.write(index, keys, values)
+            h = layer(h, queries, view, None if per_layer is None else per_layer[:, :, index])
         hidden = self.norm(h)
         return TargetOutput(hidden, self.embed_tokens.as_linear(hidden[:, hidden.shape[1] - logit_rows :]))
 
