@@ -26,13 +26,17 @@ from .cli import add_model_options, calibrate, exit_status, load_or_demo
 from .draft_length import CostCurve
 from .engine import GenerationOptions, Model
 from .errors import OptionError
+from .graph import operations, round_outputs
 from .peers import PEERS, Run, load_peer
+from .plots import check_plots, write_plots
 from .sampling import Sampling
+from .speculative import Stats
 
 KINDS = ("code", "prose", "chat", "copy", "list")
 AUTO = "auto"
 # Modules whose source is the text of "code": of the standard library, so that any machine has it.
 _MODULES = ("argparse", "queue", "posixpath", "textwrap", "statistics", "inspect", "typing", "tarfile", "turtle")
+_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 # Memory bandwidth of Apple's chips, GB/s (Apple's specifications). Where it depends on the variant, the larger one.
 _BANDWIDTH = {
     "M1": 68, "M2": 100, "M3": 102, "M4": 120, "M5": 153,
@@ -77,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         help=f"Other runtimes to run in the same turns, of {','.join(PEERS)}; they must be installed, see the extra "
         "peers, and read the pair's folders themselves.",
     )
+    add("--dtype", choices=_DTYPES, help="Compute in this type (default: the checkpoint's).")
+    add("--plot", type=Path, metavar="DIR", help="Draw the figures into this new folder, as PNG files.")
     add("--json", action="store_true", help="Print nothing but the last line, a JSON object with all figures.")
     return parser
 
@@ -131,24 +137,20 @@ class Setting:
     peer: Run | None = None
     error: str | None = None
     tps: list[float] = field(default_factory=list)
-    tokens: int = 0
-    rounds: int = 0
-    drafted: int = 0
-    drafted_at: list[int] = field(default_factory=list)
-    accepted_at: list[int] = field(default_factory=list)
+    stats: Stats = field(default_factory=Stats)
     peak_memory_gb: float = 0.0
 
     def figures(self) -> dict[str, Any]:
         if self.error is not None:
             return {"error": self.error}
-        rounds = max(1, self.rounds)
         speed: dict[str, Any] = {"tokens_per_second": median(self.tps), "range": [min(self.tps), max(self.tps)]}
         if self.peer is not None:
             return speed
         return speed | {
-            "acceptance_length": 1 + sum(self.accepted_at) / rounds,
-            "drafted_per_round": self.drafted / rounds,
-            "acceptance_by_position": [a / d for a, d in zip(self.accepted_at, self.drafted_at, strict=True) if d],
+            "acceptance_length": self.stats.acceptance_length,
+            "drafted_per_round": self.stats.drafted / self.stats.rounds,
+            "acceptance_by_position": self.stats.acceptance_by_position,
+            "host_reads_per_round": self.stats.host_reads / self.stats.rounds,
             "peak_memory_gb": self.peak_memory_gb,
         }
 
@@ -157,13 +159,21 @@ def _run(args: argparse.Namespace) -> int:
     for name, least in (("repeats", 1), ("max_tokens", 2), ("cool_down", 0)):
         if vars(args)[name] < least:
             raise OptionError(f"{name} must be at least {least}, found {vars(args)[name]}")
+    if args.plot is not None:
+        check_plots(args.plot)
     model = load_or_demo(args)
+    if args.dtype is not None:
+        for module in (model.target, model.drafter):
+            if module is not None:
+                module.set_dtype(_DTYPES[args.dtype])
     lengths = args.num_draft_tokens if model.drafter is not None else (0,)
     samplings = {t: replace(model.default_sampling, temperature=t, seed=args.seed) for t in args.temps}
     prompts = {(kind, n): prompt(model, kind, n, args.max_tokens) for kind in args.kinds for n in args.contexts}
     for sampling in samplings.values():
-        calibrate(model, GenerationOptions(sampling=sampling))
+        calibrate(model, GenerationOptions(sampling=sampling), anew=True)
+    counts = {t: {str(k): count_operations(model, k, s) for k in lengths if k != AUTO} for t, s in samplings.items()}
     report = {"environment": environment(), "target": str(model.config.path.parent), **bound(model), "cases": []}
+    report["dtype"] = str(model.target.dtype).removeprefix("mlx.core.")
     drafter = None if model.drafter_config is None else model.drafter_config.path.parent
     report["drafter"] = None if drafter is None else str(drafter)
     peers, report["failed_peers"] = _load_peers(args.peers, model, drafter)
@@ -177,9 +187,11 @@ def _run(args: argparse.Namespace) -> int:
                 measure(model, tokens, sampling, settings, args, bar)
                 curve = None if model.drafter is None else model.calibrate(sampling)
                 case = {"kind": kind, "context": context, "temperature": temperature}
-                report["cases"].append(case | summary(settings, curve))
+                report["cases"].append(case | summary(settings, curve) | {"operations": counts[temperature]})
                 if not args.json:
                     tqdm.write(table(report["cases"][-1], report["bound_tokens_per_second"]))
+    if args.plot is not None:
+        write_plots(report, args.plot)
     print(json.dumps(report), flush=True)
     return 0
 
@@ -231,11 +243,7 @@ def measure(
             if repeat < 0:
                 continue
             setting.tps.append(last.generation_tps)
-            setting.tokens += last.generation_tokens
-            setting.rounds += last.stats.rounds
-            setting.drafted += last.stats.drafted
-            setting.drafted_at = _sum(setting.drafted_at, last.stats.drafted_at)
-            setting.accepted_at = _sum(setting.accepted_at, last.stats.accepted_at)
+            setting.stats.merge(last.stats)
             setting.peak_memory_gb = max(setting.peak_memory_gb, last.peak_memory)
 
 
@@ -251,9 +259,9 @@ def _measure_peer(setting: Setting, prompt: list[int], sampling: Sampling, args:
         setting.tps += [rate] if repeat >= 0 else []
 
 
-def _sum(left: list[int], right: list[int]) -> list[int]:
-    size = max(len(left), len(right))
-    return [a + b for a, b in zip(*(part + [0] * (size - len(part)) for part in (left, right)), strict=True)]
+def count_operations(model: Model, k: int, sampling: Sampling) -> int:
+    """Of a round of k draft tokens on this device, about as many as kernels are launched."""
+    return operations(round_outputs(model.target, model.drafter, k, sampling)).total()
 
 
 def summary(settings: dict[int | str, Setting], curve: CostCurve | None) -> dict[str, Any]:
@@ -274,17 +282,18 @@ def summary(settings: dict[int | str, Setting], curve: CostCurve | None) -> dict
         pairs = zip(settings[AUTO].tps, settings[best].tps, strict=True)
         found["auto_over_best"] = median(a / b for a, b in pairs)
     if curve is not None:
-        found["costs"] = {"verify": [v / curve.verify[0] for v in curve.verify]} | {
-            name: value / curve.verify[0] for name, value in (("draft", curve.draft), ("overhead", curve.overhead))
-        }
+        one = curve.verify[0]
+        verify = [seconds / one for seconds in curve.verify]
+        found["costs"] = {"verify": verify, "draft": curve.draft / one, "overhead": curve.overhead / one}
+        found["costs"]["seconds"] = one
     return found
 
 
 def table(case: dict[str, Any], bound: float) -> str:
     lines = [f"{case['kind']}, {case['context']} tokens, temperature {case['temperature']:g}"]
     width = max(8, *(len(k) for k in case["settings"]))
-    header = f"{'drafted':>{width}} {'tokens/s':>9} {'range':>15} {'ratio':>6} {'of bound':>8} {'length':>7}"
-    lines.append(f"{header}  accepted by position")
+    header = f"{'drafted':>{width}} {'tokens/s':>9} {'range':>15} {'ratio':>6} {'of bound':>8}"
+    lines.append(f"{header} {'GB':>6} {'kernels':>7} {'reads':>5} {'length':>6}  accepted by position")
     for k, row in case["settings"].items():
         if "error" in row:
             lines.append(f"{k:>{width}} failed: {row['error']}")
@@ -294,7 +303,8 @@ def table(case: dict[str, Any], bound: float) -> str:
         line += f"{row['tokens_per_second'] / bound:>8.0%}"
         if "acceptance_length" in row:
             by_position = " ".join(f"{share:.2f}" for share in row["acceptance_by_position"])
-            line += f" {row['acceptance_length']:>7.2f}  {by_position}"
+            line += f" {row['peak_memory_gb']:>6.2f} {case['operations'].get(k, ''):>7}"
+            line += f" {row['host_reads_per_round']:>5.2f} {row['acceptance_length']:>6.2f}  {by_position}"
         lines.append(line)
     if "costs" in case:
         costs = case["costs"]

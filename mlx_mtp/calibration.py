@@ -35,9 +35,11 @@ _CONTEXT = 64
 _WARM_UP = 3
 # Draft lengths that are measured with a drafter: the rest follows from the passes alone.
 _MEASURED = (1, MAX_DRAFT_TOKENS)
-# How often each is timed: until so many seconds are over, but between these.
+# Rounds of one length in a row, of which the first, on the caches that another length left, is not counted.
+_BURST = 4
+# How often each has its turn: until so many seconds are over, but between these.
 _SECONDS = 3.0
-_REPETITIONS = (3, 25)
+_REPETITIONS = (2, 10)
 
 
 def cache_directory() -> Path:
@@ -50,9 +52,10 @@ def cache_directory() -> Path:
 
 
 def read_or_measure(
-    identity: dict[str, Any], measure: Callable[[], CostCurve], folder: Path | None = None
+    identity: dict[str, Any], measure: Callable[[], CostCurve], folder: Path | None = None, *, anew: bool = False
 ) -> CostCurve:
-    """The cost curve kept for an identity, everything that decides what a round costs; measured if there is none.
+    """The cost curve kept for an identity, everything that decides what a round costs; measured if there is none, or
+    `anew`.
 
     A file that cannot be read, or that is of something else, is measured again and replaced. Where the folder cannot be
     written the curve is measured all the same, with a warning.
@@ -62,7 +65,7 @@ def read_or_measure(
     text = json.dumps(identity, sort_keys=True)
     name = f"rounds-{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     file = (folder or cache_directory()) / name
-    if file.exists():
+    if file.exists() and not anew:
         try:
             content = json.loads(file.read_text())
             if content["identity"] != json.loads(text):
@@ -182,8 +185,10 @@ def _time_in_turn(
         if repetition >= least and time.perf_counter() - began > _SECONDS:
             break
         for key, run in runs.items():
-            start = time.perf_counter()
-            run()
-            taken[key].append(time.perf_counter() - start)
+            for index in range(_BURST):
+                start = time.perf_counter()
+                run()
+                if index:
+                    taken[key].append(time.perf_counter() - start)
             report(int(repetition < least))
     return {key: median(values) for key, values in taken.items()}

@@ -183,8 +183,9 @@ def print_stream(responses: Iterator[GenerationResponse]) -> tuple[list[Generati
     return seen, interrupted
 
 
-def calibrate(model: Model, options: GenerationOptions) -> None:
-    """Measure what rounds cost on this machine with a progress bar, if the options need it and it is not known yet."""
+def calibrate(model: Model, options: GenerationOptions, *, anew: bool = False) -> None:
+    """Measure what rounds cost on this machine with a progress bar, if the options need it and, unless `anew`, it is
+    not known yet."""
     if model.drafter is None or options.num_draft_tokens != "auto":
         return
     with tqdm(desc="Measuring, once", unit="pass", leave=False, disable=None, file=sys.stderr) as bar:
@@ -193,7 +194,7 @@ def calibrate(model: Model, options: GenerationOptions) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        model.calibrate(options.sampling, on_progress=update)
+        model.calibrate(options.sampling, anew=anew, on_progress=update)
 
 
 @contextmanager

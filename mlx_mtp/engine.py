@@ -251,11 +251,13 @@ class Model:
         text, thought = "".join(r.text for r in responses), "".join(r.thought for r in responses)
         return GenerationResult(text, thought, [r.token for r in responses], responses[-1])
 
-    def calibrate(self, sampling: Sampling | None = None, *, on_progress: Progress | None = None) -> CostCurve:
+    def calibrate(
+        self, sampling: Sampling | None = None, *, anew: bool = False, on_progress: Progress | None = None
+    ) -> CostCurve:
         """What rounds cost on this machine with such sampling (greedy by default), in seconds.
 
         Measured once, in a few seconds, for all pairs of the same shapes, and kept in the user's cache directory (see
-        `calibration.cache_directory`). The first generation that needs it does it otherwise.
+        `calibration.cache_directory`). The first generation that needs it does it otherwise. `anew` measures again.
 
         Raises OptionError without a drafter, CalibrationError if the clock gives nonsense.
         """
@@ -264,9 +266,9 @@ class Model:
         drafter, sampling = self.drafter, sampling or Sampling()
         identity = self._identity(sampling)
         key = repr(identity)
-        if key not in self._curves:
+        if anew or key not in self._curves:
             self._curves[key] = read_or_measure(
-                identity, lambda: measure_rounds(self.target, drafter, sampling, on_progress)
+                identity, lambda: measure_rounds(self.target, drafter, sampling, on_progress), anew=anew
             )
         return self._curves[key]
 
@@ -354,7 +356,7 @@ class Model:
         clock = _Clock(prompt_tokens)
         for result in rounds:
             if generated:
-                stats.add(result.drafted, result.accepted)
+                stats.add(result.drafted, result.accepted, result.host_reads)
             else:
                 clock.first_token = time.perf_counter()
             stats.processed_rows += result.drafted + 1 if is_processed else 0

@@ -214,6 +214,7 @@ class RowMasks:
         self._guide = guide
         self._fixed = guide.fixed_masks(rows)
         self._rows: list[mx.array | None] = []
+        self.host_reads = 0
 
     def __call__(self, token: mx.array) -> mx.array | None:
         """Which tokens may follow this one, int32 [1, 1], at the next row: bool [1, vocab], None if all may.
@@ -224,6 +225,7 @@ class RowMasks:
         index = len(self._rows)
         if self._fixed is None:
             if index:
+                self.host_reads += 1
                 self._guide.consume(int(token.item()))  # type: ignore[arg-type]
             mask = self._guide.mask()
         else:

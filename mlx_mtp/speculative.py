@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -40,13 +40,14 @@ class Round(NamedTuple):
     """What one round emitted, and how many of its draft tokens the target accepted.
 
     The last of `tokens` is the target's own choice unless a stop cut the round short. `logprobs`, if asked for, are
-    those of the tokens.
+    those of the tokens. `host_reads` is how often the round waited for a value.
     """
 
     tokens: list[int]
     drafted: int
     accepted: int
-    logprobs: list[Logprobs] | None = None
+    logprobs: list[Logprobs] | None
+    host_reads: int
 
 
 class Verified(NamedTuple):
@@ -62,18 +63,21 @@ class Verified(NamedTuple):
 class Stats:
     """Counts over the rounds of one generation. The token that prefill yields belongs to no round.
 
-    `processed_rows` counts the rows a logits processor in Python was called for, which may read from the device.
+    `host_reads` is how often a round waited for a value: once, but for guides and log probabilities. `processed_rows`
+    counts the rows a logits processor in Python was called for, which may read from the device too.
     """
 
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
+    host_reads: int = 0
     drafted_at: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
     processed_rows: int = 0
 
-    def add(self, drafted: int, accepted: int) -> None:
+    def add(self, drafted: int, accepted: int, host_reads: int = 1) -> None:
         self.rounds += 1
+        self.host_reads += host_reads
         self.drafted += drafted
         self.accepted += accepted
         missing = [0] * (drafted - len(self.drafted_at))
@@ -86,6 +90,7 @@ class Stats:
     def merge(self, other: "Stats") -> None:
         """Add another generation's counts."""
         self.rounds += other.rounds
+        self.host_reads += other.host_reads
         self.drafted += other.drafted
         self.accepted += other.accepted
         self.processed_rows += other.processed_rows
@@ -181,6 +186,7 @@ class Stream:
         if logprobs is not None and logprobs > target.config.vocab_size:
             raise OptionError(f"logprobs is {logprobs}, more than the vocabulary of {target.config.vocab_size}")
         self.logprobs = logprobs
+        self.host_reads = 0
         # All tokens so far, for the processors; kept only if there are any.
         self._text = mx.zeros(0, mx.int32)
         self.sampling = sampling or Sampling()
@@ -213,9 +219,9 @@ class Stream:
             mx.eval(self._bonus, self._hidden, self._context, self.cache.arrays())
             if on_progress is not None:
                 on_progress(start + len(chunk), len(prompt))
-        token = _read(self._bonus[0])
+        token = self._read(self._bonus[0])
         self._append(token)
-        return Round(token, 0, 0, self._read_logprobs(logprobs, 1))
+        return Round(token, 0, 0, self._read_logprobs(logprobs, 1), self.host_reads)
 
     def round(self, k: int, stop_ids: frozenset[int] = frozenset()) -> Round:
         """Draft k tokens, verify them in one pass, emit those accepted and one more. k = 0 is plain decoding.
@@ -224,12 +230,12 @@ class Stream:
         A stop token ends the round early: nothing after it is emitted or kept.
         """
         assert k < self.cache.max_block, "more draft tokens than the stream was made for"
-        length, context = self.cache.length, self._context
+        length, context, reads = self.cache.length, self._context, self.host_reads
         self.cache.reserve(k + 1)
         compiles = self.rounds is not None and not self.processors and self.guide is None
         verified = self.rounds.run(self, k) if self.rounds is not None and compiles else self._advance(k)
         mx.eval(verified, self._bonus, self._hidden, self._context, self.cache.arrays())
-        count, *tokens = _read(verified.report)
+        count, *tokens = self._read(verified.report)
         tokens = tokens[: count + 1]
         self.cache.length = length + count + 1
         stop = next((i for i, token in enumerate(tokens) if token in stop_ids), count)
@@ -239,7 +245,8 @@ class Stream:
             self._select(verified.hidden, verified.report[1:], mx.array(stop))
             self.cache.set_length(length + stop + 1)
         self._append(tokens)
-        return Round(tokens, k, count, self._read_logprobs(verified.logprobs, len(tokens)))
+        logprobs = self._read_logprobs(verified.logprobs, len(tokens))
+        return Round(tokens, k, count, logprobs, self.host_reads - reads)
 
     def _advance(self, k: int) -> Verified:
         """The round as a function of the stream's arrays, which it replaces: nothing is evaluated."""
@@ -284,6 +291,7 @@ class Stream:
         if masks is None:
             return draft, None
         masks(last)
+        self.host_reads += masks.host_reads
         return draft, masks.stack()
 
     def _choose(self, k: int) -> Choose:
@@ -380,11 +388,17 @@ class Stream:
     def _read_logprobs(self, report: mx.array, count: int) -> list[Logprobs] | None:
         if self.logprobs is None:
             return None
-        rows: list[list[float]] = report[:count].tolist()  # type: ignore[assignment]
+        rows: list[list[float]] = self._read(report[:count])
         n = self.logprobs
         return [
             Logprobs(row[0], [(int(i), p) for i, p in zip(row[1 : n + 1], row[n + 1 :], strict=True)]) for row in rows
         ]
+
+    def _read(self, report: mx.array) -> list[Any]:
+        """The one place where results reach the host, but for the draft tokens that a guide looks at."""
+        self.host_reads += 1
+        values: list[Any] = report.tolist()  # type: ignore[assignment]
+        return values
 
     def _select(self, hidden: mx.array, choices: mx.array, row: mx.array) -> None:
         """Make the target's choice at one verified row the bonus token."""
@@ -403,12 +417,6 @@ class Stream:
 def _round_keys(key: mx.array, first: mx.array) -> mx.array:
     """Keys for drafting and for accepting in the round that decides on position `first`."""
     return mx.random.split(position_key(key, first))
-
-
-def _read(report: mx.array) -> list[int]:
-    """The one place where results reach the host."""
-    values: list[int] = report.tolist()  # type: ignore[assignment]
-    return values
 
 
 def token_budget(prompt: list[int], max_tokens: int, max_context: int) -> int:

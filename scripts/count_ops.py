@@ -11,7 +11,6 @@ after the other are copied first.
 
 import argparse
 import json
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -28,13 +27,7 @@ from published import NAMES, published_drafter, published_target
 from mlx_mtp.config import read_drafter_config, read_target_config
 from mlx_mtp.drafter import Drafter
 from mlx_mtp.gemma4 import Target
-from mlx_mtp.speculative import Rounds, Stream
-
-# Operations that give another view of their input's memory, or none at all.
-VIEWS = {
-    "AsStrided", "Broadcast", "BroadcastAxes", "Depends", "ExpandDims", "Flatten", "Reshape", "Slice", "Split",
-    "Squeeze", "StopGradient", "Transpose", "Unflatten", "View",
-}  # fmt: skip
+from mlx_mtp.graph import operations, round_outputs
 
 
 def main() -> None:
@@ -48,7 +41,9 @@ def main() -> None:
     for name in args.models or NAMES:
         target, drafter = pair(name, args.bits)
         with one_kernel_each():
-            eager, compiled = ([operations(round_outputs(target, drafter, k, c)) for k in (0, 1, 2)] for c in (0, 1))
+            eager, compiled = (
+                [operations(round_outputs(target, drafter, k, compiled=c)) for k in (0, 1, 2)] for c in (False, True)
+            )
             reference = operations(mlx_lm_outputs(name, args.bits))
         counts = [found[0].total() for found in (eager, compiled)] + [draft_step(found) for found in (eager, compiled)]
         print(f"{name:6}" + "".join(f"{count:12}" for count in counts) + f"{reference.total():16}")
@@ -87,20 +82,6 @@ def weightless(module: nn.Module) -> None:
     mx.eval(module.parameters())
 
 
-def round_outputs(target: Target, drafter: Drafter, k: int, compiled: bool) -> list[mx.array]:
-    """Everything a round computes, after some text."""
-    rounds = Rounds()
-    stream = Stream(target, drafter, max_draft_tokens=8)
-    stream.cache.set_length(100)
-    for _ in range(2 if compiled else 1):
-        # Arrays of their own, so that the graph begins here.
-        arrays = [mx.zeros(array.shape, array.dtype) for array in stream._take_arrays()]
-        mx.eval(arrays)
-        stream._set_arrays(arrays)
-        verified = rounds.run(stream, k)
-    return [*verified, *stream._take_arrays()]
-
-
 def mlx_lm_outputs(name: str, bits: int) -> list[mx.array]:
     """A pass over one token of mlx-lm's model, and its choice."""
     from mlx_lm.models import gemma4_text
@@ -118,20 +99,6 @@ def mlx_lm_outputs(name: str, bits: int) -> list[mx.array]:
         mx.eval(layer.keys, layer.values)
     logits = model(prompt[:, :1], cache=cache)
     return [mx.argmax(logits[0, -1]), *(array for layer in cache for array in (layer.keys, layer.values))]
-
-
-def operations(outputs: list[mx.array]) -> Counter[str]:
-    """The operations of a graph by kind, without those that are none on a GPU."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "graph.dot"
-        mx.export_to_dot(str(file), *outputs)
-        text = file.read_text()
-    # One line per operation, even if its compiled kernel serves several.
-    nodes = re.findall(r'(\d+) \[label ="([^"]*)", shape=rectangle\]', text)
-    kinds = dict(nodes)
-    found = Counter(kind for _, kind in nodes)
-    found["Concatenate"] = sum(kinds.get(node) == "Concatenate" for node in re.findall(r"-> (\d+)", text))
-    return Counter({kind: n for kind, n in found.items() if kind not in VIEWS})
 
 
 @contextmanager

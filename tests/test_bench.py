@@ -1,10 +1,12 @@
 """`python -m mlx_mtp.bench`, driven as a user would: as a process, on a tiny pair."""
 
 import json
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -12,17 +14,18 @@ import transformers
 from mlx.utils import tree_flatten
 
 import mlx_mtp
-from mlx_mtp import bench
+from mlx_mtp import bench, plots
 from mlx_mtp.bench import KINDS, main, pass_bytes, prompt
 from mlx_mtp.peers import load_peer
 
 TinyPair = Callable[[str], Path]
 
 
-def test_a_table_and_a_last_line_of_json(tiny_pair: TinyPair) -> None:
+def test_a_table_plots_and_a_last_line_of_json(tiny_pair: TinyPair, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mlx_mtp.bench", "--model", str(tiny_pair("e2b") / "target")]
     command += ["--kinds", "code,list", "--contexts", "40", "--temps", "0", "--num-draft-tokens", "2,auto"]
-    result = subprocess.run([*command, "-m", "12", "--repeats", "2"], capture_output=True, text=True)
+    command += ["-m", "12", "--repeats", "2", "--dtype", "bfloat16", "--plot", str(tmp_path / "plots")]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     *lines, last = result.stdout.splitlines()
     assert lines[0] == "code, 40 tokens, temperature 0"
@@ -31,12 +34,20 @@ def test_a_table_and_a_last_line_of_json(tiny_pair: TinyPair) -> None:
     report = json.loads(last)
     assert [case["kind"] for case in report["cases"]] == ["code", "list"]
     assert report["environment"]["mlx-mtp"] == mlx_mtp.__version__
+    assert report["dtype"] == "bfloat16"
+    # The file of a plot, and its width and height.
+    for name in ("speedup", "acceptance", "cost"):
+        header = (tmp_path / "plots" / f"{name}.png").read_bytes()[:24]
+        assert header[:8] == b"\x89PNG\r\n\x1a\n"
+        assert min(struct.unpack(">II", header[16:])) > 300
     assert report["bound_tokens_per_second"] == report["bandwidth"] / report["pass_bytes"]
     for case in report["cases"]:
         plain, two = case["settings"]["0"], case["settings"]["2"]
         assert plain["ratio"] == plain["acceptance_length"] == 1
         assert plain["acceptance_by_position"] == []
         assert two["drafted_per_round"] > 1.5
+        assert plain["host_reads_per_round"] == two["host_reads_per_round"] == 1
+        assert 0 < case["operations"]["0"] < case["operations"]["2"]
         assert len(two["acceptance_by_position"]) == 2
         low, high = two["range"]
         assert 0 < low <= two["tokens_per_second"] <= high
@@ -68,6 +79,39 @@ def test_the_bytes_of_a_pass(tiny_pair: TinyPair) -> None:
 
 def arrays(model: mlx_mtp.Model) -> list[mx.array]:
     return [value for _, value in tree_flatten(model.target.parameters())]
+
+
+def test_plots_show_the_figures() -> None:
+    settings = {
+        "0": {"ratio": 1.0, "acceptance_by_position": []},
+        "2": {"ratio": 1.5, "acceptance_by_position": [0.8, 0.6]},
+        "auto": {"ratio": 1.4, "acceptance_by_position": [0.8]},
+        "mlx-lm": {"error": "RuntimeError: no such kernel"},
+    }
+    costs = {"verify": [1.0, 1.5], "draft": 0.25, "overhead": 0.0, "seconds": 0.02}
+    case = {"kind": "code", "context": 40, "temperature": 0.0, "settings": settings, "costs": costs}
+    report = {"cases": [case], "bound_tokens_per_second": 100.0, "bandwidth": 1e11}
+
+    def lines(figure: Any) -> list[list[float]]:
+        return [list(line.get_ydata()) for line in figure.axes[0].get_lines()]
+
+    assert lines(plots.speedup(report)) == [[1.0, 1.5], [1.4, 1.4], [1, 1]]
+    assert lines(plots.acceptance(report)) == [[0.8, 0.6]]
+    assert lines(plots.cost(report)) == [[20.0, 30.0], [5.0, 5.0], [10.0, 10.0]]
+
+
+def test_plots_that_cannot_be_drawn_are_refused_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["--model", "nowhere", "--plot", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}: exists already; choose another --plot\n"
+    (tmp_path / "file").write_text("")
+    assert main(["--model", "nowhere", "--plot", str(tmp_path / "file" / "plots")]) == 1
+    assert capsys.readouterr().err.endswith(f"cannot be written: {tmp_path / 'file'} is not a folder\n")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["--model", "nowhere", "--plot", str(tmp_path / "plots")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --plot needs matplotlib (")
 
 
 def test_without_a_drafter_plain_decoding_is_measured(tiny_pair: TinyPair, capsys: pytest.CaptureFixture[str]) -> None:

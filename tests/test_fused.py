@@ -13,6 +13,7 @@ from tiny import VARIANTS, WINDOW, load_drafter, load_target, random_tokens
 import mlx_mtp
 from mlx_mtp.cache import Cache
 from mlx_mtp.gemma4 import Target, fuse_projections
+from mlx_mtp.graph import operations, round_outputs
 
 TinyPair = Callable[[str], Path]
 
@@ -79,8 +80,8 @@ def test_a_round_launches_fewer_kernels_than_a_pass_of_mlx_lm() -> None:
     """Real sizes of E2B; the other models' counts are in docs/performance.md."""
     target, drafter = count_ops.pair("E2B", 4)
     with count_ops.one_kernel_each():
-        plain, one, two = (count_ops.operations(count_ops.round_outputs(target, drafter, k, True)) for k in (0, 1, 2))
-        reference = count_ops.operations(count_ops.mlx_lm_outputs("E2B", 4))
+        plain, one, two = (operations(round_outputs(target, drafter, k)) for k in (0, 1, 2))
+        reference = operations(count_ops.mlx_lm_outputs("E2B", 4))
     assert plain["QuantizedMatmul"] == 35 * 6 + 2
     assert plain.total() <= 751 < reference.total()
     assert (two - one).total() <= 77

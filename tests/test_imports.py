@@ -11,10 +11,10 @@ PACKAGE = Path(mlx_mtp.__file__).parent
 # A module may import from the lines below its own only.
 LAYERS = (
     ("bench", "generate", "chat", "train"),
-    ("cli", "training", "peers"),
+    ("cli", "training", "peers", "plots"),
     ("load", "dataset"),
     ("engine",),
-    ("tokenizer", "text", "calibration"),
+    ("tokenizer", "text", "calibration", "graph"),
     ("speculative", "distill", "centroids", "draft_vocab"),
     ("drafter",),
     ("acceptance", "gemma4", "guide", "sampling"),

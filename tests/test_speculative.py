@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import VARIANTS, WINDOW, load_drafter, load_target, random_tokens
 
-from mlx_mtp import speculative
 from mlx_mtp.acceptance import Draft
 from mlx_mtp.cache import Cache
 from mlx_mtp.drafter import Allow, Choose, DraftContext, Drafter, choose_best
@@ -303,16 +302,16 @@ def test_one_host_read_per_round(tiny_models: Models, monkeypatch: pytest.Monkey
         real_eval(*arrays)
 
     monkeypatch.setattr(mx, "eval", counting_eval)
-    read = speculative._read
+    read = Stream._read
 
-    def counting_read(report: mx.array) -> list[int]:
+    def counting_read(stream: Stream, report: mx.array) -> list[int]:
         calls["read"] += 1
-        return read(report)
+        return read(stream, report)
 
-    monkeypatch.setattr(speculative, "_read", counting_read)
-    for _ in range(5):
-        stream.round(4)
+    monkeypatch.setattr(Stream, "_read", counting_read)
+    rounds = [stream.round(4) for _ in range(5)]
     assert calls == {"eval": 5, "read": 5}
+    assert [result.host_reads for result in rounds] == [1] * 5
 
 
 @pytest.mark.parametrize("variant", ["e2b", "31b"])
