@@ -35,8 +35,10 @@ _CONTEXT = 64
 _WARM_UP = 3
 # Draft lengths that are measured with a drafter: the rest follows from the passes alone.
 _MEASURED = (1, MAX_DRAFT_TOKENS)
-# Rounds of one length in a row, of which the first, on the caches that another length left, is not counted.
-_BURST = 4
+# Seconds for which rounds of one length follow each other, and how many there are. The second half of them counts: the
+# first ones suffer from the caches that another length left.
+_TURN = 0.08
+_ROUNDS = (2, 100)
 # How often each has its turn: until so many seconds are over, but between these.
 _SECONDS = 3.0
 _REPETITIONS = (2, 10)
@@ -185,10 +187,11 @@ def _time_in_turn(
         if repetition >= least and time.perf_counter() - began > _SECONDS:
             break
         for key, run in runs.items():
-            for index in range(_BURST):
+            seconds: list[float] = []
+            while len(seconds) < _ROUNDS[0] or (sum(seconds) < _TURN and len(seconds) < _ROUNDS[1]):
                 start = time.perf_counter()
                 run()
-                if index:
-                    taken[key].append(time.perf_counter() - start)
+                seconds.append(time.perf_counter() - start)
+            taken[key] += seconds[len(seconds) // 2 :]
             report(int(repetition < least))
     return {key: median(values) for key, values in taken.items()}

@@ -1,5 +1,6 @@
 """What rounds cost: measured, kept, and used; and drafting as many tokens as that says."""
 
+import itertools
 import json
 import os
 import re
@@ -106,15 +107,34 @@ def test_rounds_are_measured(
     assert progress == sorted(progress)
 
 
+@pytest.mark.parametrize("jump", [-3600.0, 3600.0])
+def test_a_clock_that_jumps_once_does_no_harm(
+    tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    model = mlx_mtp.load(tiny_pair("e2b") / "target")
+    assert model.drafter is not None
+    monkeypatch.setattr(calibration, "_REPETITIONS", (2, 2))
+    ticks = itertools.count()
+    # Within the turn of some length.
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: (n := next(ticks)) * 0.01 + jump * (n > 100))
+    curve = measure_rounds(model.target, model.drafter, mlx_mtp.Sampling())
+    assert curve.verify == pytest.approx([0.01] * 9)
+    assert curve.draft == pytest.approx(0)
+
+
 def test_a_clock_that_stands_still_is_an_error_not_a_curve(
     tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor is it kept."""
     model = mlx_mtp.load(tiny_pair("e2b") / "target")
     monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
-    monkeypatch.setattr(engine, "measure_rounds", lambda *_: CostCurve([0.0] * 9, 0.0))
-    with pytest.raises(mlx_mtp.MTPError, match="costs of rounds must be positive"):
-        model.generate("hello", max_tokens=4)
+    monkeypatch.setattr(engine, "measure_rounds", measure_rounds)
+    monkeypatch.setattr(calibration, "_REPETITIONS", (1, 1))
+    monkeypatch.setattr(calibration, "_ROUNDS", (2, 2))
+    with monkeypatch.context() as stopped:
+        stopped.setattr(calibration.time, "perf_counter", lambda: 5.0)
+        with pytest.raises(mlx_mtp.MTPError, match="costs of rounds must be positive"):
+            model.calibrate()
     assert not list(tmp_path.iterdir())
     assert model.generate("hello", max_tokens=4, num_draft_tokens=2).tokens
 
