@@ -61,8 +61,12 @@ class Cache:
 
     def reserve(self, length: int) -> None:
         """Make room for `length` more rows, and make them visible."""
-        self.visible = _round_up(self.length + length)
+        self.visible = self.rows_for(length)
         self._grow(self.visible)
+
+    def rows_for(self, length: int) -> int:
+        """How many rows are visible with room for `length` more."""
+        return _round_up(self.length + length)
 
     def set_length(self, length: int) -> None:
         """Set the number of valid positions, known on the host. Rows beyond it are forgotten."""

@@ -151,7 +151,7 @@ def _mean_tps(timed: list[tuple[int, float]]) -> float:
 
 def _run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
-    model = load(args.model, args.drafter)
+    model = load(args.model, args.drafter, exact=args.exact)
     options = GenerationOptions(
         max_tokens=args.max_tokens,
         sampling=read_sampling(args, model),

@@ -46,6 +46,11 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = 
         help="Drafter: a local folder or a hub id, or 'none' to decode plainly. "
         "Default: MODEL/drafter, else the sibling MODEL-assistant.",
     )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="Verify with the bits of plain decoding, at whatever that costs here; an error where it is not possible.",
+    )
     if not lengths:
         return
     parser.add_argument(
@@ -146,7 +151,7 @@ def load_or_demo(args: argparse.Namespace) -> Model:
             "no --model: the demo pair in the package, 3 million parameters that know Python source only",
             file=sys.stderr,
         )
-    model = load(name, args.drafter)
+    model = load(name, args.drafter, exact=args.exact)
     if model.drafter is None and args.drafter is None:
         print(f"no drafter found for {name}: decoding plainly (name one with --drafter)", file=sys.stderr)
     return model

@@ -163,7 +163,8 @@ def _no_stop_before(length: int, stop_ids: Iterable[int]) -> LogitsProcessor:
 class Model:
     """A loaded target with its tokenizer and, unless it decodes plainly, its drafter. Made by `mlx_mtp.load`.
 
-    Rounds are compiled with the weights as they are: change none after the first generation.
+    With `exact`, verify passes have the bits of plain decoding. Rounds are compiled with the weights as they are:
+    change none after the first generation.
     """
 
     target: Target
@@ -171,6 +172,7 @@ class Model:
     tokenizer: "TokenizerWrapper"
     config: TargetConfig
     drafter_config: DrafterConfig | None
+    exact: bool = False
 
     @property
     def max_context(self) -> int:
@@ -226,12 +228,14 @@ class Model:
         stream = Stream(
             self.target,
             self.drafter,
-            max_draft_tokens=k if isinstance(k, int) else MAX_DRAFT_TOKENS,
+            # The order of K/V rows, and with it how sums round, is the same for all numbers of draft tokens.
+            max_draft_tokens=max(k, MAX_DRAFT_TOKENS) if isinstance(k, int) else MAX_DRAFT_TOKENS,
             sampling=chosen.sampling,
             processors=processors,
             guide=self._guide(chosen, thought, stop_ids),
             logprobs=chosen.logprobs,
             rounds=self._rounds,
+            exact=self.exact,
         )
         rounds = decode(
             stream,
@@ -281,7 +285,8 @@ class Model:
         head = self.drafter_config
         assert head is not None
         shapes.append(repr((head.num_centroids, head.centroid_top_k, head.draft_vocab_size)))
-        return {"pair": shapes, "dtype": str(self.target.dtype), "sampling": options} | device_identity()
+        kind = {"pair": shapes, "dtype": str(self.target.dtype), "exact": self.exact, "sampling": options}
+        return kind | device_identity()
 
     def _draft_tokens(self, options: GenerationOptions) -> int | DraftLength:
         requested = options.num_draft_tokens
@@ -290,6 +295,8 @@ class Model:
                 raise OptionError(f"num_draft_tokens is {requested}, but no drafter is loaded")
             return 0
         if requested != "auto":
+            if self.exact and requested > MAX_DRAFT_TOKENS:
+                raise OptionError(f"num_draft_tokens is {requested}: exact passes verify at most {MAX_DRAFT_TOKENS}")
             return requested
         greedy, sampled = _EXPECTED_ACCEPTANCE
         expected = greedy if options.sampling.is_greedy else sampled
@@ -301,7 +308,8 @@ class Model:
 
     @cached_property
     def _rounds(self) -> Rounds:
-        return Rounds()
+        # Compiled and not, a round may round differently.
+        return Rounds(always=self.exact)
 
     @cached_property
     def _channel(self) -> Channel | None:

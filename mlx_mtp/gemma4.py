@@ -92,6 +92,8 @@ class Attention(nn.Module):
         self.heads = config.num_attention_heads
         self.kv_heads = layer.num_kv_heads
         self.k_eq_v = layer.k_eq_v
+        # Passes of up to so many rows attend row by row: see exact.py.
+        self.exact_rows = 0
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(layer.head_dim, eps=config.rms_norm_eps)
@@ -131,7 +133,19 @@ class Attention(nn.Module):
         return Projected(rotated[:, : self.heads], rotated[:, self.heads :], normed[:, -self.kv_heads :])
 
     def __call__(self, queries: mx.array, view: View) -> mx.array:
-        out = mx.fast.scaled_dot_product_attention(queries, view.keys, view.values, scale=1.0, mask=view.mask)
+        rows = queries.shape[2]
+        at_once = 1 if rows <= self.exact_rows else rows
+        parts = [
+            mx.fast.scaled_dot_product_attention(
+                queries[:, :, row : row + at_once],
+                view.keys,
+                view.values,
+                scale=1.0,
+                mask=view.mask[row : row + at_once],
+            )
+            for row in range(0, rows, at_once)
+        ]
+        out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
         return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
 
     def _heads(self, x: mx.array) -> mx.array:

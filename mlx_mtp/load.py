@@ -27,7 +27,9 @@ from .config import (
 from .drafter import Drafter
 from .engine import Model
 from .errors import ConfigError, HubError, PairError
+from .exact import check_exact, make_exact
 from .gemma4 import Target, fuse_projections
+from .speculative import Rounds
 from .tokenizer import load_tokenizer
 from .weights import MLX_PREFIX, drafter_names, fill_module, target_names
 
@@ -49,14 +51,17 @@ _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CONVERSION = re.compile(r"-(\d+bit|bf16|fp16|fp32|mxfp4|mxfp8|nvfp4)(-\w+)?$", re.IGNORECASE)
 
 
-def load(path_or_repo: str | Path, drafter: str | Path | None = None, *, revision: str | None = None) -> Model:
+def load(
+    path_or_repo: str | Path, drafter: str | Path | None = None, *, revision: str | None = None, exact: bool = False
+) -> Model:
     """Load a target and its drafter from folders or the hub: our own, mlx-lm's, mlx-vlm's, or Hugging Face's layout.
 
     `drafter` is a folder or hub id, "none" for plain decoding, or None to look for one: in the folder's `drafter/`,
     then next to the target as `<target>-assistant`. Where none is found, the model decodes plainly and `Model.drafter`
-    is None.
+    is None. With `exact`, verify passes have the bits of single ones, at whatever that costs on this device.
 
-    Raises MTPError kinds: HubError, ConfigError, WeightsError, TokenizerError, PairError.
+    Raises MTPError kinds: HubError, ConfigError, WeightsError, TokenizerError, PairError, and OptionError where passes
+    cannot be made exact.
     """
     folder = resolve_folder(path_or_repo, revision)
     config = read_target_config(folder)
@@ -71,6 +76,9 @@ def load(path_or_repo: str | Path, drafter: str | Path | None = None, *, revisio
     tokenizer = load_tokenizer(folder, config.eos_token_ids)
     target = load_target(config)
     fuse_projections(target.layers)
+    if exact:
+        make_exact(target)
+        check_exact(target, Rounds(always=True))
     loaded = None
     if drafter_config is not None:
         loaded = load_drafter(drafter_config, target.dtype)
@@ -81,6 +89,7 @@ def load(path_or_repo: str | Path, drafter: str | Path | None = None, *, revisio
         tokenizer=tokenizer,
         config=config,
         drafter_config=drafter_config,
+        exact=exact,
     )
 
 

@@ -120,17 +120,18 @@ class Rounds:
 
     A round is compiled by its shape: the number of draft tokens, the K/V rows it looks at, and the options that make
     it. `traces` has the shape of every trace there was. Under a guide or Python processors nothing is compiled, for
-    they take part in the round on the host.
+    they take part in the round on the host. A shape is compiled when it comes a second time or, if `always`, the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, always: bool = False) -> None:
+        self.always = always
         self.traces: list[Shape] = []
         self._functions: dict[Shape, Function | None] = {}
 
     def run(self, stream: "Stream", k: int) -> Verified:
         cache, options = stream.cache, repr(replace(stream.sampling, seed=0))
         shape = (k, cache.visible, cache.capacity, cache.max_block, stream.logprobs, options)
-        is_new = shape not in self._functions
+        is_new = shape not in self._functions and not self.always
         function = self._functions.pop(shape, None)
         if is_new:
             # It may be the last: near the end of a text, fewer tokens are drafted.
@@ -163,7 +164,7 @@ class Stream:
     """The state of one sequence: K/V cache, bonus token (emitted, not yet in the cache) and the hidden state behind it.
 
     After `prefill`, the cache always holds exactly the prompt and the emitted tokens but the last, which is the bonus
-    token. With `rounds`, rounds are compiled.
+    token. With `rounds`, rounds are compiled. `exact` is for a target that went through `make_exact`.
     """
 
     def __init__(
@@ -177,12 +178,14 @@ class Stream:
         guide: Guide | None = None,
         logprobs: int | None = None,
         rounds: Rounds | None = None,
+        exact: bool = False,
     ) -> None:
         self.target = target
         self.drafter = drafter
         self.processors = processors
         self.guide = guide
         self.rounds = rounds
+        self.exact = exact
         if logprobs is not None and logprobs > target.config.vocab_size:
             raise OptionError(f"logprobs is {logprobs}, more than the vocabulary of {target.config.vocab_size}")
         self.logprobs = logprobs
@@ -247,6 +250,11 @@ class Stream:
         self._append(tokens)
         logprobs = self._read_logprobs(verified.logprobs, len(tokens))
         return Round(tokens, k, count, logprobs, self.host_reads - reads)
+
+    def longest_draft(self) -> int:
+        """Most tokens that the next round can draft. An exact one looks at no more K/V rows than a plain one would."""
+        most = self.cache.max_block - 1
+        return min(most, self.cache.rows_for(1) - self.cache.length - 1) if self.exact else most
 
     def _advance(self, k: int) -> Verified:
         """The round as a function of the stream's arrays, which it replaces: nothing is evaluated."""
@@ -453,7 +461,7 @@ def decode(
     while left and last not in stop_ids:
         # A round yields up to k + 1 tokens: never draft more than may still be emitted.
         k = num_draft_tokens if isinstance(num_draft_tokens, int) else num_draft_tokens.k
-        result = stream.round(min(k, left - 1), stop_ids)
+        result = stream.round(min(k, left - 1, stream.longest_draft()), stop_ids)
         if isinstance(num_draft_tokens, DraftLength):
             num_draft_tokens.update(result.drafted, result.accepted)
         yield result

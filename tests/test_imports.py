@@ -14,7 +14,7 @@ LAYERS = (
     ("cli", "training", "peers", "plots"),
     ("load", "dataset"),
     ("engine",),
-    ("tokenizer", "text", "calibration", "graph"),
+    ("tokenizer", "text", "calibration", "exact", "graph"),
     ("speculative", "distill", "centroids", "draft_vocab"),
     ("drafter",),
     ("acceptance", "gemma4", "guide", "sampling"),
