@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_model_options(parser, default="the demo pair in the package", lengths=False)
     add = parser.add_argument
-    add("--kinds", type=_names, default=KINDS, metavar="A,B", help=f"Kinds of text (default: {','.join(KINDS)}).")
+    add("--kinds", type=names, default=KINDS, metavar="A,B", help=f"Kinds of text (default: {','.join(KINDS)}).")
     add("--contexts", type=_numbers, default=(512,), metavar="N,N", help="Tokens of the prompts (default: 512).")
     add("--temps", type=_temperatures, default=(0.0, 1.0), metavar="T,T", help="Temperatures (default: 0,1).")
     add(
@@ -91,15 +91,15 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _names(text: str, known: tuple[str, ...] = KINDS) -> tuple[str, ...]:
-    names = tuple(_split(text))
-    if not names or not set(names) <= set(known):
+def names(text: str, known: tuple[str, ...] = KINDS) -> tuple[str, ...]:
+    found = tuple(_split(text))
+    if not found or not set(found) <= set(known):
         raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, found {text!r}")
-    return names
+    return found
 
 
 def _peers(text: str) -> tuple[str, ...]:
-    return _names(text, PEERS)
+    return names(text, PEERS)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import mlx_mtp
 PACKAGE = Path(mlx_mtp.__file__).parent
 # A module may import from the lines below its own only.
 LAYERS = (
+    ("probe",),
     ("bench", "generate", "chat", "train"),
     ("cli", "training", "peers", "plots"),
     ("load", "dataset"),

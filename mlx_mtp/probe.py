@@ -1,0 +1,231 @@
+"""Command line: does verifying several rows give what plain decoding gives? `python -m mlx_mtp.probe --help`.
+
+Devices compute several rows with other kernels than one row, and these round differently: now and then the most likely
+token is another one, the text is not that of plain decoding, and a good draft is rejected.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from huggingface_hub.utils import tqdm
+
+from .bench import KINDS, environment, names, prompt
+from .cache import Cache
+from .cli import add_model_options, exit_status, load_or_demo
+from .engine import Model
+from .errors import OptionError
+from .exact import MAX_ROWS, ExactRows, ExactTable
+from .gemma4 import Experts, Router, Target
+
+# Tokens before those that are compared.
+_CONTEXT = 64
+# Draft tokens of a round, where the acceptance lost is counted.
+_DRAFTED = 3
+# Modules whose inputs and results are compared.
+_PARTS = (nn.Linear, nn.QuantizedLinear, nn.RMSNorm, Router, Experts, ExactRows)
+_TABLES = (nn.Embedding, nn.QuantizedEmbedding, ExactTable)
+_RECORDED = [*((kind, "__call__") for kind in _PARTS), *((kind, "as_linear") for kind in _TABLES)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    args = _parser().parse_args(argv)
+    return exit_status(lambda: _run(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlx_mtp.probe",
+        description="Compare passes over several rows with passes over one, as plain decoding makes them: bits, most "
+        "likely tokens, and the draft tokens rejected because of it.",
+    )
+    add_model_options(parser, default="the demo pair in the package", lengths=False)
+    add = parser.add_argument
+    add("--kinds", type=names, default=("code", "prose"), metavar="A,B", help=f"Texts, of {','.join(KINDS)}.")
+    add("--max-tokens", "-m", type=int, default=256, help="Tokens of each text to compare (default: %(default)s).")
+    add("--json", action="store_true", help="Print nothing but the last line, a JSON object with all figures.")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.max_tokens < 2 * MAX_ROWS:
+        raise OptionError(f"max_tokens must be at least {2 * MAX_ROWS}, found {args.max_tokens}")
+    model = load_or_demo(args)
+    texts = [prompt(model, kind, _CONTEXT + args.max_tokens, 0) for kind in args.kinds]
+    total = len(texts) * args.max_tokens * (1 if model.drafter is None else 2)
+    with tqdm(total=total, desc="Probe", unit="tok", disable=None, file=sys.stderr) as bar:
+        rows = compare_rows(model.target, texts, bar.update)
+        where = first_differences(model.target, texts[0])
+        lost = None if model.drafter is None else acceptance(model, texts, args.max_tokens, bar.update)
+    report: dict[str, Any] = {"environment": environment(), "target": str(model.config.path.parent)}
+    report |= {"exact": model.exact, "tokens": len(texts) * args.max_tokens}
+    report["rows"] = {str(n): found | {"first_difference": where[n]} for n, found in rows.items()}
+    report["acceptance"] = lost
+    if not args.json:
+        print(_table(report))
+    print(json.dumps(report), flush=True)
+    return 0
+
+
+def compare_rows(
+    target: Target, texts: list[list[int]], on_progress: Callable[[int], object]
+) -> dict[int, dict[str, int]]:
+    """Passes over 2 to 9 rows of each text after its first tokens, against passes over one row.
+
+    By number of rows: how many were compared, of how many the hidden state has other bits, and of how many the most
+    likely token is another one. Every pass finds the K/V of single passes before it.
+    """
+    found = {n: {"compared": 0, "other_bits": 0, "other_token": 0} for n in range(2, MAX_ROWS + 1)}
+    for text in texts:
+        cache = _prefilled(target, text)
+        waiting: list[tuple[int, int, mx.array, list[int]]] = []
+        for at in range(_CONTEXT, len(text)):
+            for n in found:
+                if (at - _CONTEXT) % n == 0 and at + n <= len(text) and cache.rows_for(n) == cache.rows_for(1):
+                    waiting.append((n, at, *_pass(target, cache, text[at : at + n])))
+            hidden, tokens = _pass(target, cache, text[at : at + 1])
+            cache.set_length(at + 1)
+            for n, start, several, chosen in waiting:
+                found[n]["compared"] += 1
+                found[n]["other_bits"] += not mx.array_equal(several[:, at - start], hidden[:, 0]).item()
+                found[n]["other_token"] += chosen[at - start] != tokens[0]
+            waiting = [entry for entry in waiting if entry[1] + entry[0] > at + 1]
+            on_progress(1)
+    return found
+
+
+def acceptance(
+    model: Model, texts: list[list[int]], count: int, on_progress: Callable[[int], object]
+) -> dict[str, float]:
+    """Draft tokens accepted in plain decoding's own text, by one pass over all of them and by single passes.
+
+    Each round drafts from the states and the K/V of plain decoding. Tokens per round, with the target's own.
+    """
+    assert model.drafter is not None
+    totals = {"rounds": 0, "by_verify_pass": 0, "by_single_passes": 0}
+    for text in texts:
+        cache = _prefilled(model.target, text)
+        hidden, tokens = _pass(model.target, cache, text[_CONTEXT : _CONTEXT + 1])
+        cache.set_length(_CONTEXT + 1)
+        plain = tokens
+        waiting: list[tuple[int, list[int], list[int]]] = []
+        for _ in range(count):
+            if (len(plain) - 1) % (_DRAFTED + 1) == 0 and cache.rows_for(_DRAFTED + 1) == cache.rows_for(1):
+                context = model.drafter.context(cache)
+                bonus = mx.array([plain[-1:]], mx.int32)
+                draft = model.drafter.draft(model.target, bonus, hidden, context, _DRAFTED).tokens
+                drafted: list[int] = draft[0].tolist()  # type: ignore[assignment]
+                del context
+                waiting.append((len(plain), drafted, _pass(model.target, cache, [plain[-1], *drafted])[1]))
+            hidden, tokens = _pass(model.target, cache, plain[-1:])
+            cache.set_length(cache.length + 1)
+            plain += tokens
+            on_progress(1)
+        for start, drafted, verified in waiting:
+            if start + _DRAFTED <= len(plain):
+                totals["rounds"] += 1
+                totals["by_verify_pass"] += 1 + _common(drafted, verified)
+                totals["by_single_passes"] += 1 + _common(drafted, plain[start:])
+    rounds = max(1, totals["rounds"])
+    lengths = {name: totals[name] / rounds for name in ("by_verify_pass", "by_single_passes")}
+    return {"draft_tokens": _DRAFTED, "rounds": totals["rounds"], **lengths}
+
+
+def first_differences(target: Target, text: list[int]) -> dict[int, str | None]:
+    """By number of rows, the first place in a pass where a row has other bits than in a pass of its own; None if there
+    is none."""
+    cache = _prefilled(target, text)
+    single: list[list[tuple[str, mx.array]]] = []
+    for at in range(_CONTEXT, _CONTEXT + MAX_ROWS):
+        with _recorded(target) as seen:
+            _pass(target, cache, text[at : at + 1])
+        single.append(seen)
+        cache.set_length(at + 1)
+    found: dict[int, str | None] = {}
+    for n in range(2, MAX_ROWS + 1):
+        cache.set_length(_CONTEXT)
+        with _recorded(target) as several:
+            _pass(target, cache, text[_CONTEXT : _CONTEXT + n])
+        found[n] = None
+        for index, (place, rows) in enumerate(several):
+            alone = [seen[index][1] for seen in single[:n]]
+            axis = next(i for i, size in enumerate(rows.shape) if size != alone[0].shape[i])
+            if not mx.array_equal(rows, mx.concatenate(alone, axis=axis)).item():
+                found[n] = place
+                break
+    return found
+
+
+@contextmanager
+def _recorded(target: Target) -> Iterator[list[tuple[str, mx.array]]]:
+    """Collects what goes into and comes out of the parts of a pass, in their order."""
+    names = {id(module): name for name, module in target.named_modules()}
+    seen: list[tuple[str, mx.array]] = []
+
+    def recording(call: Callable[..., Any]) -> Callable[..., Any]:
+        def record(module: nn.Module, x: mx.array, *others: mx.array) -> Any:
+            name = names.get(id(module), "")
+            result = call(module, x, *others)
+            # Parts of a part that goes row by row are its own affair.
+            if name and not name.endswith(".inner") and ".experts." not in name and ".router." not in name:
+                seen.append((f"before {name}", x))
+                outputs = result if isinstance(result, tuple) else (result,)
+                seen.extend((name, output) for output in outputs)
+            return result
+
+        return record
+
+    calls = [(kind, name, getattr(kind, name)) for kind, name in _RECORDED]
+    try:
+        for kind, name, call in calls:
+            setattr(kind, name, recording(call))
+        yield seen
+    finally:
+        for kind, name, call in calls:
+            setattr(kind, name, call)
+
+
+def _prefilled(target: Target, text: list[int]) -> Cache:
+    cache = Cache(target.config, target.dtype, max_block=MAX_ROWS)
+    _pass(target, cache, text[:_CONTEXT])
+    cache.set_length(_CONTEXT)
+    return cache
+
+
+def _pass(target: Target, cache: Cache, tokens: list[int]) -> tuple[mx.array, list[int]]:
+    """Hidden states, and the most likely next token of each row."""
+    output = target(mx.array([tokens], mx.int32), cache, logit_rows=len(tokens))
+    hidden, chosen = output.hidden, mx.argmax(output.logits[0], axis=-1)
+    del output
+    mx.eval(hidden, chosen, cache.arrays())
+    return hidden, chosen.tolist()  # type: ignore[return-value]
+
+
+def _common(left: list[int], right: list[int]) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def _table(report: dict[str, Any]) -> str:
+    lines = [f"passes over several rows against passes over one, {report['tokens']} tokens of real text"]
+    lines.append(f"{'rows':>4} {'other bits':>10} {'other token':>11}  first difference")
+    for n, found in report["rows"].items():
+        bits, token = (found[name] / found["compared"] for name in ("other_bits", "other_token"))
+        lines.append(f"{n:>4} {bits:>10.1%} {token:>11.2%}  {found['first_difference'] or 'none'}")
+    if (lost := report["acceptance"]) is not None:
+        single, several = lost["by_single_passes"], lost["by_verify_pass"]
+        lines.append(
+            f"tokens per round with {lost['draft_tokens']} draft tokens: {several:.3f} by one pass, {single:.3f} by "
+            f"single passes, {single - several:.3f} lost in {lost['rounds']} rounds"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
