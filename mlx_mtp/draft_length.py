@@ -8,7 +8,9 @@ MAX_DRAFT_TOKENS = 8
 # is expected to be like the one before it. About as many are accepted at each.
 _PRIOR_WEIGHT = 1.0
 _LIKENESS = 8.0
-# The same at the beginning, in addition, for the first position.
+# What the first position is expected to be accepted with, and the weight of that at the beginning, in addition. High,
+# because a good drafter that is not tried costs more than a bad one that is.
+_EXPECTED = 0.75
 _FIRST_WEIGHT = 2.0
 # Share of what was seen that is left after each further round: segments of a text differ.
 _MEMORY = 0.95
@@ -46,15 +48,14 @@ class DraftLength:
     token at growing intervals. Nothing is timed here: the same costs and the same text make the same choices.
     """
 
-    def __init__(self, curve: CostCurve, *, expected: float = 0.6) -> None:
+    def __init__(self, curve: CostCurve) -> None:
         self.curve = curve
         self.k = 0
-        self._expected = expected
         self._trials = [0.0] * (len(curve.verify) - 1)
         self._hits = [0.0] * len(self._trials)
         # An unlucky beginning must not end drafting; it is forgotten as what was seen is.
         if self._trials:
-            self._trials[0], self._hits[0] = _FIRST_WEIGHT, _FIRST_WEIGHT * expected
+            self._trials[0], self._hits[0] = _FIRST_WEIGHT, _FIRST_WEIGHT * _EXPECTED
         # Rounds to wait until the next trial, which costs this much more than a plain round.
         trial = curve.round(1) / curve.round(0) - 1 if self._trials else 0.0
         self._waits = max(1.0, trial / _FIRST_TRIALS), max(1.0, trial / _LAST_TRIALS)
@@ -88,7 +89,7 @@ class DraftLength:
         """By draft position, the estimated share of drafts accepted of those that got there."""
         shares: list[float] = []
         for trials, hits in zip(self._trials, self._hits, strict=True):
-            expected, weight = (shares[-1], _LIKENESS) if shares else (self._expected, _PRIOR_WEIGHT)
+            expected, weight = (shares[-1], _LIKENESS) if shares else (_EXPECTED, _PRIOR_WEIGHT)
             shares.append((hits + weight * expected) / (trials + weight))
         return shares
 

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int] | mx.array | Sequence[Mapping[str, Any]]
 
 DEFAULT_MAX_TOKENS = 256
-# What a draft token is expected to be accepted with before any was tried: greedy, and sampled.
-_EXPECTED_ACCEPTANCE = (0.6, 0.5)
 DEFAULT_PREFILL_STEP = 512
 
 
@@ -298,9 +296,7 @@ class Model:
             if self.exact and requested > MAX_DRAFT_TOKENS:
                 raise OptionError(f"num_draft_tokens is {requested}: exact passes verify at most {MAX_DRAFT_TOKENS}")
             return requested
-        greedy, sampled = _EXPECTED_ACCEPTANCE
-        expected = greedy if options.sampling.is_greedy else sampled
-        return DraftLength(self.calibrate(options.sampling), expected=expected)
+        return DraftLength(self.calibrate(options.sampling))
 
     @cached_property
     def _curves(self) -> dict[str, CostCurve]:

@@ -4,7 +4,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from artificial_acceptance import with_acceptance
 
+import mlx_mtp
 from mlx_mtp.draft_length import CostCurve, DraftLength
 
 # Seconds of a pass over 1..9 rows, relative to one row: this project's CPU backend, and a Mac's 4-bit kernels, stock
@@ -100,3 +102,16 @@ def test_a_round_without_room_changes_nothing() -> None:
     for _ in range(100):
         policy.update(0, 0)
     assert policy.k == k
+
+
+def test_an_artificial_drafter_is_accepted_as_told() -> None:
+    """The one that `scripts/artificial_acceptance.py` times; the text is plain decoding's."""
+    model = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
+    prompt = model.encode("def read_config(path):\n")
+    options = mlx_mtp.GenerationOptions(max_tokens=300, ignore_eos=True, num_draft_tokens=2)
+    plain = model.generate(prompt, options, max_tokens=310, num_draft_tokens=0).tokens
+    for share, expected in ((0.0, 0.0), (0.5, 0.5), (0.9, 0.9), (1.0, 1.0)):
+        result = with_acceptance(model, prompt + plain, share, seed=1).generate(prompt, options)
+        assert result.tokens == plain[:300]
+        for found in result.last.stats.acceptance_by_position:
+            assert found == pytest.approx(expected, abs=0.12 if 0 < share < 1 else 0)
