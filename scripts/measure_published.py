@@ -24,13 +24,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Cost of rounds at real sizes.")
     parser.add_argument("model", choices=NAMES)
     parser.add_argument("--bits", type=int, default=4, help="Bits of the weights (default: 4).")
-    parser.add_argument("--quick", action="store_true", help="Time each length once, where a pass takes seconds.")
+    parser.add_argument("--dtype", default="bfloat16", help="Type of activations (default: %(default)s).")
+    parser.add_argument("--quick", action="store_true", help="Time each length twice, where a pass takes seconds.")
     args = parser.parse_args()
     target, drafter = pair(args.model, args.bits)
     for module in (target, drafter):
+        module.set_dtype(getattr(mx, args.dtype))
         randomize(module, args.bits)
     if args.quick:
-        calibration._WARM_UP, calibration._REPETITIONS, calibration._ROUNDS = 2, (1, 1), (2, 2)
+        calibration._CONTEXT, calibration._WARM_UP, calibration._REPETITIONS = 4, 2, (1, 1)
     for k in (0, 3):
         print(f"k = {k}: {operations(round_outputs(target, drafter, k)).total()} operations on {mx.default_device()}")
     with tqdm(desc="Rounds") as bar:
