@@ -13,12 +13,12 @@ _LIKENESS = 8.0
 _EXPECTED = 0.75
 _FIRST_WEIGHT = 2.0
 # Share of what was seen that is left after each further round: segments of a text differ.
-_MEMORY = 0.95
+_MEMORY = 0.93
 # Another number of draft tokens must promise this much more.
 _GAIN = 1.03
 # Share of the time that trials of the drafter may take where plain decoding is faster: at first, and where trials go on
 # to fail.
-_FIRST_TRIALS = 0.015
+_FIRST_TRIALS = 0.02
 _LAST_TRIALS = 0.005
 # What is left then of what was seen before the wait.
 _MEMORY_OF_TRIALS = 0.7
