@@ -159,6 +159,8 @@ def _run(args: argparse.Namespace) -> int:
     for name, least in (("repeats", 1), ("max_tokens", 2), ("cool_down", 0)):
         if vars(args)[name] < least:
             raise OptionError(f"{name} must be at least {least}, found {vars(args)[name]}")
+    if args.exact and args.dtype is not None:
+        raise OptionError("--exact is found out in the checkpoint's own type: leave out --dtype")
     if args.plot is not None:
         check_plots(args.plot)
     model = load_or_demo(args)

@@ -127,6 +127,10 @@ def test_without_a_drafter_plain_decoding_is_measured(tiny_pair: TinyPair, capsy
         (["--contexts", "5000"], "error: a context of 5000 and 128 more tokens: the model holds 4096"),
         (["--repeats", "0"], "error: repeats must be at least 1, found 0"),
         (["-m", "1"], "error: max_tokens must be at least 2, found 1"),
+        (
+            ["--exact", "--dtype", "float32"],
+            "error: --exact is found out in the checkpoint's own type: leave out --dtype",
+        ),
         (["--temps", "-1"], "error: temperature must be at least 0, found -1.0"),
     ],
 )
