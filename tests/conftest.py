@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: tiny random pairs of every variant, and the small trained pair where it is present."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from mlx_mtp import engine
 from mlx_mtp.draft_length import CostCurve
 from mlx_mtp.drafter import Drafter
 from mlx_mtp.gemma4 import Target
+
+# Ignored in what a shell runs in the background, and inherited by the commands under test: not when there is a handler.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PAIR = Path(__file__).parents[2] / "shared" / "pair"
 
