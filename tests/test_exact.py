@@ -19,7 +19,7 @@ import mlx_mtp
 from mlx_mtp import generate, probe
 from mlx_mtp.exact import ExactRows, ExactTable, check_exact, make_exact
 from mlx_mtp.gemma4 import Target
-from mlx_mtp.speculative import Rounds
+from mlx_mtp.speculative import Rounds, Stream
 
 TinyPair = Callable[[str], Path]
 # Up to where the number of K/V rows looked at changes.
@@ -178,3 +178,15 @@ def test_bad_options_of_the_probe(tiny_pair: TinyPair, capsys: pytest.CaptureFix
     assert capsys.readouterr().err == "error: max_tokens must be at least 18, found 17\n"
     assert probe.main(["--model", str(tiny_pair("e2b") / "target"), "-m", "5000"]) == 1
     assert "the model holds 4096" in capsys.readouterr().err
+
+
+def test_an_exact_round_looks_at_no_more_rows_than_a_plain_one(tiny_pair: TinyPair) -> None:
+    """Sums over K/V rows round by their number: a draft ends where the number of rows would grow."""
+    target = load_target(tiny_pair("e2b") / "target")[0]
+    for exact, expected in ((True, [8, 8, 2, 1, 0, 8]), (False, [8] * 6)):
+        stream = Stream(target, None, max_draft_tokens=8, exact=exact)
+        found = []
+        for length in (10, 247, 253, 254, 255, 256):
+            stream.cache.set_length(length)
+            found.append(stream.longest_draft())
+        assert found == expected
