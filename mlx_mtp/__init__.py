@@ -7,15 +7,18 @@ from .errors import (
     CalibrationError,
     ConfigError,
     HubError,
+    MemoryLimitError,
     MTPError,
     OptionError,
     OutputError,
     PairError,
+    PromptCacheError,
     PromptError,
     TokenizerError,
     WeightsError,
 )
-from .load import DEMO_PAIR, load
+from .load import DEMO_PAIR, load, plan_memory
+from .memory import MemoryPlan
 from .sampling import Sampling
 
 __version__ = version("mlx-mtp")
@@ -29,14 +32,18 @@ __all__ = [
     "GenerationResult",
     "HubError",
     "MTPError",
+    "MemoryLimitError",
+    "MemoryPlan",
     "Model",
     "OptionError",
     "OutputError",
     "PairError",
+    "PromptCacheError",
     "PromptError",
     "Sampling",
     "TokenizerError",
     "WeightsError",
     "__version__",
     "load",
+    "plan_memory",
 ]

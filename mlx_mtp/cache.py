@@ -28,6 +28,10 @@ class View(NamedTuple):
     mask: mx.array
 
 
+# Keys and values by layer.
+Buffers = dict[int, tuple[mx.array, mx.array]]
+
+
 class Cache:
     """The K/V buffers of one stream.
 
@@ -41,7 +45,7 @@ class Cache:
         self.config = config
         self.max_block = max_block
         self.ring = config.sliding_window + max_block
-        self.capacity = _round_up(capacity)
+        self.capacity = rows_in_buffers(capacity)
         self.offset = mx.array(0, mx.int32)
         self.length = 0
         self.visible = self.capacity
@@ -66,12 +70,28 @@ class Cache:
 
     def rows_for(self, length: int) -> int:
         """How many rows are visible with room for `length` more."""
-        return _round_up(self.length + length)
+        return rows_in_buffers(self.length + length)
 
     def set_length(self, length: int) -> None:
         """Set the number of valid positions, known on the host. Rows beyond it are forgotten."""
         self.length = length
         self.offset = mx.array(length, mx.int32)
+
+    def buffers(self, layer_type: LayerType) -> Buffers:
+        """Keys and values of all layers of a type that own any. A write after this copies those still held."""
+        return {
+            index: (keys, self.values[index])
+            for index, keys in self.keys.items()
+            if self.config.layers[index].layer_type == layer_type
+        }
+
+    def restore(self, full: Buffers, rings: Buffers, length: int) -> None:
+        """Go on after the first `length` positions of what such buffers hold. Rings made at an offset serve any length
+        up to it, and down to `max_block` - 1 below."""
+        for index, (keys, values) in (full | rings).items():
+            self.keys[index], self.values[index] = keys, values
+        self.capacity = next(keys.shape[2] for keys, _ in full.values())
+        self.set_length(length)
 
     def draft_view(self, layer_type: LayerType) -> View:
         """What the drafter sees of the last K/V layer of this type: valid rows only, never those of rejected tokens.
@@ -183,7 +203,8 @@ def ring_positions(end: mx.array, ring: int) -> mx.array:
     return last - (last - mx.arange(ring)) % ring
 
 
-def _round_up(rows: int) -> int:
-    """To a multiple of a step that grows with the number, at most an eighth more than needed beyond 4096."""
+def rows_in_buffers(rows: int) -> int:
+    """Rows of full-attention buffers for so many positions: a multiple of a step that grows with the number, at most an
+    eighth more than needed beyond 4096."""
     step = max(CAPACITY_STEP, 1 << rows.bit_length() >> 4)
     return -(-rows // step) * step

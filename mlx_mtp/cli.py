@@ -8,12 +8,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from pathlib import Path
 
+import mlx.core as mx
 from huggingface_hub.utils import tqdm
 
 from .engine import GenerationOptions, GenerationResponse, Model
-from .errors import MTPError
+from .errors import MTPError, OptionError
 from .load import DEMO_PAIR, load
+from .memory import parse_bytes
 from .sampling import ACCEPTANCE_RULES, Sampling
 
 # What a shell expects of a program ended by Ctrl-C.
@@ -50,6 +53,18 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = 
         "--exact",
         action="store_true",
         help="Verify with the bits of plain decoding, at whatever that costs here; an error where it is not possible.",
+    )
+    parser.add_argument(
+        "--max-context",
+        type=int,
+        metavar="N",
+        help="Most tokens of prompt and answer together (default: the model's own).",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        type=_size,
+        metavar="SIZE",
+        help="Refuse to load what would take more, with the K/V of such a context: 6GB, 800MB; a bare number is GB.",
     )
     if not lengths:
         return
@@ -131,6 +146,13 @@ def add_thinking_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _draft_tokens(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
@@ -142,6 +164,17 @@ def _logit_bias(text: str) -> dict[int, float]:
         raise argparse.ArgumentTypeError(f"expected a JSON object of token ids and numbers, found {text!r}") from None
 
 
+def load_model(name: str | Path, args: argparse.Namespace) -> Model:
+    """Load with the options that `add_model_options` added. On a Mac, what the device recommends as a working set stays
+    resident, as mlx-lm has it."""
+    if mx.metal.is_available():
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    if args.memory_limit is not None:
+        # MLX's cache of freed buffers gives way before it.
+        mx.set_memory_limit(args.memory_limit)
+    return load(name, args.drafter, exact=args.exact, max_context=args.max_context, memory_limit=args.memory_limit)
+
+
 def load_or_demo(args: argparse.Namespace) -> Model:
     """The model named, else the demo pair; what is not as a user may expect is said on stderr."""
     name = args.model
@@ -151,7 +184,7 @@ def load_or_demo(args: argparse.Namespace) -> Model:
             "no --model: the demo pair in the package, 3 million parameters that know Python source only",
             file=sys.stderr,
         )
-    model = load(name, args.drafter, exact=args.exact)
+    model = load_model(name, args)
     if model.drafter is None and args.drafter is None:
         print(f"no drafter found for {name}: decoding plainly (name one with --drafter)", file=sys.stderr)
     return model
@@ -234,8 +267,9 @@ def describe(model: Model, sampling: Sampling, seconds: float) -> None:
 
 def summarize(last: GenerationResponse, model: Model, options: GenerationOptions) -> None:
     stats = last.stats
+    read = f"{last.cached_tokens} of them read before, " if last.cached_tokens else ""
     lines = [
-        f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens/s",
+        f"Prompt: {last.prompt_tokens} tokens, {read}{last.prompt_tps:.1f} tokens/s",
         f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s",
     ]
     if stats.drafted:

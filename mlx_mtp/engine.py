@@ -4,10 +4,12 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import mlx.core as mx
 
+from . import prompt_cache
 from .calibration import device_identity, measure_rounds, read_or_measure
 from .config import DrafterConfig, TargetConfig
 from .draft_length import MAX_DRAFT_TOKENS, CostCurve, DraftLength
@@ -15,10 +17,13 @@ from .drafter import Drafter
 from .errors import OptionError, PromptError
 from .gemma4 import Target
 from .guide import Channel, Guide, compile_grammar
+from .memory import memory_size
+from .prompt_cache import PromptCache
 from .sampling import Sampling
 from .speculative import LogitsProcessor, Logprobs, Progress, Round, Rounds, Stats, Stream, decode, token_budget
 from .text import TextStream
 from .tokenizer import encode_chat, encode_prompt, open_thought, thought_channel
+from .weights import fingerprint
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -29,6 +34,10 @@ Prompt = str | Sequence[int] | mx.array | Sequence[Mapping[str, Any]]
 
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_PREFILL_STEP = 512
+# Tokens of a prompt between two states to go on from.
+_SNAPSHOT_EVERY = 2048
+# Share of the machine's memory for prompts read before.
+_PROMPT_CACHE_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,9 @@ class GenerationOptions:
     `enable_thinking` lets the answer begin with a thought, and is the switch of the chat template for messages.
     `thinking_budget` is the most tokens of a thought, after which it is closed and the answer begins.
 
+    With `reuse_prompt`, what the prompt has in common with earlier ones of the same model is not read again, and it is
+    kept for later ones (see `Model.prompt_cache`). An exact model reads every prompt, as sums round by their order.
+
     Raises OptionError for a value out of range, and for options that contradict each other.
     """
 
@@ -68,6 +80,7 @@ class GenerationOptions:
     thinking_budget: int | None = None
     num_draft_tokens: int | Literal["auto"] = "auto"
     prefill_step_size: int = DEFAULT_PREFILL_STEP
+    reuse_prompt: bool = True
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(["min_tokens", "logprobs", "thinking_budget", "num_draft_tokens"], 0)
@@ -119,6 +132,7 @@ class GenerationResponse:
     stats: Stats
     logprobs: Logprobs | None = None
     thought: str = ""
+    cached_tokens: int = 0
 
 
 @dataclass
@@ -171,11 +185,14 @@ class Model:
     config: TargetConfig
     drafter_config: DrafterConfig | None
     exact: bool = False
+    context_limit: int | None = None
+    prompt_cache: PromptCache = field(default_factory=lambda: PromptCache(int(_PROMPT_CACHE_SHARE * memory_size())))
 
     @property
     def max_context(self) -> int:
-        """Most tokens of prompt and answer together (config field `max_position_embeddings`)."""
-        return self.config.text.max_position_embeddings
+        """Most tokens of prompt and answer together: `context_limit`, else config field `max_position_embeddings`."""
+        most = self.config.text.max_position_embeddings
+        return most if self.context_limit is None else min(most, self.context_limit)
 
     @property
     def default_sampling(self) -> Sampling:
@@ -223,6 +240,7 @@ class Model:
             processors.append(_no_stop_before(len(tokens) + chosen.min_tokens, eos))
         thought = None if self._channel is None else open_thought(self.tokenizer, self._channel, tokens)
         k = self._draft_tokens(chosen)
+        reuses = chosen.reuse_prompt and not self.exact
         stream = Stream(
             self.target,
             self.drafter,
@@ -234,6 +252,7 @@ class Model:
             logprobs=chosen.logprobs,
             rounds=self._rounds,
             exact=self.exact,
+            snapshot_every=_SNAPSHOT_EVERY if reuses else None,
         )
         rounds = decode(
             stream,
@@ -245,13 +264,46 @@ class Model:
             on_prefill=on_prefill,
         )
         text = TextStream(self.tokenizer, self._channel, chosen.stop_strings, thought)
-        return self._respond(rounds, text, stop_ids, len(tokens), budget, bool(chosen.logits_processors))
+        is_processed = bool(chosen.logits_processors)
+        responses = self._respond(stream, rounds, text, stop_ids, len(tokens), budget, is_processed)
+        return self._reusing(stream, tokens, responses) if reuses else responses
 
     def generate(self, prompt: Prompt, options: GenerationOptions | None = None, **changes: Any) -> GenerationResult:
         """The whole of `stream_generate`."""
         responses = list(self.stream_generate(prompt, options, **changes))
         text, thought = "".join(r.text for r in responses), "".join(r.thought for r in responses)
         return GenerationResult(text, thought, [r.token for r in responses], responses[-1])
+
+    def save_prompt(self, prompt: Prompt, file: str | Path, *, on_prefill: Progress | None = None) -> int:
+        """Read a prompt and write its K/V to a safetensors file, for `load_prompt`. Returns its number of tokens.
+
+        Raises PromptError and OptionError as `stream_generate` does, OutputError if the file cannot be written.
+        """
+        tokens = self.encode(prompt)
+        token_budget(tokens, 1, self.max_context)
+        self._check_reuse()
+        stream = Stream(self.target, None, max_draft_tokens=MAX_DRAFT_TOKENS)
+        stream.read(tokens, DEFAULT_PREFILL_STEP, on_prefill)
+        entry = stream.entry()
+        assert entry is not None
+        prompt_cache.save(entry, Path(file), self._fingerprint)
+        return len(tokens)
+
+    def load_prompt(self, file: str | Path) -> list[int]:
+        """Take a saved prompt into the prompt cache. Returns its tokens: prompts that begin with them and have at least
+        one more go on from there.
+
+        Raises PromptCacheError if the file is damaged, of another model or of another version.
+        """
+        self._check_reuse()
+        entry = prompt_cache.load(Path(file), self._fingerprint)
+        self.prompt_cache.limit = max(self.prompt_cache.limit, entry.nbytes)
+        self.prompt_cache.put(entry)
+        return list(entry.tokens)
+
+    def _check_reuse(self) -> None:
+        if self.exact:
+            raise OptionError("an exact model reuses no prompts: how its sums round depends on how they were read")
 
     def calibrate(
         self, sampling: Sampling | None = None, *, anew: bool = False, on_progress: Progress | None = None
@@ -297,6 +349,10 @@ class Model:
                 raise OptionError(f"num_draft_tokens is {requested}: exact passes verify at most {MAX_DRAFT_TOKENS}")
             return requested
         return DraftLength(self.calibrate(options.sampling))
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.target, repr(self.config.text))
 
     @cached_property
     def _curves(self) -> dict[str, CostCurve]:
@@ -346,8 +402,26 @@ class Model:
         guide.mask()
         return guide
 
+    def _reusing(
+        self, stream: Stream, prompt: list[int], responses: Iterator[GenerationResponse]
+    ) -> Iterator[GenerationResponse]:
+        """The responses, with what was read before in the stream, and what it read in the prompt cache afterwards."""
+        reused = self.prompt_cache.take(prompt, stream.kind)
+        if reused is not None:
+            stream.resume(reused)
+            del reused
+        try:
+            yield from responses
+        finally:
+            entry = stream.entry()
+            if entry is not None:
+                # After a failure or Ctrl-C the last pass may be due still.
+                mx.eval(list(entry.arrays()))
+                self.prompt_cache.put(entry)
+
     def _respond(
         self,
+        stream: Stream,
         rounds: Iterator[Round],
         text: TextStream,
         stop_ids: frozenset[int],
@@ -357,7 +431,8 @@ class Model:
     ) -> Iterator[GenerationResponse]:
         stats = Stats()
         generated = 0
-        clock = _Clock(prompt_tokens)
+        cached = stream.cache.length
+        clock = _Clock(prompt_tokens - cached)
         for result in rounds:
             if generated:
                 stats.add(result.drafted, result.accepted, result.host_reads)
@@ -382,6 +457,7 @@ class Model:
                     stats=stats,
                     logprobs=None if result.logprobs is None else result.logprobs[position],
                     thought=piece.thought,
+                    cached_tokens=cached,
                 )
                 if piece.stopped:
                     return

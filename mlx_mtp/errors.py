@@ -29,6 +29,14 @@ class PromptError(MTPError):
     """A prompt is empty or does not fit the context."""
 
 
+class MemoryLimitError(MTPError):
+    """A model, with the K/V of its context, needs more memory than it may take."""
+
+
+class PromptCacheError(MTPError):
+    """A file of a prompt's K/V is damaged, of another model, or of another version."""
+
+
 class OutputError(MTPError):
     """An output folder exists, cannot be written, or does not fit the disk."""
 

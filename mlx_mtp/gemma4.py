@@ -278,18 +278,32 @@ class Target(nn.Module):
         dtype: mx.Dtype = self.norm.weight.dtype
         return dtype
 
-    def __call__(self, tokens: mx.array, cache: Cache, logit_rows: int = 0) -> TargetOutput:
+    def __call__(
+        self, tokens: mx.array, cache: Cache, logit_rows: int = 0, hidden_rows: int | None = None
+    ) -> TargetOutput:
         """One pass over tokens, [1, length], at positions offset..offset+length-1.
 
-        Writes their K/V into `cache` without advancing its offset. Logits are computed for the last `logit_rows` rows
-        only.
+        Writes their K/V into `cache` without advancing its offset. Hidden states are computed for the last
+        `hidden_rows` rows only (default: all), logits for the last `logit_rows`.
         """
+        length = tokens.shape[1]
+        rows = length if hidden_rows is None else hidden_rows
         h = self.embed(tokens)
         per_layer = self._per_layer_inputs(tokens, h)
-        step = cache.start(tokens.shape[1])
+        step = cache.start(length)
+        offset, last_own = step.offset, max(config.kv_layer for config in self.config.layers)
         for index, (layer, config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
-            queries, keys, values = layer.project(h, step.offset)
+            queries, keys, values = layer.project(h, offset)
             view = step.read(config.kv_layer) if keys is None or values is None else step.write(index, keys, values)
+            if index == last_own and rows < length:
+                # No row sees another one's hidden states from here on, only K/V, which are all written.
+                if not rows:
+                    h = h[:, :0]
+                    break
+                queries, h, offset = queries[:, :, -rows:], h[:, -rows:], offset + (length - rows)
+                per_layer = None if per_layer is None else per_layer[:, -rows:]
+            if h.shape[1] < length:
+                view = view._replace(mask=view.mask[-rows:])
             h = layer(h, queries, view, None if per_layer is None else per_layer[:, :, index])
         hidden = self.norm(h)
         return TargetOutput(hidden, self.embed_tokens.as_linear(hidden[:, hidden.shape[1] - logit_rows :]))

@@ -23,17 +23,22 @@ from .cli import (
     read_sampling,
     summarize,
 )
+from .draft_length import MAX_DRAFT_TOKENS
 from .engine import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, GenerationOptions, GenerationResponse, Model
 from .errors import OptionError
-from .tokenizer import encode_prompt
+from .load import DEMO_PAIR, plan_memory
+from .tokenizer import encode_in_parts, encode_prompt
 
 COMPARED_RUNS = 3
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
-    args = _parser().parse_args(argv)
-    return exit_status(lambda: _run(args))
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.prompt is None and not args.dry_run:
+        parser.error("the following arguments are required: --prompt/-p")
+    return exit_status(lambda: _dry_run(args) if args.dry_run else _run(args))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Decode a prompt with Gemma 4: the drafter proposes, the target verifies.",
     )
     add_model_options(parser, default="the demo pair in the package")
-    parser.add_argument("--prompt", "-p", required=True, metavar="TEXT|-", help="The prompt; '-' reads it from stdin.")
+    parser.add_argument("--prompt", "-p", metavar="TEXT|-", help="The prompt; '-' reads it from stdin.")
     parser.add_argument("--system-prompt", help="System prompt for the chat template.")
     parser.add_argument(
         "--max-tokens",
@@ -73,11 +78,22 @@ def _parser() -> argparse.ArgumentParser:
     grammar.add_argument("--grammar", help="Answer in this grammar's language, written in Lark or llama.cpp's GBNF.")
     grammar.add_argument("--grammar-file", metavar="FILE", help="The same, read from a file.")
     add_thinking_options(parser)
+    parser.add_argument(
+        "--prompt-cache",
+        "--prompt-cache-file",
+        metavar="FILE",
+        help="A prompt read ahead by mlx_mtp.cache_prompt, which --prompt goes on from.",
+    )
     parser.add_argument("--ignore-chat-template", action="store_true", help="Continue the bare prompt.")
     parser.add_argument(
         "--compare",
         action="store_true",
         help=f"Decode {COMPARED_RUNS} more times with the drafter and without, in turn, and say how much faster it is.",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="Load nothing and print what weights, K/V and work would take of memory.",
     )
     parser.add_argument("--verbose", action="store_true", help="Say what was loaded, on stderr.")
     parser.add_argument("--json", action="store_true", help="End stdout with one line: a JSON object with all results.")
@@ -87,19 +103,14 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     # Made first: what is wrong with the options shows before seconds of loading.
     options = _options(args)
+    _check_prompt_cache(args)
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     started = time.perf_counter()
     model = load_or_demo(args)
     sampling = read_sampling(args, model)
     if args.verbose:
         describe(model, sampling, time.perf_counter() - started)
-    prompt = encode_prompt(
-        model.tokenizer,
-        text,
-        system_prompt=args.system_prompt,
-        use_chat_template=not args.ignore_chat_template,
-        enable_thinking=args.enable_thinking,
-    )
+    prompt = _encode(model, text, args)
     options = replace(options, sampling=sampling)
     if args.compare and (model.drafter is None or options.num_draft_tokens == 0):
         raise OptionError("--compare needs a drafter, and a --num-draft-tokens other than 0")
@@ -125,6 +136,42 @@ def _run(args: argparse.Namespace) -> int:
     return INTERRUPTED if interrupted else 0
 
 
+def _dry_run(args: argparse.Namespace) -> int:
+    name = args.model or DEMO_PAIR
+    plan = plan_memory(name, args.drafter, max_context=args.max_context)
+    print(plan)
+    if args.json:
+        print(json.dumps(vars(plan) | {"kv": plan.kv, "peak": plan.peak}), flush=True)
+    # Afterwards, so that the table shows what is too much.
+    plan_memory(name, args.drafter, max_context=args.max_context, memory_limit=args.memory_limit)
+    return 0
+
+
+def _encode(model: Model, text: str, args: argparse.Namespace) -> list[int]:
+    template = not args.ignore_chat_template
+    if args.prompt_cache is None:
+        return encode_prompt(
+            model.tokenizer,
+            text,
+            system_prompt=args.system_prompt,
+            use_chat_template=template,
+            enable_thinking=args.enable_thinking,
+        )
+    rest = encode_in_parts(
+        model.tokenizer, text, begins=False, use_chat_template=template, enable_thinking=args.enable_thinking
+    )
+    return model.load_prompt(args.prompt_cache) + rest
+
+
+def _check_prompt_cache(args: argparse.Namespace) -> None:
+    if args.prompt_cache is None:
+        return
+    if args.system_prompt is not None:
+        raise OptionError("--system-prompt: the prompt cache begins with one, or with none; give it to cache_prompt")
+    if args.num_draft_tokens != "auto" and args.num_draft_tokens > MAX_DRAFT_TOKENS:
+        raise OptionError(f"--num-draft-tokens: with a prompt cache at most {MAX_DRAFT_TOKENS}")
+
+
 def _options(args: argparse.Namespace) -> GenerationOptions:
     """All options but sampling, for which the model has a say."""
     return GenerationOptions(
@@ -140,6 +187,8 @@ def _options(args: argparse.Namespace) -> GenerationOptions:
         thinking_budget=args.thinking_budget,
         num_draft_tokens=args.num_draft_tokens,
         prefill_step_size=args.prefill_step_size,
+        # One prompt, unless the beginning of it is known.
+        reuse_prompt=args.prompt_cache is not None,
     )
 
 
@@ -182,6 +231,7 @@ def _report(seen: list[GenerationResponse], model: Model, interrupted: bool) -> 
         "thought": "".join(response.thought for response in seen),
         "tokens": [response.token for response in seen],
         "prompt_tokens": last.prompt_tokens,
+        "cached_tokens": last.cached_tokens,
         "generation_tokens": last.generation_tokens,
         "finish_reason": "interrupted" if interrupted else last.finish_reason,
         "drafter": None if model.drafter_config is None else str(model.drafter_config.path.parent),

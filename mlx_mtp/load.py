@@ -1,7 +1,7 @@
 """From a folder or a hub id to a Model: finding the drafter, checking the pair, filling quantized modules."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ from .config import (
     read_json,
     read_target_config,
 )
+from .draft_length import MAX_DRAFT_TOKENS
 from .drafter import Drafter
-from .engine import Model
-from .errors import ConfigError, HubError, PairError
+from .engine import DEFAULT_PREFILL_STEP, Model
+from .errors import ConfigError, HubError, OptionError, PairError
 from .exact import check_exact, make_exact
 from .gemma4 import Target, fuse_projections
+from .memory import MemoryPlan, check_memory, planner
 from .speculative import Rounds
 from .tokenizer import load_tokenizer
 from .weights import MLX_PREFIX, drafter_names, fill_module, target_names
@@ -52,28 +54,30 @@ _CONVERSION = re.compile(r"-(\d+bit|bf16|fp16|fp32|mxfp4|mxfp8|nvfp4)(-\w+)?$", 
 
 
 def load(
-    path_or_repo: str | Path, drafter: str | Path | None = None, *, revision: str | None = None, exact: bool = False
+    path_or_repo: str | Path,
+    drafter: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    exact: bool = False,
+    max_context: int | None = None,
+    memory_limit: int | None = None,
 ) -> Model:
     """Load a target and its drafter from folders or the hub: our own, mlx-lm's, mlx-vlm's, or Hugging Face's layout.
 
     `drafter` is a folder or hub id, "none" for plain decoding, or None to look for one: in the folder's `drafter/`,
     then next to the target as `<target>-assistant`. Where none is found, the model decodes plainly and `Model.drafter`
     is None. With `exact`, verify passes have the bits of single ones, at whatever that costs on this device.
+    `max_context` is the most tokens of prompt and answer together. `memory_limit`, in bytes, is checked against the
+    weights and the K/V of such a context before anything is loaded.
 
-    Raises MTPError kinds: HubError, ConfigError, WeightsError, TokenizerError, PairError, and OptionError where passes
-    cannot be made exact.
+    Raises MTPError kinds: HubError, ConfigError, WeightsError, TokenizerError, PairError, MemoryLimitError, and
+    OptionError for a context that is longer than the model's, or where passes cannot be made exact.
     """
-    folder = resolve_folder(path_or_repo, revision)
-    config = read_target_config(folder)
-    if drafter is None:
-        drafter_folder = find_drafter(path_or_repo, folder)
-    else:
-        drafter_folder = None if str(drafter) == "none" else resolve_folder(drafter)
-    drafter_config = None
-    if drafter_folder is not None:
-        drafter_config = read_drafter_config(drafter_folder)
-        check_pair(config, drafter_config)
-    tokenizer = load_tokenizer(folder, config.eos_token_ids)
+    config, drafter_config = _read_configs(path_or_repo, drafter, revision)
+    context = _context(config, max_context)
+    if memory_limit is not None:
+        check_memory(_planner(config, drafter_config), context, memory_limit, str(path_or_repo))
+    tokenizer = load_tokenizer(config.path.parent, config.eos_token_ids)
     target = load_target(config)
     fuse_projections(target.layers)
     if exact:
@@ -90,7 +94,55 @@ def load(
         config=config,
         drafter_config=drafter_config,
         exact=exact,
+        context_limit=max_context,
     )
+
+
+def plan_memory(
+    path_or_repo: str | Path,
+    drafter: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    max_context: int | None = None,
+    memory_limit: int | None = None,
+) -> MemoryPlan:
+    """What `load` and decoding would take of memory with a context of `max_context` tokens (default: the model's own),
+    from the files' headers. Raises what `load` does."""
+    config, drafter_config = _read_configs(path_or_repo, drafter, revision)
+    context, plan = _context(config, max_context), _planner(config, drafter_config)
+    if memory_limit is not None:
+        check_memory(plan, context, memory_limit, str(path_or_repo))
+    return plan(context)
+
+
+def _read_configs(
+    path_or_repo: str | Path, drafter: str | Path | None, revision: str | None
+) -> tuple[TargetConfig, DrafterConfig | None]:
+    """The configs of a target and its drafter, which fit each other."""
+    folder = resolve_folder(path_or_repo, revision)
+    config = read_target_config(folder)
+    if drafter is None:
+        drafter_folder = find_drafter(path_or_repo, folder)
+    else:
+        drafter_folder = None if str(drafter) == "none" else resolve_folder(drafter)
+    if drafter_folder is None:
+        return config, None
+    drafter_config = read_drafter_config(drafter_folder)
+    check_pair(config, drafter_config)
+    return config, drafter_config
+
+
+def _planner(config: TargetConfig, drafter: DrafterConfig | None) -> Callable[[int], MemoryPlan]:
+    return planner(config, drafter, max_block=MAX_DRAFT_TOKENS + 1, prefill_step=DEFAULT_PREFILL_STEP)
+
+
+def _context(config: TargetConfig, max_context: int | None) -> int:
+    most = config.text.max_position_embeddings
+    if max_context is not None and not 2 <= max_context <= most:
+        raise OptionError(
+            f"max_context is {max_context}: expected 2 to the model's {most} (max_position_embeddings in {config.path})"
+        )
+    return max_context or most
 
 
 def load_target(config: TargetConfig) -> Target:

@@ -71,10 +71,22 @@ def _clean_up(output: Path, workspace: Path) -> None:
 
 def replace_text(file: Path, text: str) -> None:
     """Write a file that appears only when it is whole. Raises OutputError if it cannot be written."""
-    part = file.with_name(f"{file.name}.part")
-    try:
+    with new_file(file) as part:
         part.write_text(text)
+
+
+@contextmanager
+def new_file(file: Path) -> Iterator[Path]:
+    """A name next to a file, of the same ending, for what takes its place at the end; removed if anything fails.
+
+    Raises OutputError if writing fails.
+    """
+    part = file.with_name(f".{file.stem}.part{file.suffix}")
+    try:
+        yield part
         os.replace(part, file)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise OutputError(f"{file}: cannot be written: {error}") from None
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)

@@ -10,11 +10,13 @@ import mlx.core as mx
 
 from .acceptance import Acceptance, Draft, accept_block, accept_matching
 from .cache import Cache
+from .config import TextConfig
 from .draft_length import DraftLength
 from .drafter import Candidates, Choose, Drafter, choose_best
 from .errors import OptionError, PromptError
 from .gemma4 import Target
 from .guide import Guide, RowMasks
+from .prompt_cache import Entry, Kind, Reused, Snapshot
 from .sampling import Penalties, Sampling, gumbel, position_key, uniform
 
 # Called during prefill with (tokens done, tokens in all).
@@ -25,6 +27,9 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 # What a compiled round was made for, and the round: all arrays of a stream in, what was verified and the arrays out.
 Shape = tuple[int, int, int, int, int | None, str]
 Function = Callable[[list[mx.array]], tuple["Verified", list[mx.array]]]
+# Bounds a chunk of the prompt by the bytes of a layer's attention scores, and the least rows of one all the same.
+_SCORE_BYTES = 1 << 29
+_LEAST_CHUNK = 32
 # How many compiled rounds are kept.
 _COMPILED_ROUNDS = 64
 
@@ -164,7 +169,9 @@ class Stream:
     """The state of one sequence: K/V cache, bonus token (emitted, not yet in the cache) and the hidden state behind it.
 
     After `prefill`, the cache always holds exactly the prompt and the emitted tokens but the last, which is the bonus
-    token. With `rounds`, rounds are compiled. `exact` is for a target that went through `make_exact`.
+    token. With `rounds`, rounds are compiled. `exact` is for a target that went through `make_exact`. While the prompt
+    is read, the sliding layers' rings are kept every `snapshot_every` tokens and at its end, for other prompts that
+    begin alike; not at all if None.
     """
 
     def __init__(
@@ -179,6 +186,7 @@ class Stream:
         logprobs: int | None = None,
         rounds: Rounds | None = None,
         exact: bool = False,
+        snapshot_every: int | None = None,
     ) -> None:
         self.target = target
         self.drafter = drafter
@@ -190,6 +198,12 @@ class Stream:
             raise OptionError(f"logprobs is {logprobs}, more than the vocabulary of {target.config.vocab_size}")
         self.logprobs = logprobs
         self.host_reads = 0
+        # Those in the cache and, in the end, the bonus token.
+        self.tokens: list[int] = []
+        self.snapshot_every = snapshot_every
+        self.snapshots: list[Snapshot] = []
+        # While a chunk of the prompt is read, the rings hold neither what was nor what will be.
+        self._is_reading = False
         # All tokens so far, for the processors; kept only if there are any.
         self._text = mx.zeros(0, mx.int32)
         self.sampling = sampling or Sampling()
@@ -202,26 +216,77 @@ class Stream:
         self._bonus = mx.zeros((1, 1), mx.int32)
         self._hidden = mx.zeros((1, 1, target.config.hidden_size), target.dtype)
 
+    @property
+    def kind(self) -> Kind:
+        """Of the K/V this stream can go on from."""
+        return Kind(self.cache.max_block)
+
+    def resume(self, reused: Reused) -> None:
+        """Begin with what an earlier stream read; to be called before anything else."""
+        entry, snapshot, length = reused
+        self.cache.restore(entry.full, snapshot.rings, length)
+        self.tokens = entry.tokens[:length]
+        self.snapshots = [earlier for earlier in entry.snapshots if earlier.position <= length]
+
+    def entry(self) -> Entry | None:
+        """All that was read, for streams to come; this one must not go on. None if a failure left nothing usable."""
+        live = self.cache.buffers("sliding_attention")
+        length = self.cache.length
+        snapshots = [s for s in self.snapshots if s.position < length]
+        if not self._is_reading and live:
+            snapshots.append(Snapshot(length, live))
+        full = self.cache.buffers("full_attention")
+        if not full or not snapshots:
+            return None
+        length = snapshots[-1].position
+        return Entry(self.kind, self.tokens[:length], full, snapshots)
+
     def prefill(self, prompt: list[int], step_size: int, on_progress: Progress | None = None) -> Round:
-        """Read the prompt in chunks of `step_size` tokens; the target's choice after it is the first token."""
+        """Read the prompt in chunks of `step_size` tokens; the target's choice after it is the first token.
+
+        After `resume`, only what is not read yet. What `on_progress` raises ends it between two chunks.
+        """
         if self.processors:
             self._text = mx.array(prompt, mx.int32)
         self._remember(mx.array(prompt[-self._context.size :], mx.int32))
-        for start in range(0, len(prompt), step_size):
-            chunk = prompt[start : start + step_size]
-            is_last = start + len(chunk) == len(prompt)
-            output = self.target(mx.array([chunk], mx.int32), self.cache, logit_rows=int(is_last))
-            self._hidden = output.hidden[:, -1:]
-            self.cache.set_length(self.cache.length + len(chunk))
-            if is_last:
-                draft, masks = self._draft(0)
-                self._bonus = self._accept(draft, masks, output.logits[0], 0).tokens[None]
-                self._remember(self._bonus[0])
-                logprobs = self._logprobs(output.logits[0], self._bonus[0])
-            del output
-            mx.eval(self._bonus, self._hidden, self._context, self.cache.arrays())
+        return self._first(self.read(prompt, step_size, on_progress))
+
+    def read(self, prompt: list[int], step_size: int, on_progress: Progress | None = None) -> mx.array:
+        """The same without a choice: the logits after the prompt, [1, vocab]."""
+        self.tokens = list(prompt)
+        while (start := self.cache.length) < len(prompt):
+            rows = self.cache.rows_for(step_size)
+            chunk = prompt[start : start + chunk_size(self.target.config, rows, self.target.dtype.size, step_size)]
+            self._is_reading = True
+            end = start + len(chunk)
+            if end == len(prompt):
+                logits = self._read_last(chunk)
+            else:
+                self.target(mx.array([chunk], mx.int32), self.cache, hidden_rows=0)
+                mx.eval(self.cache.arrays())
+            self.cache.set_length(end)
+            self._is_reading = False
+            every = self.snapshot_every
+            if every is not None and (end == len(prompt) or end // every > start // every):
+                self.snapshots.append(Snapshot(end, self.cache.buffers("sliding_attention")))
             if on_progress is not None:
-                on_progress(start + len(chunk), len(prompt))
+                on_progress(end, len(prompt))
+        return logits
+
+    def _read_last(self, chunk: list[int]) -> mx.array:
+        """Read the last tokens of the prompt: the logits after them, [1, vocab]."""
+        output = self.target(mx.array([chunk], mx.int32), self.cache, logit_rows=1, hidden_rows=1)
+        self._hidden = output.hidden
+        mx.eval(self._hidden, output.logits, self.cache.arrays())
+        return output.logits[0]
+
+    def _first(self, logits: mx.array) -> Round:
+        """The target's choice after the prompt."""
+        draft, masks = self._draft(0)
+        self._bonus = self._accept(draft, masks, logits, 0).tokens[None]
+        self._remember(self._bonus[0])
+        logprobs = self._logprobs(logits, self._bonus[0])
+        mx.eval(self._bonus, self._context)
         token = self._read(self._bonus[0])
         self._append(token)
         return Round(token, 0, 0, self._read_logprobs(logprobs, 1), self.host_reads)
@@ -374,7 +439,8 @@ class Stream:
         return mx.concatenate(rows)
 
     def _append(self, tokens: list[int]) -> None:
-        """Tell the processors and the guide of tokens emitted."""
+        """Take note of tokens emitted; the processors and the guide do, too."""
+        self.tokens += tokens
         if self.processors:
             self._text = mx.concatenate([self._text, mx.array(tokens, mx.int32)])
         if self.guide is not None:
@@ -420,6 +486,13 @@ class Stream:
         """Append tokens to the context of penalties."""
         size = self._context.size
         self._context = mx.concatenate([self._context, tokens])[tokens.size :][:size]
+
+
+def chunk_size(config: TextConfig, rows: int, itemsize: int, step_size: int) -> int:
+    """Tokens of a prompt to read at once where `rows` rows of K/V are looked at: at most so many that their attention
+    scores, which MLX keeps whole where it has no kernel for a head size, stay below a bound."""
+    most = _SCORE_BYTES // (config.num_attention_heads * rows * itemsize)
+    return min(step_size, max(_LEAST_CHUNK, most))
 
 
 def _round_keys(key: mx.array, first: mx.array) -> mx.array:

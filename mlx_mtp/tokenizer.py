@@ -11,6 +11,8 @@ from .guide import Channel
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+# Stands for the user's text in a rendered turn: what no template changes or adds.
+_PLACEHOLDER = "<<user's text>>"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -59,6 +61,36 @@ def encode_prompt(
     if system_prompt is not None:
         messages.insert(0, {"role": "system", "content": system_prompt})
     return encode_chat(tokenizer, messages, enable_thinking=enable_thinking)
+
+
+def encode_in_parts(
+    tokenizer: "TokenizerWrapper",
+    text: str,
+    *,
+    begins: bool,
+    system_prompt: str | None = None,
+    use_chat_template: bool = True,
+    enable_thinking: bool = False,
+) -> list[int]:
+    """Token ids of a part of a user's turn: with what the chat template puts before it where the turn `begins`, else
+    with what it puts after it. A prompt read ahead is the first part, what is asked about it the second.
+
+    Raises PromptError as `encode_prompt` does.
+    """
+    if not text:
+        raise PromptError("the prompt is empty: expected some text")
+    if not use_chat_template or not tokenizer.has_chat_template:
+        if begins:
+            return encode_prompt(tokenizer, text, system_prompt=system_prompt, use_chat_template=False)
+        return list(tokenizer.encode(text, add_special_tokens=False))
+    messages = [{"role": "user", "content": _PLACEHOLDER}]
+    if system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    rendered = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
+    )
+    before, _, after = rendered.rpartition(_PLACEHOLDER)
+    return list(tokenizer.encode(before + text if begins else text + after, add_special_tokens=False))
 
 
 def encode_chat(

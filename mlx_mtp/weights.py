@@ -4,6 +4,7 @@ Names differ between Hugging Face, mlx-lm and mlx-vlm layouts; `target_names` an
 parameter names of `Target` and `Drafter`. Headers are read without the tensors, so a bad checkpoint fails at once.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from .config import DrafterConfig, Quantization, TargetConfig, read_json
@@ -132,6 +134,21 @@ def lazy_parameters(module: nn.Module) -> dict[str, mx.array]:
     """Every parameter of a module by name, for its shape and type. Nothing is computed: MLX initialises lazily."""
     parameters: dict[str, mx.array] = tree_flatten(module.parameters(), destination={})  # type: ignore[assignment]
     return parameters
+
+
+def fingerprint(module: nn.Module, config: str) -> str:
+    """A name for a loaded model: of its config, and of the shape, type and first bytes of every parameter.
+
+    Embeddings per layer are left out: where they are mapped they are no parameters.
+    """
+    digest = hashlib.sha256(config.encode())
+    for name, parameter in sorted(lazy_parameters(module).items()):
+        if not name.startswith("embed_tokens_per_layer"):
+            digest.update(f"{name} {parameter.shape} {parameter.dtype}".encode())
+            # A few bytes of the first rows.
+            first = parameter.reshape(-1, parameter.shape[-1])[:4, :16]
+            digest.update(np.array(mx.contiguous(first).view(mx.uint8)).data)
+    return digest.hexdigest()[:32]
 
 
 def match_tensors(

@@ -101,10 +101,11 @@ def test_streams_of_one_model_may_interleave(model: mlx_mtp.Model) -> None:
 def test_closing_a_stream_frees_its_caches(model: mlx_mtp.Model) -> None:
     prompt = random_tokens(2000, seed=1)
     # Compiles the rounds, which the model keeps.
-    model.generate(prompt, max_tokens=30, num_draft_tokens=3, ignore_eos=True)
+    options = mlx_mtp.GenerationOptions(num_draft_tokens=3, ignore_eos=True, reuse_prompt=False)
+    model.generate(prompt, options, max_tokens=30)
     gc.collect()
     before = mx.get_active_memory()
-    stream = model.stream_generate(prompt, max_tokens=2000, num_draft_tokens=3, ignore_eos=True)
+    stream = model.stream_generate(prompt, options, max_tokens=2000)
     for _ in range(20):
         last = next(stream)
     held = mx.get_active_memory() - before

@@ -11,14 +11,14 @@ PACKAGE = Path(mlx_mtp.__file__).parent
 # A module may import from the lines below its own only.
 LAYERS = (
     ("probe",),
-    ("bench", "generate", "chat", "train"),
+    ("bench", "generate", "chat", "train", "cache_prompt"),
     ("cli", "training", "peers", "plots"),
     ("load", "dataset"),
     ("engine",),
-    ("tokenizer", "text", "calibration", "exact", "graph"),
+    ("tokenizer", "text", "calibration", "exact", "graph", "memory"),
     ("speculative", "distill", "centroids", "draft_vocab"),
     ("drafter",),
-    ("acceptance", "gemma4", "guide", "sampling"),
+    ("acceptance", "gemma4", "guide", "sampling", "prompt_cache"),
     ("cache", "weights"),
     ("config", "draft_length"),
     ("output",),
