@@ -84,8 +84,8 @@ class MemoryPlan:
 def planner(
     target: TargetConfig, drafter: DrafterConfig | None, *, max_block: int, prefill_step: int
 ) -> Callable[[int], MemoryPlan]:
-    """From the tokens of a context to its plan. `max_block` is the most rows of a verify pass, `prefill_step` those of a
-    chunk of the prompt. Raises WeightsError for a checkpoint that cannot be read."""
+    """What makes a plan for a context of so many tokens. `max_block` is the most rows of a verify pass, `prefill_step`
+    those of a chunk of the prompt. Raises WeightsError for a checkpoint that cannot be read."""
     shares = {"embed_tokens": 0, "embed_tokens_per_layer": 0, "": 0}
     size = 4
     for key, tensor in read_checkpoint(target.path.parent).items():
@@ -126,7 +126,7 @@ def check_memory(plan: Callable[[int], MemoryPlan], context: int, limit: int, so
         return
     ways = []
     # The longest context that fits: a plan grows with it.
-    fitting = bisect_right(range(context), limit, key=lambda tokens: plan(tokens).peak) - 1
+    fitting = bisect_right(range(2, context), limit, key=lambda tokens: plan(tokens).peak) + 1
     if fitting > 1:
         ways.append(f"a context of {fitting} tokens (--max-context {fitting})")
     if wanted.per_layer_embeddings and wanted.peak - wanted.per_layer_embeddings <= limit:

@@ -1,0 +1,355 @@
+"""Prompts read before: the same tokens whatever is reused, bounded in bytes, and files that are whole or refused."""
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from tiny import WINDOW, random_tokens
+
+import mlx_mtp
+from mlx_mtp import engine
+from mlx_mtp.prompt_cache import PromptCache
+
+TinyPair = Callable[[str], Path]
+GREEDY = mlx_mtp.GenerationOptions(max_tokens=24, num_draft_tokens=3, ignore_eos=True, prefill_step_size=24)
+# Both kinds of head, shared K/V or not.
+PAIRS = ("e2b", "31b")
+
+
+@pytest.fixture(params=PAIRS)
+def model(request: pytest.FixtureRequest, tiny_pair: TinyPair) -> mlx_mtp.Model:
+    return mlx_mtp.load(tiny_pair(request.param) / "target")
+
+
+@pytest.fixture(autouse=True)
+def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_SNAPSHOT_EVERY", 2 * WINDOW)
+
+
+def fresh(model: mlx_mtp.Model, prompt: list[int], **changes: Any) -> mlx_mtp.GenerationResult:
+    return model.generate(prompt, GREEDY, reuse_prompt=False, **changes)
+
+
+def test_a_text_that_goes_on_is_not_read_again(model: mlx_mtp.Model) -> None:
+    prompt = random_tokens(5 * WINDOW, seed=1)
+    first = model.generate(prompt, GREEDY)
+    assert first.last.cached_tokens == 0
+    assert first.tokens == fresh(model, prompt).tokens
+    longer = prompt + first.tokens + random_tokens(9, seed=2)[1:]
+    again = model.generate(longer, GREEDY)
+    # All but the last token, which was emitted but not read.
+    assert again.last.cached_tokens == len(prompt) + 23
+    assert again.last.prompt_tokens == len(longer)
+    expected = fresh(model, longer)
+    assert again.tokens == expected.tokens
+    # Drafting goes on as if all had been read.
+    assert again.last.stats == expected.last.stats
+    assert model.prompt_cache.reused == len(prompt) + 23
+    assert len(model.prompt_cache.entries) == 1, "a text that goes on is kept once"
+
+
+def test_the_same_prompt_again_and_branches_of_it(model: mlx_mtp.Model) -> None:
+    prompt = random_tokens(6 * WINDOW, seed=3)
+    model.generate(prompt, GREEDY)
+    again = model.generate(prompt, GREEDY)
+    assert again.last.cached_tokens == len(prompt) - 1
+    assert again.tokens == fresh(model, prompt).tokens
+    # Parts from the first in the middle: what is reused ends at a snapshot.
+    branch = prompt[: 5 * WINDOW] + random_tokens(2 * WINDOW, seed=4)[1:]
+    branched = model.generate(branch, GREEDY)
+    assert branched.last.cached_tokens == 3 * 24
+    assert branched.tokens == fresh(model, branch).tokens
+    # The first is still there.
+    assert model.generate(prompt, GREEDY).last.cached_tokens == len(prompt) - 1
+    assert model.generate(random_tokens(50, seed=5)[1:], GREEDY).last.cached_tokens == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_history_of_a_chat_gives_the_tokens_of_a_fresh_prefill(tiny_pair: TinyPair, seed: int) -> None:
+    """Turns are added, taken back, edited and branched off; with few bytes, old ones are forgotten on the way."""
+    chooser = random.Random(seed)
+    model = mlx_mtp.load(tiny_pair(PAIRS[seed % 2]) / "target")
+    if seed % 3 == 0:
+        model.prompt_cache.limit = 600_000
+    sampling = mlx_mtp.Sampling(temperature=float(seed % 4 == 1), seed=seed, acceptance="coupled")
+    turns: list[list[int]] = [random_tokens(chooser.randint(2, 60), seed=1000 + seed)]
+    reused = 0
+    for step in range(7):
+        prompt = [token for turn in turns for token in turn]
+        options = {"sampling": sampling, "max_tokens": chooser.randint(1, 30), "num_draft_tokens": chooser.randint(0, 8)}
+        options["prefill_step_size"] = chooser.choice([1, 7, 24, 512])
+        result = model.generate(prompt, GREEDY, **options)
+        expected = fresh(model, prompt, **options | {"prefill_step_size": 512})
+        assert result.tokens == expected.tokens, (seed, step)
+        assert model.prompt_cache.nbytes <= model.prompt_cache.limit
+        reused += result.last.cached_tokens
+        turns.append(result.tokens)
+        action = chooser.choice(["add", "add", "rewind", "edit", "branch"])
+        if action != "add":
+            del turns[chooser.randint(1, len(turns)) :]
+        if action == "edit":
+            turns[-1] = turns[-1][: len(turns[-1]) // 2 + 1]
+        turns.append(random_tokens(chooser.randint(2, 40), seed=100 * seed + step)[1:])
+    assert reused > 0
+
+
+def test_old_texts_go_first_and_snapshots_where_they_are_missed_least(model: mlx_mtp.Model) -> None:
+    prompts = [random_tokens(4 * WINDOW, seed=seed) for seed in (10, 11, 12)]
+    for prompt in prompts[:2]:
+        model.generate(prompt, GREEDY)
+    model.prompt_cache.limit = int(2.5 * model.prompt_cache.entries[0].nbytes)
+    model.generate(prompts[0], GREEDY, max_tokens=2)
+    model.generate(prompts[2], GREEDY)
+    kept = [entry.tokens[: 4 * WINDOW] for entry in model.prompt_cache.entries]
+    assert prompts[1] not in kept
+    assert prompts[2] in kept
+    assert model.prompt_cache.nbytes <= model.prompt_cache.limit
+    # A long text keeps eight, spread over it.
+    model.prompt_cache.limit = 10**9
+    model.generate(random_tokens(40 * WINDOW, seed=13), GREEDY)
+    positions = [snapshot.position for snapshot in model.prompt_cache.entries[-1].snapshots]
+    assert len(positions) == 8
+    assert max(b - a for a, b in zip([0, *positions], positions, strict=False)) <= 12 * WINDOW
+    # No room, nothing kept.
+    model.prompt_cache.limit = 0
+    model.generate(prompts[0], GREEDY)
+    assert not model.prompt_cache.entries
+
+
+def test_clearing_frees_the_memory(model: mlx_mtp.Model) -> None:
+    model.generate(random_tokens(4 * WINDOW, seed=20), GREEDY)
+    model.prompt_cache.clear()
+    before = mx.get_active_memory()
+    model.generate(random_tokens(4 * WINDOW, seed=21), GREEDY)
+    kept = model.prompt_cache.nbytes
+    assert mx.get_active_memory() - before >= kept > 50_000
+    model.prompt_cache.clear()
+    assert mx.get_active_memory() - before < kept / 10
+
+
+def test_prefill_ends_between_chunks_and_goes_on_there(model: mlx_mtp.Model) -> None:
+    prompt = random_tokens(8 * WINDOW, seed=30)
+    seen: list[tuple[int, int]] = []
+
+    class Cancelled(Exception):
+        pass
+
+    def cancel(done: int, total: int) -> None:
+        seen.append((done, total))
+        if done >= 72:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        next(model.stream_generate(prompt, GREEDY, on_prefill=cancel))
+    assert seen == [(24, 128), (48, 128), (72, 128)]
+    result = model.generate(prompt, GREEDY)
+    assert result.last.cached_tokens == 72
+    assert result.tokens == fresh(model, prompt).tokens
+
+
+def test_a_stream_that_is_closed_or_fails_leaves_what_it_read(
+    model: mlx_mtp.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = random_tokens(4 * WINDOW, seed=40)
+    stream = model.stream_generate(prompt, GREEDY)
+    emitted = [next(stream).token for _ in range(9)]
+    stream.close()
+    longer = prompt + emitted + random_tokens(30, seed=41)[1:]
+    expected = fresh(model, longer)
+    # As Ctrl-C does, in the middle of a chunk: its rings are lost, the snapshots before it are not.
+    target, calls = type(model.target), []
+    original = target._per_layer_inputs
+
+    def interrupted(*args: Any) -> mx.array | None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(target, "_per_layer_inputs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(longer, GREEDY)
+    monkeypatch.undo()
+    result = model.generate(longer, GREEDY)
+    assert result.last.cached_tokens >= len(prompt)
+    assert result.tokens == expected.tokens
+
+
+def test_streams_of_one_model_may_interleave(model: mlx_mtp.Model) -> None:
+    prompt = random_tokens(4 * WINDOW, seed=50)
+    expected = fresh(model, prompt).tokens
+    model.generate(prompt, GREEDY, max_tokens=3)
+    streams = [model.stream_generate(prompt, GREEDY) for _ in range(3)]
+    tokens = list(zip(*streams, strict=True))
+    for column in zip(*tokens, strict=True):
+        assert [response.token for response in column] == expected
+
+
+def test_what_was_read_for_other_rings_is_not_reused(model: mlx_mtp.Model) -> None:
+    prompt = random_tokens(3 * WINDOW, seed=60)
+    model.generate(prompt, GREEDY)
+    result = model.generate(prompt, GREEDY, num_draft_tokens=12)
+    assert result.last.cached_tokens == 0
+    assert result.tokens == fresh(model, prompt).tokens
+
+
+# Files
+
+
+def test_a_saved_prompt_is_gone_on_from(model: mlx_mtp.Model, tiny_pair: TinyPair, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.safetensors"
+    prompt = random_tokens(5 * WINDOW, seed=70)
+    assert model.save_prompt(prompt, file) == len(prompt)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    other = mlx_mtp.load(model.config.path.parent)
+    other.prompt_cache.limit = 0
+    assert other.load_prompt(file) == prompt
+    longer = prompt + random_tokens(20, seed=71)[1:]
+    result = other.generate(longer, GREEDY)
+    assert result.last.cached_tokens == len(prompt)
+    expected = fresh(model, longer)
+    assert result.tokens == expected.tokens
+    assert result.last.stats == expected.last.stats
+
+
+def test_a_damaged_file_is_refused(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    """Any byte changed, and any end cut off: one error of the right kind, and nothing else is lost."""
+    model = mlx_mtp.load(tiny_pair("e2b") / "target")
+    whole, file = tmp_path / "whole.safetensors", tmp_path / "damaged.safetensors"
+    model.save_prompt(random_tokens(20, seed=80), whole)
+    content = whole.read_bytes()
+    chooser = random.Random(0)
+    header = int.from_bytes(content[:8], "little")
+    places = [*range(8), *(chooser.randrange(8, 8 + header) for _ in range(60))]
+    places += [chooser.randrange(8 + header, len(content)) for _ in range(40)]
+    refused = 0
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << chooser.randrange(8)
+        file.write_bytes(damaged)
+        try:
+            model.load_prompt(file)
+        except mlx_mtp.PromptCacheError as error:
+            assert str(file) in str(error)
+            refused += 1
+        else:
+            # Padding of the header, blanks in its JSON.
+            assert place < 8 + header
+    assert refused > 100
+    for length in [0, 4, 8, 100, header, *(chooser.randrange(len(content)) for _ in range(20))]:
+        file.write_bytes(content[:length])
+        with pytest.raises(mlx_mtp.PromptCacheError):
+            model.load_prompt(file)
+    file.write_bytes(content + b"more")
+    with pytest.raises(mlx_mtp.PromptCacheError):
+        model.load_prompt(file)
+    with pytest.raises(mlx_mtp.PromptCacheError, match=r"gone.safetensors: no prompt cache"):
+        model.load_prompt(tmp_path / "gone.safetensors")
+    assert model.load_prompt(whole) == random_tokens(20, seed=80)
+
+
+def test_a_file_of_another_model_or_version_is_refused(
+    tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "prompt.safetensors"
+    model = mlx_mtp.load(tiny_pair("e2b") / "target")
+    model.save_prompt("hello", file)
+    with pytest.raises(mlx_mtp.PromptCacheError, match="a prompt cache of another model: its field model is"):
+        mlx_mtp.load(tiny_pair("31b") / "target").load_prompt(file)
+    # One weight is enough.
+    layer = model.target.layers[0].mlp.down_proj
+    monkeypatch.setattr(layer, "weight", layer.weight + 1.0)
+    del vars(model)["_fingerprint"]
+    with pytest.raises(mlx_mtp.PromptCacheError, match="of another model"):
+        model.load_prompt(file)
+    monkeypatch.setattr("mlx_mtp.prompt_cache.FORMAT", 2)
+    with pytest.raises(mlx_mtp.PromptCacheError, match="of another version: its field format is 1, expected 2"):
+        model.load_prompt(file)
+    safetensors = tiny_pair("e2b") / "target" / "model.safetensors"
+    with pytest.raises(mlx_mtp.PromptCacheError, match="not a prompt cache"):
+        model.load_prompt(safetensors)
+
+
+def test_an_exact_model_reuses_nothing(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    model = mlx_mtp.load(tiny_pair("31b") / "target", exact=True)
+    prompt = random_tokens(20, seed=90)
+    for _ in range(2):
+        assert model.generate(prompt, GREEDY).last.cached_tokens == 0
+    with pytest.raises(mlx_mtp.OptionError, match="an exact model reuses no prompts"):
+        model.save_prompt(prompt, tmp_path / "x.safetensors")
+    with pytest.raises(mlx_mtp.OptionError, match="an exact model reuses no prompts"):
+        model.load_prompt(tmp_path / "x.safetensors")
+
+
+# Command lines
+
+
+def run(module: str, *args: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"mlx_mtp.{module}", *map(str, args)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+@pytest.mark.parametrize("bare", [(), ("--ignore-chat-template",)])
+def test_a_prompt_read_ahead_from_the_command_line(tiny_pair: TinyPair, tmp_path: Path, bare: tuple[str, ...]) -> None:
+    target, file = tiny_pair("e2b") / "target", tmp_path / "long.safetensors"
+    text, question = "A long text to ask about.\n" * 20, "What is it?"
+    saved = run("cache_prompt", "--model", target, "--prompt", text, "--prompt-cache", file, *bare)
+    assert f"{file}: " in saved.stderr
+    common = ["--model", target, "--temp", "0", "--num-draft-tokens", "3", "-m", "12", "--json", *bare]
+    reused = run("generate", *common, "--prompt", question, "--prompt-cache-file", file)
+    report = json.loads(reused.stdout.splitlines()[-1])
+    whole = json.loads(run("generate", *common, "--prompt", text + question).stdout.splitlines()[-1])
+    assert report["prompt_tokens"] == whole["prompt_tokens"]
+    assert report["cached_tokens"] > 200
+    assert whole["cached_tokens"] == 0
+    assert report["tokens"] == whole["tokens"]
+    assert f"{report['cached_tokens']} of them read before" in reused.stderr
+
+
+def test_what_cannot_be_read_ahead_is_one_error(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    target, file = tiny_pair("e2b") / "target", tmp_path / "x.safetensors"
+    generate = ["generate", "--model", target, "--prompt", "hello", "--prompt-cache", file]
+    assert run(*generate, code=1).stderr.startswith(f"error: {file}: no prompt cache")
+    file.write_bytes(b"not it")
+    assert run(*generate, code=1).stderr.startswith(f"error: {file}: truncated or not a safetensors file")
+    assert "--system-prompt" in run(*generate, "--system-prompt", "x", code=1).stderr
+    assert "at most 8" in run(*generate, "--num-draft-tokens", "9", code=1).stderr
+    ahead = ["cache_prompt", "--model", target, "--prompt"]
+    nowhere = tmp_path / "none" / "x.safetensors"
+    assert run(*ahead, "hello", "--prompt-cache", nowhere, code=1).stderr.startswith(f"error: {nowhere}: cannot be")
+    assert "the prompt is empty" in run(*ahead, "", "--prompt-cache", file, code=1).stderr
+    long = run(*ahead, "hello " * 3000, "--prompt-cache", file, code=1).stderr
+    assert "but the context holds 4096" in long
+    assert file.read_bytes() == b"not it", "a file is replaced by a whole one only"
+
+
+def test_a_chat_reads_only_what_is_new(tiny_pair: TinyPair) -> None:
+    command = [sys.executable, "-m", "mlx_mtp.chat", "--model", tiny_pair("e2b") / "target", "--temp", "0"]
+    command += ["--num-draft-tokens", "3", "-m", "8"]
+    lines = "\n".join(["hello there, how are you today?", "and then?", "/stats"])
+    result = subprocess.run(command, input=lines, capture_output=True, text=True, check=True)
+    last = result.stderr.splitlines()
+    prompt = next(line for line in last if line.startswith("Prompt: "))
+    count, cached = (int(word) for word in prompt.replace(",", "").split() if word.isdigit())
+    assert cached > count / 2
+
+
+def test_the_least_recently_used_of_equal_texts() -> None:
+    cache = PromptCache(limit=10)
+    assert cache.take([1, 2, 3], cache_kind()) is None
+    assert (cache.read, cache.reused, cache.nbytes) == (3, 0, 0)
+
+
+def cache_kind() -> Any:
+    from mlx_mtp.prompt_cache import Kind
+
+    return Kind(9)
