@@ -97,12 +97,14 @@ def planner(
     drafter_size = 0 if drafter is None else _drafter_bytes(drafter, size)
     text = target.text
     largest = max(layer.num_kv_heads * layer.head_dim for layer in text.layers if layer.has_kv)
+    ring = text.sliding_window + max_block
 
     def plan(context: int) -> MemoryPlan:
         rows = rows_in_buffers(context)
         chunk = min(chunk_size(text, rows, size, prefill_step), context)
-        scores = chunk * rows * (text.num_attention_heads * size + 1)
-        reading = scores + chunk * _activations(text) * size
+        # Of a full-attention layer and of a sliding one beside it, with their masks: MLX allocates ahead.
+        seen = rows + ring + chunk
+        reading = chunk * (seen * (text.num_attention_heads * size + 1) + _activations(text) * size)
         deciding = _LOGITS * max_block * text.vocab_size * 4
         return MemoryPlan(
             context=context,
@@ -111,7 +113,7 @@ def planner(
             per_layer_embeddings=shares["embed_tokens_per_layer"],
             drafter=drafter_size,
             kv_per_token=_kv_width(text, "full_attention") * size,
-            rings=_kv_width(text, "sliding_attention") * (text.sliding_window + max_block) * size,
+            rings=_kv_width(text, "sliding_attention") * ring * size,
             # Growing takes a second copy of one buffer.
             work=max(reading, deciding, rows * largest * size),
         )
@@ -133,9 +135,7 @@ def check_memory(plan: Callable[[int], MemoryPlan], context: int, limit: int, so
         ways.append("the per-layer embeddings left on disk (--per-layer-embeddings mapped)")
     if wanted.drafter and wanted.peak - wanted.drafter <= limit:
         ways.append("no drafter (--drafter none)")
-    fits = (
-        "what would fit: " + ", or ".join(ways) if ways else "nothing short of fewer bits or a smaller model would fit"
-    )
+    fits = "what would fit: " + ", or ".join(ways) if ways else "only fewer bits or a smaller model would fit"
     parts = ", ".join(f"{name} {_gigabytes(size)}" for name, size in wanted.rows() if name != "peak")
     raise MemoryLimitError(
         f"{source}: needs {_gigabytes(wanted.peak)}, more than the limit of {_gigabytes(limit)} ({parts}); {fits}"

@@ -14,7 +14,6 @@ from tiny import WINDOW, random_tokens
 
 import mlx_mtp
 from mlx_mtp import engine
-from mlx_mtp.prompt_cache import PromptCache
 
 TinyPair = Callable[[str], Path]
 GREEDY = mlx_mtp.GenerationOptions(max_tokens=24, num_draft_tokens=3, ignore_eos=True, prefill_step_size=24)
@@ -76,13 +75,17 @@ def test_any_history_of_a_chat_gives_the_tokens_of_a_fresh_prefill(tiny_pair: Ti
     chooser = random.Random(seed)
     model = mlx_mtp.load(tiny_pair(PAIRS[seed % 2]) / "target")
     if seed % 3 == 0:
-        model.prompt_cache.limit = 600_000
+        model.prompt_cache.limit = 1_500_000
     sampling = mlx_mtp.Sampling(temperature=float(seed % 4 == 1), seed=seed, acceptance="coupled")
     turns: list[list[int]] = [random_tokens(chooser.randint(2, 60), seed=1000 + seed)]
     reused = 0
     for step in range(7):
         prompt = [token for turn in turns for token in turn]
-        options = {"sampling": sampling, "max_tokens": chooser.randint(1, 30), "num_draft_tokens": chooser.randint(0, 8)}
+        options = {
+            "sampling": sampling,
+            "max_tokens": chooser.randint(1, 30),
+            "num_draft_tokens": chooser.randint(0, 8),
+        }
         options["prefill_step_size"] = chooser.choice([1, 7, 24, 512])
         result = model.generate(prompt, GREEDY, **options)
         expected = fresh(model, prompt, **options | {"prefill_step_size": 512})
@@ -123,10 +126,12 @@ def test_old_texts_go_first_and_snapshots_where_they_are_missed_least(model: mlx
 
 
 def test_clearing_frees_the_memory(model: mlx_mtp.Model) -> None:
-    model.generate(random_tokens(4 * WINDOW, seed=20), GREEDY)
+    # Compiles the rounds, which the model keeps.
+    for seed in (20, 21):
+        model.generate(random_tokens(4 * WINDOW, seed=seed), GREEDY)
     model.prompt_cache.clear()
     before = mx.get_active_memory()
-    model.generate(random_tokens(4 * WINDOW, seed=21), GREEDY)
+    model.generate(random_tokens(4 * WINDOW, seed=22), GREEDY)
     kept = model.prompt_cache.nbytes
     assert mx.get_active_memory() - before >= kept > 50_000
     model.prompt_cache.clear()
@@ -137,15 +142,15 @@ def test_prefill_ends_between_chunks_and_goes_on_there(model: mlx_mtp.Model) -> 
     prompt = random_tokens(8 * WINDOW, seed=30)
     seen: list[tuple[int, int]] = []
 
-    class Cancelled(Exception):
+    class CancelledError(Exception):
         pass
 
     def cancel(done: int, total: int) -> None:
         seen.append((done, total))
         if done >= 72:
-            raise Cancelled
+            raise CancelledError
 
-    with pytest.raises(Cancelled):
+    with pytest.raises(CancelledError):
         next(model.stream_generate(prompt, GREEDY, on_prefill=cancel))
     assert seen == [(24, 128), (48, 128), (72, 128)]
     result = model.generate(prompt, GREEDY)
@@ -233,15 +238,13 @@ def test_a_damaged_file_is_refused(tiny_pair: TinyPair, tmp_path: Path) -> None:
         damaged = bytearray(content)
         damaged[place] ^= 1 << chooser.randrange(8)
         file.write_bytes(damaged)
-        try:
+        # Padding of the header may be anything.
+        if place < 8 + header and content[place : place + 1] == b" ":
+            continue
+        with pytest.raises(mlx_mtp.PromptCacheError, match=str(file)):
             model.load_prompt(file)
-        except mlx_mtp.PromptCacheError as error:
-            assert str(file) in str(error)
-            refused += 1
-        else:
-            # Padding of the header, blanks in its JSON.
-            assert place < 8 + header
-    assert refused > 100
+        refused += 1
+    assert refused > 90
     for length in [0, 4, 8, 100, header, *(chooser.randrange(len(content)) for _ in range(20))]:
         file.write_bytes(content[:length])
         with pytest.raises(mlx_mtp.PromptCacheError):
@@ -341,15 +344,3 @@ def test_a_chat_reads_only_what_is_new(tiny_pair: TinyPair) -> None:
     prompt = next(line for line in last if line.startswith("Prompt: "))
     count, cached = (int(word) for word in prompt.replace(",", "").split() if word.isdigit())
     assert cached > count / 2
-
-
-def test_the_least_recently_used_of_equal_texts() -> None:
-    cache = PromptCache(limit=10)
-    assert cache.take([1, 2, 3], cache_kind()) is None
-    assert (cache.read, cache.reused, cache.nbytes) == (3, 0, 0)
-
-
-def cache_kind() -> Any:
-    from mlx_mtp.prompt_cache import Kind
-
-    return Kind(9)

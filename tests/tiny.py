@@ -65,8 +65,9 @@ _CHAT_TEMPLATE = """\
 {% endif -%}
 """
 
-_E2B_TYPES = (["sliding_attention"] * 4 + ["full_attention"]) * 2
-_OTHER_TYPES = ["sliding_attention"] * 5 + ["full_attention"]
+# As in the published models, full-attention layers with K/V of their own stand between sliding ones.
+_E2B_TYPES = [*(["sliding_attention"] * 2 + ["full_attention"]) * 2, *["sliding_attention"] * 3, "full_attention"]
+_OTHER_TYPES = (["sliding_attention"] * 2 + ["full_attention"]) * 2
 _DRAFTER_TYPES = ["sliding_attention"] * 3 + ["full_attention"]
 
 # What differs between the variants' text configs.
@@ -74,7 +75,7 @@ _VARIANT: dict[str, dict[str, Any]] = {
     "e2b": {
         "layer_types": _E2B_TYPES,
         "num_key_value_heads": 1,
-        "num_kv_shared_layers": 5,
+        "num_kv_shared_layers": 4,
         "use_double_wide_mlp": True,
         "hidden_size_per_layer_input": 64,
         "vocab_size_per_layer_input": VOCAB_SIZE,

@@ -1,0 +1,127 @@
+"""What a long context costs a small pair: memory against the plan, acceptance, and time per round.
+
+    python scripts/measure_long_context.py
+
+Each context runs in a process of its own, with `max_position_embeddings` raised in a copy of the pair's configs. Its
+prompts are the ends of the same texts, source files one after the other, so that what is generated is comparable.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+
+import mlx_mtp
+
+# Where the texts end, in characters per token of a small vocabulary, far enough for the longest context.
+_PARTS = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Memory, acceptance and time by context.")
+    parser.add_argument("--model", type=Path, default=mlx_mtp.DEMO_PAIR, help="A converted pair (default: the demo).")
+    parser.add_argument("--contexts", default="1024,8192,32768", help="Tokens of the prompts (%(default)s).")
+    parser.add_argument("--max-tokens", type=int, default=160, help="Tokens per generation (%(default)s).")
+    parser.add_argument("--num-draft-tokens", type=int, default=3, help="Draft tokens per round (%(default)s).")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.model, int(args.one), args.max_tokens, args.num_draft_tokens)))
+        return
+    print(
+        "| context | prefill, tokens/s | plain round, ms | round, ms | tokens per round, greedy / T = 1 | peak | plan |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        pair = lengthened(args.model, Path(folder), 2 * max(map(int, args.contexts.split(","))))
+        for context in args.contexts.split(","):
+            command = [sys.executable, __file__, "--model", str(pair), "--one", context]
+            command += ["--max-tokens", str(args.max_tokens), "--num-draft-tokens", str(args.num_draft_tokens)]
+            result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            print(row(int(context), json.loads(result.stdout)), flush=True)
+
+
+def lengthened(pair: Path, folder: Path, context: int) -> Path:
+    """A copy of a pair, weights linked, that takes longer contexts."""
+    for file in (file for file in pair.rglob("*") if file.is_file()):
+        copy = folder / file.relative_to(pair)
+        copy.parent.mkdir(exist_ok=True)
+        if file.name == "config.json":
+            config = json.loads(file.read_text())
+            config["text_config"]["max_position_embeddings"] = context
+            copy.write_text(json.dumps(config))
+        else:
+            copy.symlink_to(file.resolve())
+    return folder
+
+
+def measure(folder: Path, context: int, max_tokens: int, k: int) -> dict[str, Any]:
+    limit = context + max_tokens
+    model = mlx_mtp.load(folder, max_context=limit)
+    options = mlx_mtp.GenerationOptions(
+        max_tokens=max_tokens, num_draft_tokens=k, ignore_eos=True, prefill_step_size=512
+    )
+    text = model.tokenizer.encode(source(), add_special_tokens=False)
+    found: dict[str, Any] = {"plan": mlx_mtp.plan_memory(folder, max_context=limit).peak}
+    rates, greedy, sampled, plain, drafted = [], [], [], [], []
+    for part in range(1, _PARTS + 1):
+        end = part * len(text) // _PARTS
+        prompt = text[end - context : end]
+        mx.reset_peak_memory()
+        result = model.generate(prompt, options, reuse_prompt=part > 1)
+        if part == 1:
+            found["peak"] = result.last.peak_memory * 1e9
+        rates.append(result.last.prompt_tps)
+        greedy.append(result.last.stats.acceptance_length)
+        own = mlx_mtp.Sampling(temperature=1.0, top_k=64, top_p=0.95, seed=part)
+        sampled += [model.generate(prompt, options, sampling=own).last.stats.acceptance_length for _ in range(1)]
+        plain.append(seconds_per_round(model, prompt, options, 0))
+        drafted.append(seconds_per_round(model, prompt, options, k))
+    found |= {"rate": median(rates), "greedy": greedy, "sampled": sampled}
+    return found | {"plain": median(plain), "drafted": median(drafted)}
+
+
+def seconds_per_round(model: mlx_mtp.Model, prompt: list[int], options: mlx_mtp.GenerationOptions, k: int) -> float:
+    """Median, of the second half of a generation's rounds."""
+    times = [time.perf_counter()]
+    rounds = 0
+    for response in model.stream_generate(prompt, options, num_draft_tokens=k):
+        if response.stats.rounds > rounds:
+            rounds = response.stats.rounds
+            times.append(time.perf_counter())
+    spans = [end - start for start, end in zip(times, times[1:], strict=False)]
+    return median(spans[len(spans) // 2 :])
+
+
+def source() -> str:
+    """Modules of the standard library one after the other."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return "".join(file.read_text(encoding="utf-8", errors="ignore") for file in files if file.stem[0] != "_")
+
+
+def row(context: int, found: dict[str, Any]) -> str:
+    lengths = " / ".join(
+        f"{sum(found[name]) / _PARTS:.2f} ({min(found[name]):.2f}-{max(found[name]):.2f})"
+        for name in ("greedy", "sampled")
+    )
+    cells = [
+        str(context),
+        f"{found['rate']:.0f}",
+        f"{1e3 * found['plain']:.1f}",
+        f"{1e3 * found['drafted']:.1f}",
+        lengths,
+    ]
+    cells += [f"{found['peak'] / 1e6:.0f} MB", f"{found['plan'] / 1e6:.0f} MB ({found['peak'] / found['plan']:.2f})"]
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()
