@@ -102,9 +102,9 @@ def planner(
     def plan(context: int) -> MemoryPlan:
         rows = rows_in_buffers(context)
         chunk = min(chunk_size(text, rows, size, prefill_step), context)
-        # Of a full-attention layer and of a sliding one beside it, with their masks: MLX allocates ahead.
-        seen = rows + ring + chunk
-        reading = chunk * (seen * (text.num_attention_heads * size + 1) + _activations(text) * size)
+        # MLX allocates ahead: scores, and masks, of a full-attention layer and a sliding one, or two layers' products.
+        score, layer = text.num_attention_heads * size + 1, _activations(text) * size
+        reading = chunk * ((ring + chunk) * score + layer + max(rows * score, layer))
         deciding = _LOGITS * max_block * text.vocab_size * 4
         return MemoryPlan(
             context=context,
@@ -152,10 +152,12 @@ def _kv_width(text: TextConfig, layer_type: LayerType) -> int:
 
 
 def _activations(text: TextConfig) -> int:
-    """Values per row that a chunk of the prompt holds at a time, beside attention scores."""
-    widest = max(2 * layer.intermediate_size for layer in text.layers)
-    heads = max(2 * text.num_attention_heads * layer.head_dim for layer in text.layers)
-    return 2 * text.hidden_size + max(widest, heads) + 3 * len(text.layers) * text.per_layer_input_size
+    """Values per row that a layer and the per-layer inputs take of a chunk of the prompt, beside attention scores.
+    Chunks end at the last layer with K/V of its own."""
+    read = text.layers[: 1 + max(layer.kv_layer for layer in text.layers)]
+    feed_forward = max(3 * layer.intermediate_size for layer in read)
+    heads = max(2 * text.num_attention_heads * layer.head_dim for layer in read)
+    return 2 * text.hidden_size + max(feed_forward, heads) + 3 * len(text.layers) * text.per_layer_input_size
 
 
 def _drafter_bytes(config: DrafterConfig, size: int) -> int:

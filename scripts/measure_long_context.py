@@ -13,6 +13,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +22,7 @@ import mlx.core as mx
 
 import mlx_mtp
 
-# Where the texts end, in characters per token of a small vocabulary, far enough for the longest context.
+# How many texts: all the source up to so many places, evenly spread.
 _PARTS = 3
 
 
@@ -82,7 +83,7 @@ def measure(folder: Path, context: int, max_tokens: int, k: int) -> dict[str, An
         rates.append(result.last.prompt_tps)
         greedy.append(result.last.stats.acceptance_length)
         own = mlx_mtp.Sampling(temperature=1.0, top_k=64, top_p=0.95, seed=part)
-        sampled += [model.generate(prompt, options, sampling=own).last.stats.acceptance_length for _ in range(1)]
+        sampled.append(model.generate(prompt, options, sampling=own).last.stats.acceptance_length)
         plain.append(seconds_per_round(model, prompt, options, 0))
         drafted.append(seconds_per_round(model, prompt, options, k))
     found |= {"rate": median(rates), "greedy": greedy, "sampled": sampled}
@@ -97,7 +98,7 @@ def seconds_per_round(model: mlx_mtp.Model, prompt: list[int], options: mlx_mtp.
         if response.stats.rounds > rounds:
             rounds = response.stats.rounds
             times.append(time.perf_counter())
-    spans = [end - start for start, end in zip(times, times[1:], strict=False)]
+    spans = [end - start for start, end in pairwise(times)]
     return median(spans[len(spans) // 2 :])
 
 
@@ -108,18 +109,13 @@ def source() -> str:
 
 
 def row(context: int, found: dict[str, Any]) -> str:
-    lengths = " / ".join(
-        f"{sum(found[name]) / _PARTS:.2f} ({min(found[name]):.2f}-{max(found[name]):.2f})"
-        for name in ("greedy", "sampled")
+    means = (
+        f"{sum(lengths) / _PARTS:.2f} ({min(lengths):.2f}-{max(lengths):.2f})"
+        for lengths in (found["greedy"], found["sampled"])
     )
-    cells = [
-        str(context),
-        f"{found['rate']:.0f}",
-        f"{1e3 * found['plain']:.1f}",
-        f"{1e3 * found['drafted']:.1f}",
-        lengths,
-    ]
-    cells += [f"{found['peak'] / 1e6:.0f} MB", f"{found['plan'] / 1e6:.0f} MB ({found['peak'] / found['plan']:.2f})"]
+    cells = [str(context), f"{found['rate']:.0f}", f"{1e3 * found['plain']:.1f}", f"{1e3 * found['drafted']:.1f}"]
+    cells += [" / ".join(means), f"{found['peak'] / 1e6:.0f} MB"]
+    cells += [f"{found['plan'] / 1e6:.0f} MB ({found['peak'] / found['plan']:.2f})"]
     return "| " + " | ".join(cells) + " |"
 
 

@@ -119,6 +119,30 @@ def test_growing_leaves_the_order_of_the_arrays() -> None:
         assert cache.values[index] is values
 
 
+def test_growing_holds_one_buffer_twice_at_a_time() -> None:
+    few = config(head_dim=64)
+    cache = Cache(replace(few, layers=(few.layers[1],) * 6), mx.float32, max_block=MAX_BLOCK, capacity=16 * 1024)
+    mx.eval(cache.arrays())
+    before = sum(array.nbytes for array in cache.arrays())
+    mx.reset_peak_memory()
+    active = mx.get_active_memory()
+    cache.reserve(17 * 1024)
+    after = sum(array.nbytes for array in cache.arrays())
+    # What was added, and the larger copy of the last buffer beside it.
+    assert mx.get_peak_memory() - active < after - before + 1.2 * after / 12
+
+
+def test_sliding_layers_cost_the_same_at_any_length() -> None:
+    cache = Cache(config(), mx.float32, max_block=MAX_BLOCK, capacity=8192)
+    shapes = []
+    for length in (100, 8000):
+        cache.set_length(length)
+        sliding, full = write(cache, 2)
+        shapes.append((sliding.keys.shape, sliding.mask.shape, cache.draft_view("sliding_attention").keys.shape))
+        assert full.keys.shape[2] < length + CAPACITY_STEP + 1024
+    assert shapes[0] == shapes[1]
+
+
 def _cost_of_a_round(capacity: int) -> tuple[float, int, int]:
     """Seconds of the fastest of some rounds, peak bytes over what was active, and bytes of the buffers."""
     cache = Cache(config(window=32, head_dim=256, kv_heads=4), mx.float32, max_block=MAX_BLOCK, capacity=capacity)
