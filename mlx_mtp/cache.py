@@ -88,8 +88,9 @@ class Cache:
         return View(self.keys[layer], self.values[layer], mask[None])
 
     def arrays(self) -> list[mx.array]:
-        """Every array of the state, to be evaluated together."""
-        return [self.offset, *self.keys.values(), *self.values.values()]
+        """Every array of the state, to be evaluated together: the offset, then keys and values in order of layers."""
+        # Not in the order of the dictionaries, which growing changes.
+        return [self.offset, *(buffers[layer] for buffers in (self.keys, self.values) for layer in sorted(buffers))]
 
     def take_arrays(self) -> list[mx.array]:
         """The same, leaving the cache without buffers: one is updated in place only if nothing else holds it."""

@@ -1,6 +1,7 @@
 """The caches: equal to a fresh fill after any history, updated in place, and never showing a rejected row."""
 
 import time
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -100,6 +101,22 @@ def test_the_cache_grows_in_steps_and_keeps_its_rows() -> None:
         cache.set_length(cache.length + 100)
     assert cache.capacity == 2 * CAPACITY_STEP
     assert visible(cache.draft_view("full_attention"), 0) == expected(cache.length - 1, None)
+
+
+def test_growing_leaves_the_order_of_the_arrays() -> None:
+    """Compiled rounds take and give them by position; a full-attention layer may come before others."""
+    few = config()
+    cache = Cache(replace(few, layers=(few.layers[1], *few.layers)), mx.float32, max_block=MAX_BLOCK)
+    before = [array.shape for array in cache.arrays()]
+    cache.reserve(CAPACITY_STEP + 1)
+    after = [array.shape for array in cache.arrays()]
+    grown = [new != old for new, old in zip(after, before, strict=True)]
+    assert grown == [False, True, False, True, True, False, True]
+    layers = {index: (cache.keys[index], cache.values[index]) for index in range(3)}
+    cache.set_arrays(cache.take_arrays())
+    for index, (keys, values) in layers.items():
+        assert cache.keys[index] is keys
+        assert cache.values[index] is values
 
 
 def _cost_of_a_round(capacity: int) -> tuple[float, int, int]:
