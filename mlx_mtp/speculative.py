@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from .acceptance import Acceptance, Draft, accept_block, accept_matching
-from .cache import Cache
+from .cache import Cache, KVQuantization
 from .draft_length import DraftLength
 from .drafter import Candidates, Choose, Drafter, choose_best
 from .errors import OptionError, PromptError
@@ -23,7 +23,7 @@ Progress = Callable[[int, int], None]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 # What a compiled round was made for, and the round: all arrays of a stream in, what was verified and the arrays out.
-Shape = tuple[int, int, int, int, int | None, str]
+Shape = tuple[int, int, int, int, KVQuantization | None, int | None, str]
 Function = Callable[[list[mx.array]], tuple["Verified", list[mx.array]]]
 # How many compiled rounds are kept.
 _COMPILED_ROUNDS = 64
@@ -118,9 +118,10 @@ def _sums(left: list[int], right: list[int]) -> list[int]:
 class Rounds:
     """Compiled rounds, shared by the streams of one target and drafter, whose weights must stay as they are.
 
-    A round is compiled by its shape: the number of draft tokens, the K/V rows it looks at, and the options that make
-    it. `traces` has the shape of every trace there was. Under a guide or Python processors nothing is compiled, for
-    they take part in the round on the host. A shape is compiled when it comes a second time or, if `always`, the first.
+    A round is compiled by its shape: the number of draft tokens, the K/V rows it looks at, whether they are quantized,
+    and the options that make it. `traces` has the shape of every trace there was. Under a guide or Python processors
+    nothing is compiled, for they take part in the round on the host. A shape is compiled when it comes a second time
+    or, if `always`, the first.
     """
 
     def __init__(self, *, always: bool = False) -> None:
@@ -130,7 +131,8 @@ class Rounds:
 
     def run(self, stream: "Stream", k: int) -> Verified:
         cache, options = stream.cache, repr(replace(stream.sampling, seed=0))
-        shape = (k, cache.visible, cache.capacity, cache.max_block, stream.logprobs, options)
+        quantization = cache.quantization if cache.is_quantized else None
+        shape = (k, cache.visible, cache.capacity, cache.max_block, quantization, stream.logprobs, options)
         is_new = shape not in self._functions and not self.always
         function = self._functions.pop(shape, None)
         if is_new:
@@ -179,6 +181,7 @@ class Stream:
         logprobs: int | None = None,
         rounds: Rounds | None = None,
         exact: bool = False,
+        kv_quantization: KVQuantization | None = None,
     ) -> None:
         self.target = target
         self.drafter = drafter
@@ -195,7 +198,7 @@ class Stream:
         self.sampling = sampling or Sampling()
         # All randomness comes from these and a position: nothing to advance, whatever is accepted.
         self._draw_key, self._coin_key = mx.random.split(mx.random.key(self.sampling.seed))
-        self.cache = Cache(target.config, target.dtype, max_block=max_draft_tokens + 1)
+        self.cache = Cache(target.config, target.dtype, max_block=max_draft_tokens + 1, quantization=kv_quantization)
         self._penalties = Penalties(self.sampling, target.config.vocab_size)
         # The tokens the next one is penalized for, the bonus token last; -1 where the text is shorter.
         self._context = mx.full((self._penalties.context_size,), -1, mx.int32)
@@ -207,9 +210,11 @@ class Stream:
         if self.processors:
             self._text = mx.array(prompt, mx.int32)
         self._remember(mx.array(prompt[-self._context.size :], mx.int32))
-        for start in range(0, len(prompt), step_size):
-            chunk = prompt[start : start + step_size]
-            is_last = start + len(chunk) == len(prompt)
+        done = 0
+        while done < len(prompt):
+            chunk = prompt[done : done + self.cache.longest_pass(step_size)]
+            done += len(chunk)
+            is_last = done == len(prompt)
             output = self.target(mx.array([chunk], mx.int32), self.cache, logit_rows=int(is_last))
             self._hidden = output.hidden[:, -1:]
             self.cache.set_length(self.cache.length + len(chunk))
@@ -221,7 +226,7 @@ class Stream:
             del output
             mx.eval(self._bonus, self._hidden, self._context, self.cache.arrays())
             if on_progress is not None:
-                on_progress(start + len(chunk), len(prompt))
+                on_progress(done, len(prompt))
         token = self._read(self._bonus[0])
         self._append(token)
         return Round(token, 0, 0, self._read_logprobs(logprobs, 1), self.host_reads)
@@ -252,8 +257,9 @@ class Stream:
         return Round(tokens, k, count, logprobs, self.host_reads - reads)
 
     def longest_draft(self) -> int:
-        """Most tokens that the next round can draft. An exact one looks at no more K/V rows than a plain one would."""
-        most = self.cache.max_block - 1
+        """Most tokens that the next round can draft: its rows lie on one side of where K/V quantization begins, and an
+        exact one looks at no more K/V rows than a plain one would."""
+        most = self.cache.longest_pass(self.cache.max_block) - 1
         return min(most, self.cache.rows_for(1) - self.cache.length - 1) if self.exact else most
 
     def _advance(self, k: int) -> Verified:
