@@ -8,10 +8,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from typing import Any
 
 from huggingface_hub.utils import tqdm
 
-from .engine import GenerationOptions, GenerationResponse, Model
+from .engine import (
+    DEFAULT_KV_GROUP_SIZE,
+    DEFAULT_QUANTIZED_KV_START,
+    GenerationOptions,
+    GenerationResponse,
+    Model,
+)
 from .errors import MTPError
 from .load import DEMO_PAIR, load
 from .sampling import ACCEPTANCE_RULES, Sampling
@@ -117,6 +124,29 @@ def _add_penalty_options(parser: argparse.ArgumentParser) -> None:
     add("--logit-bias", type=_logit_bias, default={}, metavar="JSON", help='Added to logits: {"token id": bias, ...}.')
 
 
+def add_kv_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--kv-bits", type=int, metavar="8|4", help="Quantize the K/V of full-attention layers (default: no).")
+    add(
+        "--kv-group-size",
+        type=int,
+        default=DEFAULT_KV_GROUP_SIZE,
+        help="Values of a K/V row quantized together: 32, 64 or 128 (default: %(default)s).",
+    )
+    add(
+        "--quantized-kv-start",
+        type=int,
+        default=DEFAULT_QUANTIZED_KV_START,
+        metavar="N",
+        help="Number of tokens from which on they are (default: %(default)s).",
+    )
+
+
+def read_kv_options(args: argparse.Namespace) -> dict[str, Any]:
+    """As fields of `GenerationOptions`."""
+    return {name: vars(args)[name] for name in ("kv_bits", "kv_group_size", "quantized_kv_start")}
+
+
 def add_thinking_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--enable-thinking",
@@ -199,7 +229,13 @@ def calibrate(model: Model, options: GenerationOptions, *, anew: bool = False) -
             bar.total = total
             bar.update(done - bar.n)
 
-        model.calibrate(options.sampling, anew=anew, on_progress=update)
+        model.calibrate(
+            options.sampling,
+            kv_bits=options.kv_bits,
+            kv_group_size=options.kv_group_size,
+            anew=anew,
+            on_progress=update,
+        )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 from .cli import (
     INTERRUPTED,
+    add_kv_options,
     add_model_options,
     add_sampling_options,
     add_thinking_options,
@@ -20,6 +21,7 @@ from .cli import (
     load_or_demo,
     prefill_bar,
     print_stream,
+    read_kv_options,
     read_sampling,
     summarize,
 )
@@ -58,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_PREFILL_STEP,
         help="Prompt tokens read per pass (default: %(default)s).",
     )
+    add_kv_options(parser)
     parser.add_argument("--stop", action="append", default=[], help="End the text before this string; may be repeated.")
     parser.add_argument("--ignore-eos", action="store_true", help="Go on after the model's own stop tokens.")
     parser.add_argument("--min-tokens", type=int, default=0, help="No stop token before this many (default: 0).")
@@ -140,6 +143,7 @@ def _options(args: argparse.Namespace) -> GenerationOptions:
         thinking_budget=args.thinking_budget,
         num_draft_tokens=args.num_draft_tokens,
         prefill_step_size=args.prefill_step_size,
+        **read_kv_options(args),
     )
 
 
