@@ -85,6 +85,8 @@ class Cache:
         quantization: KVQuantization | None = None,
     ) -> None:
         self.config = config
+        if quantization is not None:
+            check_group_size(config, quantization)
         self.quantization = quantization
         self.is_quantized = quantization is not None and quantization.start <= 0
         self.max_block = max_block
@@ -98,8 +100,6 @@ class Cache:
         for index, layer in enumerate(config.layers):
             if layer.has_kv:
                 is_full = layer.layer_type == "full_attention"
-                if is_full and quantization is not None:
-                    _check_group_size(quantization.group_size, layer.head_dim)
                 quantized = quantization if is_full and self.is_quantized else None
                 shape = (1, layer.num_kv_heads, self.capacity if is_full else self.ring, layer.head_dim)
                 self.keys[index] = _zeros(shape, dtype, quantized)
@@ -259,7 +259,9 @@ def ring_positions(end: mx.array, ring: int) -> mx.array:
     return last - (last - mx.arange(ring)) % ring
 
 
-def _check_group_size(group_size: int, head_dim: int) -> None:
+def check_group_size(config: TextConfig, quantization: KVQuantization) -> None:
+    """Raises OptionError if the groups do not divide the full-attention heads."""
+    head_dim, group_size = config.layers[config.last_kv_layer("full_attention")].head_dim, quantization.group_size
     if head_dim % group_size:
         raise OptionError(
             f"kv_group_size is {group_size}, which does not divide the {head_dim} values of a full-attention head"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import mlx.core as mx
 
-from .cache import KVQuantization
+from .cache import KVQuantization, check_group_size
 from .calibration import device_identity, measure_rounds, read_or_measure
 from .config import DrafterConfig, TargetConfig
 from .draft_length import MAX_DRAFT_TOKENS, CostCurve, DraftLength
@@ -89,8 +89,8 @@ class GenerationOptions:
             value = vars(self)[name]
             # Of the type as well: 8.0 equals 8, but MLX takes no float.
             if not any(type(value) is type(choice) and value == choice for choice in choices):
-                known = " or ".join(str(choice) for choice in choices if choice is not None)
-                raise OptionError(f"{name} must be {known}, found {value!r}")
+                *most, last = [choice for choice in choices if choice is not None]
+                raise OptionError(f"{name} must be {', '.join(map(str, most))} or {last}, found {value!r}")
         least = dict.fromkeys(
             ["min_tokens", "logprobs", "thinking_budget", "num_draft_tokens", "quantized_kv_start"], 0
         )
@@ -306,6 +306,8 @@ class Model:
             raise OptionError("the cost of rounds is asked for, but no drafter is loaded")
         drafter, sampling = self.drafter, sampling or Sampling()
         kv = GenerationOptions(kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=0).kv_quantization
+        if kv is not None:
+            check_group_size(self.config.text, kv)
         identity = self._identity(sampling, kv)
         key = repr(identity)
         if anew or key not in self._curves:
