@@ -131,8 +131,9 @@ class Rounds:
 
     def run(self, stream: "Stream", k: int) -> Verified:
         cache, options = stream.cache, repr(replace(stream.sampling, seed=0))
-        quantization = cache.quantization if cache.is_quantized else None
-        shape = (k, cache.visible, cache.capacity, cache.max_block, quantization, stream.logprobs, options)
+        # From where on does not matter once they are.
+        kv = cache.quantization._replace(start=0) if cache.quantization and cache.is_quantized else None
+        shape = (k, cache.visible, cache.capacity, cache.max_block, kv, stream.logprobs, options)
         is_new = shape not in self._functions and not self.always
         function = self._functions.pop(shape, None)
         if is_new:
