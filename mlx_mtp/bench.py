@@ -22,7 +22,7 @@ import mlx.core as mx
 from huggingface_hub.utils import tqdm
 from mlx.utils import tree_flatten
 
-from .cli import add_model_options, calibrate, exit_status, load_or_demo
+from .cli import add_kv_options, add_model_options, calibrate, exit_status, load_or_demo, read_kv_options
 from .draft_length import CostCurve
 from .engine import GenerationOptions, Model
 from .errors import OptionError
@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "peers, and read the pair's folders themselves.",
     )
     add("--dtype", choices=_DTYPES, help="Compute in this type (default: the checkpoint's).")
+    add_kv_options(parser)
     add("--plot", type=Path, metavar="DIR", help="Draw the figures into this new folder, as PNG files.")
     add("--json", action="store_true", help="Print nothing but the last line, a JSON object with all figures.")
     return parser
@@ -161,6 +162,10 @@ def _run(args: argparse.Namespace) -> int:
             raise OptionError(f"{name} must be at least {least}, found {vars(args)[name]}")
     if args.exact and args.dtype is not None:
         raise OptionError("--exact is found out in the checkpoint's own type: leave out --dtype")
+    if args.peers and args.kv_bits is not None:
+        raise OptionError("--peers run with K/V that are not quantized: leave out --kv-bits")
+    # Made first: what is wrong with the options shows before seconds of loading.
+    options = GenerationOptions(max_tokens=args.max_tokens, ignore_eos=True, **read_kv_options(args))
     if args.plot is not None:
         check_plots(args.plot)
     model = load_or_demo(args)
@@ -172,9 +177,12 @@ def _run(args: argparse.Namespace) -> int:
     samplings = {t: replace(model.default_sampling, temperature=t, seed=args.seed) for t in args.temps}
     prompts = {(kind, n): prompt(model, kind, n, args.max_tokens) for kind in args.kinds for n in args.contexts}
     for sampling in samplings.values():
-        calibrate(model, GenerationOptions(sampling=sampling), anew=True)
-    counts = {t: {str(k): count_operations(model, k, s) for k in lengths if k != AUTO} for t, s in samplings.items()}
+        calibrate(model, replace(options, sampling=sampling), anew=True)
+    counts = {
+        t: {str(k): count_operations(model, k, s, options) for k in lengths if k != AUTO} for t, s in samplings.items()
+    }
     report = {"environment": environment(), "target": str(model.config.path.parent), **bound(model), "cases": []}
+    report |= read_kv_options(args) if args.kv_bits is not None else {"kv_bits": None}
     report["dtype"] = str(model.target.dtype).removeprefix("mlx.core.")
     drafter = None if model.drafter_config is None else model.drafter_config.path.parent
     report["drafter"] = None if drafter is None else str(drafter)
@@ -186,8 +194,8 @@ def _run(args: argparse.Namespace) -> int:
             for temperature, sampling in samplings.items():
                 settings: dict[int | str, Setting] = {k: Setting() for k in lengths}
                 settings |= {name: Setting(run) for name, run in peers.items()}
-                measure(model, tokens, sampling, settings, args, bar)
-                curve = None if model.drafter is None else model.calibrate(sampling)
+                measure(model, tokens, replace(options, sampling=sampling), settings, args, bar)
+                curve = None if model.drafter is None else _curve(model, sampling, options)
                 case = {"kind": kind, "context": context, "temperature": temperature}
                 report["cases"].append(case | summary(settings, curve) | {"operations": counts[temperature]})
                 if not args.json:
@@ -220,27 +228,23 @@ def _reason(error: Exception) -> str:
 def measure(
     model: Model,
     prompt: list[int],
-    sampling: Sampling,
+    options: GenerationOptions,
     settings: dict[int | str, Setting],
     args: Any,
     bar: Any,
 ) -> None:
     """All settings in turn, `args.repeats` times after a first that does not count."""
+    first = options.sampling
     for repeat in range(-1, args.repeats):
         for k, setting in settings.items():
             time.sleep(args.cool_down)
             mx.reset_peak_memory()
+            sampling = replace(first, seed=first.seed + max(0, repeat))
             if setting.peer is not None:
-                _measure_peer(setting, prompt, replace(sampling, seed=sampling.seed + max(0, repeat)), args, repeat)
+                _measure_peer(setting, prompt, sampling, args, repeat)
                 bar.update()
                 continue
-            options = GenerationOptions(
-                max_tokens=args.max_tokens,
-                ignore_eos=True,
-                num_draft_tokens=k,  # type: ignore[arg-type]
-                sampling=replace(sampling, seed=sampling.seed + max(0, repeat)),
-            )
-            last = model.generate(prompt, options).last
+            last = model.generate(prompt, options, num_draft_tokens=k, sampling=sampling).last
             bar.update()
             if repeat < 0:
                 continue
@@ -261,9 +265,14 @@ def _measure_peer(setting: Setting, prompt: list[int], sampling: Sampling, args:
         setting.tps += [rate] if repeat >= 0 else []
 
 
-def count_operations(model: Model, k: int, sampling: Sampling) -> int:
+def _curve(model: Model, sampling: Sampling, options: GenerationOptions) -> CostCurve:
+    return model.calibrate(sampling, kv_bits=options.kv_bits, kv_group_size=options.kv_group_size)
+
+
+def count_operations(model: Model, k: int, sampling: Sampling, options: GenerationOptions) -> int:
     """Of a round of k draft tokens on this device, about as many as kernels are launched."""
-    return operations(round_outputs(model.target, model.drafter, k, sampling)).total()
+    kv = options.kv_quantization
+    return operations(round_outputs(model.target, model.drafter, k, sampling, kv_quantization=kv)).total()
 
 
 def summary(settings: dict[int | str, Setting], curve: CostCurve | None) -> dict[str, Any]:

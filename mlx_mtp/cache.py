@@ -5,31 +5,66 @@ max_block` slots: the `max_block` spare slots keep rejected rows from overwritin
 position a slot holds follows from the offset alone, and masks are made from positions, so the order of rows in the ring
 does not matter (keys are stored rotated). Rows at or beyond the offset are never visible; the next pass overwrites
 them.
+
+Full-attention buffers may be quantized. Passes from position `KVQuantization.start` on write and see quantized rows
+only, passes before it none, and no pass lies on both sides: what a row sees depends on its position alone, however many
+rows a pass has. Rings, whose size is fixed, are never quantized.
 """
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from .config import LayerType, TextConfig
+from .config import LayerConfig, LayerType, TextConfig
+from .errors import OptionError
 
 # Full-attention buffers grow by at least this many rows at a time.
 CAPACITY_STEP = 256
 
 
+class KVQuantization(NamedTuple):
+    """How the K/V of full-attention layers are quantized (affine, along head_dim), and the position it begins at."""
+
+    bits: int
+    group_size: int
+    start: int
+
+
+class Quantized(NamedTuple):
+    """Quantized K/V rows: `packed` is uint32 [1, kv_heads, rows, head_dim * bits / 32], `scales` and `biases` are
+    [1, kv_heads, rows, head_dim / group_size]."""
+
+    packed: mx.array
+    scales: mx.array
+    biases: mx.array
+    bits: int
+    group_size: int
+
+    @property
+    def parts(self) -> tuple[mx.array, mx.array, mx.array]:
+        return self.packed, self.scales, self.biases
+
+    def each(self, change: Callable[[mx.array], mx.array]) -> "Quantized":
+        """With every part changed in the same way."""
+        packed, scales, biases = map(change, self.parts)
+        return Quantized(packed, scales, biases, self.bits, self.group_size)
+
+
+# K/V rows, [1, kv_heads, rows, head_dim] where they are not quantized.
+Rows = mx.array | Quantized
+
+
 class View(NamedTuple):
-    """K/V rows a layer attends to, and which of them each query sees.
+    """K/V rows a layer attends to, and which of them each query sees: `mask` is boolean [queries, rows]."""
 
-    `keys` and `values` are [1, kv_heads, rows, head_dim], `mask` is boolean [queries, rows].
-    """
-
-    keys: mx.array
-    values: mx.array
+    keys: Rows
+    values: Rows
     mask: mx.array
 
 
 # Keys and values by layer.
-Buffers = dict[int, tuple[mx.array, mx.array]]
+Buffers = dict[int, tuple[Rows, Rows]]
 
 
 class Cache:
@@ -38,25 +73,41 @@ class Cache:
     `offset` (device) and `length` (host) are the number of valid positions; they are the same number, and `length` is
     what the host last knew. `max_block` is the largest number of rows one verify pass may write. `visible` is how many
     rows of the full-attention buffers a pass and the drafter look at: no fewer than are valid, in steps, so that passes
-    of the same shape follow each other, at a cost that does not depend on the capacity.
+    of the same shape follow each other, at a cost that does not depend on the capacity. `is_quantized` says whether the
+    full-attention buffers are quantized yet; once they are, they stay so.
+
+    Raises OptionError if groups of `quantization` do not divide the full-attention heads.
     """
 
-    def __init__(self, config: TextConfig, dtype: mx.Dtype, *, max_block: int, capacity: int = CAPACITY_STEP) -> None:
+    def __init__(
+        self,
+        config: TextConfig,
+        dtype: mx.Dtype,
+        *,
+        max_block: int,
+        capacity: int = CAPACITY_STEP,
+        quantization: KVQuantization | None = None,
+    ) -> None:
         self.config = config
+        if quantization is not None:
+            check_group_size(config, quantization)
+        self.quantization = quantization
+        self.is_quantized = quantization is not None and quantization.start <= 0
         self.max_block = max_block
         self.ring = config.sliding_window + max_block
         self.capacity = rows_in_buffers(capacity)
         self.offset = mx.array(0, mx.int32)
         self.length = 0
         self.visible = self.capacity
-        self.keys: dict[int, mx.array] = {}
-        self.values: dict[int, mx.array] = {}
+        self.keys: dict[int, Rows] = {}
+        self.values: dict[int, Rows] = {}
         for index, layer in enumerate(config.layers):
             if layer.has_kv:
-                rows = self.capacity if layer.layer_type == "full_attention" else self.ring
-                shape = (1, layer.num_kv_heads, rows, layer.head_dim)
-                self.keys[index] = mx.zeros(shape, dtype)
-                self.values[index] = mx.zeros(shape, dtype)
+                is_full = layer.layer_type == "full_attention"
+                quantized = quantization if is_full and self.is_quantized else None
+                shape = (1, layer.num_kv_heads, self.capacity if is_full else self.ring, layer.head_dim)
+                self.keys[index] = _zeros(shape, dtype, quantized)
+                self.values[index] = _zeros(shape, dtype, quantized)
 
     def start(self, length: int) -> "Pass":
         """A forward pass that will write `length` rows at the offset. The offset itself is the caller's to advance."""
@@ -64,13 +115,21 @@ class Cache:
         return Pass(self, length)
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` more rows, and make them visible."""
+        """Make room for `length` more rows, and make them visible. Where quantization begins, it does here."""
+        if self.quantization is not None and not self.is_quantized and self.length >= self.quantization.start:
+            self._quantize(self.quantization)
         self.visible = self.rows_for(length)
         self._grow(self.visible)
 
     def rows_for(self, length: int) -> int:
         """How many rows are visible with room for `length` more."""
         return rows_in_buffers(self.length + length)
+
+    def longest_pass(self, length: int) -> int:
+        """How many of `length` rows the next pass can write: none goes beyond where quantization begins, since its rows
+        would see others than those of shorter passes do."""
+        start = 0 if self.quantization is None else self.quantization.start
+        return min(length, start - self.length) if self.length < start else length
 
     def set_length(self, length: int) -> None:
         """Set the number of valid positions, known on the host. Rows beyond it are forgotten."""
@@ -90,7 +149,9 @@ class Cache:
         up to it, and down to `max_block` - 1 below."""
         for index, (keys, values) in (full | rings).items():
             self.keys[index], self.values[index] = keys, values
-        self.capacity = next(keys.shape[2] for keys, _ in full.values())
+        keys, _ = next(iter(full.values()))
+        self.is_quantized = isinstance(keys, Quantized)
+        self.capacity = parts_of(keys)[0].shape[2]
         self.set_length(length)
 
     def draft_view(self, layer_type: LayerType) -> View:
@@ -102,7 +163,7 @@ class Cache:
         if layer_type == "full_attention":
             rows = self.visible
             mask = mx.arange(rows) < self.offset
-            return View(self.keys[layer][:, :, :rows], self.values[layer][:, :, :rows], mask[None])
+            return View(_first(self.keys[layer], rows), _first(self.values[layer], rows), mask[None])
         positions = ring_positions(self.offset, self.ring)
         mask = (positions >= 0) & (positions >= self.offset - 1 - self.config.sliding_window)
         return View(self.keys[layer], self.values[layer], mask[None])
@@ -110,7 +171,8 @@ class Cache:
     def arrays(self) -> list[mx.array]:
         """Every array of the state, to be evaluated together: the offset, then keys and values in order of layers."""
         # Not in the order of the dictionaries, which growing changes.
-        return [self.offset, *(buffers[layer] for buffers in (self.keys, self.values) for layer in sorted(buffers))]
+        ordered = [buffers[layer] for buffers in (self.keys, self.values) for layer in sorted(buffers)]
+        return [self.offset, *(part for rows in ordered for part in parts_of(rows))]
 
     def take_arrays(self) -> list[mx.array]:
         """The same, leaving the cache without buffers: one is updated in place only if nothing else holds it."""
@@ -120,24 +182,36 @@ class Cache:
 
     def set_arrays(self, arrays: list[mx.array]) -> None:
         """Give the cache every array of its state, in the order of `arrays`."""
-        layers = [index for index, layer in enumerate(self.config.layers) if layer.has_kv]
-        self.offset = arrays[0]
-        self.keys = dict(zip(layers, arrays[1 : 1 + len(layers)], strict=True))
-        self.values = dict(zip(layers, arrays[1 + len(layers) :], strict=True))
+        left = iter(arrays)
+        self.offset = next(left)
+        layers = [(index, layer) for index, layer in enumerate(self.config.layers) if layer.has_kv]
+        self.keys, self.values = (
+            {index: self._next_rows(layer, left) for index, layer in layers} for _ in ("keys", "values")
+        )
+
+    def _next_rows(self, layer: LayerConfig, arrays: Iterator[mx.array]) -> Rows:
+        if self.quantization is None or not self.is_quantized or layer.layer_type != "full_attention":
+            return next(arrays)
+        bits, group_size, _ = self.quantization
+        return Quantized(next(arrays), next(arrays), next(arrays), bits, group_size)
 
     def _grow(self, grown: int) -> None:
         if grown <= self.capacity:
             return
+        self._replace_full(lambda rows: _extend(rows, grown - self.capacity))
+        self.capacity = grown
+
+    def _quantize(self, quantization: KVQuantization) -> None:
+        self._replace_full(lambda rows: _quantize(rows, quantization) if isinstance(rows, mx.array) else rows)
+        self.is_quantized = True
+
+    def _replace_full(self, change: Callable[[Rows], Rows]) -> None:
+        """Replace the buffers of full attention one at a time, so that two copies of all never exist together."""
         for index, layer in enumerate(self.config.layers):
             if layer.has_kv and layer.layer_type == "full_attention":
-                shape = (1, layer.num_kv_heads, grown - self.capacity, layer.head_dim)
                 for buffers in (self.keys, self.values):
-                    old = buffers.pop(index)
-                    buffers[index] = mx.concatenate([old, mx.zeros(shape, old.dtype)], axis=2)
-                    del old
-                    # One buffer at a time, so that two copies of all of them never exist together.
-                    mx.eval(buffers[index])
-        self.capacity = grown
+                    buffers[index] = change(buffers.pop(index))
+                    mx.eval(parts_of(buffers[index]))
 
 
 class Pass:
@@ -165,17 +239,10 @@ class Pass:
     def write(self, layer: int, keys: mx.array, values: mx.array) -> View:
         """Store a layer's new rows, [1, kv_heads, length, head_dim] each, and return what that layer attends to."""
         if self.cache.config.layers[layer].layer_type == "full_attention":
-            view = View(
-                self._write_full(self.cache.keys, layer, keys),
-                self._write_full(self.cache.values, layer, values),
-                self._full_mask,
-            )
+            write, mask = self._write_full, self._full_mask
         else:
-            view = View(
-                self._write_ring(self.cache.keys, layer, keys),
-                self._write_ring(self.cache.values, layer, values),
-                self._sliding_mask,
-            )
+            write, mask = self._write_ring, self._sliding_mask
+        view = View(write(self.cache.keys, layer, keys), write(self.cache.values, layer, values), mask)
         self._views[layer] = view
         return view
 
@@ -183,16 +250,26 @@ class Pass:
         """What an earlier layer attended to in this pass, for the layers that share its K/V."""
         return self._views[layer]
 
-    def _write_full(self, buffers: dict[int, mx.array], layer: int, rows: mx.array) -> mx.array:
-        buffers[layer] = mx.slice_update(buffers[layer], rows, self.offset[None], axes=(2,))
-        return buffers[layer][:, :, : self.cache.visible]
-
-    def _write_ring(self, buffers: dict[int, mx.array], layer: int, rows: mx.array) -> mx.array:
+    def _write_full(self, buffers: dict[int, Rows], layer: int, rows: mx.array) -> Rows:
         old = buffers[layer]
+        if isinstance(old, mx.array):
+            buffers[layer] = self._update(old, rows)
+        else:
+            new = iter(_quantize(rows, old).parts)
+            buffers[layer] = old.each(lambda part: self._update(part, next(new)))
+        return _first(buffers[layer], self.cache.visible)
+
+    def _update(self, buffer: mx.array, rows: mx.array) -> mx.array:
+        return mx.slice_update(buffer, rows, self.offset[None], axes=(2,))
+
+    def _write_ring(self, buffers: dict[int, Rows], layer: int, rows: mx.array) -> mx.array:
+        old = buffers[layer]
+        assert isinstance(old, mx.array)
         kept = rows[:, :, -self._slots.size :]
         slots = mx.broadcast_to(self._slots[None, None, :, None], kept.shape)
-        buffers[layer] = mx.put_along_axis(old, slots, kept, axis=2)
-        return buffers[layer] if self._fits else mx.concatenate([old, rows], axis=2)
+        new = mx.put_along_axis(old, slots, kept, axis=2)
+        buffers[layer] = new
+        return new if self._fits else mx.concatenate([old, rows], axis=2)
 
 
 def ring_positions(end: mx.array, ring: int) -> mx.array:
@@ -202,6 +279,51 @@ def ring_positions(end: mx.array, ring: int) -> mx.array:
     """
     last = end - 1
     return last - (last - mx.arange(ring)) % ring
+
+
+def check_group_size(config: TextConfig, quantization: KVQuantization) -> None:
+    """Raises OptionError if the groups do not divide the full-attention heads."""
+    head_dim, group_size = config.layers[config.last_kv_layer("full_attention")].head_dim, quantization.group_size
+    if head_dim % group_size:
+        raise OptionError(
+            f"kv_group_size is {group_size}, which does not divide the {head_dim} values of a full-attention head"
+        )
+
+
+def _zeros(shape: tuple[int, ...], dtype: mx.Dtype, quantization: KVQuantization | None) -> Rows:
+    """Rows of zeros, which quantized have scales and biases of zero."""
+    if quantization is None:
+        return mx.zeros(shape, dtype)
+    bits, group_size, _ = quantization
+    *lead, head_dim = shape
+    scales = (*lead, head_dim // group_size)
+    packed = mx.zeros((*lead, head_dim * bits // 32), mx.uint32)
+    return Quantized(packed, mx.zeros(scales, dtype), mx.zeros(scales, dtype), bits, group_size)
+
+
+def _quantize(rows: mx.array, how: KVQuantization | Quantized) -> Quantized:
+    """Each row by itself, so that its bits do not depend on how many there are."""
+    packed, scales, biases = mx.quantize(rows, group_size=how.group_size, bits=how.bits)
+    return Quantized(packed, scales, biases, how.bits, how.group_size)
+
+
+def parts_of(rows: Rows) -> tuple[mx.array, ...]:
+    """The arrays that rows consist of."""
+    return (rows,) if isinstance(rows, mx.array) else rows.parts
+
+
+def _first(rows: Rows, count: int) -> Rows:
+    return rows[:, :, :count] if isinstance(rows, mx.array) else rows.each(lambda part: part[:, :, :count])
+
+
+def _extend(rows: Rows, more: int) -> Rows:
+    """With `more` rows of zeros."""
+
+    def extend(part: mx.array) -> mx.array:
+        *lead, _, width = part.shape
+        return mx.concatenate([part, mx.zeros((*lead, more, width), part.dtype)], axis=2)
+
+    return extend(rows) if isinstance(rows, mx.array) else rows.each(extend)
 
 
 def rows_in_buffers(rows: int) -> int:

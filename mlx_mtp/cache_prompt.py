@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from .cli import add_model_options, exit_status, load_or_demo, prefill_bar
-from .engine import DEFAULT_PREFILL_STEP
+from .cli import add_kv_options, add_model_options, exit_status, load_or_demo, prefill_bar, read_kv_options
+from .engine import DEFAULT_PREFILL_STEP, GenerationOptions
 from .errors import OutputError
 from .tokenizer import encode_in_parts
 
@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--enable-thinking", action="store_true", help="Begin as for an answer that may begin with a thought."
     )
+    add_kv_options(parser)
     return parser
 
 
@@ -39,6 +40,7 @@ def _run(args: argparse.Namespace) -> int:
     file = Path(args.prompt_cache)
     if not file.parent.is_dir() or file.is_dir():
         raise OutputError(f"{file}: cannot be written: it is a folder, or would lie in none")
+    options = GenerationOptions(**read_kv_options(args))
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     model = load_or_demo(args)
     prompt = encode_in_parts(
@@ -50,7 +52,7 @@ def _run(args: argparse.Namespace) -> int:
         enable_thinking=args.enable_thinking,
     )
     with prefill_bar(len(prompt), DEFAULT_PREFILL_STEP) as on_prefill:
-        count = model.save_prompt(prompt, file, on_prefill=on_prefill)
+        count = model.save_prompt(prompt, file, options, on_prefill=on_prefill)
     print(f"{file}: {count} tokens, {file.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
     return 0
 

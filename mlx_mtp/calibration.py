@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .acceptance import Draft
-from .cache import Cache
+from .cache import Cache, KVQuantization
 from .draft_length import MAX_DRAFT_TOKENS, CostCurve
 from .drafter import Allow, Choose, DraftContext, Drafter, choose_best
 from .errors import CalibrationError, OutputError
@@ -135,7 +135,11 @@ class _GivenDraft(Drafter):
 
 
 def measure_rounds(
-    target: Target, drafter: Drafter, sampling: Sampling, on_progress: Progress | None = None
+    target: Target,
+    drafter: Drafter,
+    sampling: Sampling,
+    on_progress: Progress | None = None,
+    kv_quantization: KVQuantization | None = None,
 ) -> CostCurve:
     """Time verify passes of 1 to 9 rows, draft steps, and whole rounds, in turn: medians, in seconds.
 
@@ -145,7 +149,14 @@ def measure_rounds(
     given = _GivenDraft(drafter, drafter.num_candidates if draws else None)
     runs: dict[tuple[str, int], Callable[[], object]] = {}
     for name, who, lengths in (("verify", given, range(MAX_DRAFT_TOKENS + 1)), ("round", drafter, _MEASURED)):
-        stream = Stream(target, who, max_draft_tokens=MAX_DRAFT_TOKENS, sampling=sampling, rounds=Rounds())
+        stream = Stream(
+            target,
+            who,
+            max_draft_tokens=MAX_DRAFT_TOKENS,
+            sampling=sampling,
+            rounds=Rounds(),
+            kv_quantization=kv_quantization,
+        )
         stream.prefill([(7 * i + 5) % target.config.vocab_size for i in range(_CONTEXT)], _CONTEXT)
         for k in lengths:
             runs[name, k] = partial(_round, stream, k)

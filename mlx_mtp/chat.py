@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from .cli import (
+    add_kv_options,
     add_model_options,
     add_sampling_options,
     add_thinking_options,
@@ -21,6 +22,7 @@ from .cli import (
     load_model,
     prefill_bar,
     print_stream,
+    read_kv_options,
     read_sampling,
     summarize,
 )
@@ -63,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_sampling_options(parser)
     add_thinking_options(parser)
+    add_kv_options(parser)
     parser.add_argument("--verbose", action="store_true", help="Say what was loaded, and the figures of each answer.")
     return parser
 
@@ -150,15 +153,17 @@ def _mean_tps(timed: list[tuple[int, float]]) -> float:
 
 
 def _run(args: argparse.Namespace) -> int:
-    started = time.perf_counter()
-    model = load_model(args.model, args)
+    # Made first: what is wrong with the options shows before seconds of loading.
     options = GenerationOptions(
         max_tokens=args.max_tokens,
-        sampling=read_sampling(args, model),
         num_draft_tokens=args.num_draft_tokens,
         enable_thinking=args.enable_thinking,
         thinking_budget=args.thinking_budget,
+        **read_kv_options(args),
     )
+    started = time.perf_counter()
+    model = load_model(args.model, args, options)
+    options = replace(options, sampling=read_sampling(args, model))
     calibrate(model, options)
     chat = _Chat(model, options, args.system_prompt)
     chat.check()

@@ -9,13 +9,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from huggingface_hub.utils import tqdm
 
-from .engine import GenerationOptions, GenerationResponse, Model
+from .engine import (
+    DEFAULT_KV_GROUP_SIZE,
+    DEFAULT_QUANTIZED_KV_START,
+    GenerationOptions,
+    GenerationResponse,
+    Model,
+)
 from .errors import MTPError, OptionError
-from .load import DEMO_PAIR, load
+from .load import DEMO_PAIR, load, plan_memory
 from .memory import parse_bytes
 from .sampling import ACCEPTANCE_RULES, Sampling
 
@@ -132,6 +139,29 @@ def _add_penalty_options(parser: argparse.ArgumentParser) -> None:
     add("--logit-bias", type=_logit_bias, default={}, metavar="JSON", help='Added to logits: {"token id": bias, ...}.')
 
 
+def add_kv_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--kv-bits", type=int, metavar="8|4", help="Quantize the K/V of full-attention layers (default: no).")
+    add(
+        "--kv-group-size",
+        type=int,
+        default=DEFAULT_KV_GROUP_SIZE,
+        help="Values of a K/V row quantized together: 32, 64 or 128 (default: %(default)s).",
+    )
+    add(
+        "--quantized-kv-start",
+        type=int,
+        default=DEFAULT_QUANTIZED_KV_START,
+        metavar="N",
+        help="Number of tokens from which on they are (default: %(default)s).",
+    )
+
+
+def read_kv_options(args: argparse.Namespace) -> dict[str, Any]:
+    """As fields of `GenerationOptions`."""
+    return {name: vars(args)[name] for name in ("kv_bits", "kv_group_size", "quantized_kv_start")}
+
+
 def add_thinking_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--enable-thinking",
@@ -164,18 +194,20 @@ def _logit_bias(text: str) -> dict[int, float]:
         raise argparse.ArgumentTypeError(f"expected a JSON object of token ids and numbers, found {text!r}") from None
 
 
-def load_model(name: str | Path, args: argparse.Namespace) -> Model:
-    """Load with the options that `add_model_options` added. On a Mac, what the device recommends as a working set stays
-    resident, as mlx-lm has it."""
+def load_model(name: str | Path, args: argparse.Namespace, options: GenerationOptions | None = None) -> Model:
+    """Load with the options that `add_model_options` added; `options` are those that the memory limit is checked for.
+    On a Mac, what the device recommends as a working set stays resident, as mlx-lm has it."""
     if mx.metal.is_available():
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     if args.memory_limit is not None:
         # MLX's cache of freed buffers gives way before it.
         mx.set_memory_limit(args.memory_limit)
-    return load(name, args.drafter, exact=args.exact, max_context=args.max_context, memory_limit=args.memory_limit)
+        limits = {"max_context": args.max_context, "memory_limit": args.memory_limit}
+        plan_memory(name, args.drafter, options=options, **limits)
+    return load(name, args.drafter, exact=args.exact, max_context=args.max_context)
 
 
-def load_or_demo(args: argparse.Namespace) -> Model:
+def load_or_demo(args: argparse.Namespace, options: GenerationOptions | None = None) -> Model:
     """The model named, else the demo pair; what is not as a user may expect is said on stderr."""
     name = args.model
     if name is None:
@@ -184,7 +216,7 @@ def load_or_demo(args: argparse.Namespace) -> Model:
             "no --model: the demo pair in the package, 3 million parameters that know Python source only",
             file=sys.stderr,
         )
-    model = load_model(name, args)
+    model = load_model(name, args, options)
     if model.drafter is None and args.drafter is None:
         print(f"no drafter found for {name}: decoding plainly (name one with --drafter)", file=sys.stderr)
     return model
@@ -232,7 +264,13 @@ def calibrate(model: Model, options: GenerationOptions, *, anew: bool = False) -
             bar.total = total
             bar.update(done - bar.n)
 
-        model.calibrate(options.sampling, anew=anew, on_progress=update)
+        model.calibrate(
+            options.sampling,
+            kv_bits=options.kv_bits,
+            kv_group_size=options.kv_group_size,
+            anew=anew,
+            on_progress=update,
+        )
 
 
 @contextmanager

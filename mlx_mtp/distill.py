@@ -62,11 +62,11 @@ def study(target: Target, tokens: list[int]) -> Lesson:
     keys_values: dict[LayerType, tuple[mx.array, mx.array]] = {}
     for layer_type in ("sliding_attention", "full_attention"):
         layer = target.config.last_kv_layer(layer_type)
+        keys, values = cache.keys[layer], cache.values[layer]
+        assert isinstance(keys, mx.array)
+        assert isinstance(values, mx.array)
         # The ring is longer than the text, so that row p holds position p in both kinds of buffer.
-        keys_values[layer_type] = (
-            cache.keys[layer][:, :, : len(tokens)],
-            cache.values[layer][:, :, : len(tokens)],
-        )
+        keys_values[layer_type] = keys[:, :, : len(tokens)], values[:, :, : len(tokens)]
     lesson = Lesson(target.embed(ids), output.hidden, keys_values)
     mx.eval(lesson)
     return lesson

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import mlx.core as mx
 
 from . import prompt_cache
+from .cache import KVQuantization, check_group_size
 from .calibration import device_identity, measure_rounds, read_or_measure
 from .config import DrafterConfig, TargetConfig
 from .draft_length import MAX_DRAFT_TOKENS, CostCurve, DraftLength
 from .drafter import Drafter
-from .errors import OptionError, PromptError
+from .errors import OptionError, PromptCacheError, PromptError
+from .exact import check_exact
 from .gemma4 import Target
 from .guide import Channel, Guide, compile_grammar
 from .memory import memory_size
@@ -38,6 +40,12 @@ DEFAULT_PREFILL_STEP = 512
 _SNAPSHOT_EVERY = 2048
 # Share of the machine's memory for prompts read before.
 _PROMPT_CACHE_SHARE = 0.1
+# As in mlx-lm.
+DEFAULT_KV_GROUP_SIZE = 64
+DEFAULT_QUANTIZED_KV_START = 5000
+KV_BITS = (4, 8)
+# Those that MLX has kernels for.
+KV_GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,10 @@ class GenerationOptions:
     With `reuse_prompt`, what the prompt has in common with earlier ones of the same model is not read again, and it is
     kept for later ones (see `Model.prompt_cache`). An exact model reads every prompt, as sums round by their order.
 
+    With `kv_bits`, 8 or 4, the K/V of full-attention layers are quantized in groups of `kv_group_size` values (32, 64
+    or 128, dividing the head size) as soon as there are `quantized_kv_start` tokens. That may change the text, but what
+    was said of `num_draft_tokens` still holds.
+
     Raises OptionError for a value out of range, and for options that contradict each other.
     """
 
@@ -81,9 +93,20 @@ class GenerationOptions:
     num_draft_tokens: int | Literal["auto"] = "auto"
     prefill_step_size: int = DEFAULT_PREFILL_STEP
     reuse_prompt: bool = True
+    kv_bits: int | None = None
+    kv_group_size: int = DEFAULT_KV_GROUP_SIZE
+    quantized_kv_start: int = DEFAULT_QUANTIZED_KV_START
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(["min_tokens", "logprobs", "thinking_budget", "num_draft_tokens"], 0)
+        for name, choices in (("kv_bits", (None, *KV_BITS)), ("kv_group_size", KV_GROUP_SIZES)):
+            value = vars(self)[name]
+            # Of the type as well: 8.0 equals 8, but MLX takes no float.
+            if not any(type(value) is type(choice) and value == choice for choice in choices):
+                *most, last = [choice for choice in choices if choice is not None]
+                raise OptionError(f"{name} must be {', '.join(map(str, most))} or {last}, found {value!r}")
+        least = dict.fromkeys(
+            ["min_tokens", "logprobs", "thinking_budget", "num_draft_tokens", "quantized_kv_start"], 0
+        )
         least |= {"max_tokens": 1, "prefill_step_size": 1}
         for name, minimum in least.items():
             value = vars(self)[name]
@@ -104,6 +127,12 @@ class GenerationOptions:
     def compiled_grammar(self) -> str | None:
         """What the answer is constrained to, in llguidance's form; None if to nothing."""
         return compile_grammar(json_schema=self.json_schema, regex=self.regex, grammar=self.grammar)
+
+    @property
+    def kv_quantization(self) -> KVQuantization | None:
+        return (
+            None if self.kv_bits is None else KVQuantization(self.kv_bits, self.kv_group_size, self.quantized_kv_start)
+        )
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -239,6 +268,7 @@ class Model:
         if chosen.min_tokens:
             processors.append(_no_stop_before(len(tokens) + chosen.min_tokens, eos))
         thought = None if self._channel is None else open_thought(self.tokenizer, self._channel, tokens)
+        self._check_exact(chosen.kv_quantization)
         k = self._draft_tokens(chosen)
         reuses = chosen.reuse_prompt and not self.exact
         stream = Stream(
@@ -253,6 +283,7 @@ class Model:
             rounds=self._rounds,
             exact=self.exact,
             snapshot_every=_SNAPSHOT_EVERY if reuses else None,
+            kv_quantization=chosen.kv_quantization,
         )
         rounds = decode(
             stream,
@@ -274,29 +305,49 @@ class Model:
         text, thought = "".join(r.text for r in responses), "".join(r.thought for r in responses)
         return GenerationResult(text, thought, [r.token for r in responses], responses[-1])
 
-    def save_prompt(self, prompt: Prompt, file: str | Path, *, on_prefill: Progress | None = None) -> int:
+    def save_prompt(
+        self,
+        prompt: Prompt,
+        file: str | Path,
+        options: GenerationOptions | None = None,
+        *,
+        on_prefill: Progress | None = None,
+        **changes: Any,
+    ) -> int:
         """Read a prompt and write its K/V to a safetensors file, for `load_prompt`. Returns its number of tokens.
+
+        Of the options, those of K/V quantization and `prefill_step_size` matter: the first must be the same when it is
+        gone on from.
 
         Raises PromptError and OptionError as `stream_generate` does, OutputError if the file cannot be written.
         """
+        chosen = replace(options or GenerationOptions(), **changes)
         tokens = self.encode(prompt)
         token_budget(tokens, 1, self.max_context)
         self._check_reuse()
-        stream = Stream(self.target, None, max_draft_tokens=MAX_DRAFT_TOKENS)
-        stream.read(tokens, DEFAULT_PREFILL_STEP, on_prefill)
+        kv = chosen.kv_quantization
+        stream = Stream(self.target, None, max_draft_tokens=MAX_DRAFT_TOKENS, kv_quantization=kv)
+        stream.read(tokens, chosen.prefill_step_size, on_prefill)
         entry = stream.entry()
         assert entry is not None
         prompt_cache.save(entry, Path(file), self._fingerprint)
         return len(tokens)
 
-    def load_prompt(self, file: str | Path) -> list[int]:
+    def load_prompt(self, file: str | Path, options: GenerationOptions | None = None, **changes: Any) -> list[int]:
         """Take a saved prompt into the prompt cache. Returns its tokens: prompts that begin with them and have at least
-        one more go on from there.
+        one more go on from there, if generated with the same options of K/V quantization.
 
-        Raises PromptCacheError if the file is damaged, of another model or of another version.
+        Raises PromptCacheError if the file is damaged, of another model or of another version, or was read with other
+        such options.
         """
         self._check_reuse()
+        expected = replace(options or GenerationOptions(), **changes).kv_quantization
         entry = prompt_cache.load(Path(file), self._fingerprint)
+        if entry.kind.quantization != expected:
+            raise PromptCacheError(
+                f"{file}: its K/V quantization is {entry.kind.quantization}, but {expected} is asked for: "
+                "kv_bits, kv_group_size and quantized_kv_start must be those it was made with"
+            )
         self.prompt_cache.limit = max(self.prompt_cache.limit, entry.nbytes)
         self.prompt_cache.put(entry)
         return list(entry.tokens)
@@ -306,28 +357,40 @@ class Model:
             raise OptionError("an exact model reuses no prompts: how its sums round depends on how they were read")
 
     def calibrate(
-        self, sampling: Sampling | None = None, *, anew: bool = False, on_progress: Progress | None = None
+        self,
+        sampling: Sampling | None = None,
+        *,
+        kv_bits: int | None = None,
+        kv_group_size: int = DEFAULT_KV_GROUP_SIZE,
+        anew: bool = False,
+        on_progress: Progress | None = None,
     ) -> CostCurve:
-        """What rounds cost on this machine with such sampling (greedy by default), in seconds.
+        """What rounds cost on this machine with such sampling (greedy by default), in seconds; with `kv_bits`, once K/V
+        are quantized.
 
         Measured once, in a few seconds, for all pairs of the same shapes, and kept in the user's cache directory (see
         `calibration.cache_directory`). The first generation that needs it does it otherwise. `anew` measures again.
 
-        Raises OptionError without a drafter, CalibrationError if the clock gives nonsense.
+        Raises OptionError without a drafter or for K/V options that cannot be honoured, CalibrationError if the clock
+        gives nonsense.
         """
         if self.drafter is None:
             raise OptionError("the cost of rounds is asked for, but no drafter is loaded")
         drafter, sampling = self.drafter, sampling or Sampling()
-        identity = self._identity(sampling)
+        kv = GenerationOptions(kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=0).kv_quantization
+        if kv is not None:
+            check_group_size(self.config.text, kv)
+        identity = self._identity(sampling, kv)
         key = repr(identity)
         if anew or key not in self._curves:
             self._curves[key] = read_or_measure(
-                identity, lambda: measure_rounds(self.target, drafter, sampling, on_progress), anew=anew
+                identity, lambda: measure_rounds(self.target, drafter, sampling, on_progress, kv), anew=anew
             )
         return self._curves[key]
 
-    def _identity(self, sampling: Sampling) -> dict[str, Any]:
-        """All that the cost of a round depends on. Of sampling, which options are in use."""
+    def _identity(self, sampling: Sampling, kv: KVQuantization | None) -> dict[str, Any]:
+        """All that the cost of a round depends on. Of sampling, which options are in use; of K/V, whether and how they
+        are quantized, not from where on: in texts so short that they never are, attention costs little either way."""
         defaults = vars(Sampling())
         options = sorted(name for name, value in vars(sampling).items() if name != "seed" and value != defaults[name])
         configs = [self.config, self.drafter_config]
@@ -336,6 +399,7 @@ class Model:
         assert head is not None
         shapes.append(repr((head.num_centroids, head.centroid_top_k, head.draft_vocab_size)))
         kind = {"pair": shapes, "dtype": str(self.target.dtype), "exact": self.exact, "sampling": options}
+        kind |= {"kv": None if kv is None else [kv.bits, kv.group_size]}
         return kind | device_identity()
 
     def _draft_tokens(self, options: GenerationOptions) -> int | DraftLength:
@@ -348,7 +412,22 @@ class Model:
             if self.exact and requested > MAX_DRAFT_TOKENS:
                 raise OptionError(f"num_draft_tokens is {requested}: exact passes verify at most {MAX_DRAFT_TOKENS}")
             return requested
-        return DraftLength(self.calibrate(options.sampling))
+        return DraftLength(
+            self.calibrate(options.sampling, kv_bits=options.kv_bits, kv_group_size=options.kv_group_size)
+        )
+
+    def _check_exact(self, kv: KVQuantization | None) -> None:
+        """`load` has checked passes over K/V that are not quantized."""
+        if not self.exact or kv is None:
+            return
+        kv = kv._replace(start=0)
+        if kv not in self._checked:
+            check_exact(self.target, self._rounds, kv)
+            self._checked.add(kv)
+
+    @cached_property
+    def _checked(self) -> set[KVQuantization]:
+        return set()
 
     @cached_property
     def _fingerprint(self) -> str:

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .acceptance import Draft
-from .cache import Cache
+from .cache import Cache, KVQuantization
 from .draft_length import MAX_DRAFT_TOKENS
 from .drafter import Allow, Choose, DraftContext, Drafter, choose_best
 from .errors import OptionError
@@ -177,18 +177,18 @@ class _GivenDraft(Drafter):
         return Draft(mx.array([self.tokens[:k]], mx.int32))
 
 
-def check_exact(target: Target, rounds: Rounds) -> None:
-    """Compare compiled rounds that verify several rows with plain ones, bit by bit.
+def check_exact(target: Target, rounds: Rounds, kv_quantization: KVQuantization | None = None) -> None:
+    """Compare compiled rounds that verify several rows with plain ones, bit by bit; over quantized K/V if told how.
 
     Raises OptionError if they differ, as they would where norms or rotations depend on the number of rows.
     """
-    plain = _stream(target, None, rounds)
+    plain = _stream(target, None, rounds, kv_quantization)
     hidden, tokens = [], []
     for _ in range(MAX_ROWS):
         tokens += plain.round(0).tokens
         hidden.append(plain._hidden)
     for k in range(1, MAX_ROWS):
-        stream = _stream(target, _GivenDraft(tokens), rounds)
+        stream = _stream(target, _GivenDraft(tokens), rounds, kv_quantization)
         result = stream.round(k)
         if result.tokens != tokens[: k + 1] or not mx.array_equal(stream._hidden, hidden[k]).item():
             raise OptionError(
@@ -197,7 +197,7 @@ def check_exact(target: Target, rounds: Rounds) -> None:
             )
 
 
-def _stream(target: Target, drafter: Drafter | None, rounds: Rounds) -> Stream:
-    stream = Stream(target, drafter, max_draft_tokens=MAX_DRAFT_TOKENS, rounds=rounds)
+def _stream(target: Target, drafter: Drafter | None, rounds: Rounds, kv_quantization: KVQuantization | None) -> Stream:
+    stream = Stream(target, drafter, max_draft_tokens=MAX_DRAFT_TOKENS, rounds=rounds, kv_quantization=kv_quantization)
     stream.prefill([(7 * i + 5) % target.config.vocab_size for i in range(_CONTEXT)], _CONTEXT)
     return stream

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import Cache, View
+from .cache import Cache, Quantized, Rows, View
 from .config import LayerConfig, RopeConfig, TextConfig
 
 # Fields of mlx.nn.QuantizedLinear.
@@ -136,13 +136,7 @@ class Attention(nn.Module):
         rows = queries.shape[2]
         at_once = 1 if rows <= self.exact_rows else rows
         parts = [
-            mx.fast.scaled_dot_product_attention(
-                queries[:, :, row : row + at_once],
-                view.keys,
-                view.values,
-                scale=1.0,
-                mask=view.mask[row : row + at_once],
-            )
+            _attend(queries[:, :, row : row + at_once], view.keys, view.values, view.mask[row : row + at_once])
             for row in range(0, rows, at_once)
         ]
         out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
@@ -151,6 +145,28 @@ class Attention(nn.Module):
     def _heads(self, x: mx.array) -> mx.array:
         """[1, length, heads * head_dim] -> [1, heads, length, head_dim]"""
         return x.reshape(*x.shape[:-1], -1, self.head_dim).transpose(0, 2, 1, 3)
+
+
+def _attend(queries: mx.array, keys: Rows, values: Rows, mask: mx.array) -> mx.array:
+    """Attention of queries [1, heads, length, head_dim] without a scale: the same shape."""
+    if isinstance(keys, mx.array) and isinstance(values, mx.array):
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
+    assert isinstance(keys, Quantized)
+    assert isinstance(values, Quantized)
+    return _attend_quantized(queries, keys, values, mask)
+
+
+def _attend_quantized(queries: mx.array, keys: Quantized, values: Quantized, mask: mx.array) -> mx.array:
+    _, heads, length, head_dim = queries.shape
+    kv_heads = keys.packed.shape[1]
+    # Query heads that share K/V are more rows to the same matrix: as a dimension of their own they would have it copied
+    # for each of them on some devices.
+    grouped = queries.reshape(1, kv_heads, -1, head_dim)
+    multiply = partial(mx.quantized_matmul, group_size=keys.group_size, bits=keys.bits)
+    scores = multiply(grouped, *keys.parts, transpose=True)
+    scores = mx.where(mask, scores.reshape(1, heads, length, -1), -mx.inf)
+    weights = mx.softmax(scores, axis=-1, precise=True).reshape(1, kv_heads, grouped.shape[2], -1)
+    return multiply(weights, *values.parts, transpose=False).reshape(queries.shape)
 
 
 class Router(nn.Module):

@@ -11,6 +11,7 @@ from typing import Any
 
 from .cli import (
     INTERRUPTED,
+    add_kv_options,
     add_model_options,
     add_sampling_options,
     add_thinking_options,
@@ -20,6 +21,7 @@ from .cli import (
     load_or_demo,
     prefill_bar,
     print_stream,
+    read_kv_options,
     read_sampling,
     summarize,
 )
@@ -63,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_PREFILL_STEP,
         help="Prompt tokens read per pass (default: %(default)s).",
     )
+    add_kv_options(parser)
     parser.add_argument("--stop", action="append", default=[], help="End the text before this string; may be repeated.")
     parser.add_argument("--ignore-eos", action="store_true", help="Go on after the model's own stop tokens.")
     parser.add_argument("--min-tokens", type=int, default=0, help="No stop token before this many (default: 0).")
@@ -106,7 +109,7 @@ def _run(args: argparse.Namespace) -> int:
     _check_prompt_cache(args)
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     started = time.perf_counter()
-    model = load_or_demo(args)
+    model = load_or_demo(args, options)
     sampling = read_sampling(args, model)
     if args.verbose:
         describe(model, sampling, time.perf_counter() - started)
@@ -138,12 +141,14 @@ def _run(args: argparse.Namespace) -> int:
 
 def _dry_run(args: argparse.Namespace) -> int:
     name = args.model or DEMO_PAIR
-    plan = plan_memory(name, args.drafter, max_context=args.max_context)
+    options = GenerationOptions(prefill_step_size=args.prefill_step_size, **read_kv_options(args))
+    plan = plan_memory(name, args.drafter, max_context=args.max_context, options=options)
     print(plan)
     if args.json:
         print(json.dumps(vars(plan) | {"kv": plan.kv, "peak": plan.peak}), flush=True)
     # Afterwards, so that the table shows what is too much.
-    plan_memory(name, args.drafter, max_context=args.max_context, memory_limit=args.memory_limit)
+    limits = {"max_context": args.max_context, "memory_limit": args.memory_limit}
+    plan_memory(name, args.drafter, options=options, **limits)
     return 0
 
 
@@ -160,7 +165,7 @@ def _encode(model: Model, text: str, args: argparse.Namespace) -> list[int]:
     rest = encode_in_parts(
         model.tokenizer, text, begins=False, use_chat_template=template, enable_thinking=args.enable_thinking
     )
-    return model.load_prompt(args.prompt_cache) + rest
+    return model.load_prompt(args.prompt_cache, **read_kv_options(args)) + rest
 
 
 def _check_prompt_cache(args: argparse.Namespace) -> None:
@@ -189,6 +194,7 @@ def _options(args: argparse.Namespace) -> GenerationOptions:
         prefill_step_size=args.prefill_step_size,
         # One prompt, unless the beginning of it is known.
         reuse_prompt=args.prompt_cache is not None,
+        **read_kv_options(args),
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from .cache import KVQuantization
 from .drafter import Drafter
 from .gemma4 import Target
 from .sampling import Sampling
@@ -22,11 +23,17 @@ _CONTEXT = 100
 
 
 def round_outputs(
-    target: Target, drafter: Drafter | None, k: int, sampling: Sampling | None = None, *, compiled: bool = True
+    target: Target,
+    drafter: Drafter | None,
+    k: int,
+    sampling: Sampling | None = None,
+    *,
+    compiled: bool = True,
+    kv_quantization: KVQuantization | None = None,
 ) -> list[mx.array]:
     """Everything that a round of k draft tokens computes, not evaluated."""
     rounds = Rounds()
-    stream = Stream(target, drafter, max_draft_tokens=k, sampling=sampling)
+    stream = Stream(target, drafter, max_draft_tokens=k, sampling=sampling, kv_quantization=kv_quantization)
     stream.cache.set_length(_CONTEXT)
     for _ in range(2 if compiled else 1):
         # Arrays of their own, so that the graph begins here.

@@ -26,7 +26,7 @@ from .config import (
 )
 from .draft_length import MAX_DRAFT_TOKENS
 from .drafter import Drafter
-from .engine import DEFAULT_PREFILL_STEP, Model
+from .engine import GenerationOptions, Model
 from .errors import ConfigError, HubError, OptionError, PairError
 from .exact import check_exact, make_exact
 from .gemma4 import Target, fuse_projections
@@ -76,7 +76,7 @@ def load(
     config, drafter_config = _read_configs(path_or_repo, drafter, revision)
     context = _context(config, max_context)
     if memory_limit is not None:
-        check_memory(_planner(config, drafter_config), context, memory_limit, str(path_or_repo))
+        check_memory(_planner(config, drafter_config, GenerationOptions()), context, memory_limit, str(path_or_repo))
     tokenizer = load_tokenizer(config.path.parent, config.eos_token_ids)
     target = load_target(config)
     fuse_projections(target.layers)
@@ -105,11 +105,12 @@ def plan_memory(
     revision: str | None = None,
     max_context: int | None = None,
     memory_limit: int | None = None,
+    options: GenerationOptions | None = None,
 ) -> MemoryPlan:
     """What `load` and decoding would take of memory with a context of `max_context` tokens (default: the model's own),
-    from the files' headers. Raises what `load` does."""
+    from the files' headers; of `options`, K/V quantization and `prefill_step_size` matter. Raises what `load` does."""
     config, drafter_config = _read_configs(path_or_repo, drafter, revision)
-    context, plan = _context(config, max_context), _planner(config, drafter_config)
+    context, plan = _context(config, max_context), _planner(config, drafter_config, options or GenerationOptions())
     if memory_limit is not None:
         check_memory(plan, context, memory_limit, str(path_or_repo))
     return plan(context)
@@ -132,8 +133,16 @@ def _read_configs(
     return config, drafter_config
 
 
-def _planner(config: TargetConfig, drafter: DrafterConfig | None) -> Callable[[int], MemoryPlan]:
-    return planner(config, drafter, max_block=MAX_DRAFT_TOKENS + 1, prefill_step=DEFAULT_PREFILL_STEP)
+def _planner(
+    config: TargetConfig, drafter: DrafterConfig | None, options: GenerationOptions
+) -> Callable[[int], MemoryPlan]:
+    return planner(
+        config,
+        drafter,
+        max_block=MAX_DRAFT_TOKENS + 1,
+        prefill_step=options.prefill_step_size,
+        kv=options.kv_quantization,
+    )
 
 
 def _context(config: TargetConfig, max_context: int | None) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .cache import rows_in_buffers
+from .cache import KVQuantization, check_group_size, rows_in_buffers
 from .config import DrafterConfig, LayerType, TargetConfig, TextConfig
 from .errors import MemoryLimitError, OptionError
 from .speculative import chunk_size
@@ -82,10 +82,18 @@ class MemoryPlan:
 
 
 def planner(
-    target: TargetConfig, drafter: DrafterConfig | None, *, max_block: int, prefill_step: int
+    target: TargetConfig,
+    drafter: DrafterConfig | None,
+    *,
+    max_block: int,
+    prefill_step: int,
+    kv: KVQuantization | None = None,
 ) -> Callable[[int], MemoryPlan]:
     """What makes a plan for a context of so many tokens. `max_block` is the most rows of a verify pass, `prefill_step`
-    those of a chunk of the prompt. Raises WeightsError for a checkpoint that cannot be read."""
+    those of a chunk of the prompt, `kv` how K/V are quantized.
+
+    Raises WeightsError for a checkpoint that cannot be read, OptionError for groups that do not fit the heads.
+    """
     shares = {"embed_tokens": 0, "embed_tokens_per_layer": 0, "": 0}
     size = 4
     for key, tensor in read_checkpoint(target.path.parent).items():
@@ -98,6 +106,9 @@ def planner(
     text = target.text
     largest = max(layer.num_kv_heads * layer.head_dim for layer in text.layers if layer.has_kv)
     ring = text.sliding_window + max_block
+    width = _kv_width(text, "full_attention")
+    if kv is not None:
+        check_group_size(text, kv)
 
     def plan(context: int) -> MemoryPlan:
         rows = rows_in_buffers(context)
@@ -112,7 +123,7 @@ def planner(
             token_embeddings=shares["embed_tokens"],
             per_layer_embeddings=shares["embed_tokens_per_layer"],
             drafter=drafter_size,
-            kv_per_token=_kv_width(text, "full_attention") * size,
+            kv_per_token=int(width * size if kv is None or context <= kv.start else width * _quantized_size(kv, size)),
             rings=_kv_width(text, "sliding_attention") * ring * size,
             # Growing takes a second copy of one buffer.
             work=max(reading, deciding, rows * largest * size),
@@ -149,6 +160,11 @@ def _kv_width(text: TextConfig, layer_type: LayerType) -> int:
         for layer in text.layers
         if layer.has_kv and layer.layer_type == layer_type
     )
+
+
+def _quantized_size(kv: KVQuantization, size: int) -> float:
+    """Bytes of a value, with its share of a scale and a bias."""
+    return kv.bits / 8 + 2 * size / kv.group_size
 
 
 def _activations(text: TextConfig) -> int:

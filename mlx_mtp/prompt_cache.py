@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .cache import Buffers
+from .cache import Buffers, KVQuantization, Quantized, Rows, parts_of
 from .errors import PromptCacheError, WeightsError
 from .output import new_file
 from .weights import read_header
@@ -38,6 +38,7 @@ class Kind(NamedTuple):
     """What K/V must have in common to be exchanged: `max_block` is that of `Cache`, on which the rings depend."""
 
     max_block: int
+    quantization: KVQuantization | None
 
 
 @dataclass
@@ -56,8 +57,12 @@ class Entry:
 
     def arrays(self) -> Iterator[mx.array]:
         for buffers in (self.full, *(snapshot.rings for snapshot in self.snapshots)):
-            for pair in buffers.values():
-                yield from pair
+            for keys, values in buffers.values():
+                yield from (*parts_of(keys), *parts_of(values))
+
+    @property
+    def is_quantized(self) -> bool:
+        return any(isinstance(keys, Quantized) for keys, _ in self.full.values())
 
     def drop_snapshot(self) -> None:
         """The one that is missed least: between its neighbours is the smallest stretch of text. Never the last."""
@@ -120,10 +125,13 @@ class PromptCache:
 def _reusable(entry: Entry, prompt: list[int]) -> Iterator[Reused]:
     pairs = zip(entry.tokens, prompt[:-1], strict=False)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    # Below where quantization begins, rows that are not quantized must be seen.
+    least = entry.kind.quantization.start if entry.kind.quantization and entry.is_quantized else 1
     for snapshot in entry.snapshots:
         # The spare slots of a ring let it go back by as much as a rejected draft does.
-        if snapshot.position - shared < entry.kind.max_block and min(shared, snapshot.position):
-            yield Reused(entry, snapshot, min(shared, snapshot.position))
+        length = min(shared, snapshot.position)
+        if snapshot.position - shared < entry.kind.max_block and length >= max(1, least):
+            yield Reused(entry, snapshot, length)
 
 
 def save(entry: Entry, file: Path, identity: str) -> None:
@@ -135,11 +143,12 @@ def save(entry: Entry, file: Path, identity: str) -> None:
     # What lies beyond the last snapshot cannot be gone on from.
     tokens = entry.tokens[: last.position]
     arrays = {"tokens": mx.array(tokens, mx.int32)}
-    for part, buffers in (("full", entry.full), ("rings", last.rings)):
-        for layer, (keys, values) in buffers.items():
-            rows = slice(len(tokens)) if part == "full" else slice(None)
-            arrays[f"{part}.{layer}.keys"] = mx.contiguous(keys[:, :, rows])
-            arrays[f"{part}.{layer}.values"] = mx.contiguous(values[:, :, rows])
+    for kind, buffers in (("full", entry.full), ("rings", last.rings)):
+        count = len(tokens) if kind == "full" else None
+        for layer, pair in buffers.items():
+            for name, rows in zip(("keys", "values"), pair, strict=True):
+                for index, part in enumerate(parts_of(rows)):
+                    arrays[f"{kind}.{layer}.{name}.{index}"] = mx.contiguous(part[:, :, :count])
     header = {"format": FORMAT, "model": identity, "kind": entry.kind, "checksum": _checksum(arrays)}
     with new_file(file) as part_file:
         try:
@@ -165,17 +174,25 @@ def load(file: Path, identity: str) -> Entry:
         arrays: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
         if header.get("checksum") != _checksum(arrays):
             raise PromptCacheError(f"{file}: a damaged prompt cache: its checksum is not that of its data")
-        kind = Kind(*header["kind"])
+        max_block, quantization = header["kind"]
+        kind = Kind(max_block, None if quantization is None else KVQuantization(*quantization))
         tokens: list[int] = arrays.pop("tokens").tolist()  # type: ignore[assignment]
-        parts: dict[str, Buffers] = {"full": {}, "rings": {}}
-        for name in (name for name in arrays if name.endswith(".keys")):
-            part, layer, _ = name.split(".")
-            parts[part][int(layer)] = (arrays[name], arrays[f"{part}.{layer}.values"])
+        buffers: dict[str, Buffers] = {"full": {}, "rings": {}}
+        for part, layer in sorted({tuple(name.split(".")[:2]) for name in arrays}):
+            keys, values = (_rows(arrays, f"{part}.{layer}.{name}", kind) for name in ("keys", "values"))
+            buffers[part][int(layer)] = keys, values
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, PromptCacheError):
             raise
         raise PromptCacheError(f"{file}: a damaged prompt cache: {error!r}") from None
-    return Entry(kind, tokens, parts["full"], [Snapshot(len(tokens), parts["rings"])])
+    return Entry(kind, tokens, buffers["full"], [Snapshot(len(tokens), buffers["rings"])])
+
+
+def _rows(arrays: dict[str, mx.array], name: str, kind: Kind) -> Rows:
+    if f"{name}.1" not in arrays or kind.quantization is None:
+        return arrays[f"{name}.0"]
+    packed, scales, biases = (arrays[f"{name}.{index}"] for index in range(3))
+    return Quantized(packed, scales, biases, kind.quantization.bits, kind.quantization.group_size)
 
 
 def _read_header(file: Path) -> dict[str, Any]:

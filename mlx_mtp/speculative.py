@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from .acceptance import Acceptance, Draft, accept_block, accept_matching
-from .cache import Cache
+from .cache import Cache, KVQuantization
 from .config import TextConfig
 from .draft_length import DraftLength
 from .drafter import Candidates, Choose, Drafter, choose_best
@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 # What a compiled round was made for, and the round: all arrays of a stream in, what was verified and the arrays out.
-Shape = tuple[int, int, int, int, int | None, str]
+Shape = tuple[int, int, int, int, KVQuantization | None, int | None, str]
 Function = Callable[[list[mx.array]], tuple["Verified", list[mx.array]]]
 # Bounds a chunk of the prompt by the bytes of a layer's attention scores, and the least rows of one all the same.
 _SCORE_BYTES = 1 << 29
@@ -123,9 +123,10 @@ def _sums(left: list[int], right: list[int]) -> list[int]:
 class Rounds:
     """Compiled rounds, shared by the streams of one target and drafter, whose weights must stay as they are.
 
-    A round is compiled by its shape: the number of draft tokens, the K/V rows it looks at, and the options that make
-    it. `traces` has the shape of every trace there was. Under a guide or Python processors nothing is compiled, for
-    they take part in the round on the host. A shape is compiled when it comes a second time or, if `always`, the first.
+    A round is compiled by its shape: the number of draft tokens, the K/V rows it looks at, whether they are quantized,
+    and the options that make it. `traces` has the shape of every trace there was. Under a guide or Python processors
+    nothing is compiled, for they take part in the round on the host. A shape is compiled when it comes a second time
+    or, if `always`, the first.
     """
 
     def __init__(self, *, always: bool = False) -> None:
@@ -135,7 +136,9 @@ class Rounds:
 
     def run(self, stream: "Stream", k: int) -> Verified:
         cache, options = stream.cache, repr(replace(stream.sampling, seed=0))
-        shape = (k, cache.visible, cache.capacity, cache.max_block, stream.logprobs, options)
+        # From where on does not matter once they are.
+        kv = cache.quantization._replace(start=0) if cache.quantization and cache.is_quantized else None
+        shape = (k, cache.visible, cache.capacity, cache.max_block, kv, stream.logprobs, options)
         is_new = shape not in self._functions and not self.always
         function = self._functions.pop(shape, None)
         if is_new:
@@ -187,6 +190,7 @@ class Stream:
         rounds: Rounds | None = None,
         exact: bool = False,
         snapshot_every: int | None = None,
+        kv_quantization: KVQuantization | None = None,
     ) -> None:
         self.target = target
         self.drafter = drafter
@@ -209,7 +213,7 @@ class Stream:
         self.sampling = sampling or Sampling()
         # All randomness comes from these and a position: nothing to advance, whatever is accepted.
         self._draw_key, self._coin_key = mx.random.split(mx.random.key(self.sampling.seed))
-        self.cache = Cache(target.config, target.dtype, max_block=max_draft_tokens + 1)
+        self.cache = Cache(target.config, target.dtype, max_block=max_draft_tokens + 1, quantization=kv_quantization)
         self._penalties = Penalties(self.sampling, target.config.vocab_size)
         # The tokens the next one is penalized for, the bonus token last; -1 where the text is shorter.
         self._context = mx.full((self._penalties.context_size,), -1, mx.int32)
@@ -219,7 +223,7 @@ class Stream:
     @property
     def kind(self) -> Kind:
         """Of the K/V this stream can go on from."""
-        return Kind(self.cache.max_block)
+        return Kind(self.cache.max_block, self.cache.quantization)
 
     def resume(self, reused: Reused) -> None:
         """Begin with what an earlier stream read; to be called before anything else."""
@@ -256,7 +260,8 @@ class Stream:
         self.tokens = list(prompt)
         while (start := self.cache.length) < len(prompt):
             rows = self.cache.rows_for(step_size)
-            chunk = prompt[start : start + chunk_size(self.target.config, rows, self.target.dtype.size, step_size)]
+            size = chunk_size(self.target.config, rows, self.target.dtype.size, step_size)
+            chunk = prompt[start : start + self.cache.longest_pass(size)]
             self._is_reading = True
             end = start + len(chunk)
             if end == len(prompt):
@@ -317,8 +322,9 @@ class Stream:
         return Round(tokens, k, count, logprobs, self.host_reads - reads)
 
     def longest_draft(self) -> int:
-        """Most tokens that the next round can draft. An exact one looks at no more K/V rows than a plain one would."""
-        most = self.cache.max_block - 1
+        """Most tokens that the next round can draft: its rows lie on one side of where K/V quantization begins, and an
+        exact one looks at no more K/V rows than a plain one would."""
+        most = self.cache.longest_pass(self.cache.max_block) - 1
         return min(most, self.cache.rows_for(1) - self.cache.length - 1) if self.exact else most
 
     def _advance(self, k: int) -> Verified:

@@ -145,7 +145,7 @@ def test_a_model_measures_once_per_kind_of_sampling(
     monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
     measured: list[mlx_mtp.Sampling] = []
 
-    def measure(_target: Any, _drafter: Any, sampling: mlx_mtp.Sampling, _progress: Any) -> CostCurve:
+    def measure(_target: Any, _drafter: Any, sampling: mlx_mtp.Sampling, *_: Any) -> CostCurve:
         measured.append(sampling)
         return CURVE
 
