@@ -18,6 +18,7 @@ from .cli import (
     calibrate,
     describe,
     exit_status,
+    load_model,
     prefill_bar,
     print_stream,
     read_sampling,
@@ -25,7 +26,6 @@ from .cli import (
 )
 from .engine import DEFAULT_PREFILL_STEP, GenerationOptions, GenerationResponse, Model
 from .errors import PromptError
-from .load import load
 from .speculative import Progress, Stats
 
 DEFAULT_ANSWER_TOKENS = 1024
@@ -151,7 +151,7 @@ def _mean_tps(timed: list[tuple[int, float]]) -> float:
 
 def _run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
-    model = load(args.model, args.drafter, exact=args.exact)
+    model = load_model(args.model, args.drafter, args)
     options = GenerationOptions(
         max_tokens=args.max_tokens,
         sampling=read_sampling(args, model),

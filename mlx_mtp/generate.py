@@ -193,6 +193,8 @@ def _report(seen: list[GenerationResponse], model: Model, interrupted: bool) -> 
         "prompt_tps": last.prompt_tps,
         "generation_tps": last.generation_tps,
         "peak_memory_gb": last.peak_memory,
+        "per_layer_embeddings": model.per_layer_embeddings,
+        "embedding_rows": None if stats.embeddings is None else stats.embeddings._asdict(),
         "logprobs": [
             {"token": r.token, "logprob": r.logprobs.token, "top": [list(pair) for pair in r.logprobs.top]}
             for r in seen

@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Iterator
+from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import mlx.core as mx
 from huggingface_hub import snapshot_download
@@ -25,14 +27,17 @@ from .config import (
     read_target_config,
 )
 from .drafter import Drafter
+from .embeddings import MappedEmbedding, machine_memory
 from .engine import Model
-from .errors import ConfigError, HubError, PairError
+from .errors import ConfigError, HubError, OptionError, PairError
 from .exact import check_exact, make_exact
 from .gemma4 import Target, fuse_projections
 from .speculative import Rounds
 from .tokenizer import load_tokenizer
-from .weights import MLX_PREFIX, drafter_names, fill_module, target_names
+from .weights import FLOAT_TYPES, MLX_PREFIX, drafter_names, fill_module, read_checkpoint, target_names
 
+PerLayerEmbeddings = Literal["resident", "mapped", "auto"]
+PER_LAYER_EMBEDDINGS: tuple[PerLayerEmbeddings, ...] = get_args(PerLayerEmbeddings)
 # Where a converted pair keeps its drafter.
 DRAFTER_FOLDER = "drafter"
 # A small pair, trained on Python source, that is part of the package; its README.md says how it was made.
@@ -52,7 +57,12 @@ _CONVERSION = re.compile(r"-(\d+bit|bf16|fp16|fp32|mxfp4|mxfp8|nvfp4)(-\w+)?$", 
 
 
 def load(
-    path_or_repo: str | Path, drafter: str | Path | None = None, *, revision: str | None = None, exact: bool = False
+    path_or_repo: str | Path,
+    drafter: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    exact: bool = False,
+    per_layer_embeddings: PerLayerEmbeddings = "auto",
 ) -> Model:
     """Load a target and its drafter from folders or the hub: our own, mlx-lm's, mlx-vlm's, or Hugging Face's layout.
 
@@ -60,9 +70,16 @@ def load(
     then next to the target as `<target>-assistant`. Where none is found, the model decodes plainly and `Model.drafter`
     is None. With `exact`, verify passes have the bits of single ones, at whatever that costs on this device.
 
+    `per_layer_embeddings` is for the table of E2B and E4B: "resident" in memory, or "mapped", which leaves it in its
+    files and reads a row per token, with the same tokens and one more host read in a round that drafts. "auto" maps it
+    where the weights would take more than half of the machine's memory; `Model.per_layer_embeddings` tells.
+
     Raises MTPError kinds: HubError, ConfigError, WeightsError, TokenizerError, PairError, and OptionError where passes
-    cannot be made exact.
+    cannot be made exact, or no table is there to be mapped.
     """
+    if per_layer_embeddings not in PER_LAYER_EMBEDDINGS:
+        expected = ", ".join(PER_LAYER_EMBEDDINGS)
+        raise OptionError(f"per_layer_embeddings must be one of {expected}, found {per_layer_embeddings!r}")
     folder = resolve_folder(path_or_repo, revision)
     config = read_target_config(folder)
     if drafter is None:
@@ -73,8 +90,9 @@ def load(
     if drafter_folder is not None:
         drafter_config = read_drafter_config(drafter_folder)
         check_pair(config, drafter_config)
+    mapped = _is_mapped(per_layer_embeddings, config, drafter_config)
     tokenizer = load_tokenizer(folder, config.eos_token_ids)
-    target = load_target(config)
+    target = load_target(config, mapped=mapped)
     fuse_projections(target.layers)
     if exact:
         make_exact(target)
@@ -93,10 +111,40 @@ def load(
     )
 
 
-def load_target(config: TargetConfig) -> Target:
-    """The target of the folder this config was read from. Raises WeightsError if its tensors do not fit the config."""
+def _is_mapped(requested: PerLayerEmbeddings, config: TargetConfig, drafter: DrafterConfig | None) -> bool:
+    has_table = config.text.per_layer_input_size > 0
+    if requested == "mapped" and not has_table:
+        raise OptionError(f"per_layer_embeddings is 'mapped', but {config.path.parent} has no per-layer table")
+    is_large = requested == "auto" and has_table and resident_bytes(config, drafter) > machine_memory() / 2
+    return requested == "mapped" or is_large
+
+
+def resident_bytes(config: TargetConfig, drafter: DrafterConfig | None) -> int:
+    """Bytes of all weights in memory, from the headers. Raises WeightsError as `load_target`."""
+    tensors = read_checkpoint(config.path.parent)
+    names = {key: target_names(key, config) for key in tensors}
+    size = sum(info.end - info.start for key, info in tensors.items() if names[key])
+    if drafter is not None:
+        norms = [info for key, info in tensors.items() if names[key] == ["norm.weight"]]
+        # Its floats are cast to the target's type.
+        float_bytes = sum(info.end - info.start for info in norms) // config.text.hidden_size
+        for key, info in read_checkpoint(drafter.path.parent).items():
+            if drafter_names(key, drafter):
+                size += prod(info.shape) * float_bytes if info.dtype in FLOAT_TYPES else info.end - info.start
+    return size
+
+
+def load_target(config: TargetConfig, *, mapped: bool = False) -> Target:
+    """The target of the folder this config was read from; `mapped` leaves its per-layer table in the files.
+
+    Raises WeightsError if its tensors do not fit the config.
+    """
     target = Target(config.text)
-    fill_module(target, config.path.parent, lambda key: target_names(key, config), config.quantization, MLX_PREFIX)
+    names = partial(target_names, config=config)
+    left = "embed_tokens_per_layer" if mapped else None
+    tensors = fill_module(target, config.path.parent, names, config.quantization, MLX_PREFIX, left)
+    if mapped:
+        target.embed_tokens_per_layer = MappedEmbedding(target.embed_tokens_per_layer, tensors)
     return target
 
 
