@@ -66,11 +66,12 @@ class MappedEmbedding(nn.Module):
             self.group_size, self.bits, self.mode = table.group_size, table.bits, table.mode
         names = [name for name in ("weight", "scales", "biases") if name in tensors]
         for name in names:
-            info = tensors[name]
+            found, expected = tensors[name].dtype, table[name].dtype
             # Types of floats were checked with all others.
-            is_packed = mx.issubdtype(table[name].dtype, mx.integer)
-            if is_packed and (info.dtype not in _READ_AS or _READ_AS[info.dtype][1] != table[name].dtype):
-                raise WeightsError(f"{info.file}: the per-layer table's {name} are {info.dtype}, which is not packed")
+            if mx.issubdtype(expected, mx.integer) and (found not in _READ_AS or _READ_AS[found][1] != expected):
+                raise WeightsError(
+                    f"{tensors[name].file}: the per-layer table's {name} is {found}, expected U{8 * expected.size}"
+                )
         types = [_READ_AS[tensors[name].dtype][1] for name in names]
         floats = [dtype for dtype in types if mx.issubdtype(dtype, mx.floating)]
         # A parameter without values: `set_dtype` of the target casts it, and with it the rows.
