@@ -1,4 +1,4 @@
-"""Per-layer embeddings resident and mapped: the same bits, less memory, and one clear error where the files are gone."""
+"""Per-layer embeddings resident and mapped: the same bits, less memory, and one clear error where files change."""
 
 import gc
 import json
@@ -45,7 +45,12 @@ FORMATS: dict[str, dict[str, Any]] = {
     "4-bit": {"quantize": True},
     "mxfp4": {"quantize": True, "q_mode": "mxfp4"},
 }
-EVERY_FORMAT = ["unconverted", *FORMATS, "sharded"]
+EVERY_FORMAT = [
+    "unconverted",
+    # Slow on a CPU.
+    *(name if name != "float16" else pytest.param(name, marks=pytest.mark.slow) for name in FORMATS),
+    "sharded",
+]
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +220,7 @@ def test_whatever_else_passes_over_the_target(folder: Folder, capsys: pytest.Cap
     args += ["--temps", "0", "--num-draft-tokens", "2", "-m", "6", "--repeats", "1"]
     assert bench.main(args) == 0
     (case,) = json.loads(capsys.readouterr().out.splitlines()[-1])["cases"]
-    reads = {name: row["host_reads_per_round"] for name, row in case["lengths"].items()}
+    reads = {name: row["host_reads_per_round"] for name, row in case["settings"].items()}
     assert reads["0"] == 1
     assert 1 < reads["2"] <= 2
 
@@ -311,6 +316,7 @@ def test_files_are_closed_with_the_model(folder: Folder) -> None:
     def open_files() -> int:
         return len(os.listdir("/dev/fd"))
 
+    gc.collect()
     before = open_files()
     model = mlx_mtp.load(folder("sharded"), per_layer_embeddings="mapped")
     assert open_files() == before + 2
@@ -511,18 +517,9 @@ def test_the_commands(folder: Folder, tmp_path: Path) -> None:
             assert report["embedding_rows"] is None
             assert "Per-layer embeddings" not in result.stderr
     assert texts[0] == texts[1]
-    command = [
-        sys.executable,
-        "-m",
-        "mlx_mtp.chat",
-        "--model",
-        str(folder("4-bit")),
-        "--per-layer-embeddings",
-        "mapped",
-    ]
-    result = subprocess.run(
-        [*command, "-m", "10", "--num-draft-tokens", "2"], input="hello\nhello\n", capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "mlx_mtp.chat", "--model", str(folder("4-bit")), "-m", "10"]
+    command += ["--num-draft-tokens", "2", "--per-layer-embeddings", "mapped"]
+    result = subprocess.run(command, input="hello\n/stats\n", capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "Per-layer embeddings: " in result.stderr
     data = tmp_path / "data.jsonl"
