@@ -66,7 +66,8 @@ class Stats:
 
     `host_reads` is how often a round waited for a value: once, but for guides, log probabilities and mapped per-layer
     embeddings. `processed_rows` counts the rows a logits processor in Python was called for, which may read from the
-    device too. `embeddings`, of mapped ones, counts their rows, those of the prompt included.
+    device too. `embeddings`, of mapped ones, counts their rows, those of the prompt included and of other
+    streams meanwhile.
     """
 
     rounds: int = 0
