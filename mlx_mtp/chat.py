@@ -162,7 +162,7 @@ def _run(args: argparse.Namespace) -> int:
         **read_kv_options(args),
     )
     started = time.perf_counter()
-    model = load_model(args.model, args, options)
+    model = load_model(args.model, args.drafter, args, options)
     options = replace(options, sampling=read_sampling(args, model))
     calibrate(model, options)
     chat = _Chat(model, options, args.system_prompt)

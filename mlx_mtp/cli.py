@@ -22,7 +22,7 @@ from .engine import (
     Model,
 )
 from .errors import MTPError, OptionError
-from .load import DEMO_PAIR, load, plan_memory
+from .load import DEMO_PAIR, PER_LAYER_EMBEDDINGS, load, plan_memory
 from .memory import parse_bytes
 from .sampling import ACCEPTANCE_RULES, Sampling
 
@@ -61,6 +61,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = 
         action="store_true",
         help="Verify with the bits of plain decoding, at whatever that costs here; an error where it is not possible.",
     )
+    add_embedding_option(parser)
     parser.add_argument(
         "--max-context",
         type=int,
@@ -82,6 +83,16 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = 
         metavar="N|auto",
         help="Draft tokens per round; 0 decodes plainly. Default: auto, as many as are fastest on this machine, which "
         "is measured once per kind of model. Never changes greedy text.",
+    )
+
+
+def add_embedding_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--per-layer-embeddings",
+        choices=PER_LAYER_EMBEDDINGS,
+        default="auto",
+        help="The per-layer table of E2B and E4B: 'resident' in memory, or 'mapped', read from disk row by row; never "
+        "changes the text. Default: auto, mapped where the model would take more than half of the machine's memory.",
     )
 
 
@@ -194,29 +205,41 @@ def _logit_bias(text: str) -> dict[int, float]:
         raise argparse.ArgumentTypeError(f"expected a JSON object of token ids and numbers, found {text!r}") from None
 
 
-def load_model(name: str | Path, args: argparse.Namespace, options: GenerationOptions | None = None) -> Model:
-    """Load with the options that `add_model_options` added; `options` are those that the memory limit is checked for.
-    On a Mac, what the device recommends as a working set stays resident, as mlx-lm has it."""
+def load_model(
+    name: str | Path, drafter: str | Path | None, args: argparse.Namespace, options: GenerationOptions | None = None
+) -> Model:
+    """Load as the options of `add_model_options` say; `options` are those that the memory limit is checked for. What
+    "auto" maps is said. On a Mac, what the device recommends as a working set stays resident, as mlx-lm has it."""
     if mx.metal.is_available():
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-    if args.memory_limit is not None:
+    # Training has only some of the options.
+    given = vars(args)
+    placement = {"max_context": given.get("max_context"), "per_layer_embeddings": args.per_layer_embeddings}
+    limit = given.get("memory_limit")
+    if limit is not None:
         # MLX's cache of freed buffers gives way before it.
-        mx.set_memory_limit(args.memory_limit)
-        limits = {"max_context": args.max_context, "memory_limit": args.memory_limit}
-        plan_memory(name, args.drafter, options=options, **limits)
-    return load(name, args.drafter, exact=args.exact, max_context=args.max_context)
+        mx.set_memory_limit(limit)
+        plan_memory(name, drafter, memory_limit=limit, options=options, **placement)
+    model = load(name, drafter, exact=given.get("exact", False), **placement)
+    if args.per_layer_embeddings == "auto" and model.per_layer_embeddings == "mapped":
+        print(
+            "the model would take more than half of this machine's memory: its per-layer embeddings are read from disk "
+            "(--per-layer-embeddings resident loads them)",
+            file=sys.stderr,
+        )
+    return model
 
 
 def load_or_demo(args: argparse.Namespace, options: GenerationOptions | None = None) -> Model:
     """The model named, else the demo pair; what is not as a user may expect is said on stderr."""
-    name = args.model
+    name: str | Path | None = args.model
     if name is None:
         name = DEMO_PAIR
         print(
             "no --model: the demo pair in the package, 3 million parameters that know Python source only",
             file=sys.stderr,
         )
-    model = load_model(name, args, options)
+    model = load_model(name, args.drafter, args, options)
     if model.drafter is None and args.drafter is None:
         print(f"no drafter found for {name}: decoding plainly (name one with --drafter)", file=sys.stderr)
     return model
@@ -299,6 +322,8 @@ def describe(model: Model, sampling: Sampling, seconds: float) -> None:
         weights = f"{q.bits} bit ({q.mode}, groups of {q.group_size})" if q else "not quantized"
         print(f"{role}: {config.path.parent}, {config.model_type}, {weights}", file=sys.stderr)
     print(f"activations: {model.target.dtype}, context: {model.max_context} tokens", file=sys.stderr)
+    if model.per_layer_embeddings is not None:
+        print(f"per-layer embeddings: {model.per_layer_embeddings}", file=sys.stderr)
     print("sampling: greedy" if sampling.is_greedy else f"sampling: {sampling}", file=sys.stderr)
     print(f"loaded in {seconds:.1f} s", file=sys.stderr)
 
@@ -322,5 +347,10 @@ def summarize(last: GenerationResponse, model: Model, options: GenerationOptions
         reason = "plain decoding is fastest here" if is_auto else "drafter not used"
         reason = "no drafter" if model.drafter is None else reason
         lines.append(f"Rounds: {stats.rounds}, nothing drafted ({reason})")
+    if (rows := stats.embeddings) is not None:
+        lines.append(
+            f"Per-layer embeddings: {rows.misses} rows read from disk ({rows.bytes_read / 1e6:.1f} MB), "
+            f"{rows.hits} found in memory"
+        )
     lines.append(f"Peak memory: {last.peak_memory:.3f} GB")
     print("\n".join(lines), file=sys.stderr)

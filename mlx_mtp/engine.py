@@ -15,6 +15,7 @@ from .calibration import device_identity, measure_rounds, read_or_measure
 from .config import DrafterConfig, TargetConfig
 from .draft_length import MAX_DRAFT_TOKENS, CostCurve, DraftLength
 from .drafter import Drafter
+from .embeddings import EmbeddingStats
 from .errors import OptionError, PromptCacheError, PromptError
 from .exact import check_exact
 from .gemma4 import Target
@@ -224,6 +225,18 @@ class Model:
         return most if self.context_limit is None else min(most, self.context_limit)
 
     @property
+    def per_layer_embeddings(self) -> Literal["resident", "mapped"] | None:
+        """Where the per-layer table is: in memory or in its files. None for a target that has none."""
+        if not self.config.text.per_layer_input_size:
+            return None
+        return "resident" if self.target.mapped is None else "mapped"
+
+    @property
+    def embedding_stats(self) -> EmbeddingStats | None:
+        """Rows of mapped per-layer embeddings since loading; None where none are mapped."""
+        return None if self.target.mapped is None else self.target.mapped.stats
+
+    @property
     def default_sampling(self) -> Sampling:
         """How the model's makers sample (`generation_config.json`): what the command lines begin with."""
         return Sampling(**vars(self.config.sampling))
@@ -398,8 +411,15 @@ class Model:
         head = self.drafter_config
         assert head is not None
         shapes.append(repr((head.num_centroids, head.centroid_top_k, head.draft_vocab_size)))
-        kind = {"pair": shapes, "dtype": str(self.target.dtype), "exact": self.exact, "sampling": options}
-        kind |= {"kv": None if kv is None else [kv.bits, kv.group_size]}
+        kind: dict[str, Any] = {
+            "pair": shapes,
+            "dtype": str(self.target.dtype),
+            "exact": self.exact,
+            "sampling": options,
+            "kv": None if kv is None else [kv.bits, kv.group_size],
+        }
+        if self.per_layer_embeddings == "mapped":
+            kind["per_layer_embeddings"] = "mapped"
         return kind | device_identity()
 
     def _draft_tokens(self, options: GenerationOptions) -> int | DraftLength:
@@ -512,7 +532,10 @@ class Model:
         generated = 0
         cached = stream.cache.length
         clock = _Clock(prompt_tokens - cached)
+        before = self.embedding_stats
         for result in rounds:
+            if (now := self.embedding_stats) is not None and before is not None:
+                stats.embeddings = now.since(before)
             if generated:
                 stats.add(result.drafted, result.accepted, result.host_reads)
             else:

@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from .cache import Cache, Quantized, Rows, View
 from .config import LayerConfig, RopeConfig, TextConfig
+from .embeddings import MappedEmbedding, PerLayerRows
 
 # Fields of mlx.nn.QuantizedLinear.
 _QUANTIZATION = ("group_size", "bits", "mode")
@@ -284,7 +285,7 @@ class Target(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.per_layer_input_size:
             width = len(config.layers) * config.per_layer_input_size
-            self.embed_tokens_per_layer = nn.Embedding(config.per_layer_vocab_size, width)
+            self.embed_tokens_per_layer: nn.Module = nn.Embedding(config.per_layer_vocab_size, width)
             self.per_layer_model_projection = nn.Linear(config.hidden_size, width, bias=False)
             self.per_layer_projection_norm = nn.RMSNorm(config.per_layer_input_size, eps=config.rms_norm_eps)
 
@@ -294,18 +295,37 @@ class Target(nn.Module):
         dtype: mx.Dtype = self.norm.weight.dtype
         return dtype
 
+    @property
+    def mapped(self) -> MappedEmbedding | None:
+        """The per-layer table if it stays in its files."""
+        table = self.get("embed_tokens_per_layer")
+        return table if isinstance(table, MappedEmbedding) else None
+
+    def read_rows(self, tokens: list[int]) -> PerLayerRows | None:
+        """What a pass over these tokens needs of a per-layer table that stays in its files; None if none does.
+
+        Raises WeightsError if it cannot be read any more.
+        """
+        return None if self.mapped is None else self.mapped.read(tokens)
+
     def __call__(
-        self, tokens: mx.array, cache: Cache, logit_rows: int = 0, hidden_rows: int | None = None
+        self,
+        tokens: mx.array,
+        cache: Cache,
+        logit_rows: int = 0,
+        hidden_rows: int | None = None,
+        per_layer_rows: PerLayerRows | None = None,
     ) -> TargetOutput:
         """One pass over tokens, [1, length], at positions offset..offset+length-1.
 
         Writes their K/V into `cache` without advancing its offset. Hidden states are computed for the last
-        `hidden_rows` rows only (default: all), logits for the last `logit_rows`.
+        `hidden_rows` rows only (default: all), logits for the last `logit_rows`. `per_layer_rows` is what `read_rows`
+        gives for the tokens; where it is needed and not given, the tokens are waited for.
         """
         length = tokens.shape[1]
         rows = length if hidden_rows is None else hidden_rows
         h = self.embed(tokens)
-        per_layer = self._per_layer_inputs(tokens, h)
+        per_layer = self._per_layer_inputs(tokens, h, per_layer_rows)
         step = cache.start(length)
         offset, last_own = step.offset, max(config.kv_layer for config in self.config.layers)
         for index, (layer, config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
@@ -335,13 +355,14 @@ class Target(nn.Module):
         cap = self.config.final_logit_softcapping
         return logits if cap is None else mx.tanh(logits / cap) * cap
 
-    def _per_layer_inputs(self, tokens: mx.array, h: mx.array) -> mx.array | None:
+    def _per_layer_inputs(self, tokens: mx.array, h: mx.array, rows: PerLayerRows | None) -> mx.array | None:
         """[1, length, layers, per_layer_input_size]: each layer's own embedding of the token, and a projection of h."""
         size = self.config.per_layer_input_size
         if not size:
             return None
         shape = (*tokens.shape, len(self.layers), size)
-        embedded = self.embed_tokens_per_layer(tokens).reshape(shape) * size**0.5
+        table = self.embed_tokens_per_layer
+        embedded = (table(tokens) if rows is None else table.unpack(rows)).reshape(shape) * size**0.5
         projected = (self.per_layer_model_projection(h) * self.config.hidden_size**-0.5).reshape(shape)
         inputs: mx.array = (self.per_layer_projection_norm(projected) + embedded) * 2.0**-0.5
         return inputs

@@ -142,13 +142,13 @@ def _run(args: argparse.Namespace) -> int:
 def _dry_run(args: argparse.Namespace) -> int:
     name = args.model or DEMO_PAIR
     options = GenerationOptions(prefill_step_size=args.prefill_step_size, **read_kv_options(args))
-    plan = plan_memory(name, args.drafter, max_context=args.max_context, options=options)
+    placement = {"max_context": args.max_context, "per_layer_embeddings": args.per_layer_embeddings}
+    plan = plan_memory(name, args.drafter, options=options, **placement)
     print(plan)
     if args.json:
         print(json.dumps(vars(plan) | {"kv": plan.kv, "peak": plan.peak}), flush=True)
     # Afterwards, so that the table shows what is too much.
-    limits = {"max_context": args.max_context, "memory_limit": args.memory_limit}
-    plan_memory(name, args.drafter, options=options, **limits)
+    plan_memory(name, args.drafter, memory_limit=args.memory_limit, options=options, **placement)
     return 0
 
 
@@ -249,6 +249,8 @@ def _report(seen: list[GenerationResponse], model: Model, interrupted: bool) -> 
         "prompt_tps": last.prompt_tps,
         "generation_tps": last.generation_tps,
         "peak_memory_gb": last.peak_memory,
+        "per_layer_embeddings": model.per_layer_embeddings,
+        "embedding_rows": None if stats.embeddings is None else stats.embeddings._asdict(),
         "logprobs": [
             {"token": r.token, "logprob": r.logprobs.token, "top": [list(pair) for pair in r.logprobs.top]}
             for r in seen

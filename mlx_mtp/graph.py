@@ -7,8 +7,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from .acceptance import Draft
 from .cache import KVQuantization
 from .drafter import Drafter
+from .embeddings import PerLayerRows
 from .gemma4 import Target
 from .sampling import Sampling
 from .speculative import Rounds, Stream
@@ -22,6 +24,13 @@ _VIEWS = {
 _CONTEXT = 100
 
 
+class _Unread(Stream):
+    """Takes the same per-layer rows whatever is drafted, so that the draft need not be evaluated."""
+
+    def _read_rows(self, draft: Draft) -> PerLayerRows | None:
+        return self.target.read_rows([0] * (1 + draft.tokens.shape[1]))
+
+
 def round_outputs(
     target: Target,
     drafter: Drafter | None,
@@ -33,7 +42,7 @@ def round_outputs(
 ) -> list[mx.array]:
     """Everything that a round of k draft tokens computes, not evaluated."""
     rounds = Rounds()
-    stream = Stream(target, drafter, max_draft_tokens=k, sampling=sampling, kv_quantization=kv_quantization)
+    stream = _Unread(target, drafter, max_draft_tokens=k, sampling=sampling, kv_quantization=kv_quantization)
     stream.cache.set_length(_CONTEXT)
     for _ in range(2 if compiled else 1):
         # Arrays of their own, so that the graph begins here.

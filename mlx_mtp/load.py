@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import mlx.core as mx
 from huggingface_hub import snapshot_download
@@ -26,15 +27,18 @@ from .config import (
 )
 from .draft_length import MAX_DRAFT_TOKENS
 from .drafter import Drafter
+from .embeddings import MappedEmbedding
 from .engine import GenerationOptions, Model
 from .errors import ConfigError, HubError, OptionError, PairError
 from .exact import check_exact, make_exact
 from .gemma4 import Target, fuse_projections
-from .memory import MemoryPlan, check_memory, planner
+from .memory import MemoryPlan, check_memory, memory_size, planner
 from .speculative import Rounds
 from .tokenizer import load_tokenizer
 from .weights import MLX_PREFIX, drafter_names, fill_module, target_names
 
+PerLayerEmbeddings = Literal["resident", "mapped", "auto"]
+PER_LAYER_EMBEDDINGS: tuple[PerLayerEmbeddings, ...] = get_args(PerLayerEmbeddings)
 # Where a converted pair keeps its drafter.
 DRAFTER_FOLDER = "drafter"
 # A small pair, trained on Python source, that is part of the package; its README.md says how it was made.
@@ -61,6 +65,7 @@ def load(
     exact: bool = False,
     max_context: int | None = None,
     memory_limit: int | None = None,
+    per_layer_embeddings: PerLayerEmbeddings = "auto",
 ) -> Model:
     """Load a target and its drafter from folders or the hub: our own, mlx-lm's, mlx-vlm's, or Hugging Face's layout.
 
@@ -70,15 +75,22 @@ def load(
     `max_context` is the most tokens of prompt and answer together. `memory_limit`, in bytes, is checked against the
     weights and the K/V of such a context before anything is loaded.
 
+    `per_layer_embeddings` is for the table of E2B and E4B: "resident" in memory, or "mapped", which leaves it in its
+    files and reads a row per token, with the same tokens and one more host read in a round that drafts. "auto" maps it
+    where the weights would take more than half of the machine's memory; `Model.per_layer_embeddings` tells.
+
     Raises MTPError kinds: HubError, ConfigError, WeightsError, TokenizerError, PairError, MemoryLimitError, and
-    OptionError for a context that is longer than the model's, or where passes cannot be made exact.
+    OptionError for a context that is longer than the model's, where passes cannot be made exact, or where no table is
+    there to be mapped.
     """
     config, drafter_config = _read_configs(path_or_repo, drafter, revision)
     context = _context(config, max_context)
+    mapped = _is_mapped(per_layer_embeddings, config, drafter_config)
     if memory_limit is not None:
-        check_memory(_planner(config, drafter_config, GenerationOptions()), context, memory_limit, str(path_or_repo))
+        plan = _planner(config, drafter_config, GenerationOptions(), mapped)
+        check_memory(plan, context, memory_limit, str(path_or_repo))
     tokenizer = load_tokenizer(config.path.parent, config.eos_token_ids)
-    target = load_target(config)
+    target = load_target(config, mapped=mapped)
     fuse_projections(target.layers)
     if exact:
         make_exact(target)
@@ -105,12 +117,15 @@ def plan_memory(
     revision: str | None = None,
     max_context: int | None = None,
     memory_limit: int | None = None,
+    per_layer_embeddings: PerLayerEmbeddings = "auto",
     options: GenerationOptions | None = None,
 ) -> MemoryPlan:
     """What `load` and decoding would take of memory with a context of `max_context` tokens (default: the model's own),
     from the files' headers; of `options`, K/V quantization and `prefill_step_size` matter. Raises what `load` does."""
     config, drafter_config = _read_configs(path_or_repo, drafter, revision)
-    context, plan = _context(config, max_context), _planner(config, drafter_config, options or GenerationOptions())
+    context = _context(config, max_context)
+    mapped = _is_mapped(per_layer_embeddings, config, drafter_config)
+    plan = _planner(config, drafter_config, options or GenerationOptions(), mapped)
     if memory_limit is not None:
         check_memory(plan, context, memory_limit, str(path_or_repo))
     return plan(context)
@@ -134,7 +149,7 @@ def _read_configs(
 
 
 def _planner(
-    config: TargetConfig, drafter: DrafterConfig | None, options: GenerationOptions
+    config: TargetConfig, drafter: DrafterConfig | None, options: GenerationOptions, mapped: bool
 ) -> Callable[[int], MemoryPlan]:
     return planner(
         config,
@@ -142,6 +157,7 @@ def _planner(
         max_block=MAX_DRAFT_TOKENS + 1,
         prefill_step=options.prefill_step_size,
         kv=options.kv_quantization,
+        mapped=mapped,
     )
 
 
@@ -154,10 +170,30 @@ def _context(config: TargetConfig, max_context: int | None) -> int:
     return max_context or most
 
 
-def load_target(config: TargetConfig) -> Target:
-    """The target of the folder this config was read from. Raises WeightsError if its tensors do not fit the config."""
+def _is_mapped(requested: PerLayerEmbeddings, config: TargetConfig, drafter: DrafterConfig | None) -> bool:
+    if requested not in PER_LAYER_EMBEDDINGS:
+        expected = ", ".join(PER_LAYER_EMBEDDINGS)
+        raise OptionError(f"per_layer_embeddings must be one of {expected}, found {requested!r}")
+    has_table = config.text.per_layer_input_size > 0
+    if requested == "mapped" and not has_table:
+        raise OptionError(f"per_layer_embeddings is 'mapped', but {config.path.parent} has no per-layer table")
+    if requested != "auto" or not has_table:
+        return requested == "mapped"
+    resident = _planner(config, drafter, GenerationOptions(), mapped=False)(1).resident
+    return resident > memory_size() / 2
+
+
+def load_target(config: TargetConfig, *, mapped: bool = False) -> Target:
+    """The target of the folder this config was read from; `mapped` leaves its per-layer table in the files.
+
+    Raises WeightsError if its tensors do not fit the config.
+    """
     target = Target(config.text)
-    fill_module(target, config.path.parent, lambda key: target_names(key, config), config.quantization, MLX_PREFIX)
+    names = partial(target_names, config=config)
+    left = "embed_tokens_per_layer" if mapped else None
+    tensors = fill_module(target, config.path.parent, names, config.quantization, MLX_PREFIX, left)
+    if mapped:
+        target.embed_tokens_per_layer = MappedEmbedding(target.embed_tokens_per_layer, tensors)
     return target
 
 

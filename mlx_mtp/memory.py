@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from .cache import KVQuantization, check_group_size, rows_in_buffers
 from .config import DrafterConfig, LayerType, TargetConfig, TextConfig
+from .embeddings import KEPT_BYTES
 from .errors import MemoryLimitError, OptionError
 from .speculative import chunk_size
 from .weights import FLOAT_TYPES, TensorInfo, drafter_names, read_checkpoint, target_names
@@ -55,13 +56,13 @@ class MemoryPlan:
         return rows_in_buffers(self.context) * self.kv_per_token
 
     @property
-    def model(self) -> int:
-        """The part that does not depend on the context."""
-        return self.weights + self.token_embeddings + self.per_layer_embeddings + self.drafter + self.rings
+    def resident(self) -> int:
+        """Of the weights of both models."""
+        return self.weights + self.token_embeddings + self.per_layer_embeddings + self.drafter
 
     @property
     def peak(self) -> int:
-        return self.model + self.kv + self.work
+        return self.resident + self.rings + self.kv + self.work
 
     def rows(self) -> Iterator[tuple[str, int]]:
         """Names and bytes, as a table shows them."""
@@ -88,9 +89,10 @@ def planner(
     max_block: int,
     prefill_step: int,
     kv: KVQuantization | None = None,
+    mapped: bool = False,
 ) -> Callable[[int], MemoryPlan]:
     """What makes a plan for a context of so many tokens. `max_block` is the most rows of a verify pass, `prefill_step`
-    those of a chunk of the prompt, `kv` how K/V are quantized.
+    those of a chunk of the prompt, `kv` how K/V are quantized; `mapped` leaves the per-layer embeddings on disk.
 
     Raises WeightsError for a checkpoint that cannot be read, OptionError for groups that do not fit the heads.
     """
@@ -106,6 +108,10 @@ def planner(
     text = target.text
     largest = max(layer.num_kv_heads * layer.head_dim for layer in text.layers if layer.has_kv)
     ring = text.sliding_window + max_block
+    table = shares["embed_tokens_per_layer"]
+    if mapped:
+        # The rows kept.
+        table = min(table, KEPT_BYTES)
     width = _kv_width(text, "full_attention")
     if kv is not None:
         check_group_size(text, kv)
@@ -121,7 +127,7 @@ def planner(
             context=context,
             weights=shares[""],
             token_embeddings=shares["embed_tokens"],
-            per_layer_embeddings=shares["embed_tokens_per_layer"],
+            per_layer_embeddings=table,
             drafter=drafter_size,
             kv_per_token=int(width * size if kv is None or context <= kv.start else width * _quantized_size(kv, size)),
             rings=_kv_width(text, "sliding_attention") * ring * size,
@@ -142,7 +148,7 @@ def check_memory(plan: Callable[[int], MemoryPlan], context: int, limit: int, so
     fitting = bisect_right(range(2, context), limit, key=lambda tokens: plan(tokens).peak) + 1
     if fitting > 1:
         ways.append(f"a context of {fitting} tokens (--max-context {fitting})")
-    if wanted.per_layer_embeddings and wanted.peak - wanted.per_layer_embeddings <= limit:
+    if wanted.per_layer_embeddings > KEPT_BYTES and wanted.peak - wanted.per_layer_embeddings + KEPT_BYTES <= limit:
         ways.append("the per-layer embeddings left on disk (--per-layer-embeddings mapped)")
     if wanted.drafter and wanted.peak - wanted.drafter <= limit:
         ways.append("no drafter (--drafter none)")

@@ -13,6 +13,7 @@ from .cache import Cache, KVQuantization
 from .config import TextConfig
 from .draft_length import DraftLength
 from .drafter import Candidates, Choose, Drafter, choose_best
+from .embeddings import EmbeddingStats, PerLayerRows
 from .errors import OptionError, PromptError
 from .gemma4 import Target
 from .guide import Guide, RowMasks
@@ -24,9 +25,9 @@ Progress = Callable[[int, int], None]
 # As in mlx-lm: (all tokens so far, logits [1, vocab]) -> logits [1, vocab].
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
-# What a compiled round was made for, and the round: all arrays of a stream in, what was verified and the arrays out.
+# What a compiled round was made for, and the round.
 Shape = tuple[int, int, int, int, KVQuantization | None, int | None, str]
-Function = Callable[[list[mx.array]], tuple["Verified", list[mx.array]]]
+Function = Callable[["Stream"], "Verified"]
 # Bounds a chunk of the prompt by the bytes of a layer's attention scores, and the least rows of one all the same.
 _SCORE_BYTES = 1 << 29
 _LEAST_CHUNK = 32
@@ -68,8 +69,10 @@ class Verified(NamedTuple):
 class Stats:
     """Counts over the rounds of one generation. The token that prefill yields belongs to no round.
 
-    `host_reads` is how often a round waited for a value: once, but for guides and log probabilities. `processed_rows`
-    counts the rows a logits processor in Python was called for, which may read from the device too.
+    `host_reads` is how often a round waited for a value: once, but for guides, log probabilities and mapped per-layer
+    embeddings. `processed_rows` counts the rows a logits processor in Python was called for, which may read from the
+    device too. `embeddings`, of mapped ones, counts their rows, those of the prompt included and of other
+    streams meanwhile.
     """
 
     rounds: int = 0
@@ -79,6 +82,7 @@ class Stats:
     drafted_at: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
     processed_rows: int = 0
+    embeddings: EmbeddingStats | None = None
 
     def add(self, drafted: int, accepted: int, host_reads: int = 1) -> None:
         self.rounds += 1
@@ -99,6 +103,8 @@ class Stats:
         self.drafted += other.drafted
         self.accepted += other.accepted
         self.processed_rows += other.processed_rows
+        if other.embeddings is not None:
+            self.embeddings = (self.embeddings or EmbeddingStats()).plus(other.embeddings)
         self.drafted_at = _sums(self.drafted_at, other.drafted_at)
         self.accepted_at = _sums(self.accepted_at, other.accepted_at)
 
@@ -126,7 +132,8 @@ class Rounds:
     A round is compiled by its shape: the number of draft tokens, the K/V rows it looks at, whether they are quantized,
     and the options that make it. `traces` has the shape of every trace there was. Under a guide or Python processors
     nothing is compiled, for they take part in the round on the host. A shape is compiled when it comes a second time
-    or, if `always`, the first.
+    or, if `always`, the first. Where per-layer embeddings are mapped, drafting and verifying are compiled apart: in
+    between, the host reads the draft, and the rows of its tokens.
     """
 
     def __init__(self, *, always: bool = False) -> None:
@@ -146,26 +153,46 @@ class Rounds:
             verified = stream._advance(k)
         else:
             function = function or self._compile(stream, k, shape)
-            arrays = stream._take_arrays()
-            (report, hidden, logprobs), arrays = function(arrays)
-            stream._set_arrays(arrays)
-            verified = Verified(report, hidden, logprobs)
+            verified = function(stream)
         self._functions[shape] = function
         if len(self._functions) > _COMPILED_ROUNDS:
             self._functions.pop(next(iter(self._functions)))
         return verified
 
     def _compile(self, stream: "Stream", k: int, shape: Shape) -> Function:
-        blank, traces = stream._copy_without_arrays(), self.traces
+        blank, traces, is_mapped = stream._copy_without_arrays(), self.traces, stream.target.mapped is not None
 
-        def trace(arrays: list[mx.array]) -> tuple[Verified, list[mx.array]]:
-            traces.append(shape)
+        def traced_stream(arrays: list[mx.array]) -> Stream:
             traced = blank._copy_without_arrays()
             traced._set_arrays(arrays)
-            return traced._advance(k), traced._take_arrays()
+            return traced
 
-        compiled: Function = mx.compile(trace)
-        return compiled
+        def trace_draft(arrays: list[mx.array]) -> Draft:
+            return traced_stream(arrays)._draft(k)[0]
+
+        def trace(
+            arrays: list[mx.array], draft: Any = (), rows: PerLayerRows | None = None
+        ) -> tuple[Verified, list[mx.array]]:
+            traces.append(shape)
+            traced = traced_stream(arrays)
+            verified = traced._verify(Draft(*draft), None, rows) if is_mapped else traced._advance(k)
+            return verified, traced._take_arrays()
+
+        compiled, compiled_draft = mx.compile(trace), mx.compile(trace_draft)
+
+        def run(stream: Stream) -> Verified:
+            apart: list[Any] = []
+            if is_mapped:
+                draft = Draft(mx.zeros((1, 0), mx.int32))
+                if k:
+                    # Only read there, so that the stream keeps its arrays.
+                    draft = Draft(*compiled_draft(stream._arrays()))
+                apart = [tuple(draft), stream._read_rows(draft)]
+            (report, hidden, logprobs), arrays = compiled(stream._take_arrays(), *apart)
+            stream._set_arrays(arrays)
+            return Verified(report, hidden, logprobs)
+
+        return run
 
 
 class Stream:
@@ -218,6 +245,8 @@ class Stream:
         # The tokens the next one is penalized for, the bonus token last; -1 where the text is shorter.
         self._context = mx.full((self._penalties.context_size,), -1, mx.int32)
         self._bonus = mx.zeros((1, 1), mx.int32)
+        # The same, known on the host.
+        self._last = 0
         self._hidden = mx.zeros((1, 1, target.config.hidden_size), target.dtype)
 
     @property
@@ -267,7 +296,8 @@ class Stream:
             if end == len(prompt):
                 logits = self._read_last(chunk)
             else:
-                self.target(mx.array([chunk], mx.int32), self.cache, hidden_rows=0)
+                embedded = self.target.read_rows(chunk)
+                self.target(mx.array([chunk], mx.int32), self.cache, hidden_rows=0, per_layer_rows=embedded)
                 mx.eval(self.cache.arrays())
             self.cache.set_length(end)
             self._is_reading = False
@@ -280,7 +310,8 @@ class Stream:
 
     def _read_last(self, chunk: list[int]) -> mx.array:
         """Read the last tokens of the prompt: the logits after them, [1, vocab]."""
-        output = self.target(mx.array([chunk], mx.int32), self.cache, logit_rows=1, hidden_rows=1)
+        rows = self.target.read_rows(chunk)
+        output = self.target(mx.array([chunk], mx.int32), self.cache, 1, hidden_rows=1, per_layer_rows=rows)
         self._hidden = output.hidden
         mx.eval(self._hidden, output.logits, self.cache.arrays())
         return output.logits[0]
@@ -299,7 +330,8 @@ class Stream:
     def round(self, k: int, stop_ids: frozenset[int] = frozenset()) -> Round:
         """Draft k tokens, verify them in one pass, emit those accepted and one more. k = 0 is plain decoding.
 
-        One evaluation, one host read; under a guide, draft tokens are read one by one where its masks depend on them.
+        One evaluation, one host read; under a guide, draft tokens are read one by one where its masks depend on them,
+        and where per-layer embeddings are mapped, the draft is read before it is verified.
         A stop token ends the round early: nothing after it is emitted or kept.
         """
         assert k < self.cache.max_block, "more draft tokens than the stream was made for"
@@ -330,17 +362,38 @@ class Stream:
     def _advance(self, k: int) -> Verified:
         """The round as a function of the stream's arrays, which it replaces: nothing is evaluated."""
         draft, masks = self._draft(k)
-        output = self.target(mx.concatenate([self._bonus, draft.tokens], axis=1), self.cache, logit_rows=k + 1)
+        return self._verify(draft, masks, self._read_rows(draft))
+
+    def _read_rows(self, draft: Draft) -> PerLayerRows | None:
+        """What the verify pass needs of mapped per-layer embeddings: the draft's tokens must be known for that."""
+        if self.target.mapped is None:
+            return None
+        drafted: list[int] = []
+        if draft.tokens.size:
+            # All of it: what is left would hold the K/V buffers, which could then not be updated in place.
+            mx.eval(*(part for part in draft if part is not None))
+            drafted = self._read(draft.tokens[0])
+        return self.target.read_rows([self._last, *drafted])
+
+    def _verify(self, draft: Draft, masks: mx.array | None, rows: PerLayerRows | None) -> Verified:
+        """The rest of the round, from a draft and its per-layer rows, which are None unless they are mapped."""
+        tokens = mx.concatenate([self._bonus, draft.tokens], axis=1)
+        output = self.target(tokens, self.cache, tokens.shape[1], per_layer_rows=rows)
         accepted, choices = self._accept(draft, masks, output.logits[0], 1)
         self._select(output.hidden, choices, accepted)
         self.cache.offset = self.cache.offset + accepted + 1
         report = mx.concatenate([accepted[None], choices])
         return Verified(report, output.hidden, self._logprobs(output.logits[0], choices))
 
+    def _arrays(self) -> list[mx.array]:
+        """Every array of the state."""
+        return [self._bonus, self._hidden, self._context, self._draw_key, self._coin_key, *self.cache.arrays()]
+
     def _take_arrays(self) -> list[mx.array]:
-        """Every array of the state; the stream is then without K/V buffers."""
-        small = [self._bonus, self._hidden, self._context, self._draw_key, self._coin_key]
-        return small + self.cache.take_arrays()
+        """The same; the stream is then without K/V buffers."""
+        arrays = self._arrays()
+        self.cache.take_arrays()
+        return arrays
 
     def _set_arrays(self, arrays: list[mx.array]) -> None:
         self._bonus, self._hidden, self._context, self._draw_key, self._coin_key, *rest = arrays
@@ -445,8 +498,9 @@ class Stream:
         return mx.concatenate(rows)
 
     def _append(self, tokens: list[int]) -> None:
-        """Take note of tokens emitted; the processors and the guide do, too."""
+        """Take note of tokens emitted; the next round, the processors and the guide do, too."""
         self.tokens += tokens
+        self._last = tokens[-1]
         if self.processors:
             self._text = mx.concatenate([self._text, mx.array(tokens, mx.int32)])
         if self.guide is not None:
@@ -475,7 +529,7 @@ class Stream:
         ]
 
     def _read(self, report: mx.array) -> list[Any]:
-        """The one place where results reach the host, but for the draft tokens that a guide looks at."""
+        """The one place where values reach the host, but for the draft tokens that a guide looks at."""
         self.host_reads += 1
         values: list[Any] = report.tolist()  # type: ignore[assignment]
         return values

@@ -15,14 +15,14 @@ from huggingface_hub.utils import tqdm
 from mlx.utils import tree_unflatten
 
 from .centroids import build_centroids, start_from_target
-from .cli import exit_status
+from .cli import add_embedding_option, exit_status, load_model
 from .config import DrafterConfig, read_drafter_config, read_json
 from .dataset import answer_prompts, read_data
 from .draft_vocab import check_draft_vocab, choose_ids, prune
 from .drafter import Drafter
 from .engine import GenerationOptions, Model
 from .errors import MTPError, OptionError, OutputError
-from .load import DRAFTER_FOLDER, check_pair, find_drafter, load, load_drafter, resolve_folder
+from .load import DRAFTER_FOLDER, check_pair, find_drafter, load_drafter, resolve_folder
 from .output import check_output, new_folder
 from .training import OPTIMIZERS, Measure, Trainer, TrainingOptions, save_arrays
 from .weights import lazy_parameters
@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", required=True, help="Target: a local folder or a Hugging Face hub id; it may be quantized.")
     add("--drafter", help="Drafter to begin with. Default: MODEL/drafter, else the sibling MODEL-assistant.")
+    add_embedding_option(parser)
     add("--drafter-config", metavar="FOLDER", help="Begin from scratch instead, with the config.json in this folder.")
     add(
         "--data",
@@ -128,7 +129,7 @@ def _run(args: argparse.Namespace) -> int:
     source = _source(args, folder)
     config = read_drafter_config(source)
     # The drafter there is helps to answer prompts; a damaged one still does.
-    model = load(args.model, "none" if args.drafter_config else source)
+    model = load_model(args.model, "none" if args.drafter_config else source, args)
     check_pair(model.config, config)
     if args.draft_vocab is not None:
         check_draft_vocab(config, args.draft_vocab)

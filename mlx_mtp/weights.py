@@ -182,10 +182,13 @@ def fill_module(
     names: Callable[[str], list[str]],
     quantization: Quantization | None,
     prefix: str = "",
-) -> None:
+    left: str | None = None,
+) -> dict[str, TensorInfo]:
     """Load a checkpoint folder into a module, quantizing the modules whose scales the checkpoint holds.
 
-    `prefix` is what the quantization overrides put before the module's parameter names.
+    `prefix` is what the quantization overrides put before the module's parameter names. `left` is a part of the module
+    whose parameters stay in the files, after the same checks: where they lie is what is returned, by their names in it.
+    They must never be evaluated.
 
     Raises WeightsError for a missing, unexpected, truncated or misshapen tensor.
     """
@@ -204,6 +207,11 @@ def fill_module(
             raise WeightsError(
                 f"{folder}: tensor {key} is {tensors[key].dtype}, expected one of {', '.join(FLOAT_TYPES)}"
             )
+    unread: dict[str, TensorInfo] = {}
+    for key, filled in list(matched.items()):
+        if left is not None and filled[0].startswith(f"{left}."):
+            unread[filled[0]] = tensors[key]
+            del matched[key]
     arrays: dict[str, mx.array] = {}
     for file in sorted({tensors[key].file for key in matched}):
         arrays |= mx.load(str(file))  # type: ignore[arg-type]
@@ -214,7 +222,8 @@ def fill_module(
         weights += list(zip(filled, parts, strict=True))
     module.load_weights(weights, strict=False)
     del arrays, weights
-    mx.eval(module.parameters())
+    mx.eval([value for name, value in lazy_parameters(module).items() if name not in unread])
+    return {name.removeprefix(f"{left}."): info for name, info in unread.items()}
 
 
 def _quantize_modules(module: nn.Module, quantization: Quantization, present: set[str], prefix: str) -> None:

@@ -76,7 +76,7 @@ def test_a_device_that_rounds_otherwise_is_made_exact(tiny_pair: TinyPair, varia
 def test_exact_text_is_that_of_plain_decoding(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     # The function of that name hides the module.
     module = sys.modules["mlx_mtp.load"]
-    monkeypatch.setattr(module, "load_target", lambda config: cast(load_target(config.path.parent)[0], dtype))
+    monkeypatch.setattr(module, "load_target", lambda config, **_: cast(load_target(config.path.parent)[0], dtype))
     model = mlx_mtp.load(tiny_pair("e2b") / "target", exact=True)
     plain = model.generate(PROMPT, max_tokens=60, num_draft_tokens=0, ignore_eos=True, logprobs=1)
     for k in (1, 3, 8):

@@ -151,8 +151,31 @@ def test_on_a_mac_memory_is_wired(tiny_pair: TinyPair, monkeypatch: pytest.Monke
     parser = argparse.ArgumentParser()
     cli.add_model_options(parser)
     args = parser.parse_args(["--model", str(tiny_pair("e2b") / "target"), "--memory-limit", "1GB"])
-    assert cli.load_model(args.model, args).drafter is not None
+    assert cli.load_model(args.model, None, args).drafter is not None
     assert calls == [("wired", 123), ("limit", 10**9)]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_kv_and_mapped_embeddings_are_planned(tmp_path: Path, bits: int) -> None:
+    folder = make_target(tmp_path / "target", "e2b")
+    options = mlx_mtp.GenerationOptions(kv_bits=bits, kv_group_size=32, quantized_kv_start=0)
+    plan, plain = mlx_mtp.plan_memory(folder, max_context=1000, options=options), mlx_mtp.plan_memory(folder)
+    model = mlx_mtp.load(folder, "none")
+    stream = speculative.Stream(model.target, None, max_draft_tokens=8, kv_quantization=options.kv_quantization)
+    stream.cache.reserve(1000)
+    assert sum(a.nbytes for a in stream.cache.arrays()) == pytest.approx(plan.kv + plan.rings, rel=0.01)
+    assert plan.kv_per_token < plain.kv_per_token
+    # Not that long yet.
+    later = mlx_mtp.plan_memory(
+        folder, max_context=1000, options=mlx_mtp.GenerationOptions(kv_bits=8, kv_group_size=32)
+    )
+    assert later.kv_per_token == plain.kv_per_token
+    with pytest.raises(mlx_mtp.OptionError, match="does not divide"):
+        mlx_mtp.plan_memory(folder, options=mlx_mtp.GenerationOptions(kv_bits=8))
+    mapped = mlx_mtp.plan_memory(folder, per_layer_embeddings="mapped")
+    # The rows kept, here more than all there are.
+    assert mapped.per_layer_embeddings == plain.per_layer_embeddings
+    assert mlx_mtp.plan_memory(folder, per_layer_embeddings="resident") == plain
 
 
 # Command lines

@@ -204,6 +204,23 @@ def test_what_was_read_for_other_rings_is_not_reused(model: mlx_mtp.Model) -> No
     assert result.tokens == fresh(model, prompt).tokens
 
 
+@pytest.mark.parametrize("start", [0, 60])
+def test_quantized_kv_is_reused_from_where_it_begins(model: mlx_mtp.Model, start: int) -> None:
+    prompt = random_tokens(5 * WINDOW, seed=61)
+    kv = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": start}
+    first = model.generate(prompt, GREEDY, **kv)
+    # Back to before it begins, and to after that.
+    for length, least in ((4 * WINDOW + 8, 3 * 24 - 12), (3 * WINDOW, 0)):
+        branch = prompt[:length] + random_tokens(20, seed=62)[1:]
+        result = model.generate(branch, GREEDY, **kv)
+        assert result.last.cached_tokens == 0 or result.last.cached_tokens >= max(1, start), length
+        assert result.last.cached_tokens >= least
+        assert result.tokens == fresh(model, branch, **kv).tokens
+    assert model.generate(prompt, GREEDY, **kv).tokens == first.tokens == fresh(model, prompt, **kv).tokens
+    # Not for others.
+    assert model.generate(prompt, GREEDY).last.cached_tokens == 0
+
+
 # Files
 
 
@@ -221,6 +238,24 @@ def test_a_saved_prompt_is_gone_on_from(model: mlx_mtp.Model, tiny_pair: TinyPai
     expected = fresh(model, longer)
     assert result.tokens == expected.tokens
     assert result.last.stats == expected.last.stats
+
+
+def test_quantized_kv_is_saved_as_it_is(model: mlx_mtp.Model, tmp_path: Path) -> None:
+    prompt = random_tokens(5 * WINDOW, seed=75)
+    kv = {"kv_bits": 4, "kv_group_size": 32, "quantized_kv_start": 0}
+    sizes = {}
+    for name, options in (("plain", {}), ("quantized", kv)):
+        file = tmp_path / f"{name}.safetensors"
+        model.save_prompt(prompt, file, **options)
+        sizes[name] = file.stat().st_size
+        other = mlx_mtp.load(model.config.path.parent)
+        longer = other.load_prompt(file, **options) + random_tokens(9, seed=76)[1:]
+        result = other.generate(longer, GREEDY, **options)
+        assert result.last.cached_tokens == len(prompt)
+        assert result.tokens == fresh(model, longer, **options).tokens
+    assert sizes["quantized"] < sizes["plain"]
+    with pytest.raises(mlx_mtp.PromptCacheError, match="its K/V quantization is KVQuantization"):
+        model.load_prompt(file)
 
 
 def test_a_damaged_file_is_refused(tiny_pair: TinyPair, tmp_path: Path) -> None:
