@@ -15,12 +15,11 @@ from statistics import median
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from .acceptance import Draft
-from .cache import Cache, KVQuantization
+from .cache import KVQuantization
 from .draft_length import MAX_DRAFT_TOKENS, CostCurve
-from .drafter import Allow, Choose, DraftContext, Drafter, choose_best
+from .drafter import Drafter, GivenDrafter
 from .errors import CalibrationError, OutputError
 from .gemma4 import Target
 from .output import replace_text
@@ -105,33 +104,20 @@ def device_identity() -> dict[str, Any]:
     return {"device": str(mx.default_device()), "name": info.get("device_name"), "mlx": version("mlx")}
 
 
-class _GivenDraft(Drafter):
-    """Draft tokens for nothing: what is left of a round is the target's part."""
+def _draft_of(vocab_size: int, candidates: int | None) -> Callable[[mx.array, int], Draft]:
+    """Draft tokens for nothing, chosen among so many candidates or none: what is left is the target's part.
 
-    def __init__(self, drafter: Drafter, candidates: int | None) -> None:
-        nn.Module.__init__(self)
-        self.config = drafter.config
-        self.size = candidates
+    They depend on the last token, as real drafts do: a chain of rounds, none of which can begin early.
+    """
 
-    def context(self, cache: Cache) -> DraftContext:
-        return DraftContext({}, cache.offset)
-
-    def draft(
-        self,
-        target: Target,
-        token: mx.array,
-        hidden: mx.array,
-        context: DraftContext,
-        k: int,
-        choose: Choose = choose_best,
-        allow: Allow | None = None,
-    ) -> Draft:
-        # Depends on what came before, as real drafts do: a chain of rounds, none of which can begin early.
-        tokens = (token + mx.arange(1, k + 1)) % target.config.vocab_size
-        if self.size is None:
+    def give(token: mx.array, k: int) -> Draft:
+        tokens = (token + mx.arange(1, k + 1)) % vocab_size
+        if candidates is None:
             return Draft(tokens)
-        ids = (tokens.T + mx.arange(self.size)) % target.config.vocab_size
-        return Draft(tokens, ids, mx.full((k, self.size), -math.log(self.size)))
+        ids = (tokens.T + mx.arange(candidates)) % vocab_size
+        return Draft(tokens, ids, mx.full((k, candidates), -math.log(candidates)))
+
+    return give
 
 
 def measure_rounds(
@@ -146,7 +132,7 @@ def measure_rounds(
     Each pass begins with what the one before it gave.
     """
     draws = not sampling.is_greedy and sampling.acceptance == "block"
-    given = _GivenDraft(drafter, drafter.num_candidates if draws else None)
+    given = GivenDrafter(_draft_of(target.config.vocab_size, drafter.num_candidates if draws else None))
     runs: dict[tuple[str, int], Callable[[], object]] = {}
     for name, who, lengths in (("verify", given, range(MAX_DRAFT_TOKENS + 1)), ("round", drafter, _MEASURED)):
         stream = Stream(

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from .acceptance import Draft
 from .cache import Cache, KVQuantization
 from .draft_length import MAX_DRAFT_TOKENS
-from .drafter import Allow, Choose, DraftContext, Drafter, choose_best
+from .drafter import Drafter, GivenDrafter
 from .errors import OptionError
 from .gemma4 import Experts, Router, Target
 from .speculative import Rounds, Stream
@@ -154,29 +154,6 @@ def _parts(result: mx.array | tuple[mx.array, ...]) -> tuple[mx.array, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-class _GivenDraft(Drafter):
-    """Drafts the tokens it was given."""
-
-    def __init__(self, tokens: list[int]) -> None:
-        nn.Module.__init__(self)
-        self.tokens = tokens
-
-    def context(self, cache: Cache) -> DraftContext:
-        return DraftContext({}, cache.offset)
-
-    def draft(
-        self,
-        target: Target,
-        token: mx.array,
-        hidden: mx.array,
-        context: DraftContext,
-        k: int,
-        choose: Choose = choose_best,
-        allow: Allow | None = None,
-    ) -> Draft:
-        return Draft(mx.array([self.tokens[:k]], mx.int32))
-
-
 def check_exact(target: Target, rounds: Rounds, kv_quantization: KVQuantization | None = None) -> None:
     """Compare compiled rounds that verify several rows with plain ones, bit by bit; over quantized K/V if told how.
 
@@ -187,8 +164,9 @@ def check_exact(target: Target, rounds: Rounds, kv_quantization: KVQuantization 
     for _ in range(MAX_ROWS):
         tokens += plain.round(0).tokens
         hidden.append(plain._hidden)
+    given = GivenDrafter(lambda _, k: Draft(mx.array([tokens[:k]], mx.int32)))
     for k in range(1, MAX_ROWS):
-        stream = _stream(target, _GivenDraft(tokens), rounds, kv_quantization)
+        stream = _stream(target, given, rounds, kv_quantization)
         result = stream.round(k)
         if result.tokens != tokens[: k + 1] or not mx.array_equal(stream._hidden, hidden[k]).item():
             raise OptionError(
