@@ -183,7 +183,7 @@ class Drafter(nn.Module):
 
 
 class GivenDrafter(Drafter):
-    """Drafts what a function gives for the last token, int32 [1, 1], and the number of draft tokens, at no cost: what is
+    """Drafts what a function gives for the last token, int32 [1, 1], and a number of draft tokens, at no cost: what is
     left of a round is the target's part."""
 
     def __init__(self, give: Callable[[mx.array, int], Draft]) -> None:
