@@ -646,7 +646,7 @@ def test_per_layer_config_that_cannot_be_published(e2b: Path) -> None:
     fields = read_json(path)
     text = fields["text_config"]
     full = {"head_dim": text.pop("global_head_dim")}
-    text["per_layer_config"] = {"4": full, "9": {"head_dim": 48}}
+    text["per_layer_config"] = {"2": full, "5": full, "9": {"head_dim": 48}}
     path.write_text(json.dumps(fields))
     _edit_tensors(
         lambda t: t.update(

@@ -175,7 +175,7 @@ def test_every_kind_of_generation(folder: Folder) -> None:
         assert ours.last.stats.accepted == theirs.last.stats.accepted
         assert ours.last.stats.embeddings is None
         assert theirs.last.stats.embeddings is not None
-    assert repr(resident._identity(Sampling())) != repr(mapped._identity(Sampling()))
+    assert repr(resident._identity(Sampling(), None)) != repr(mapped._identity(Sampling(), None))
 
 
 def test_exact_rounds(folder: Folder) -> None:
@@ -363,8 +363,8 @@ def test_rows_are_kept_and_those_not_used_for_longest_forgotten(folder: Folder) 
 def test_statistics_of_a_generation_and_of_the_model(folder: Folder) -> None:
     resident, mapped = both(folder("unconverted"))
     assert resident.embedding_stats is None
-    first = mapped.generate(LONG, max_tokens=20, num_draft_tokens=0).last.stats.embeddings
-    again = mapped.generate(LONG, max_tokens=20, num_draft_tokens=0).last.stats.embeddings
+    options = mlx_mtp.GenerationOptions(max_tokens=20, num_draft_tokens=0, reuse_prompt=False)
+    first, again = (mapped.generate(LONG, options).last.stats.embeddings for _ in range(2))
     assert first is not None
     assert again is not None
     row = 4 * 10 * 64

@@ -254,7 +254,8 @@ def channel(model: mlx_mtp.Model) -> Channel:
 
 
 def thinker(model: mlx_mtp.Model, channel: Channel, length: int) -> Callable[[mx.array, mx.array], mx.array]:
-    """A random model never thinks of its own accord: this opens the channel, names it, and closes it in the end."""
+    """A random model never thinks of its own accord: this opens the channel, names it, and closes it in the end, not
+    before."""
     header = model.tokenizer.encode("thought\n", add_special_tokens=False)
     script = {
         0: channel.start,
@@ -263,8 +264,11 @@ def thinker(model: mlx_mtp.Model, channel: Channel, length: int) -> Callable[[mx
     }
 
     def process(tokens: mx.array, logits: mx.array) -> mx.array:
-        token = script.get(tokens.size - len(PROMPT))
-        return logits if token is None else logits.at[:, token].add(1000.0)
+        index = tokens.size - len(PROMPT)
+        if index < 1 + len(header) + length:
+            logits = logits.at[:, channel.end].add(-1000.0)
+        token = script.get(index)
+        return logits if token is None else logits.at[:, token].add(2000.0)
 
     return process
 
@@ -312,7 +316,8 @@ def test_a_prompt_that_ends_inside_a_thought(model: mlx_mtp.Model, channel: Chan
         assert result.tokens.index(channel.end) == BUDGET + channel.header - len(opened)
         assert re.fullmatch("[a-z]{8}", result.text)
         if opened:
-            assert result.thought == model.tokenizer.decode(result.tokens[: BUDGET - inside])
+            # mlx-lm's detokenizer of such a tokenizer leaves out a blank at the beginning.
+            assert result.thought == model.tokenizer.decode(result.tokens[: BUDGET - inside]).removeprefix(" ")
     # A user's own text is no thought, nor is one that was closed.
     turn = model.tokenizer.get_vocab()["<|turn>"]
     for prompt in ([*PROMPT, channel.start, turn, 40], [*PROMPT, channel.start, 40, channel.end]):
