@@ -146,9 +146,9 @@ class GenerationResponse:
 
     `text` is the readable text of the answer since the last response, `thought` that of the thought before it (without
     the tokens and the name of its channel); both are valid UTF-8. Of the prompt's tokens, `cached_tokens` were read for
-    an earlier one; `prompt_tps` is of the others. It and `generation_tps` are tokens per second so far, `peak_memory` is
-    in GB (1e9 bytes). `finish_reason` is set on the last response: "stop" after a stop
-    token or string, "length" at `max_tokens` or the end of the context.
+    an earlier one; `prompt_tps` is of the others. It and `generation_tps` are tokens per second so far, `peak_memory`
+    is in GB (1e9 bytes). `finish_reason` is set on the last response: "stop" after a stop token or string, "length" at
+    `max_tokens` or the end of the context.
     """
 
     text: str
