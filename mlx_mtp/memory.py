@@ -108,6 +108,9 @@ def planner(
     text = target.text
     largest = max(layer.num_kv_heads * layer.head_dim for layer in text.layers if layer.has_kv)
     ring = text.sliding_window + max_block
+    # The last layer with K/V of its own attends with one row only.
+    last_own = max(layer.kv_layer for layer in text.layers)
+    attends = any(layer.layer_type == "full_attention" for layer in text.layers[:last_own])
     table = shares["embed_tokens_per_layer"]
     if mapped:
         # The rows kept.
@@ -121,7 +124,8 @@ def planner(
         chunk = min(chunk_size(text, rows, size, prefill_step), context)
         # MLX allocates ahead: scores, and masks, of a full-attention layer and a sliding one, or two layers' products.
         score, layer = text.num_attention_heads * size + 1, _activations(text) * size
-        reading = chunk * ((ring + chunk) * score + layer + max(rows * score, layer))
+        full = rows * (score if attends else 1)
+        reading = chunk * ((ring + chunk) * score + layer + max(full, layer))
         deciding = _LOGITS * max_block * text.vocab_size * 4
         return MemoryPlan(
             context=context,
