@@ -165,7 +165,10 @@ def _run(args: argparse.Namespace) -> int:
     if args.peers and args.kv_bits is not None:
         raise OptionError("--peers run with K/V that are not quantized: leave out --kv-bits")
     # Made first: what is wrong with the options shows before seconds of loading.
-    options = GenerationOptions(max_tokens=args.max_tokens, ignore_eos=True, **read_kv_options(args))
+    # Every run reads its prompt, and leaves no K/V behind.
+    options = GenerationOptions(
+        max_tokens=args.max_tokens, ignore_eos=True, reuse_prompt=False, **read_kv_options(args)
+    )
     if args.plot is not None:
         check_plots(args.plot)
     model = load_or_demo(args)

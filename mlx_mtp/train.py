@@ -137,7 +137,9 @@ def _run(args: argparse.Namespace) -> int:
     drafter = _initial(args, model, config)
 
     def answer(prompts: Sequence[list[int]]) -> list[list[int]]:
-        chosen = GenerationOptions(max_tokens=args.max_answer_tokens, sampling=model.default_sampling)
+        chosen = GenerationOptions(
+            max_tokens=args.max_answer_tokens, sampling=model.default_sampling, reuse_prompt=False
+        )
         with tqdm(total=len(prompts), desc="Answers", unit="prompt", disable=None, file=sys.stderr) as bar:
             return answer_prompts(
                 model, prompts, workspace / "answers.jsonl", chosen, lambda done, _: bar.update(done - bar.n)
