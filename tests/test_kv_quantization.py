@@ -50,14 +50,10 @@ def run(
 
 
 # All are tested; a few of them in the quick run.
-@pytest.mark.parametrize(
-    ("bits", "start"),
-    [
-        pytest.param(bits, start, marks=[] if (bits, start) in ((8, 0), (4, 90)) else pytest.mark.slow)
-        for bits in (8, 4)
-        for start in (0, 30, 90)
-    ],
-)
+STARTS = [(8, 0), (4, 90), *(pytest.param(bits, 30, marks=pytest.mark.slow) for bits in (8, 4))]
+
+
+@pytest.mark.parametrize(("bits", "start"), STARTS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_speculative_greedy_is_plain_greedy(tiny_models: Models, variant: str, bits: int, start: int) -> None:
     """For every draft length, quantized from the first row on, within the prompt, and in the middle of the text; with a

@@ -14,7 +14,7 @@ import pytest
 from tiny import WINDOW, random_tokens
 
 import mlx_mtp
-from mlx_mtp import engine
+from mlx_mtp import cache_prompt, engine, generate
 
 TinyPair = Callable[[str], Path]
 GREEDY = mlx_mtp.GenerationOptions(max_tokens=24, num_draft_tokens=3, ignore_eos=True, prefill_step_size=24)
@@ -80,7 +80,7 @@ def test_any_history_of_a_chat_gives_the_tokens_of_a_fresh_prefill(tiny_pair: Ti
     sampling = mlx_mtp.Sampling(temperature=float(seed % 4 == 1), seed=seed, acceptance="coupled")
     turns: list[list[int]] = [random_tokens(chooser.randint(2, 60), seed=1000 + seed)]
     reused = 0
-    for step in range(7):
+    for step in range(6):
         prompt = [token for turn in turns for token in turn]
         options = {
             "sampling": sampling,
@@ -143,7 +143,7 @@ def test_clearing_frees_the_memory(model: mlx_mtp.Model) -> None:
 
 def test_a_text_that_goes_on_is_written_in_place_and_a_branch_is_copied(tiny_pair: TinyPair) -> None:
     model = mlx_mtp.load(tiny_pair("31b") / "target")
-    prompt = random_tokens(3800, seed=25)
+    prompt = random_tokens(2800, seed=25)
     options = mlx_mtp.GenerationOptions(max_tokens=8, num_draft_tokens=3, ignore_eos=True)
     # Twice, for compiled rounds stay.
     for _ in range(2):
@@ -154,7 +154,7 @@ def test_a_text_that_goes_on_is_written_in_place_and_a_branch_is_copied(tiny_pai
         active = mx.get_active_memory()
         mx.reset_peak_memory()
         result = model.generate(continued, options)
-        assert result.last.cached_tokens > 3790
+        assert result.last.cached_tokens > 2790
         assert least * size <= mx.get_peak_memory() - active < most * size
 
 
@@ -373,20 +373,26 @@ def test_a_prompt_read_ahead_from_the_command_line(tiny_pair: TinyPair, tmp_path
     assert f"{report['cached_tokens']} of them read before" in reused.stderr
 
 
-def test_what_cannot_be_read_ahead_is_one_error(tiny_pair: TinyPair, tmp_path: Path) -> None:
-    target, file = tiny_pair("e2b") / "target", tmp_path / "x.safetensors"
-    generate = ["generate", "--model", target, "--prompt", "hello", "--prompt-cache", file]
-    assert run(*generate, code=1).stderr.startswith(f"error: {file}: no prompt cache")
+def test_what_cannot_be_read_ahead_is_one_error(
+    tiny_pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, file = str(tiny_pair("e2b") / "target"), tmp_path / "x.safetensors"
+    again = ["--model", target, "--prompt", "hello", "--prompt-cache", str(file)]
+    assert run("generate", *again, code=1).stderr.startswith(f"error: {file}: no prompt cache")
     file.write_bytes(b"not it")
-    assert run(*generate, code=1).stderr.startswith(f"error: {file}: truncated or not a safetensors file")
-    assert "--system-prompt" in run(*generate, "--system-prompt", "x", code=1).stderr
-    assert "at most 8" in run(*generate, "--num-draft-tokens", "9", code=1).stderr
-    ahead = ["cache_prompt", "--model", target, "--prompt"]
     nowhere = tmp_path / "none" / "x.safetensors"
-    assert run(*ahead, "hello", "--prompt-cache", nowhere, code=1).stderr.startswith(f"error: {nowhere}: cannot be")
-    assert "the prompt is empty" in run(*ahead, "", "--prompt-cache", file, code=1).stderr
-    long = run(*ahead, "hello " * 3000, "--prompt-cache", file, code=1).stderr
-    assert "but the context holds 4096" in long
+
+    def error(command: Callable[[list[str]], int], *args: str) -> str:
+        assert command([*args]) == 1
+        return capsys.readouterr().err
+
+    assert error(generate.main, *again).startswith(f"error: {file}: truncated or not a safetensors file")
+    assert "--system-prompt" in error(generate.main, *again, "--system-prompt", "x")
+    assert "at most 8" in error(generate.main, *again, "--num-draft-tokens", "9")
+    ahead = ["--model", target, "--prompt-cache"]
+    assert error(cache_prompt.main, *ahead, str(nowhere), "--prompt", "hello").startswith(f"error: {nowhere}: cannot")
+    assert "the prompt is empty" in error(cache_prompt.main, *ahead, str(file), "--prompt", "")
+    assert "but the context holds 4096" in error(cache_prompt.main, *ahead, str(file), "--prompt", "hello " * 3000)
     assert file.read_bytes() == b"not it", "a file is replaced by a whole one only"
 
 
