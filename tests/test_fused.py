@@ -38,8 +38,10 @@ def test_fused_projections_compute_the_same(tiny_pair: TinyPair, variant: str, b
     mx.eval(expected)
     before = mx.get_active_memory()
     fuse_projections(target.layers)
-    # The allocator may give a little more than asked for; a second copy would be a sixth of the size or more.
-    assert mx.get_active_memory() < before + size / 12
+    # Fusing adds scales of queries and keys. The allocator may give a little more than asked for; a second copy would
+    # be a sixth of the size or more.
+    scales = sum(value.nbytes for name, value in tree_flatten(target.parameters()) if name.endswith("qk_scale"))
+    assert mx.get_active_memory() < before + scales + size / 20
     assert mx.abs(logits(target) - expected).max() < 1e-5
     names = [name for name, _ in tree_flatten(target.parameters())]
     assert not [name for name in names if "gate_proj" in name and "experts" not in name]

@@ -189,7 +189,7 @@ def test_a_coupled_stop_inside_a_block(tiny_models: Models, plain: Plain) -> Non
 @pytest.mark.parametrize(
     ("variant", "temperature", "acceptance", "seeds"),
     [
-        ("e2b", 2.0, "block", 600),
+        ("12b", 4.0, "block", 600),
         pytest.param("31b", 4.0, "block", 1200, marks=pytest.mark.slow),
         pytest.param("31b", 4.0, "coupled", 1200, marks=pytest.mark.slow),
     ],
@@ -215,7 +215,7 @@ def test_the_token_a_round_decides_on_has_the_target_s_distribution(
         drawn.append(result.tokens[0])
         accepted += result.accepted > 0
     print(f"{accepted / seeds:.1%} of the rounds accepted a draft token")
-    assert accepted > seeds / 100
+    assert accepted > seeds / 50
     order = np.argsort(-expected)
     classes = np.empty(len(expected), np.int64)
     classes[order] = np.minimum(np.cumsum(expected[order]) * 11, 10.999).astype(np.int64)
