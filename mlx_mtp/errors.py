@@ -55,3 +55,11 @@ class DataError(MTPError):
 
 class TrainingError(MTPError):
     """Training cannot go on; its last good state is kept."""
+
+
+class BusyError(MTPError):
+    """More generations are asked for at once than may wait."""
+
+
+class ClosedError(MTPError):
+    """A model is asked for something after it was closed."""

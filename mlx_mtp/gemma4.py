@@ -43,6 +43,8 @@ class Rope:
         # An infinite period leaves the remaining pairs unrotated.
         still = mx.full((head_dim - rotated) // 2, mx.inf)
         self.periods = mx.concatenate([config.theta**exponents, still])
+        # What is left to be computed belongs to this thread's stream, and could not be used on another.
+        mx.eval(self.periods)
         self.dims = head_dim
 
     def __call__(self, x: mx.array, offset: mx.array) -> mx.array:

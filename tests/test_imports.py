@@ -22,7 +22,7 @@ LAYERS = (
     ("cache", "embeddings"),
     ("weights",),
     ("config", "draft_length"),
-    ("output",),
+    ("output", "worker"),
     ("errors",),
 )
 
