@@ -145,7 +145,8 @@ class GenerationResponse:
     """One token of a generation, with mlx-lm's field names.
 
     `text` is the readable text of the answer since the last response, `thought` that of the thought before it (without
-    the tokens and the name of its channel); both are valid UTF-8. Of the prompt's tokens, `cached_tokens` were read for
+    the tokens and the name of its channel); both are valid UTF-8. `in_thought` says whether the token is one of a
+    thought, those of its channel included. Of the prompt's tokens, `cached_tokens` were read for
     an earlier one; `prompt_tps` is of the others. It and `generation_tps` are tokens per second so far, `peak_memory`
     is in GB (1e9 bytes). `finish_reason` is set on the last response: "stop" after a stop token or string, "length" at
     `max_tokens` or the end of the context.
@@ -163,6 +164,7 @@ class GenerationResponse:
     stats: Stats
     logprobs: Logprobs | None = None
     thought: str = ""
+    in_thought: bool = False
     cached_tokens: int = 0
 
 
@@ -242,8 +244,11 @@ class Model:
         """How the model's makers sample (`generation_config.json`): what the command lines begin with."""
         return Sampling(**vars(self.config.sampling))
 
-    def encode(self, prompt: Prompt, *, enable_thinking: bool = False) -> list[int]:
-        """Token ids of a prompt: messages go through the chat template, text is encoded as it stands.
+    def encode(
+        self, prompt: Prompt, *, enable_thinking: bool = False, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Token ids of a prompt: messages go through the chat template, text is encoded as it stands. `tools`, for
+        messages, are functions as OpenAI's API describes them.
 
         Raises PromptError for messages that cannot be rendered and for token ids that are not in the vocabulary.
         """
@@ -251,7 +256,7 @@ class Model:
             return encode_prompt(self.tokenizer, prompt, use_chat_template=False)
         items: list[Any] = prompt.tolist() if isinstance(prompt, mx.array) else list(prompt)  # type: ignore[assignment]
         if items and isinstance(items[0], Mapping):
-            return encode_chat(self.tokenizer, items, enable_thinking=enable_thinking)
+            return encode_chat(self.tokenizer, items, enable_thinking=enable_thinking, tools=tools)
         size = self.target.config.vocab_size
         for token in items:
             if not isinstance(token, int) or not 0 <= token < size:
@@ -560,6 +565,7 @@ class Model:
                     stats=stats,
                     logprobs=None if result.logprobs is None else result.logprobs[position],
                     thought=piece.thought,
+                    in_thought=piece.in_thought,
                     cached_tokens=cached,
                 )
                 if piece.stopped:

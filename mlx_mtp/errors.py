@@ -26,7 +26,11 @@ class HubError(MTPError):
 
 
 class PromptError(MTPError):
-    """A prompt is empty or does not fit the context."""
+    """A prompt is empty, cannot be rendered, or does not fit the context."""
+
+
+class ContextLengthError(PromptError):
+    """A prompt does not fit the context."""
 
 
 class MemoryLimitError(MTPError):

@@ -14,7 +14,7 @@ from .config import TextConfig
 from .draft_length import DraftLength
 from .drafter import Candidates, Choose, Drafter, choose_best
 from .embeddings import EmbeddingStats, PerLayerRows
-from .errors import OptionError, PromptError
+from .errors import ContextLengthError, OptionError, PromptError
 from .gemma4 import Target
 from .guide import Guide, RowMasks
 from .prompt_cache import Entry, Kind, Reused, Snapshot
@@ -563,12 +563,14 @@ def _round_keys(key: mx.array, first: mx.array) -> mx.array:
 def token_budget(prompt: list[int], max_tokens: int, max_context: int) -> int:
     """Most tokens that may follow a prompt: `max_tokens`, or what is left of the context.
 
-    Raises PromptError for an empty prompt or one that leaves no room.
+    Raises PromptError for an empty prompt, ContextLengthError for one that leaves no room.
     """
     if not prompt:
         raise PromptError("the prompt is empty: expected at least one token")
     if len(prompt) >= max_context:
-        raise PromptError(f"the prompt has {len(prompt)} tokens, but the context holds {max_context} with the answer")
+        raise ContextLengthError(
+            f"the prompt has {len(prompt)} tokens, but the context holds {max_context} with the answer"
+        )
     return min(max_tokens, max_context - len(prompt))
 
 

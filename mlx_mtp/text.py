@@ -10,11 +10,13 @@ if TYPE_CHECKING:
 
 
 class Piece(NamedTuple):
-    """Text that became readable, valid UTF-8, and whether a stop string ends it."""
+    """Text that became readable, valid UTF-8, whether a stop string ends it, and whether the token belongs to a thought
+    or its channel."""
 
     text: str = ""
     thought: str = ""
     stopped: bool = False
+    in_thought: bool = False
 
 
 class TextStream:
@@ -46,11 +48,12 @@ class TextStream:
         segment = self._detokenizer.last_segment
         thought = self._without_name(segment) if self._in_thought else ""
         text, stopped = self._stop.add("" if self._in_thought else segment, is_last=is_last)
+        in_thought = self._in_thought or is_edge
         if is_edge:
             self._in_thought, self._is_named = not self._in_thought, False
             # Bytes of a character cut short must not run into what follows.
             self._detokenizer = self._tokenizer.detokenizer
-        return Piece(text, thought, stopped)
+        return Piece(text, thought, stopped, in_thought)
 
     def _without_name(self, segment: str) -> str:
         if self._is_named:

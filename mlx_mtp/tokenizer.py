@@ -94,23 +94,31 @@ def encode_in_parts(
 
 
 def encode_chat(
-    tokenizer: "TokenizerWrapper", messages: Sequence[Mapping[str, Any]], *, enable_thinking: bool = False
+    tokenizer: "TokenizerWrapper",
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    enable_thinking: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
-    """Token ids of a conversation, up to where the model's answer begins.
+    """Token ids of a conversation, up to where the model's answer begins. `tools` are functions as OpenAI's API
+    describes them.
 
     Raises PromptError if there is no chat template, if it cannot render the messages, or if it has no switch for
-    thinking that should be enabled.
+    thinking that should be enabled, or no place for tools.
     """
     from jinja2 import TemplateError
 
     if not tokenizer.has_chat_template:
         raise PromptError("messages need a chat template: this model has none")
 
-    def encode(enable_thinking: bool) -> list[int]:
+    def encode(enable_thinking: bool, tools: Sequence[Mapping[str, Any]] | None) -> list[int]:
         # Always said: mlx-lm's wrapper would turn thinking on where Gemma's own template leaves it off.
         return list(
             tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, enable_thinking=enable_thinking
+                [dict(message) for message in messages],
+                add_generation_prompt=True,
+                enable_thinking=enable_thinking,
+                tools=None if tools is None else [dict(tool) for tool in tools],
             )
         )
 
@@ -118,9 +126,11 @@ def encode_chat(
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise PromptError(f"messages[{index}] must have a role and content, found {message!r}")
     try:
-        tokens = encode(enable_thinking)
-        if enable_thinking and tokens == encode(False):
+        tokens = encode(enable_thinking, tools)
+        if enable_thinking and tokens == encode(False, tools):
             raise PromptError("thinking cannot be enabled: the chat template has no switch enable_thinking")
+        if tools and tokens == encode(enable_thinking, None):
+            raise PromptError("tools cannot be given: the chat template has no place for them")
     except (TemplateError, TypeError, KeyError) as error:
         raise PromptError(f"the chat template cannot render the messages: {error}") from None
     return tokens
