@@ -70,6 +70,9 @@ def compile_grammar(
         except Exception as error:  # The converter raises Exception itself.
             raise OptionError(f"grammar is neither Lark, with a rule start, nor GBNF: {error}") from None
     failed, messages = LLMatcher.validate_grammar_with_warnings(source)
+    if not failed:
+        # Special tokens are looked up later, in the model's tokenizer.
+        messages = [message for message in messages if not message.startswith("no tokenizer - can't validate <")]
     # A warning tells of a part that would not be followed, which is refused too.
     if failed or messages:
         raise OptionError(f"{names[0]} cannot be followed: {_reason(messages[0])}")

@@ -383,6 +383,14 @@ def test_a_language_without_texts_is_refused_before_the_prompt_is_read(model: ml
         model.stream_generate(PROMPT, grammar='start: start "a"')
 
 
+def test_a_grammar_of_special_tokens(model: mlx_mtp.Model) -> None:
+    """They are looked up in the model's tokenizer, where one that is not there is found."""
+    result = model.generate(PROMPT, grammar='start: <|tool_call> "a" <tool_call|>', num_draft_tokens=3)
+    assert result.text == "<|tool_call>a<tool_call|>"
+    with pytest.raises(mlx_mtp.OptionError, match="unknown special token"):
+        model.stream_generate(PROMPT, grammar='start: <|nope> "a"')
+
+
 def test_without_llguidance_one_line_says_how_to_get_it() -> None:
     code = (
         "import sys; sys.modules['llguidance'] = None\n"

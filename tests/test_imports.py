@@ -15,7 +15,7 @@ LAYERS = (
     ("cli", "training", "peers", "plots"),
     ("load", "dataset"),
     ("engine",),
-    ("tokenizer", "text", "calibration", "exact", "graph", "memory"),
+    ("tokenizer", "text", "tool_calls", "calibration", "exact", "graph", "memory"),
     ("speculative", "distill", "centroids", "draft_vocab"),
     ("drafter",),
     ("acceptance", "gemma4", "guide", "sampling", "prompt_cache"),
