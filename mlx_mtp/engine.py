@@ -295,7 +295,7 @@ class Model:
             self.drafter,
             # The order of K/V rows, and with it how sums round, is the same for all numbers of draft tokens.
             max_draft_tokens=max(k, MAX_DRAFT_TOKENS) if isinstance(k, int) else MAX_DRAFT_TOKENS,
-            sampling=chosen.sampling,
+            sampling=chosen.sampling.within(self.max_context),
             processors=processors,
             guide=self._guide(chosen, thought, stop_ids),
             logprobs=chosen.logprobs,

@@ -67,3 +67,7 @@ class BusyError(MTPError):
 
 class ClosedError(MTPError):
     """A model is asked for something after it was closed."""
+
+
+class ServerError(MTPError):
+    """The server cannot be started."""

@@ -6,7 +6,7 @@ the same ones, so that a drafter that agrees with the target is accepted whateve
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import mlx.core as mx
@@ -88,6 +88,11 @@ class Sampling:
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
+
+    def within(self, max_context: int) -> "Sampling":
+        """The same, for texts of so many tokens at most: penalties look at no more."""
+        names = ("repetition_context_size", "presence_context_size", "frequency_context_size")
+        return replace(self, **{name: min(vars(self)[name], max_context) for name in names})
 
     def log_probabilities(self, logits: mx.array, coins: mx.array) -> mx.array:
         """Log of the distribution each row of logits [rows, candidates] is drawn from, float32; -inf where excluded.

@@ -10,6 +10,10 @@ import mlx_mtp
 PACKAGE = Path(mlx_mtp.__file__).parent
 # A module may import from the lines below its own only.
 LAYERS = (
+    ("server",),
+    ("http_api",),
+    ("openai_answers", "service"),
+    ("openai_requests",),
     ("probe",),
     ("bench", "generate", "chat", "train", "cache_prompt"),
     ("cli", "training", "peers", "plots"),
@@ -57,11 +61,10 @@ def test_nothing_imports_the_converter_and_config_json_has_one_reader() -> None:
 
 def test_importing_is_light() -> None:
     """transformers and torch take seconds: --help and the converter do without them."""
-    code = (
-        "import sys, mlx_mtp, mlx_mtp.generate, mlx_mtp.chat, mlx_mtp.train, mlx_mtp.convert.cli; print(*sys.modules)"
-    )
+    modules = ", ".join(f"mlx_mtp.{name}" for name in ("generate", "chat", "train", "server", "convert.cli"))
+    code = f"import sys, mlx_mtp, {modules}; print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"transformers", "torch", "mlx_lm"} & set(result.stdout.split())
+    assert not {"transformers", "torch", "mlx_lm", "fastapi"} & set(result.stdout.split())
 
 
 def test_public_names() -> None:

@@ -1,0 +1,352 @@
+"""The server's application: OpenAI's endpoints over a `Service`, health, metrics, and a page to chat on."""
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, TypeVar
+
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from . import __version__
+from .engine import GenerationResponse
+from .openai_answers import ChatForm, CompletionForm, Form, ResponseForm, Tokens
+from .openai_requests import ChatRequest, CompletionRequest, Request, ResponseRequest, Task
+from .service import ApiError, Prefill, Service, api_error
+from .worker import Job
+
+T = TypeVar("T")
+Items = Job[GenerationResponse | Prefill]
+
+# Fields of OpenAI's requests that this server knows and cannot honour.
+_UNSUPPORTED = {
+    "audio", "conversation", "function_call", "functions", "logit_processors", "max_tool_calls", "prediction",
+    "previous_response_id", "prompt", "suffix", "verbosity", "web_search_options", "best_of",
+}  # fmt: skip
+# What the page may do: nothing but talk to this server.
+_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "The request is wrong, or asks for what is not supported."},
+    401: {"model": ErrorBody, "description": "The API key is missing or wrong."},
+    404: {"model": ErrorBody, "description": "There is no such model."},
+    413: {"model": ErrorBody, "description": "The body is too large."},
+    429: {"model": ErrorBody, "description": "Too many requests wait; Retry-After says when to ask again."},
+    500: {"model": ErrorBody, "description": "The generation failed."},
+    503: {"model": ErrorBody, "description": "The server is shutting down."},
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`keep_alive` is after how many seconds without a token a stream says that it lives."""
+
+    api_key: str | None = None
+    allowed_hosts: tuple[str, ...] = ("*",)
+    allowed_origins: tuple[str, ...] = ()
+    max_body_bytes: int = 10_000_000
+    keep_alive: float = 5.0
+
+
+def create_app(service: Service, settings: Settings) -> FastAPI:
+    """The application. Everything but the page and `/health` needs the API key, if there is one."""
+    app = FastAPI(
+        title="mlx-mtp",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+    )
+    tokens = Tokens(service.model)
+    responses = _ERRORS if settings.api_key is not None else {k: v for k, v in _ERRORS.items() if k != 401}
+
+    @app.post("/v1/chat/completions", responses=responses, response_class=Response, summary="An answer to messages.")
+    async def chat(body: ChatRequest, http: HttpRequest) -> Response:
+        def form(task: Task) -> Form:
+            return ChatForm(body, service.name, tokens, has_tools=task.tools is not None)
+
+        return await _answer(http, body, body.task, form)
+
+    @app.post("/v1/completions", responses=responses, response_class=Response, summary="Text that goes on.")
+    async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
+        return await _answer(http, body, body.task, lambda _: CompletionForm(body, service.name, tokens))
+
+    @app.post("/v1/responses", responses=responses, response_class=Response, summary="An answer as a list of items.")
+    async def answers(body: ResponseRequest, http: HttpRequest) -> Response:
+        def form(task: Task) -> Form:
+            return ResponseForm(body, service.name, tokens, has_tools=task.tools is not None)
+
+        return await _answer(http, body, body.task, form)
+
+    async def _answer(
+        http: HttpRequest, body: Request, task: Callable[..., Task], make_form: Callable[[Task], Form]
+    ) -> Response:
+        if body.model not in (None, service.name):
+            raise ApiError(
+                404,
+                f"the model {body.model!r} is not here: this server has {service.name!r}",
+                code="model_not_found",
+                param="model",
+            )
+        asked = task(service.options)
+        form = make_form(asked)
+        return await _run(http, service.submit(asked), form, body.stream, settings.keep_alive)
+
+    @app.get("/v1/models", responses={k: v for k, v in responses.items() if k in (401,)})
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(service)]}
+
+    @app.get("/v1/models/{name:path}", responses={k: v for k, v in responses.items() if k in (401, 404)})
+    async def model(name: str) -> dict[str, Any]:
+        if name != service.name:
+            raise ApiError(
+                404, f"the model {name!r} is not here: this server has {service.name!r}", code="model_not_found"
+            )
+        return _model(service)
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        worker = service.worker
+        return {"status": "ok", "model": service.name, "running": worker.running, "waiting": worker.waiting}
+
+    @app.get("/metrics", responses={k: v for k, v in responses.items() if k in (401,)}, response_class=Response)
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def chat_page() -> Response:
+        return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
+
+    _add_error_handlers(app, service, settings.max_body_bytes)
+    # The last one added sees a request first.
+    app.add_middleware(_Guard, key=settings.api_key, most_bytes=settings.max_body_bytes)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(settings.allowed_hosts), www_redirect=False)
+    return app
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {"id": service.name, "object": "model", "created": 0, "owned_by": "mlx-mtp"}
+
+
+async def _run(http: HttpRequest, job: Items, form: Form, stream: bool, keep_alive: float) -> Response:
+    """The answer to a job. What goes wrong before the first token has a status of its own, if it comes soon."""
+    try:
+        first = await _unless_gone(http, _next(job, keep_alive if stream else None))
+        if stream:
+            return _Stream(job, _events(job, first, form, keep_alive))
+        await _unless_gone(http, _consume(job, first, form))
+    except BaseException:
+        job.cancel()
+        raise
+    return JSONResponse(form.whole())
+
+
+async def _next(job: Items, timeout: float | None) -> GenerationResponse | Prefill | None:
+    """The next item; None if none came in time."""
+    try:
+        return await job.next(timeout)
+    except TimeoutError:
+        return None
+
+
+async def _consume(job: Items, first: GenerationResponse | Prefill | None, form: Form) -> None:
+    for _ in form.begin():
+        pass
+    item = first
+    with contextlib.suppress(StopAsyncIteration):
+        while True:
+            if isinstance(item, GenerationResponse):
+                for _ in form.add(item):
+                    pass
+            item = await job.next()
+    for _ in form.end():
+        pass
+
+
+async def _events(
+    job: Items, first: GenerationResponse | Prefill | None, form: Form, keep_alive: float
+) -> AsyncIterator[str]:
+    """The events of a stream; comments while there are no tokens, so that nobody takes it for dead."""
+    try:
+        for event in form.begin():
+            yield event
+        item = first
+        while True:
+            if item is None:
+                yield ": keep-alive\n\n"
+            elif isinstance(item, Prefill):
+                yield f": prefill {item.done}/{item.total}\n\n"
+            else:
+                for event in form.add(item):
+                    yield event
+            try:
+                item = await _next(job, keep_alive)
+            except StopAsyncIteration:
+                break
+        for event in form.end():
+            yield event
+    except Exception as error:
+        for event in form.fail(api_error(error).body()):
+            yield event
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events; the job ends with the connection."""
+
+    def __init__(self, job: Items, events: AsyncIterator[str]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.cancel()
+
+
+async def _unless_gone(http: HttpRequest, result: Awaitable[T]) -> T:
+    """The result, or ApiError if the client disconnects before: nobody will read it."""
+
+    async def gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    wanted, lost = asyncio.ensure_future(result), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait([wanted, lost], return_when=asyncio.FIRST_COMPLETED)
+        if not wanted.done():
+            raise ApiError(499, "the client has disconnected")
+        return wanted.result()
+    finally:
+        for task in (wanted, lost):
+            task.cancel()
+
+
+def _add_error_handlers(app: FastAPI, service: Service, most_bytes: int) -> None:
+    def answer(error: ApiError) -> Response:
+        headers = {"Retry-After": str(service.retry_after())} if error.status == 429 else None
+        return JSONResponse(error.body(), error.status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: HttpRequest, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return answer(_validation_error(error))
+
+    @app.exception_handler(HTTPException)
+    async def refused(http: HttpRequest, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        found = ApiError(error.status_code, f"{error.detail}: {http.method} {http.url.path}")
+        response = answer(_too_large(most_bytes) if error.status_code == 413 else found)
+        response.headers.update(error.headers or {})
+        return response
+
+    async def failed(_: HttpRequest, error: Exception) -> Response:
+        return answer(api_error(error))
+
+    for kind in (ApiError, ValueError, RuntimeError):
+        app.add_exception_handler(kind, failed)
+
+
+def _validation_error(error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong with a request's fields."""
+    # The one that says most: of the kinds a field may have, the others complain as well.
+    path, found = max(((_path(one, error.body), one) for one in error.errors()), key=lambda pair: len(pair[0]))
+    if found["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {found['ctx']['error']}", code="invalid_json")
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+    if not param:
+        return ApiError(400, "the body must be a JSON object, sent as application/json", code="invalid_json")
+    if found["type"] == "extra_forbidden":
+        kind = "unsupported" if path[-1] in _UNSUPPORTED else "unknown"
+        return ApiError(400, f"{kind} parameter: {param!r}", code=f"{kind}_parameter", param=param)
+    if found["type"] == "missing":
+        return ApiError(400, f"missing required parameter: {param!r}", code="missing_required_parameter", param=param)
+    value = found.get("input")
+    shown = f", found {str(value)[:100]!r}" if isinstance(value, str | int | float | None) else ""
+    return ApiError(400, f"{param}: {found['msg']}{shown}", code="invalid_value", param=param)
+
+
+def _path(error: Mapping[str, Any], body: Any) -> list[str | int]:
+    """Where in the body an error is, without what only tells the kinds of a field apart."""
+    path: list[str | int] = []
+    *parts, last = error["loc"][1:] or [""]
+    for part in [*parts, last]:
+        if (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int)):
+            body = body[part]
+            path.append(part)
+    return [*path, last] if error["type"] == "missing" and last else path
+
+
+class _Guard:
+    """Refuses, before anything is read, who does not know the key, compared in constant time, and what is too large."""
+
+    _OPEN = ("/", "/health")
+
+    def __init__(self, app: ASGIApp, key: str | None, most_bytes: int) -> None:
+        self._app = app
+        self._expected = None if key is None else f"Bearer {key}".encode()
+        self._most_bytes = most_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = self._error(scope) if scope["type"] == "http" else None
+        if error is None:
+            await self._app(scope, self._counted(receive), send)
+            return
+        headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+        await JSONResponse(error.body(), error.status, headers)(scope, receive, send)
+
+    def _error(self, scope: Scope) -> ApiError | None:
+        headers = dict(scope["headers"])
+        is_open = self._expected is None or scope["path"] in self._OPEN
+        if not (is_open or secrets.compare_digest(headers.get(b"authorization", b""), self._expected or b"")):
+            message = "the API key is missing or wrong: send it as a Bearer token"
+            return ApiError(401, message, code="invalid_api_key")
+        length = headers.get(b"content-length", b"")
+        return _too_large(self._most_bytes) if length.isdigit() and int(length) > self._most_bytes else None
+
+    def _counted(self, receive: Receive) -> Receive:
+        """For bodies that do not say how long they are. FastAPI's own limit would answer in plain text."""
+        size = 0
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._most_bytes:
+                raise HTTPException(413)
+            return message
+
+        return counted
+
+
+def _too_large(most_bytes: int) -> ApiError:
+    return ApiError(413, f"the body has more than {most_bytes} bytes", code="body_too_large")
