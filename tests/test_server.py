@@ -445,7 +445,7 @@ BAD_BODIES: list[tuple[str, Any, str | None, str]] = [
     ("chat/completions", {"top_p": 2}, "top_p", "invalid_value"),
     ("chat/completions", {"n": 2}, "n", "invalid_value"),
     ("chat/completions", {"top_logprobs": 2}, "top_logprobs", "invalid_value"),
-    ("chat/completions", {"stop": [""]}, "stop", "invalid_value"),
+    ("chat/completions", {"stop": [""]}, "stop[0]", "invalid_value"),
     ("chat/completions", {"surprise": 1}, "surprise", "unknown_parameter"),
     ("chat/completions", {"audio": {"voice": "x"}}, "audio", "unsupported_parameter"),
     ("chat/completions", {"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
