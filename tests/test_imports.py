@@ -22,7 +22,8 @@ LAYERS = (
     ("cache", "embeddings"),
     ("weights",),
     ("config", "draft_length"),
-    ("output", "worker"),
+    ("output", "lifetime"),
+    ("worker",),
     ("errors",),
 )
 
