@@ -22,7 +22,7 @@ LAYERS = (
     ("cache", "embeddings"),
     ("weights",),
     ("config", "draft_length"),
-    ("output", "lifetime"),
+    ("output", "lifetime", "hub"),
     ("worker",),
     ("errors",),
 )
