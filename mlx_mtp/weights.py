@@ -25,7 +25,7 @@ FLOAT_TYPES = ("F32", "F16", "BF16")
 MLX_PREFIX = "language_model.model."
 
 # Parts in which weights are read, for progress that is seen.
-_STEPS = 100
+_STEPS = 50
 _OTHER_MODALITIES = (
     "vision_tower.",
     "audio_tower.",
@@ -250,8 +250,8 @@ def _read(
     parameters: dict[str, mx.array],
     on_read: Callable[[int], None] | None,
 ) -> None:
-    """Read the tensors of these sizes into the parameters they fill, some at a time."""
-    step, size, group = sum(sizes.values()) / _STEPS, 0, list[mx.array]()
+    """Read the tensors of these sizes into the parameters they fill: some at a time if `on_read` is to be told."""
+    step, size, group = sum(sizes.values()) / (1 if on_read is None else _STEPS), 0, list[mx.array]()
     # As they lie in the files.
     for index, (key, nbytes) in enumerate(sizes.items(), start=1):
         group += [parameters[name] for name in matched[key]]
