@@ -261,17 +261,15 @@ def test_what_a_job_holds_is_let_go_of(worker: Worker) -> None:
     big = Big()
     gone = weakref.ref(big)
 
-    def start(job: Job[int], held: Big = big) -> Iterator[int]:
-        yield 1
-
-    async def main() -> Job[int]:
-        job = worker.submit(start)
+    async def main(held: Big) -> Job[int]:
+        job = worker.submit(lambda job: iter([held]))
         await items(job)
         return job
 
-    job = asyncio.run(main())
+    job = asyncio.run(main(big))
+    # Once it has begun with what follows, the thread is rid of the job.
     worker.run(lambda: None)
-    del big, start
+    del big
     gc.collect()
     assert gone() is None
     assert job.done.is_set()
