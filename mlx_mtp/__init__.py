@@ -20,7 +20,7 @@ from .errors import (
     TokenizerError,
     WeightsError,
 )
-from .load import DEMO_PAIR, load, plan_memory
+from .load import DEMO_PAIR, aload, load, plan_memory
 from .memory import MemoryPlan
 from .sampling import Sampling
 
@@ -52,6 +52,7 @@ __all__ = [
     "TokenizerError",
     "WeightsError",
     "__version__",
+    "aload",
     "load",
     "plan_memory",
 ]

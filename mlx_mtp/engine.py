@@ -636,7 +636,7 @@ class Model:
             yield from responses
         finally:
             entry = stream.entry()
-            if entry is not None:
+            if entry is not None and not self.is_closed:
                 # After a failure or Ctrl-C the last pass may be due still.
                 mx.eval(list(entry.arrays()))
                 self.prompt_cache.put(entry)

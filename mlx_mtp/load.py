@@ -1,5 +1,6 @@
 """From a folder or a hub id to a Model: finding the drafter, checking the pair, filling quantized modules."""
 
+import asyncio
 import logging
 import re
 import time
@@ -30,6 +31,7 @@ from .memory import MemoryPlan, check_memory, memory_size, planner
 from .speculative import Progress, Rounds
 from .tokenizer import load_tokenizer
 from .weights import MLX_PREFIX, count_bytes, drafter_names, fill_module, target_names
+from .worker import Job, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +109,40 @@ def load(
         exact=exact,
         context_limit=max_context,
     )
+
+
+async def aload(
+    path_or_repo: str | Path,
+    drafter: str | Path | None = None,
+    *,
+    on_download: Progress | None = None,
+    on_load: Progress | None = None,
+    **options: Any,
+) -> Model:
+    """`load`, with its other options, for an event loop: on a thread of its own, and without progress bars.
+
+    The callbacks are called on the event loop. Cancelling the task ends the loading at the next step of its progress,
+    which is waited for; nothing half-loaded is left.
+    """
+
+    def start(job: Job[Model]) -> Iterator[Model]:
+        def progress(callback: Progress | None) -> Progress:
+            report = None if callback is None else job.on_loop(callback)
+
+            def call(done: int, total: int) -> None:
+                job.check()
+                if report is not None:
+                    report(done, total)
+
+            return call
+
+        yield load(path_or_repo, drafter, on_download=progress(on_download), on_load=progress(on_load), **options)
+
+    worker = Worker("mlx-mtp load")
+    try:
+        return await worker.submit(start).next()
+    finally:
+        await asyncio.shield(asyncio.to_thread(worker.close))
 
 
 def plan_memory(

@@ -343,6 +343,42 @@ def test_an_error_of_the_callback_ends_loading(tiny_pair: TinyPair, share: float
     assert mlx_mtp.load(folder).generate(PROMPT, max_tokens=3).tokens
 
 
+def test_loading_for_an_event_loop(tiny_pair: TinyPair) -> None:
+    folder = tiny_pair("e2b") / "target"
+    before = active()
+    seen: list[tuple[int, bool]] = []
+
+    def note(done: int, total: int) -> None:
+        seen.append((done, threading.current_thread() is threading.main_thread()))
+
+    def refuse(done: int, total: int) -> None:
+        raise KeyError("enough")
+
+    async def main() -> list[int]:
+        with pytest.raises(mlx_mtp.ConfigError, match="no such folder"):
+            await mlx_mtp.aload("absent")
+        with pytest.raises(KeyError, match="enough"):
+            await mlx_mtp.aload(folder, on_load=refuse)
+        task = asyncio.create_task(mlx_mtp.aload(folder, on_load=note))
+        await wait_until(lambda: bool(seen))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        # Its thread has ended.
+        assert not any(thread.name == "mlx-mtp load" for thread in threading.enumerate())
+        seen.clear()
+        with await mlx_mtp.aload(folder, "none", on_load=note, max_context=100) as model:
+            assert (model.drafter, model.max_context) == (None, 100)
+            return (await model.agenerate(PROMPT, max_tokens=9)).tokens
+
+    tokens = asyncio.run(main())
+    assert len(seen) > 20
+    assert all(on_loop for _, on_loop in seen)
+    assert active() - before < 4096
+    with mlx_mtp.load(folder, "none") as model:
+        assert model.generate(PROMPT, max_tokens=9).tokens == tokens
+
+
 # --- the process ------------------------------------------------------------------------------------------------------
 
 QUIET = """
