@@ -18,6 +18,7 @@ import pytest
 from tiny import random_tokens
 
 import mlx_mtp
+from mlx_mtp import engine
 
 TinyPair = Callable[[str], Path]
 PROMPT = random_tokens(40, seed=3)
@@ -140,6 +141,36 @@ def test_cancelling_between_two_chunks_of_the_prompt(model: mlx_mtp.Model) -> No
 
     asyncio.run(main())
     assert seen[-1] < 4000
+
+
+@pytest.mark.parametrize("how", ["cancelled", "closed"])
+def test_ending_it_while_rounds_are_measured(
+    model: mlx_mtp.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    measuring = threading.Event()
+
+    def measure(target: object, drafter: object, sampling: object, on_progress: Any, *_: object) -> None:
+        measuring.set()
+        while True:
+            on_progress(0, 1)
+
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
+    monkeypatch.setattr(engine, "measure_rounds", measure)
+
+    async def main() -> None:
+        task = asyncio.create_task(model.agenerate(PROMPT))
+        await wait_until(measuring.is_set)
+        if how == "closed":
+            await asyncio.to_thread(model.close)
+            with pytest.raises(mlx_mtp.ClosedError):
+                await task
+        else:
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await wait_until(lambda: is_idle(model))
+
+    asyncio.run(main())
 
 
 def test_errors_are_raised_with_the_first_item(model: mlx_mtp.Model) -> None:

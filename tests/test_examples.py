@@ -21,7 +21,8 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
 
 
-def test_its_whole_life_without_a_window() -> None:
+def test_its_whole_life_without_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
     result = run("--prompt", "def add(a, b):")
     assert result.returncode == 0, result.stderr
     before, loaded, after = (
@@ -30,12 +31,14 @@ def test_its_whole_life_without_a_window() -> None:
     )
     assert before == after < 0.1 < 10 < loaded
     assert [int(n) for n in re.findall(r"^load: (\d+) %$", result.stdout, re.M)] == list(range(0, 101, 10))
-    answer, rest = result.stdout.partition("answer: ")[2].split("\nstopped after 10 pieces\n")
-    assert answer.startswith("prefill: 100 %\n")
-    assert len(answer) > 50
-    assert rest.startswith("memory after")
+    # What is sampled depends on what rounds cost, which is measured: it may be short.
+    shape = r"^answer: prefill: 100 %\n(.+)\nstopped after (\d+) pieces\nmemory after"
+    found = re.search(shape, result.stdout, re.M | re.S)
+    assert found is not None, result.stdout
+    assert 1 <= int(found.group(2)) <= 10
     # What the library logs, as the app asked for, and nothing else.
-    assert [line.split(":")[1] for line in result.stderr.splitlines()] == ["mlx_mtp.load", "mlx_mtp.engine"]
+    logged = [line.split(":")[1] for line in result.stderr.splitlines()]
+    assert logged == ["mlx_mtp.load", "mlx_mtp.calibration", "mlx_mtp.engine"]
 
 
 def test_an_error_is_said_in_one_line() -> None:
