@@ -25,7 +25,8 @@ from mlx_mtp.draft_vocab import Ids, check_draft_vocab, choose_ids
 from mlx_mtp.drafter import Drafter
 from mlx_mtp.errors import ConfigError, HubError, OptionError, OutputError, TokenizerError, WeightsError
 from mlx_mtp.gemma4 import Target
-from mlx_mtp.load import DRAFTER_FOLDER, check_pair, find_drafter, resolve_folder
+from mlx_mtp.hub import DRAFTER_FOLDER, resolve_folder
+from mlx_mtp.load import check_pair, find_drafter
 from mlx_mtp.output import check_output, existing_parent, new_folder
 from mlx_mtp.tokenizer import load_tokenizer
 from mlx_mtp.weights import (

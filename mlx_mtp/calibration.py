@@ -20,7 +20,7 @@ from .acceptance import Draft
 from .cache import KVQuantization
 from .draft_length import MAX_DRAFT_TOKENS, CostCurve
 from .drafter import Drafter, GivenDrafter
-from .errors import CalibrationError, OutputError
+from .errors import CalibrationError, ClosedError, OutputError
 from .gemma4 import Target
 from .output import replace_text
 from .sampling import Sampling
@@ -74,8 +74,11 @@ def read_or_measure(
             return _checked(CostCurve(**content["seconds"]))
         except (OSError, ValueError, TypeError, KeyError) as error:
             logger.warning("%s: not a usable measurement of rounds, measured again: %s", file, error)
+    logger.info("measuring what rounds cost on this machine, once; kept in %s", file)
     try:
         curve = _checked(measure())
+    except ClosedError:
+        raise
     except ValueError as error:
         raise CalibrationError(
             f"{error}: rounds cannot be timed here; say how many draft tokens a round has with num_draft_tokens"

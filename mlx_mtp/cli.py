@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import secrets
 import sys
@@ -31,7 +32,14 @@ INTERRUPTED = 130
 
 
 def exit_status(run: Callable[[], int]) -> int:
-    """Run a command: its own exit status, 1 after an error, which is printed in one line, or 130 after Ctrl-C."""
+    """Run a command: its own exit status, 1 after an error, which is printed in one line, or 130 after Ctrl-C.
+
+    Warnings of the library go to stderr.
+    """
+    handler = logging.lastResort
+    assert handler is not None
+    library = logging.getLogger("mlx_mtp")
+    library.addHandler(handler)
     try:
         return run()
     except MTPError as error:
@@ -43,6 +51,8 @@ def exit_status(run: Callable[[], int]) -> int:
         # The reader of our output is gone; what is still buffered has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    finally:
+        library.removeHandler(handler)
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = None, lengths: bool = True) -> None:

@@ -1,11 +1,13 @@
 """Text in, text out: encoding, the decode loop, stop rules and statistics of a loaded pair."""
 
+import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import mlx.core as mx
 
@@ -16,10 +18,11 @@ from .config import DrafterConfig, TargetConfig
 from .draft_length import MAX_DRAFT_TOKENS, CostCurve, DraftLength
 from .drafter import Drafter
 from .embeddings import EmbeddingStats
-from .errors import OptionError, PromptCacheError, PromptError
+from .errors import ClosedError, OptionError, PromptCacheError, PromptError
 from .exact import check_exact
 from .gemma4 import Target
 from .guide import Channel, Guide, compile_grammar
+from .lifetime import Lifetime
 from .memory import memory_size
 from .prompt_cache import PromptCache
 from .sampling import Sampling
@@ -27,10 +30,13 @@ from .speculative import LogitsProcessor, Logprobs, Progress, Round, Rounds, Sta
 from .text import TextStream
 from .tokenizer import encode_chat, encode_prompt, open_thought, thought_channel
 from .weights import fingerprint
+from .worker import Job
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+logger = logging.getLogger(__name__)
 
 # What to decode from: text, token ids, or the messages of a conversation, each with its role and content.
 Prompt = str | Sequence[int] | mx.array | Sequence[Mapping[str, Any]]
@@ -204,12 +210,37 @@ def _no_stop_before(length: int, stop_ids: Iterable[int]) -> LogitsProcessor:
     return process
 
 
+def _result(responses: list[GenerationResponse]) -> GenerationResult:
+    text, thought = "".join(r.text for r in responses), "".join(r.thought for r in responses)
+    return GenerationResult(text, thought, [r.token for r in responses], responses[-1])
+
+
+def _checked(on_progress: Progress | None, check: Callable[[], None]) -> Progress:
+    """The callback, with a check before and after it."""
+
+    def report(done: int, total: int) -> None:
+        check()
+        if on_progress is not None:
+            on_progress(done, total)
+        check()
+
+    return report
+
+
+# What `Model.close` drops, and what is left of a closed model.
+_DROPPED = ("target", "drafter", "tokenizer", "prompt_cache")
+_KEPT = {"config", "drafter_config", "exact", "context_limit", "_life"}
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class Model:
     """A loaded target with its tokenizer and, unless it decodes plainly, its drafter. Made by `mlx_mtp.load`.
 
     With `exact`, verify passes have the bits of plain decoding. Rounds are compiled with the weights as they are:
     change none after the first generation.
+
+    Any thread may use it; threads take turns, round by round and chunk by chunk of a prompt. In a `with` statement, or
+    with `close`, its memory is released; whatever is asked of it afterwards is a ClosedError.
     """
 
     target: Target
@@ -220,6 +251,40 @@ class Model:
     exact: bool = False
     context_limit: int | None = None
     prompt_cache: PromptCache = field(default_factory=lambda: PromptCache(int(_PROMPT_CACHE_SHARE * memory_size())))
+    _life: Lifetime = field(default_factory=Lifetime, init=False)
+
+    def close(self) -> None:
+        """Release the memory: weights, the K/V of prompts, compiled rounds, and MLX's cache of freed buffers.
+
+        Generations that run or wait end with a ClosedError, in whatever thread, as do iterators that are open, at their
+        next item. Waits for the round, or the part of a prompt, that is being computed. Closing again does nothing.
+        """
+        if not self._life.end():
+            return
+        self.prompt_cache.clear()
+        for name in vars(self).keys() - _KEPT:
+            del vars(self)[name]
+        mx.clear_cache()
+        logger.info("closed %s", self.config.path.parent)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._life.is_closed
+
+    def __enter__(self) -> Self:
+        self._life.check()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Called for what is not there: what `close` has dropped."""
+            if name in _DROPPED:
+                raise ClosedError(f"the model is closed: it has no {name} any more")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def max_context(self) -> int:
@@ -252,6 +317,7 @@ class Model:
 
         Raises PromptError for messages that cannot be rendered and for token ids that are not in the vocabulary.
         """
+        self._life.check()
         if isinstance(prompt, str):
             return encode_prompt(self.tokenizer, prompt, use_chat_template=False)
         items: list[Any] = prompt.tolist() if isinstance(prompt, mx.array) else list(prompt)  # type: ignore[assignment]
@@ -276,9 +342,60 @@ class Model:
         `changes` are fields of `GenerationOptions`, as in `stream_generate(prompt, max_tokens=100)`. Everything is
         checked here, before the first token is asked for. Closing the iterator ends the generation.
 
-        Raises PromptError for a prompt that is empty or too long, OptionError for an option that cannot be honoured.
+        Raises PromptError for a prompt that is empty or too long, OptionError for an option that cannot be honoured,
+        ClosedError once the model is closed.
         """
-        chosen = replace(options or GenerationOptions(), **changes)
+        with self._life:
+            chosen = replace(options or GenerationOptions(), **changes)
+            return self._life.guard(self._responses(prompt, chosen, on_prefill, self._life.check))
+
+    async def astream_generate(
+        self,
+        prompt: Prompt,
+        options: GenerationOptions | None = None,
+        *,
+        on_prefill: Progress | None = None,
+        **changes: Any,
+    ) -> AsyncGenerator[GenerationResponse, None]:
+        """`stream_generate` for an event loop: the model computes on a thread of its own, several generations one after
+        the other in the order in which their first items were asked for.
+
+        `on_prefill` is called on the event loop, so that it may touch a user interface; what it raises ends the
+        generation and is raised here. Closing the iterator (`aclose`, or `contextlib.aclosing`), and cancelling the
+        task that waits for it, ends the generation within a round or between two chunks of the prompt.
+
+        Raises what `stream_generate` raises when the first item is asked for, and ClosedError when the model is closed
+        meanwhile.
+        """
+
+        def start(job: Job[GenerationResponse]) -> Iterator[GenerationResponse]:
+            def check() -> None:
+                self._life.check()
+                job.check()
+
+            with self._life:
+                chosen = replace(options or GenerationOptions(), **changes)
+                report = None if on_prefill is None else job.on_loop(on_prefill)
+                return self._life.guard(self._responses(prompt, chosen, report, check))
+
+        job = self._life.worker().submit(start)
+        try:
+            async for response in job:
+                yield response
+        finally:
+            job.cancel()
+
+    async def agenerate(
+        self, prompt: Prompt, options: GenerationOptions | None = None, **changes: Any
+    ) -> GenerationResult:
+        """The whole of `astream_generate`. Cancelling the task that waits for it ends the generation."""
+        async with aclosing(self.astream_generate(prompt, options, **changes)) as responses:
+            return _result([response async for response in responses])
+
+    def _responses(
+        self, prompt: Prompt, chosen: GenerationOptions, on_prefill: Progress | None, check: Callable[[], None]
+    ) -> Generator[GenerationResponse, None, None]:
+        """As `stream_generate`. What `check` raises, called now and then before the first token, ends it."""
         tokens = self.encode(prompt, enable_thinking=chosen.enable_thinking)
         budget = token_budget(tokens, chosen.max_tokens, self.max_context)
         eos = frozenset(self.tokenizer.eos_token_ids)
@@ -288,7 +405,7 @@ class Model:
             processors.append(_no_stop_before(len(tokens) + chosen.min_tokens, eos))
         thought = None if self._channel is None else open_thought(self.tokenizer, self._channel, tokens)
         self._check_exact(chosen.kv_quantization)
-        k = self._draft_tokens(chosen)
+        k = self._draft_tokens(chosen, lambda *_: check())
         reuses = chosen.reuse_prompt and not self.exact
         stream = Stream(
             self.target,
@@ -311,7 +428,7 @@ class Model:
             num_draft_tokens=k,
             stop_ids=stop_ids,
             prefill_step_size=chosen.prefill_step_size,
-            on_prefill=on_prefill,
+            on_prefill=_checked(on_prefill, check),
         )
         text = TextStream(self.tokenizer, self._channel, chosen.stop_strings, thought)
         is_processed = bool(chosen.logits_processors)
@@ -320,9 +437,7 @@ class Model:
 
     def generate(self, prompt: Prompt, options: GenerationOptions | None = None, **changes: Any) -> GenerationResult:
         """The whole of `stream_generate`."""
-        responses = list(self.stream_generate(prompt, options, **changes))
-        text, thought = "".join(r.text for r in responses), "".join(r.thought for r in responses)
-        return GenerationResult(text, thought, [r.token for r in responses], responses[-1])
+        return _result(list(self.stream_generate(prompt, options, **changes)))
 
     def save_prompt(
         self,
@@ -340,17 +455,18 @@ class Model:
 
         Raises PromptError and OptionError as `stream_generate` does, OutputError if the file cannot be written.
         """
-        chosen = replace(options or GenerationOptions(), **changes)
-        tokens = self.encode(prompt)
-        token_budget(tokens, 1, self.max_context)
-        self._check_reuse()
-        kv = chosen.kv_quantization
-        stream = Stream(self.target, None, max_draft_tokens=MAX_DRAFT_TOKENS, kv_quantization=kv)
-        stream.read(tokens, chosen.prefill_step_size, on_prefill)
-        entry = stream.entry()
-        assert entry is not None
-        prompt_cache.save(entry, Path(file), self._fingerprint)
-        return len(tokens)
+        with self._life:
+            chosen = replace(options or GenerationOptions(), **changes)
+            tokens = self.encode(prompt)
+            token_budget(tokens, 1, self.max_context)
+            self._check_reuse()
+            kv = chosen.kv_quantization
+            stream = Stream(self.target, None, max_draft_tokens=MAX_DRAFT_TOKENS, kv_quantization=kv)
+            stream.read(tokens, chosen.prefill_step_size, _checked(on_prefill, self._life.check))
+            entry = stream.entry()
+            assert entry is not None
+            prompt_cache.save(entry, Path(file), self._fingerprint)
+            return len(tokens)
 
     def load_prompt(self, file: str | Path, options: GenerationOptions | None = None, **changes: Any) -> list[int]:
         """Take a saved prompt into the prompt cache. Returns its tokens: prompts that begin with them and have at least
@@ -359,17 +475,18 @@ class Model:
         Raises PromptCacheError if the file is damaged, of another model or of another version, or was read with other
         such options.
         """
-        self._check_reuse()
-        expected = replace(options or GenerationOptions(), **changes).kv_quantization
-        entry = prompt_cache.load(Path(file), self._fingerprint)
-        if entry.kind.quantization != expected:
-            raise PromptCacheError(
-                f"{file}: its K/V quantization is {entry.kind.quantization}, but {expected} is asked for: "
-                "kv_bits, kv_group_size and quantized_kv_start must be those it was made with"
-            )
-        self.prompt_cache.limit = max(self.prompt_cache.limit, entry.nbytes)
-        self.prompt_cache.put(entry)
-        return list(entry.tokens)
+        with self._life:
+            self._check_reuse()
+            expected = replace(options or GenerationOptions(), **changes).kv_quantization
+            entry = prompt_cache.load(Path(file), self._fingerprint)
+            if entry.kind.quantization != expected:
+                raise PromptCacheError(
+                    f"{file}: its K/V quantization is {entry.kind.quantization}, but {expected} is asked for: "
+                    "kv_bits, kv_group_size and quantized_kv_start must be those it was made with"
+                )
+            self.prompt_cache.limit = max(self.prompt_cache.limit, entry.nbytes)
+            self.prompt_cache.put(entry)
+            return list(entry.tokens)
 
     def _check_reuse(self) -> None:
         if self.exact:
@@ -393,9 +510,15 @@ class Model:
         Raises OptionError without a drafter or for K/V options that cannot be honoured, CalibrationError if the clock
         gives nonsense.
         """
+        with self._life:
+            return self._calibrate(sampling or Sampling(), kv_bits, kv_group_size, anew, on_progress)
+
+    def _calibrate(
+        self, sampling: Sampling, kv_bits: int | None, kv_group_size: int, anew: bool, on_progress: Progress | None
+    ) -> CostCurve:
         if self.drafter is None:
             raise OptionError("the cost of rounds is asked for, but no drafter is loaded")
-        drafter, sampling = self.drafter, sampling or Sampling()
+        drafter = self.drafter
         kv = GenerationOptions(kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=0).kv_quantization
         if kv is not None:
             check_group_size(self.config.text, kv)
@@ -428,7 +551,7 @@ class Model:
             kind["per_layer_embeddings"] = "mapped"
         return kind | device_identity()
 
-    def _draft_tokens(self, options: GenerationOptions) -> int | DraftLength:
+    def _draft_tokens(self, options: GenerationOptions, on_progress: Progress) -> int | DraftLength:
         requested = options.num_draft_tokens
         if self.drafter is None:
             if requested not in (0, "auto"):
@@ -438,9 +561,8 @@ class Model:
             if self.exact and requested > MAX_DRAFT_TOKENS:
                 raise OptionError(f"num_draft_tokens is {requested}: exact passes verify at most {MAX_DRAFT_TOKENS}")
             return requested
-        return DraftLength(
-            self.calibrate(options.sampling, kv_bits=options.kv_bits, kv_group_size=options.kv_group_size)
-        )
+        kv = options.kv_bits, options.kv_group_size
+        return DraftLength(self._calibrate(options.sampling, *kv, anew=False, on_progress=on_progress))
 
     def _check_exact(self, kv: KVQuantization | None) -> None:
         """`load` has checked passes over K/V that are not quantized."""
@@ -508,8 +630,8 @@ class Model:
         return guide
 
     def _reusing(
-        self, stream: Stream, prompt: list[int], responses: Iterator[GenerationResponse]
-    ) -> Iterator[GenerationResponse]:
+        self, stream: Stream, prompt: list[int], responses: Generator[GenerationResponse, None, None]
+    ) -> Generator[GenerationResponse, None, None]:
         """The responses, with what was read before in the stream, and what it read in the prompt cache afterwards."""
         reused = self.prompt_cache.take(prompt, stream.kind)
         if reused is not None:
@@ -519,7 +641,7 @@ class Model:
             yield from responses
         finally:
             entry = stream.entry()
-            if entry is not None:
+            if entry is not None and not self.is_closed:
                 # After a failure or Ctrl-C the last pass may be due still.
                 mx.eval(list(entry.arrays()))
                 self.prompt_cache.put(entry)
@@ -533,7 +655,7 @@ class Model:
         prompt_tokens: int,
         budget: int,
         is_processed: bool,
-    ) -> Iterator[GenerationResponse]:
+    ) -> Generator[GenerationResponse, None, None]:
         stats = Stats()
         generated = 0
         cached = stream.cache.length

@@ -1,21 +1,15 @@
 """From a folder or a hub id to a Model: finding the drafter, checking the pair, filling quantized modules."""
 
+import asyncio
+import logging
 import re
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import mlx.core as mx
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
 
 from .config import (
     DrafterConfig,
@@ -32,27 +26,20 @@ from .engine import GenerationOptions, Model
 from .errors import ConfigError, HubError, OptionError, PairError
 from .exact import check_exact, make_exact
 from .gemma4 import Target, fuse_projections
+from .hub import DRAFTER_FOLDER, Downloads, is_repo, resolve_folder
 from .memory import MemoryPlan, check_memory, memory_size, planner
-from .speculative import Rounds
+from .speculative import Progress, Rounds
 from .tokenizer import load_tokenizer
-from .weights import MLX_PREFIX, drafter_names, fill_module, target_names
+from .weights import MLX_PREFIX, count_bytes, drafter_names, fill_module, target_names
+from .worker import Job, Worker
+
+logger = logging.getLogger(__name__)
 
 PerLayerEmbeddings = Literal["resident", "mapped", "auto"]
 PER_LAYER_EMBEDDINGS: tuple[PerLayerEmbeddings, ...] = get_args(PerLayerEmbeddings)
-# Where a converted pair keeps its drafter.
-DRAFTER_FOLDER = "drafter"
 # A small pair, trained on Python source, that is part of the package; its README.md says how it was made.
 DEMO_PAIR = Path(__file__).parent / "demo"
 
-_DOWNLOADED = [
-    "*.json",
-    "*.jinja",
-    "README.md",
-    "tokenizer.model",
-    "model*.safetensors",
-    f"{DRAFTER_FOLDER}/model*.safetensors",
-]
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What publishers of MLX conversions append to a model's name, as in gemma-4-E2B-it-4bit.
 _CONVERSION = re.compile(r"-(\d+bit|bf16|fp16|fp32|mxfp4|mxfp8|nvfp4)(-\w+)?$", re.IGNORECASE)
 
@@ -66,6 +53,8 @@ def load(
     max_context: int | None = None,
     memory_limit: int | None = None,
     per_layer_embeddings: PerLayerEmbeddings = "auto",
+    on_download: Progress | None = None,
+    on_load: Progress | None = None,
 ) -> Model:
     """Load a target and its drafter from folders or the hub: our own, mlx-lm's, mlx-vlm's, or Hugging Face's layout.
 
@@ -79,26 +68,38 @@ def load(
     files and reads a row per token, with the same tokens and one more host read in a round that drafts. "auto" maps it
     where the weights would take more than half of the machine's memory; `Model.per_layer_embeddings` tells.
 
+    `on_download` and `on_load` are called with bytes done and bytes in all, of target and drafter together: while the
+    hub's files are downloaded, on the threads that do it, one call at a time and not at all where there is nothing to
+    download; and while the weights are read. With `on_download` no progress bar is shown. What they raise ends the
+    loading and is raised here: the weights read so far are dropped, a download goes on where it ended the next time.
+
     Raises MTPError kinds: HubError, ConfigError, WeightsError, TokenizerError, PairError, MemoryLimitError, and
     OptionError for a context that is longer than the model's, where passes cannot be made exact, or where no table is
     there to be mapped.
     """
-    config, drafter_config = _read_configs(path_or_repo, drafter, revision)
+    started = time.perf_counter()
+    config, drafter_config = _read_configs(path_or_repo, drafter, revision, on_download)
     context = _context(config, max_context)
     mapped = _is_mapped(per_layer_embeddings, config, drafter_config)
     if memory_limit is not None:
         plan = _planner(config, drafter_config, GenerationOptions(), mapped)
         check_memory(plan, context, memory_limit, str(path_or_repo))
     tokenizer = load_tokenizer(config.path.parent, config.eos_token_ids)
-    target = load_target(config, mapped=mapped)
+    on_read = None if on_load is None else _count(on_load, config, drafter_config, mapped)
+    target = load_target(config, mapped=mapped, on_read=on_read)
     fuse_projections(target.layers)
     if exact:
         make_exact(target)
         check_exact(target, Rounds(always=True))
     loaded = None
     if drafter_config is not None:
-        loaded = load_drafter(drafter_config, target.dtype)
+        loaded = load_drafter(drafter_config, target.dtype, on_read)
         fuse_projections(loaded.model.layers)
+    elif drafter is None:
+        logger.info("no drafter found for %s: decoding plainly", path_or_repo)
+    if mapped and per_layer_embeddings == "auto":
+        logger.info("%s would take more than half of the memory: its per-layer embeddings stay on disk", path_or_repo)
+    logger.info("loaded %s in %.1f s", config.path.parent, time.perf_counter() - started)
     return Model(
         target=target,
         drafter=loaded,
@@ -110,6 +111,40 @@ def load(
     )
 
 
+async def aload(
+    path_or_repo: str | Path,
+    drafter: str | Path | None = None,
+    *,
+    on_download: Progress | None = None,
+    on_load: Progress | None = None,
+    **options: Any,
+) -> Model:
+    """`load`, with its other options, for an event loop: on a thread of its own, and without progress bars.
+
+    The callbacks are called on the event loop. Cancelling the task ends the loading at the next step of its progress,
+    which is waited for; nothing half-loaded is left.
+    """
+
+    def start(job: Job[Model]) -> Iterator[Model]:
+        def progress(callback: Progress | None) -> Progress:
+            report = None if callback is None else job.on_loop(callback)
+
+            def call(done: int, total: int) -> None:
+                job.check()
+                if report is not None:
+                    report(done, total)
+
+            return call
+
+        yield load(path_or_repo, drafter, on_download=progress(on_download), on_load=progress(on_load), **options)
+
+    worker = Worker("mlx-mtp load")
+    try:
+        return await worker.submit(start).next()
+    finally:
+        await asyncio.shield(asyncio.to_thread(worker.close))
+
+
 def plan_memory(
     path_or_repo: str | Path,
     drafter: str | Path | None = None,
@@ -119,10 +154,12 @@ def plan_memory(
     memory_limit: int | None = None,
     per_layer_embeddings: PerLayerEmbeddings = "auto",
     options: GenerationOptions | None = None,
+    on_download: Progress | None = None,
 ) -> MemoryPlan:
     """What `load` and decoding would take of memory with a context of `max_context` tokens (default: the model's own),
-    from the files' headers; of `options`, K/V quantization and `prefill_step_size` matter. Raises what `load` does."""
-    config, drafter_config = _read_configs(path_or_repo, drafter, revision)
+    from the files' headers; of `options`, K/V quantization and `prefill_step_size` matter. What is on the hub is
+    downloaded, as by `load`. Raises what `load` does."""
+    config, drafter_config = _read_configs(path_or_repo, drafter, revision, on_download)
     context = _context(config, max_context)
     mapped = _is_mapped(per_layer_embeddings, config, drafter_config)
     plan = _planner(config, drafter_config, options or GenerationOptions(), mapped)
@@ -132,20 +169,58 @@ def plan_memory(
 
 
 def _read_configs(
-    path_or_repo: str | Path, drafter: str | Path | None, revision: str | None
+    path_or_repo: str | Path, drafter: str | Path | None, revision: str | None, on_download: Progress | None
 ) -> tuple[TargetConfig, DrafterConfig | None]:
     """The configs of a target and its drafter, which fit each other."""
-    folder = resolve_folder(path_or_repo, revision)
+    downloads = None
+    if on_download is not None:
+        downloads = Downloads(on_download)
+        _expect(downloads, path_or_repo, drafter, revision)
+    folder = resolve_folder(path_or_repo, revision, downloads)
     config = read_target_config(folder)
     if drafter is None:
-        drafter_folder = find_drafter(path_or_repo, folder)
+        drafter_folder = find_drafter(path_or_repo, folder, downloads)
     else:
-        drafter_folder = None if str(drafter) == "none" else resolve_folder(drafter)
+        drafter_folder = None if str(drafter) == "none" else resolve_folder(drafter, downloads=downloads)
+    if downloads is not None:
+        downloads.finish()
     if drafter_folder is None:
         return config, None
     drafter_config = read_drafter_config(drafter_folder)
     check_pair(config, drafter_config)
     return config, drafter_config
+
+
+def _expect(downloads: Downloads, path_or_repo: str | Path, drafter: str | Path | None, revision: str | None) -> None:
+    """Have the bytes of a target and its drafter counted before any is downloaded."""
+    files = downloads.expect(str(path_or_repo), revision) if is_repo(path_or_repo) else []
+    if drafter is not None:
+        if str(drafter) != "none" and is_repo(drafter):
+            downloads.expect(str(drafter))
+    elif files and not any(file.startswith(f"{DRAFTER_FOLDER}/") for file in files):
+        # The first that there is.
+        any(downloads.expect(name) for name in assistant_names(str(path_or_repo)))
+
+
+def _count(
+    on_load: Progress, config: TargetConfig, drafter: DrafterConfig | None, mapped: bool
+) -> Callable[[int], None]:
+    """For `fill_module`: adds up the bytes it reads of target and drafter."""
+    done, total = 0, count_bytes(config.path.parent, partial(target_names, config=config), _left(mapped))
+    if drafter is not None:
+        total += count_bytes(drafter.path.parent, partial(drafter_names, config=drafter))
+
+    def report(size: int) -> None:
+        nonlocal done
+        done += size
+        on_load(done, total)
+
+    return report
+
+
+def _left(mapped: bool) -> str | None:
+    """The part of a target that stays in its files."""
+    return "embed_tokens_per_layer" if mapped else None
 
 
 def _planner(
@@ -183,27 +258,29 @@ def _is_mapped(requested: PerLayerEmbeddings, config: TargetConfig, drafter: Dra
     return resident > memory_size() / 2
 
 
-def load_target(config: TargetConfig, *, mapped: bool = False) -> Target:
-    """The target of the folder this config was read from; `mapped` leaves its per-layer table in the files.
+def load_target(config: TargetConfig, *, mapped: bool = False, on_read: Callable[[int], None] | None = None) -> Target:
+    """The target of the folder this config was read from; `mapped` leaves its per-layer table in the files. `on_read`
+    is called with every number of bytes read.
 
     Raises WeightsError if its tensors do not fit the config.
     """
     target = Target(config.text)
     names = partial(target_names, config=config)
-    left = "embed_tokens_per_layer" if mapped else None
-    tensors = fill_module(target, config.path.parent, names, config.quantization, MLX_PREFIX, left)
+    quantization = config.quantization
+    tensors = fill_module(target, config.path.parent, names, quantization, MLX_PREFIX, _left(mapped), on_read)
     if mapped:
         target.embed_tokens_per_layer = MappedEmbedding(target.embed_tokens_per_layer, tensors)
     return target
 
 
-def load_drafter(config: DrafterConfig, dtype: mx.Dtype) -> Drafter:
+def load_drafter(config: DrafterConfig, dtype: mx.Dtype, on_read: Callable[[int], None] | None = None) -> Drafter:
     """The drafter of the folder this config was read from, computing in the target's dtype.
 
     Mixed types would convert the target's whole K/V in every draft step. Raises WeightsError as `load_target`.
     """
     drafter = Drafter(config)
-    fill_module(drafter, config.path.parent, lambda key: drafter_names(key, config), config.quantization)
+    names = partial(drafter_names, config=config)
+    fill_module(drafter, config.path.parent, names, config.quantization, on_read=on_read)
     drafter.set_dtype(dtype)
     if drafter.masked_embedding is not None:
         # Published as int64; the ids it yields are compared with the target's int32.
@@ -214,32 +291,7 @@ def load_drafter(config: DrafterConfig, dtype: mx.Dtype) -> Drafter:
     return drafter
 
 
-def resolve_folder(path_or_repo: str | Path, revision: str | None = None) -> Path:
-    """A local folder as it is, or a hub repository's snapshot, downloaded or from the cache (offline mode, tokens and
-    cache folder as huggingface-hub's environment variables say).
-
-    Raises ConfigError if it can only be a folder and is none, HubError if the hub does not give it.
-    """
-    name = str(path_or_repo)
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).exists() or not _REPO_ID.fullmatch(name) or name.startswith("."):
-        raise ConfigError(f"{name}: no such folder")
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_DOWNLOADED))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise HubError(f"{name}: no such folder, and the hub does not give it: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, GatedRepoError):
-        return "a gated repository, whose terms must be accepted there and which needs an access token (HF_TOKEN)"
-    if isinstance(error, RepositoryNotFoundError):
-        return "no such repository, or a private one, which needs an access token (HF_TOKEN)"
-    return str(error).strip().splitlines()[0]
-
-
-def find_drafter(path_or_repo: str | Path, folder: Path) -> Path | None:
+def find_drafter(path_or_repo: str | Path, folder: Path, downloads: Downloads | None = None) -> Path | None:
     """The drafter that belongs to a target: `drafter/` in its folder, else the sibling `<target>-assistant`.
 
     The sibling of a local folder is looked for next to it, that of a hub id on the hub. None if there is none.
@@ -255,7 +307,7 @@ def find_drafter(path_or_repo: str | Path, folder: Path) -> Path | None:
                 return sibling
             continue
         try:
-            return resolve_folder(name)
+            return resolve_folder(name, downloads=downloads)
         except HubError:
             continue
     return None

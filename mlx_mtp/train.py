@@ -22,7 +22,8 @@ from .draft_vocab import check_draft_vocab, choose_ids, prune
 from .drafter import Drafter
 from .engine import GenerationOptions, Model
 from .errors import MTPError, OptionError, OutputError
-from .load import DRAFTER_FOLDER, check_pair, find_drafter, load_drafter, resolve_folder
+from .hub import DRAFTER_FOLDER, resolve_folder
+from .load import check_pair, find_drafter, load_drafter
 from .output import check_output, new_folder
 from .training import OPTIMIZERS, Measure, Trainer, TrainingOptions, save_arrays
 from .weights import lazy_parameters

@@ -24,6 +24,8 @@ FLOAT_TYPES = ("F32", "F16", "BF16")
 # What mlx-lm puts before the parameter names of a Gemma 4 target, in files and in quantization overrides.
 MLX_PREFIX = "language_model.model."
 
+# Parts in which weights are read, for progress that is seen.
+_STEPS = 50
 _OTHER_MODALITIES = (
     "vision_tower.",
     "audio_tower.",
@@ -46,6 +48,10 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
 
 
 def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
@@ -183,12 +189,14 @@ def fill_module(
     quantization: Quantization | None,
     prefix: str = "",
     left: str | None = None,
+    on_read: Callable[[int], None] | None = None,
 ) -> dict[str, TensorInfo]:
     """Load a checkpoint folder into a module, quantizing the modules whose scales the checkpoint holds.
 
     `prefix` is what the quantization overrides put before the module's parameter names. `left` is a part of the module
     whose parameters stay in the files, after the same checks: where they lie is what is returned, by their names in it.
-    They must never be evaluated.
+    They must never be evaluated. `on_read` is called with every number of bytes read, those of `count_bytes` in all;
+    what it raises is passed on.
 
     Raises WeightsError for a missing, unexpected, truncated or misshapen tensor.
     """
@@ -209,7 +217,7 @@ def fill_module(
             )
     unread: dict[str, TensorInfo] = {}
     for key, filled in list(matched.items()):
-        if left is not None and filled[0].startswith(f"{left}."):
+        if _is_left(filled, left):
             unread[filled[0]] = tensors[key]
             del matched[key]
     arrays: dict[str, mx.array] = {}
@@ -222,8 +230,37 @@ def fill_module(
         weights += list(zip(filled, parts, strict=True))
     module.load_weights(weights, strict=False)
     del arrays, weights
-    mx.eval([value for name, value in lazy_parameters(module).items() if name not in unread])
+    _read({key: tensors[key].nbytes for key in matched}, matched, lazy_parameters(module), on_read)
     return {name.removeprefix(f"{left}."): info for name, info in unread.items()}
+
+
+def count_bytes(folder: Path, names: Callable[[str], list[str]], left: str | None = None) -> int:
+    """Bytes that `fill_module` reads of a checkpoint folder."""
+    tensors = read_checkpoint(folder).items()
+    return sum(info.nbytes for key, info in tensors if (filled := names(key)) and not _is_left(filled, left))
+
+
+def _is_left(filled: list[str], left: str | None) -> bool:
+    return left is not None and filled[0].startswith(f"{left}.")
+
+
+def _read(
+    sizes: dict[str, int],
+    matched: dict[str, list[str]],
+    parameters: dict[str, mx.array],
+    on_read: Callable[[int], None] | None,
+) -> None:
+    """Read the tensors of these sizes into the parameters they fill: some at a time if `on_read` is to be told."""
+    step, size, group = sum(sizes.values()) / (1 if on_read is None else _STEPS), 0, list[mx.array]()
+    # As they lie in the files.
+    for index, (key, nbytes) in enumerate(sizes.items(), start=1):
+        group += [parameters[name] for name in matched[key]]
+        size += nbytes
+        if size >= step or index == len(sizes):
+            mx.eval(group)
+            if on_read is not None:
+                on_read(size)
+            size, group = 0, []
 
 
 def _quantize_modules(module: nn.Module, quantization: Quantization, present: set[str], prefix: str) -> None:

@@ -9,8 +9,9 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import mlx.core as mx
 
@@ -18,6 +19,7 @@ from .errors import BusyError, ClosedError
 
 T = TypeVar("T")
 R = TypeVar("R")
+P = ParamSpec("P")
 
 
 class CancelledJob(Exception):  # noqa: N818 - no error: the rest is no longer wanted.
@@ -36,7 +38,7 @@ class Job(Generic[T]):
     """
 
     def __init__(self, start: "Callable[[Job[T]], Iterator[T]]") -> None:
-        self._start = start
+        self._start: Callable[[Job[T]], Iterator[T]] | None = start
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[T | _End] = asyncio.Queue()
         # Once it has begun, ended, and is no longer wanted.
@@ -53,6 +55,25 @@ class Job(Generic[T]):
         """For the worker's thread: hand over an item beside those that the iterator yields. Raises CancelledJob."""
         self.check()
         self._put(item)
+
+    def on_loop(self, function: Callable[P, object]) -> Callable[P, None]:
+        """For the worker's thread: a function that has this one called on the loop, unless the job is cancelled.
+
+        What it raises there cancels the job, and is given to whoever waits for its items.
+        """
+
+        def call(*args: P.args, **kwargs: P.kwargs) -> None:
+            if self._cancelled.is_set():
+                return
+            try:
+                function(*args, **kwargs)
+            except Exception as error:
+                self.cancel(error)
+
+        def schedule(*args: P.args, **kwargs: P.kwargs) -> None:
+            self._call_on_loop(partial(call, *args, **kwargs))
+
+        return schedule
 
     def cancel(self, error: BaseException | None = None) -> None:
         """End the job; whoever waits for its items gets the error, if one is given. From any thread."""
@@ -89,9 +110,13 @@ class Job(Generic[T]):
         """For the worker's thread."""
         end = _End()
         self.started.set()
+        # Whatever it holds, such as a model, is let go of with the job.
+        start, self._start = self._start, None
         try:
             self.check()
-            items = self._start(self)
+            assert start is not None
+            items = start(self)
+            del start
             try:
                 for item in items:
                     self.put(item)
@@ -108,8 +133,11 @@ class Job(Generic[T]):
             self._put(end)
 
     def _put(self, item: T | _End) -> None:
+        self._call_on_loop(partial(self._items.put_nowait, item))
+
+    def _call_on_loop(self, call: Callable[[], None]) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._items.put_nowait, item)
+            self._loop.call_soon_threadsafe(call)
         except RuntimeError:
             # The loop is closed: nobody is left to read it.
             self._cancelled.set()
@@ -149,7 +177,6 @@ class Worker:
 
     def run(self, function: Callable[[], R]) -> R:
         """Run a function on the thread after all jobs before it, and wait for it. Raises ClosedError after `close`."""
-        self._check_open()
         future: Future[R] = Future()
 
         def call() -> None:
@@ -158,7 +185,9 @@ class Worker:
             except BaseException as error:
                 future.set_exception(error)
 
-        self._queue.put(call)
+        with self._lock:
+            self._check_open()
+            self._queue.put(call)
         return future.result()
 
     @property
@@ -176,14 +205,21 @@ class Worker:
     def cancel(self, error: BaseException | None = None, *, waiting_only: bool = False) -> None:
         """End all jobs, or those that have not begun; whoever waits for their items gets the error, if one is given."""
         with self._lock:
-            for job in self._jobs:
-                if job.is_waiting or (job.is_running and not waiting_only):
-                    job.cancel(error)
+            self._cancel(error, waiting_only)
 
-    def close(self) -> None:
-        """End all jobs, whose readers get a ClosedError, and the thread."""
-        self.cancel(ClosedError("closed while it generated"))
-        self._end()
+    def close(self, *, wait: bool = True) -> None:
+        """End all jobs, whose readers get a ClosedError, and the thread, which is waited for unless `wait` is False."""
+        with self._lock:
+            if self._end.detach() is not None:
+                self._cancel(ClosedError("closed while it generated"))
+                self._queue.put(None)
+        if wait:
+            _join(self._thread)
+
+    def _cancel(self, error: BaseException | None, waiting_only: bool = False) -> None:
+        for job in self._jobs:
+            if job.is_waiting or (job.is_running and not waiting_only):
+                job.cancel(error)
 
     def _check_open(self) -> None:
         if not self._end.alive:
@@ -205,5 +241,9 @@ def _end(queue: _Queue, thread: threading.Thread, jobs: list[Job[Any]]) -> None:
     for job in jobs:
         job.cancel()
     queue.put(None)
+    _join(thread)
+
+
+def _join(thread: threading.Thread) -> None:
     if thread is not threading.current_thread():
         thread.join()

@@ -26,7 +26,8 @@ LAYERS = (
     ("cache", "embeddings"),
     ("weights",),
     ("config", "draft_length"),
-    ("output", "worker"),
+    ("output", "lifetime", "hub"),
+    ("worker",),
     ("errors",),
 )
 

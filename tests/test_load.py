@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -224,11 +225,11 @@ def test_names_a_drafter_goes_by(target: str, drafters: list[str]) -> None:
     assert list(assistant_names(target)) == drafters
 
 
-def hub_run(code: str, endpoint: str, home: Path, **env: str) -> subprocess.CompletedProcess[str]:
+def hub_run(code: str, endpoint: str, home: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run code in a new process, since huggingface-hub reads its environment on import."""
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **env}
     variables = {"PATH": "", "HOME": str(home), **settings}
-    return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", code, *args], env=variables, capture_output=True, text=True)
 
 
 LOAD = """
@@ -274,6 +275,83 @@ def test_hub_tokens(tiny_pair: TinyPair, tmp_path: Path) -> None:
         assert "which needs an access token (HF_TOKEN)" in result.stderr
         result = hub_run(code, endpoint, tmp_path, HF_TOKEN="hf_secret")
         assert result.stdout.strip() == "None", result.stderr
+
+
+PROGRESS = """
+import json, sys, mlx_mtp
+most, *cases = json.loads(sys.argv[1])
+answers = []
+for repo, drafter in cases:
+    seen = []
+
+    def report(done, total):
+        seen.append((done, total))
+        if done > most:
+            raise ConnectionError("enough")
+
+    try:
+        # Both download all that there is.
+        get = mlx_mtp.plan_memory if answers else mlx_mtp.load
+        get(repo, drafter, on_download=report)
+    except ConnectionError as error:
+        seen = str(error)
+    answers.append(seen)
+print(json.dumps(answers))
+"""
+
+
+def downloads(endpoint: str, home: Path, cases: list[tuple[str, str | None]], most: int = 1 << 40, **env: str) -> Any:
+    """What `on_download` saw of each case, (done, total) after the other, or the error that it raised over `most`."""
+    show = {"TQDM_POSITION": "-1", "HF_HUB_DISABLE_PROGRESS_BARS": "0"}
+    result = hub_run(PROGRESS, endpoint, home, json.dumps([most, *cases]), **show, **env)
+    # Nothing is drawn, although bars are asked for.
+    assert (result.returncode, result.stderr) == (0, "")
+    return json.loads(result.stdout)
+
+
+def test_progress_of_downloads(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    """In bytes of target and drafter together, wherever the drafter is."""
+    target, drafter = tiny_pair("e2b") / "target", tiny_pair("e2b") / "target-assistant"
+    whole = tmp_path / "whole"
+    shutil.copytree(target, whole)
+    shutil.copytree(drafter, whole / "drafter")
+    repos = {
+        "some/gemma-it-4bit": target,
+        "some/gemma-it-assistant-bf16": drafter,
+        "some/other-it": target,
+        "some/named": drafter,
+        "some/lonely-it": target,
+        "some/whole-it": whole,
+    }
+    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in (target, drafter)]
+    cases = {
+        ("some/gemma-it-4bit", None): sum(sizes),
+        ("some/other-it", "some/named"): sum(sizes),
+        ("some/lonely-it", "none"): sizes[0],
+        ("some/whole-it", None): sum(sizes),
+    }
+    with serve(repos) as (endpoint, _):
+        # All is there the second time, which is no download.
+        *found, again = downloads(endpoint, tmp_path, [*cases, ("some/gemma-it-4bit", None)])
+        assert again == []
+        for seen, expected in zip(found, cases.values(), strict=True):
+            assert {total for _, total in seen} == {expected}
+            assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+            assert seen[-1][0] == expected
+            assert len(seen) > 4
+        assert downloads(endpoint, tmp_path, list(cases), HF_HUB_OFFLINE="1") == [[]] * len(cases)
+
+
+def test_an_error_of_the_callback_ends_the_download(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    """One that the hub's own errors are kinds of, too."""
+    folder = tiny_pair("e2b")
+    repos = {"some/gemma-it": folder / "target", "some/gemma-it-assistant": folder / "target-assistant"}
+    with serve(repos) as (endpoint, requests):
+        assert downloads(endpoint, tmp_path, [("some/gemma-it", None)], most=100_000) == ["enough"]
+        assert not any(request.startswith("GET /some/gemma-it-assistant/resolve") for request in requests)
+        # Another time it goes on, and comes to its end.
+        (seen,) = downloads(endpoint, tmp_path, [("some/gemma-it", None)])
+        assert seen[-1][0] == seen[-1][1]
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""A small app around mlx-mtp: `bridge` has no user interface, `app` is one with Toga."""
