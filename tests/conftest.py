@@ -19,6 +19,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 PAIR = Path(__file__).parents[2] / "shared" / "pair"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshots", metavar="DIR", help="Where the tests of the chat page put their pictures.")
+
+
 # Relative costs of rounds where drafting pays, as on the machines this is made for.
 CURVE = CostCurve([1, 1.1, 1.3, 1.5, 1.75, 2.06, 2.3, 2.6, 2.8], 0.05, 0.02)
 
