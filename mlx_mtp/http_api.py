@@ -35,7 +35,9 @@ _UNSUPPORTED = {
     "previous_response_id", "prompt", "suffix", "verbosity", "web_search_options", "best_of",
 }  # fmt: skip
 # What the page may do: nothing but talk to this server.
-_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+_PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+)
 
 
 class ErrorDetail(BaseModel):

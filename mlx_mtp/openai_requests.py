@@ -176,6 +176,8 @@ class Request(Fields):
             if changes.get("grammar") is not None:
                 raise OptionError("grammar contradicts the tools, whose calls must follow one of their own")
             changes["grammar"] = self.grammar
+        if changes.get("enable_thinking") is False:
+            default = replace(default, enable_thinking=False, thinking_budget=None)
         if self.num_draft_tokens is not None:
             changes["num_draft_tokens"] = self.num_draft_tokens
         return replace(default, **{name: value for name, value in changes.items() if value is not None})

@@ -423,6 +423,17 @@ def test_thinking_reaches_the_template(client: openai.OpenAI) -> None:
     assert chat(client, max_tokens=1, reasoning_effort="none").usage.prompt_tokens == plain
 
 
+def test_thinking_can_be_turned_off(client: openai.OpenAI) -> None:
+    with serve(load, GenerationOptions(enable_thinking=True, thinking_budget=5, max_tokens=1)) as thinking:
+        body = {"messages": MESSAGES}
+        url = f"{thinking.v1}/chat/completions"
+        tokens = [
+            httpx.post(url, json=body | more).json()["usage"]["prompt_tokens"]
+            for more in ({}, {"reasoning_effort": "none"})
+        ]
+    assert tokens[0] > tokens[1] == chat(client, max_tokens=1).usage.prompt_tokens
+
+
 def test_stats_on_demand(client: openai.OpenAI, model: Model) -> None:
     responses = list(model.stream_generate(MESSAGES, num_draft_tokens=K, max_tokens=48))
     chunks = list(chat(client, stream=True, extra_body={"include_stats": True}))
@@ -462,6 +473,17 @@ BAD_BODIES: list[tuple[str, Any, str | None, str]] = [
         "invalid_value",
     ),
     ("chat/completions", {"regex": "("}, "regex", "invalid_value"),
+    (
+        "chat/completions",
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"$ref": "file:///etc/passwd"}},
+            }
+        },
+        "json_schema",
+        "invalid_value",
+    ),
     (
         "chat/completions",
         {
