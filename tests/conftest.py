@@ -17,6 +17,8 @@ from mlx_mtp.gemma4 import Target
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PAIR = Path(__file__).parents[2] / "shared" / "pair"
+# Found first by the commands under test; see there.
+WITHOUT_TORCH = Path(__file__).parent / "without_torch"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,6 +36,11 @@ def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
     os.environ["MLX_MTP_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_without_torch() -> None:
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(WITHOUT_TORCH), os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture(autouse=True)

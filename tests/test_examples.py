@@ -16,7 +16,7 @@ APP = Path(__file__).parents[1] / "examples" / "python_app"
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(APP / "src"), *sys.path])
+    path = os.pathsep.join([os.environ["PYTHONPATH"], str(APP / "src"), *sys.path])
     command = [sys.executable, "-m", "mlx_mtp_app", "--headless", *args]
     return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
 

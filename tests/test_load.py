@@ -1,6 +1,7 @@
 """Loading: every folder layout, finding the drafter here and on a hub, and one clear error for each way to go wrong."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -228,7 +229,7 @@ def test_names_a_drafter_goes_by(target: str, drafters: list[str]) -> None:
 def hub_run(code: str, endpoint: str, home: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run code in a new process, since huggingface-hub reads its environment on import."""
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **env}
-    variables = {"PATH": "", "HOME": str(home), **settings}
+    variables = {"PATH": "", "HOME": str(home), "PYTHONPATH": os.environ["PYTHONPATH"], **settings}
     return subprocess.run([sys.executable, "-c", code, *args], env=variables, capture_output=True, text=True)
 
 
