@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from .engine import GenerationOptions, GenerationResponse, Model
 from .errors import BusyError, ClosedError, ContextLengthError, MTPError, OptionError, PromptError
 from .openai_requests import Task
-from .worker import Job, Worker
+from .worker import CancelledJob, Job, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,9 @@ class Service:
                     last = response
                     yield response
             end = last.finish_reason or "stop" if last is not None else "stop"
-        except MTPError:
+        except CancelledJob:
+            raise
+        except Exception:
             end = "error"
             raise
         finally:

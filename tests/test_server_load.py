@@ -191,12 +191,15 @@ def test_what_fails_is_said_and_the_next_is_served(served: Served, monkeypatch: 
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a secret of the machine")
 
+    failed = served.service.metrics.requests.labels("error")._value
+    before = failed.get()
     for stream in (False, True):
         with monkeypatch.context() as patch:
             patch.setattr(served.service, "_encode", fail)
             answer = httpx.post(f"{served.v1}/completions", json=body("x", stream=stream))
         assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
         assert "secret" not in answer.text
+    assert failed.get() - before == 2
     assert httpx.post(f"{served.v1}/completions", json=body("x")).status_code == 200
 
 
