@@ -16,6 +16,10 @@ from mlx_mtp.gemma4 import Target
 # Ignored in what a shell runs in the background, and inherited by the commands under test: not when there is a handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers take all cores: threads of PyTorch and NumPy beside them would wait for each other.
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
 PAIR = Path(__file__).parents[2] / "shared" / "pair"
 # Found first by the commands under test; see there.
 WITHOUT_TORCH = Path(__file__).parent / "without_torch"

@@ -11,7 +11,7 @@ import mlx
 import numpy as np
 import pytest
 from held_out import package_files, prompts, stdlib_files
-from measure_pair import TEXT, generated, teacher_forced
+from measure_pair import generated, teacher_forced
 
 import mlx_mtp
 from mlx_mtp.config import read_drafter_config, read_target_config
@@ -91,7 +91,7 @@ def test_how_well_it_drafts(demo: mlx_mtp.Model, files: Callable[[], list[Path]]
     greedy, _ = generated(demo, texts, options)
     sampling = mlx_mtp.Sampling(temperature=1.0, top_k=64, top_p=0.95, seed=0)
     sampled, repeated = generated(demo, texts, mlx_mtp.GenerationOptions(**vars(options) | {"sampling": sampling}))
-    agreement, overlap = teacher_forced(demo, prompts(demo, files(), TEXT))
+    agreement, overlap = teacher_forced(demo, texts)
     print(greedy.mean(), sampled.mean(), repeated, agreement, overlap)
     assert greedy.mean() > 2.6
     assert sampled.mean() > 2.0

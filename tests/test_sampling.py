@@ -19,7 +19,7 @@ from mlx_mtp.drafter import Drafter
 from mlx_mtp.errors import OptionError
 from mlx_mtp.gemma4 import Target
 from mlx_mtp.sampling import Sampling
-from mlx_mtp.speculative import Stats, Stream, decode
+from mlx_mtp.speculative import Rounds, Stats, Stream, decode
 
 OPTIONS = {
     "temperature": Sampling(temperature=1, seed=1, acceptance="coupled"),
@@ -45,7 +45,7 @@ def sample(
     max_tokens: int = 100,
     stop_ids: frozenset[int] = frozenset(),
 ) -> tuple[list[int], Stats, Stream]:
-    stream = Stream(target, drafter, max_draft_tokens=k, sampling=sampling)
+    stream = Stream(target, drafter, max_draft_tokens=k, sampling=sampling, rounds=Rounds())
     tokens: list[int] = []
     stats = Stats()
     for result in decode(
@@ -200,7 +200,7 @@ def test_the_token_a_round_decides_on_has_the_target_s_distribution(
     """The first token of the round after prefill, over many seeds, in classes of tokens of like probability."""
     target, drafter = tiny_models(variant)
     sampling = Sampling(temperature=temperature, top_p=0.95, acceptance=acceptance)
-    stream = Stream(target, drafter, max_draft_tokens=3, sampling=sampling)
+    stream = Stream(target, drafter, max_draft_tokens=3, sampling=sampling, rounds=Rounds())
     first = stream.prefill(LONG, 64).tokens[0]
     bonus, hidden = stream._bonus, stream._hidden
     cache = Cache(target.config, target.dtype, max_block=1)

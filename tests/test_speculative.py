@@ -35,7 +35,8 @@ class Scripted(Drafter):
     def __init__(self, drafter: Drafter, prompt: list[int], plain: list[int], wrong_at: tuple[int, ...] = ()) -> None:
         super().__init__(drafter.config)
         self.prompt_length = len(prompt)
-        self.plain = plain
+        # Beyond the plain tokens, and more than any block has.
+        self.plain = mx.array(plain + [0] * 16, mx.int32)
         self.wrong_at = wrong_at
 
     def draft(
@@ -49,9 +50,9 @@ class Scripted(Drafter):
         allow: Allow | None = None,
     ) -> Draft:
         # The bonus token's index is context.position; the continuation begins at the prompt's end.
-        start = int(context.position.item()) - self.prompt_length + 1
-        tokens = (self.plain[start:] + [0] * k)[:k]
-        return Draft(mx.array([[(t + 1) % 512 if i in self.wrong_at else t for i, t in enumerate(tokens)]], mx.int32))
+        start = context.position - self.prompt_length + 1
+        wrong = mx.array([[int(i in self.wrong_at) for i in range(k)]], mx.int32)
+        return Draft((self.plain[start + mx.arange(k)] + wrong) % 512)
 
 
 def run(
@@ -65,8 +66,8 @@ def run(
     max_context: int = 4096,
     step: int = 64,
 ) -> tuple[list[int], Stats, Stream]:
-    """Decode, returning tokens, statistics and the stream afterwards."""
-    stream = Stream(target, drafter, max_draft_tokens=k)
+    """Decode in compiled rounds, returning tokens, statistics and the stream afterwards."""
+    stream = Stream(target, drafter, max_draft_tokens=k, rounds=Rounds())
     tokens: list[int] = []
     stats = Stats()
     budget = token_budget(prompt, max_tokens, max_context)
