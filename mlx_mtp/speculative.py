@@ -26,7 +26,7 @@ Progress = Callable[[int, int], None]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 # What a compiled round was made for, and the round.
-Shape = tuple[int, int, int, int, KVQuantization | None, int | None, str]
+Shape = tuple[int, int, int, int, KVQuantization | None, int | None, str, bool]
 Function = Callable[["Stream"], "Verified"]
 # Bounds a chunk of the prompt by the bytes of a layer's attention scores, and the least rows of one all the same.
 _SCORE_BYTES = 1 << 29
@@ -130,10 +130,10 @@ class Rounds:
     """Compiled rounds, shared by the streams of one target and drafter, whose weights must stay as they are.
 
     A round is compiled by its shape: the number of draft tokens, the K/V rows it looks at, whether they are quantized,
-    and the options that make it. `traces` has the shape of every trace there was. Under a guide or Python processors
-    nothing is compiled, for they take part in the round on the host. A shape is compiled when it comes a second time
-    or, if `always`, the first. Where per-layer embeddings are mapped, drafting and verifying are compiled apart: in
-    between, the host reads the draft, and the rows of its tokens.
+    and the options that make it. `traces` has the shape of every trace there was. With Python processors nothing is
+    compiled, for they take part in the round on the host. A shape is compiled when it comes a second time or, if
+    `always`, the first. Where the host reads the draft in between, for the rows of mapped per-layer embeddings or for a
+    guide, drafting and verifying are compiled apart; under a guide, verifying alone.
     """
 
     def __init__(self, *, always: bool = False) -> None:
@@ -145,7 +145,8 @@ class Rounds:
         cache, options = stream.cache, repr(replace(stream.sampling, seed=0))
         # From where on does not matter once they are.
         kv = cache.quantization._replace(start=0) if cache.quantization and cache.is_quantized else None
-        shape = (k, cache.visible, cache.capacity, cache.max_block, kv, stream.logprobs, options)
+        is_guided = stream.guide is not None
+        shape = (k, cache.visible, cache.capacity, cache.max_block, kv, stream.logprobs, options, is_guided)
         is_new = shape not in self._functions and not self.always
         function = self._functions.pop(shape, None)
         if is_new:
@@ -160,7 +161,8 @@ class Rounds:
         return verified
 
     def _compile(self, stream: "Stream", k: int, shape: Shape) -> Function:
-        blank, traces, is_mapped = stream._copy_without_arrays(), self.traces, stream.target.mapped is not None
+        blank, traces, is_guided = stream._copy_without_arrays(), self.traces, stream.guide is not None
+        is_apart = is_guided or stream.target.mapped is not None
 
         def traced_stream(arrays: list[mx.array]) -> Stream:
             traced = blank._copy_without_arrays()
@@ -171,23 +173,25 @@ class Rounds:
             return traced_stream(arrays)._draft(k)[0]
 
         def trace(
-            arrays: list[mx.array], draft: Any = (), rows: PerLayerRows | None = None
+            arrays: list[mx.array], draft: Any = (), masks: mx.array | None = None, rows: PerLayerRows | None = None
         ) -> tuple[Verified, list[mx.array]]:
             traces.append(shape)
             traced = traced_stream(arrays)
-            verified = traced._verify(Draft(*draft), None, rows) if is_mapped else traced._advance(k)
+            verified = traced._verify(Draft(*draft), masks, rows) if is_apart else traced._advance(k)
             return verified, traced._take_arrays()
 
         compiled, compiled_draft = mx.compile(trace), mx.compile(trace_draft)
 
         def run(stream: Stream) -> Verified:
             apart: list[Any] = []
-            if is_mapped:
-                draft = Draft(mx.zeros((1, 0), mx.int32))
-                if k:
+            if is_apart:
+                draft, masks = Draft(mx.zeros((1, 0), mx.int32)), None
+                if is_guided:
+                    draft, masks = stream._draft(k)
+                elif k:
                     # Only read there, so that the stream keeps its arrays.
                     draft = Draft(*compiled_draft(stream._arrays()))
-                apart = [tuple(draft), stream._read_rows(draft)]
+                apart = [tuple(draft), masks, stream._read_rows(draft)]
             (report, hidden, logprobs), arrays = compiled(stream._take_arrays(), *apart)
             stream._set_arrays(arrays)
             return Verified(report, hidden, logprobs)
@@ -337,7 +341,7 @@ class Stream:
         assert k < self.cache.max_block, "more draft tokens than the stream was made for"
         length, context, reads = self.cache.length, self._context, self.host_reads
         self.cache.reserve(k + 1)
-        compiles = self.rounds is not None and not self.processors and self.guide is None
+        compiles = self.rounds is not None and not self.processors
         verified = self.rounds.run(self, k) if self.rounds is not None and compiles else self._advance(k)
         mx.eval(verified, self._bonus, self._hidden, self._context, self.cache.arrays())
         count, *tokens = self._read(verified.report)
@@ -402,7 +406,7 @@ class Stream:
     def _copy_without_arrays(self) -> "Stream":
         """What a compiled round is traced with: it must hold neither buffers nor the rounds that hold it."""
         copied = copy(self)
-        copied.rounds = None
+        copied.rounds = copied.guide = None
         copied.cache = copy(self.cache)
         copied.cache.take_arrays()
         return copied

@@ -20,6 +20,7 @@ import mlx_mtp
 from mlx_mtp.cache import Cache
 from mlx_mtp.generate import main
 from mlx_mtp.guide import Channel
+from mlx_mtp.speculative import Rounds, Stream
 
 TinyPair = Callable[[str], Path]
 PROMPT = random_tokens(2 * WINDOW, seed=5)
@@ -79,6 +80,36 @@ def test_an_answer_is_in_the_language_and_does_not_depend_on_drafts(
             assert is_answer(plain.text, grammar)
             ended += 1
     assert ended, "no answer ended: the test proves nothing"
+
+
+@pytest.mark.parametrize("options", [{"regex": "[a-z ]{200}"}, {"enable_thinking": True, "thinking_budget": 500}])
+@pytest.mark.parametrize("k", [0, 3])
+def test_compiled_passes_are_the_same_and_copy_no_buffer(
+    model: mlx_mtp.Model, channel: Channel, k: int, options: dict[str, Any]
+) -> None:
+    """With masks that depend on the tokens before, and with one for all rows."""
+    sampling = mlx_mtp.Sampling(temperature=1.0, seed=3)
+    peaks = []
+    for capacity in (1024, 64 * 1024):
+        rounds, texts = Rounds(), []
+        for shared in (None, rounds):
+            chosen = mlx_mtp.GenerationOptions(**options)
+            guide = model._guide(chosen, 0 if chosen.enable_thinking else None, frozenset({1}))
+            stream = Stream(
+                model.target, model.drafter, max_draft_tokens=3, sampling=sampling, guide=guide, rounds=shared
+            )
+            stream.cache = Cache(model.config.text, mx.float32, max_block=4, capacity=capacity)
+            tokens = stream.prefill(PROMPT, 64).tokens
+            for index in range(8):
+                if index == 3:
+                    active = mx.get_active_memory()
+                    mx.reset_peak_memory()
+                tokens += stream.round(k).tokens
+            texts.append(tokens)
+        peaks.append(mx.get_peak_memory() - active)
+        assert texts[0] == texts[1]
+        assert len(rounds.traces) == 1
+    assert peaks[1] < peaks[0] + 1e6
 
 
 def test_characters_made_of_bytes(tiny_pair: TinyPair, tmp_path: Path) -> None:
