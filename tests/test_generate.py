@@ -34,7 +34,7 @@ def last_json(stdout: str) -> dict[str, Any]:
 
 
 def test_text_on_stdout_and_a_summary_on_stderr(tiny_pair: TinyPair) -> None:
-    result = run("--model", tiny_pair("e2b") / "target", "--prompt", PROMPT, "--max-tokens", "30")
+    result = run("--model", tiny_pair("e2b") / "target", "--prompt", PROMPT, "-m", "30", "--ignore-eos")
     assert len(result.stdout) > 10
     lines = dict(line.split(": ", 1) for line in result.stderr.splitlines() if ": " in line)
     assert lines["Generation"].startswith("30 tokens, ")
@@ -45,7 +45,7 @@ def test_json_holds_every_field_and_the_text_does_not_depend_on_drafting(tiny_pa
     target = tiny_pair("e2b") / "target"
     reports = {}
     for k in ("0", "4"):
-        result = run("--model", target, "-p", PROMPT, "-m", "40", "--num-draft-tokens", k, "--json")
+        result = run("--model", target, "-p", PROMPT, "-m", "40", "--num-draft-tokens", k, "--json", "--ignore-eos")
         reports[k] = last_json(result.stdout)
         assert result.stdout.startswith(reports[k]["text"] + "\n")
     plain, drafted = reports["0"], reports["4"]
@@ -148,6 +148,7 @@ def test_a_missing_model_gives_one_line(tmp_path: Path) -> None:
 
 def test_ctrl_c_ends_cleanly_with_what_was_generated(tiny_pair: TinyPair) -> None:
     command = [*COMMAND, "--model", str(tiny_pair("e2b") / "target"), "-p", PROMPT, "-m", "3500", "--json"]
+    command.append("--ignore-eos")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ)
     assert process.stdout is not None
     process.stdout.read(20)
@@ -164,7 +165,7 @@ def test_ctrl_c_ends_cleanly_with_what_was_generated(tiny_pair: TinyPair) -> Non
 
 def test_text_streams_as_it_is_generated(tiny_pair: TinyPair) -> None:
     """Text arrives while decoding goes on: the first bytes long before the process ends."""
-    command = [*COMMAND, "--model", str(tiny_pair("e2b") / "target"), "-p", PROMPT, "-m", "200"]
+    command = [*COMMAND, "--model", str(tiny_pair("e2b") / "target"), "-p", PROMPT, "-m", "200", "--ignore-eos"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout is not None
     assert process.stdout.read(5)

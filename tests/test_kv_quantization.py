@@ -177,7 +177,7 @@ def test_a_pass_is_one_over_dequantized_rows(tiny_models: Models, variant: str) 
                 buffers[index] = mx.array(dequantized(rows), mx.float32) if isinstance(rows, Quantized) else rows
         cache.is_quantized, cache.quantization = False, None
         np.testing.assert_allclose(_drafted(target, drafter, cache), drafted, atol=1e-4)
-    assert mx.std(logits[None]).item() > 1
+    assert mx.std(logits[None]).item() > 0.9
     np.testing.assert_allclose(logits[EIGHT], logits[None], atol=0.05)
     errors = {kv: mx.abs(logits[kv] - logits[None]).mean().item() for kv in (EIGHT, FOUR)}
     assert 0 < 4 * errors[EIGHT] < errors[FOUR]

@@ -66,8 +66,8 @@ _CHAT_TEMPLATE = """\
 """
 
 # As in the published models, full-attention layers with K/V of their own stand between sliding ones.
-_E2B_TYPES = [*(["sliding_attention"] * 2 + ["full_attention"]) * 2, *["sliding_attention"] * 3, "full_attention"]
-_OTHER_TYPES = (["sliding_attention"] * 2 + ["full_attention"]) * 2
+_OTHER_TYPES = ["sliding_attention", "full_attention"] * 2
+_E2B_TYPES = [*_OTHER_TYPES, "sliding_attention", "full_attention"]
 _DRAFTER_TYPES = ["sliding_attention"] * 3 + ["full_attention"]
 
 # What differs between the variants' text configs.
@@ -75,7 +75,7 @@ _VARIANT: dict[str, dict[str, Any]] = {
     "e2b": {
         "layer_types": _E2B_TYPES,
         "num_key_value_heads": 1,
-        "num_kv_shared_layers": 4,
+        "num_kv_shared_layers": 2,
         "use_double_wide_mlp": True,
         "hidden_size_per_layer_input": 64,
         "vocab_size_per_layer_input": VOCAB_SIZE,
@@ -289,8 +289,8 @@ def _target_tensors(text: dict[str, Any], rng: np.random.Generator) -> Tensors:
     hidden, layers, per_layer = text["hidden_size"], len(text["layer_types"]), text["hidden_size_per_layer_input"]
     # Small embeddings under a large final norm: a tied head would otherwise repeat the last token.
     tensors = {
-        "embed_tokens.weight": _normal(rng, 0.25 * hidden**-0.5, text["vocab_size"], hidden),
-        "norm.weight": _norm(rng, hidden, 4.0),
+        "embed_tokens.weight": _normal(rng, 0.12 * hidden**-0.5, text["vocab_size"], hidden),
+        "norm.weight": _norm(rng, hidden, 8.0),
     }
     if per_layer:
         tensors |= {
