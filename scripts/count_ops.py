@@ -82,8 +82,8 @@ def weightless(module: nn.Module) -> None:
     mx.eval(module.parameters())
 
 
-def mlx_lm_outputs(name: str, bits: int) -> list[mx.array]:
-    """A pass over one token of mlx-lm's model, and its choice."""
+def mlx_lm_model(name: str, bits: int) -> Any:
+    """The target as mlx-lm has it, without memory."""
     from mlx_lm.models import gemma4_text
 
     model = gemma4_text.Model(gemma4_text.ModelArgs.from_dict(published_target(name)["text_config"]))
@@ -91,6 +91,12 @@ def mlx_lm_outputs(name: str, bits: int) -> list[mx.array]:
     nn.quantize(model, 64, bits)
     weightless(model)
     mx.eval([module._freqs for module in model.modules() if hasattr(module, "_freqs")])
+    return model
+
+
+def mlx_lm_outputs(name: str, bits: int) -> list[mx.array]:
+    """A pass over one token of mlx-lm's model, and its choice."""
+    model = mlx_lm_model(name, bits)
     cache = model.make_cache()
     prompt = mx.zeros((1, 100), mx.int32)
     model(prompt, cache=cache)

@@ -1,23 +1,37 @@
-"""What rounds cost here at the size of a published model, with random quantized weights.
+"""What rounds cost here at the size of a published model, with random quantized weights, and how fast they decode.
 
-    python scripts/measure_published.py E2B --bits 4
+    python scripts/measure_published.py E2B --bits 4 --shares 0 0.5 0.7 0.9 --mlx-lm
 
 Prints milliseconds of rounds that verify 1 to 9 rows, of a draft step, and the operations of a round on this device.
+With `--shares`, tokens/s for draft tokens that are accepted with such chances: of plain decoding, fixed lengths and
+`auto`, in turn, against what the costs say. Random weights agree on nothing, so that the target is told a random text.
 """
 
 import argparse
+import time
 from functools import partial
+from statistics import median
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from count_ops import pair
+from artificial_acceptance import ArtificialDrafter
+from count_ops import mlx_lm_model, pair
 from mlx.utils import tree_map_with_path
 from published import NAMES
 from tqdm import tqdm
 
 from mlx_mtp import calibration
+from mlx_mtp.cache import Cache
+from mlx_mtp.draft_length import CostCurve, DraftLength
+from mlx_mtp.drafter import Drafter
+from mlx_mtp.gemma4 import Target, TargetOutput
 from mlx_mtp.graph import operations, round_outputs
 from mlx_mtp.sampling import Sampling
+from mlx_mtp.speculative import Rounds, Stats, Stream, decode
+
+PROMPT_TOKENS = 128
+LENGTHS: tuple[int | str, ...] = (0, 1, 2, 3, 5, 8, "auto")
 
 
 def main() -> None:
@@ -26,6 +40,10 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4, help="Bits of the weights (default: 4).")
     parser.add_argument("--dtype", default="bfloat16", help="Type of activations (default: %(default)s).")
     parser.add_argument("--quick", action="store_true", help="Time each length twice, where a pass takes seconds.")
+    parser.add_argument("--shares", type=float, nargs="+", default=[], help="Chances of draft tokens (none).")
+    parser.add_argument("--max-tokens", "-m", type=int, default=128, help="To decode in a run (default: %(default)s).")
+    parser.add_argument("--repeats", type=int, default=3, help="Runs of each that count (default: %(default)s).")
+    parser.add_argument("--mlx-lm", action="store_true", help="Run mlx-lm's model of this size, too.")
     args = parser.parse_args()
     target, drafter = pair(args.model, args.bits)
     for module in (target, drafter):
@@ -43,7 +61,91 @@ def main() -> None:
     print(
         f"draft step {1e3 * curve.draft:.2f} ms, {curve.draft / one:.3f} of v(1); other {1e3 * curve.overhead:.2f} ms"
     )
-    print(f"peak memory {mx.get_peak_memory() / 1e9:.2f} GB")
+    print(f"peak memory {mx.get_peak_memory() / 1e9:.2f} GB", flush=True)
+    if args.shares:
+        measure_speed(target, drafter, curve, args)
+    if args.mlx_lm:
+        mx.random.seed(0)
+        print(f"mlx-lm: {mlx_lm_speed(args):.1f} tokens/s")
+
+
+class ToldTarget(Target):
+    """A target of any weights whose most likely token is always the next one of a text."""
+
+    _told: mx.array
+
+    def __call__(self, tokens: mx.array, cache: Cache, logit_rows: int = 0, *others: Any, **named: Any) -> TargetOutput:
+        first = cache.offset + tokens.shape[1] - logit_rows + 1
+        output = super().__call__(tokens, cache, logit_rows, *others, **named)
+        told = self._told[first + mx.arange(logit_rows)][:, None] == mx.arange(self.config.vocab_size)
+        return output._replace(logits=mx.where(told, mx.inf, output.logits))
+
+
+def measure_speed(target: Target, drafter: Drafter, curve: CostCurve, args: argparse.Namespace) -> None:
+    """Print tokens/s of all draft lengths by the chance of a draft token."""
+    text = mx.random.randint(0, target.config.vocab_size, (PROMPT_TOKENS + args.max_tokens + 10,)).tolist()
+    target.__class__ = ToldTarget
+    target._told = mx.array(text, mx.int32)
+    drafters = {share: (ArtificialDrafter(drafter, text, share, 0), Rounds()) for share in args.shares}
+    settings = [(share, k) for share in args.shares for k in LENGTHS]
+    speed: dict[Any, list[float]] = {setting: [] for setting in settings}
+    stats: dict[Any, Stats] = {setting: Stats() for setting in settings}
+    for repeat in tqdm(range(-1, args.repeats), desc="Runs"):
+        for share, k in settings:
+            who, rounds = drafters[share]
+            stream = Stream(target, who, max_draft_tokens=calibration.MAX_DRAFT_TOKENS, rounds=rounds)
+            policy = DraftLength(curve) if isinstance(k, str) else k
+            decoded = decode(
+                stream,
+                text[:PROMPT_TOKENS],
+                max_tokens=args.max_tokens,
+                num_draft_tokens=policy,
+                stop_ids=frozenset(),
+                prefill_step_size=512,
+            )
+            next(decoded)
+            start = time.perf_counter()
+            done = list(decoded)
+            seconds = time.perf_counter() - start
+            assert stream.tokens == text[: PROMPT_TOKENS + args.max_tokens], "not the text that was told"
+            if repeat >= 0:
+                speed[share, k].append((args.max_tokens - 1) / seconds)
+                for each in done:
+                    stats[share, k].add(each.drafted, each.accepted, each.host_reads)
+    print("chance    k  tokens/s  to plain (range)    formula  of it  of the best  drafted  tokens per round  reads")
+    for share in args.shares:
+        fixed = [k for k in LENGTHS if isinstance(k, int)]
+        best = speed[share, max(fixed, key=lambda k: median(speed[share, k]))]
+        for k in LENGTHS:
+            found = stats[share, k]
+            ratios = [a / b for a, b in zip(speed[share, k], speed[share, 0], strict=True)]
+            of_best = median(a / b for a, b in zip(speed[share, k], best, strict=True))
+            formula = 0.0 if isinstance(k, str) else (found.acceptance_length or 0) * curve.round(0) / curve.round(k)
+            print(
+                f"{share:6.2f} {k:>4} {median(speed[share, k]):9.1f} {median(ratios):9.2f} "
+                f"({min(ratios):.2f}-{max(ratios):.2f})"
+                + (f" {formula:8.2f} {median(ratios) / formula:6.2f}" if formula else 16 * " ")
+                + f" {of_best:12.2f} {found.drafted / found.rounds:8.2f} {found.acceptance_length:17.2f} "
+                f"{found.host_reads / found.rounds:6.2f}",
+                flush=True,
+            )
+
+
+def mlx_lm_speed(args: argparse.Namespace) -> float:
+    """Tokens/s of mlx-lm's plain decoding."""
+    from mlx_lm.generate import generate_step
+
+    model = mlx_lm_model(args.model, args.bits)
+    model.set_dtype(getattr(mx, args.dtype))
+    randomize(model, args.bits)
+    found = []
+    for _ in range(args.repeats + 1):
+        steps = generate_step(mx.arange(PROMPT_TOKENS), model, max_tokens=args.max_tokens)
+        next(steps)
+        start = time.perf_counter()
+        rest = sum(1 for _ in steps)
+        found.append(rest / (time.perf_counter() - start))
+    return median(found[1:])
 
 
 def progress(bar: "tqdm[None]", done: int, total: int) -> None:
