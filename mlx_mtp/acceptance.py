@@ -32,6 +32,9 @@ def accept_matching(drafted: mx.array, scores: mx.array) -> Acceptance:
     probabilities with noise that drafter and target share.
     """
     choices = mx.argmax(scores, axis=-1).astype(mx.int32)
+    if not drafted.size:
+        # Not by a product over nothing: MLX's CUDA backend divides by its length, which ends the process.
+        return Acceptance(mx.array(0), choices)
     matches = (drafted[0] == choices[:-1]).astype(mx.int32)
     return Acceptance(mx.cumprod(matches).sum(), choices)
 

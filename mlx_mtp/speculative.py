@@ -381,7 +381,7 @@ class Stream:
 
     def _verify(self, draft: Draft, masks: mx.array | None, rows: PerLayerRows | None) -> Verified:
         """The rest of the round, from a draft and its per-layer rows, which are None unless they are mapped."""
-        tokens = mx.concatenate([self._bonus, draft.tokens], axis=1)
+        tokens = mx.concatenate([self._bonus, draft.tokens], axis=1) if draft.tokens.size else self._bonus
         output = self.target(tokens, self.cache, tokens.shape[1], per_layer_rows=rows)
         accepted, choices = self._accept(draft, masks, output.logits[0], 1)
         self._select(output.hidden, choices, accepted)
@@ -542,9 +542,10 @@ class Stream:
         """Make the target's choice at one verified row the bonus token."""
         self._bonus = choices[row].reshape(1, 1)
         self._hidden = mx.take(hidden, row[None], axis=1)
-        self._context = mx.slice(
-            mx.concatenate([self._context, choices]), row[None] + 1, axes=(0,), slice_size=self._context.shape
-        )
+        if self._context.size:
+            self._context = mx.slice(
+                mx.concatenate([self._context, choices]), row[None] + 1, axes=(0,), slice_size=self._context.shape
+            )
 
     def _remember(self, tokens: mx.array) -> None:
         """Append tokens to the context of penalties."""
