@@ -45,7 +45,8 @@ class DraftLength:
 
     Acceptance is estimated by draft position from the last rounds, and k maximizes expected tokens per second, E(k) /
     cost(k). Where nothing drafted promises more than plain decoding, k is 0, and the drafter is tried again with one
-    token at growing intervals. Nothing is timed here: the same costs and the same text make the same choices.
+    token at growing intervals, unless nothing could pay even if all of it were accepted. Nothing is timed here: the
+    same costs and the same text make the same choices.
     """
 
     def __init__(self, curve: CostCurve) -> None:
@@ -60,6 +61,8 @@ class DraftLength:
         trial = curve.round(1) / curve.round(0) - 1 if self._trials else 0.0
         self._waits = max(1.0, trial / _FIRST_TRIALS), max(1.0, trial / _LAST_TRIALS)
         self._wait = self._left = self._waits[0]
+        # Whether any number of draft tokens would be worth its cost if all were accepted.
+        self._can_pay = any((k + 1) * curve.round(0) > curve.round(k) for k in range(1, len(curve.verify)))
         # One at first: a drafter that is of no use costs least then.
         self.k = min(1, self._best())
 
@@ -67,7 +70,7 @@ class DraftLength:
         """Take note of a round, and choose for the next one."""
         if not drafted:
             # Where k is not 0, there was no room for it.
-            if not self.k and self._trials:
+            if not self.k and self._can_pay:
                 self._left -= 1
                 if self._left <= 0:
                     self._forget(_MEMORY_OF_TRIALS)

@@ -48,6 +48,14 @@ def test_close_to_the_best_fixed_length_and_never_slower_than_none(name: str, sh
     assert chosen > 0.98 * fixed[0]
 
 
+def test_nothing_is_tried_where_nothing_can_pay() -> None:
+    """Where a row costs as much as a pass, not even drafts that are all accepted are worth their cost."""
+    policy = DraftLength(CURVES["steep"])
+    for _ in range(2000):
+        assert policy.k == 0
+        policy.update(0, 0)
+
+
 def test_it_follows_a_text_whose_segments_differ() -> None:
     """Copied text among text the drafter knows nothing of: better than any fixed length."""
     curve = CURVES["flat"]
