@@ -19,6 +19,7 @@ from mlx_mtp.cache import Cache
 from mlx_mtp.drafter import Allow, Choose, DraftContext, Drafter, choose_best
 from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.gemma4 import Target
+from mlx_mtp.graph import operations, round_outputs
 from mlx_mtp.guide import Guide
 from mlx_mtp.sampling import Sampling
 from mlx_mtp.speculative import Rounds, Stats, Stream, decode, token_budget
@@ -287,6 +288,15 @@ def test_the_first_round_after_a_long_prompt_sees_the_right_rows_and_the_window_
             np.testing.assert_allclose(np.sort(seen, axis=0), np.sort(last, axis=0), atol=1e-5)
         assert np.array(stream.cache.draft_view("full_attention").mask).sum() == stream.cache.length
         stream.round(3)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, acceptance="coupled")])
+def test_plain_rounds_compute_nothing_of_no_drafts(tiny_models: Models, sampling: Sampling) -> None:
+    """A product over no draft tokens ends the process on MLX's CUDA backend, and no slice of no context is needed."""
+    target, drafter = tiny_models("e2b")
+    found = [set(operations(round_outputs(target, drafter, k, sampling))) for k in (0, 1)]
+    assert "CumProd" in found[1] - found[0]
+    assert "DynamicSlice" not in found[0] | found[1]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
