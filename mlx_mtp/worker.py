@@ -41,6 +41,7 @@ class Job(Generic[T]):
         self._start: Callable[[Job[T]], Iterator[T]] | None = start
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[T | _End] = asyncio.Queue()
+        self._is_over = False
         # Once it has begun, ended, and is no longer wanted.
         self.started = threading.Event()
         self.done = threading.Event()
@@ -68,7 +69,9 @@ class Job(Generic[T]):
             try:
                 function(*args, **kwargs)
             except Exception as error:
-                self.cancel(error)
+                # At once, not after what the worker's thread has scheduled meanwhile.
+                self._receive(_End(error))
+                self.cancel()
 
         def schedule(*args: P.args, **kwargs: P.kwargs) -> None:
             self._call_on_loop(partial(call, *args, **kwargs))
@@ -133,7 +136,13 @@ class Job(Generic[T]):
             self._put(end)
 
     def _put(self, item: T | _End) -> None:
-        self._call_on_loop(partial(self._items.put_nowait, item))
+        self._call_on_loop(partial(self._receive, item))
+
+    def _receive(self, item: T | _End) -> None:
+        """On the loop. Nothing comes after the first end."""
+        if not self._is_over:
+            self._is_over = isinstance(item, _End)
+            self._items.put_nowait(item)
 
     def _call_on_loop(self, call: Callable[[], None]) -> None:
         try:

@@ -204,7 +204,7 @@ def test_functions_called_on_the_loop(worker: Worker) -> None:
 
     async def main() -> None:
         job = worker.submit(start)
-        for index in range(3):
+        for index in range(2):
             assert await job.next() == index
             assert (index, True) in seen
         with pytest.raises(KeyError, match="the callback's own"):
@@ -212,6 +212,27 @@ def test_functions_called_on_the_loop(worker: Worker) -> None:
 
     asyncio.run(main())
     assert seen == [(index, True) for index in range(3)]
+
+
+def test_what_a_function_on_the_loop_raises_comes_first(worker: Worker) -> None:
+    """Although the job has long gone on, and ended."""
+
+    def refuse() -> None:
+        raise KeyError("the window is closed")
+
+    def start(job: Job[int]) -> Iterator[int]:
+        job.on_loop(refuse)()
+        yield from range(3)
+
+    async def main() -> None:
+        job = worker.submit(start)
+        # The loop is busy meanwhile.
+        assert job.done.wait(10)
+        for _ in range(2):
+            with pytest.raises(KeyError, match="the window is closed"):
+                await job.next()
+
+    asyncio.run(main())
 
 
 def test_a_loop_that_is_closed_ends_its_jobs(worker: Worker) -> None:
