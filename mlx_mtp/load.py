@@ -25,7 +25,7 @@ from .embeddings import MappedEmbedding
 from .engine import GenerationOptions, Model
 from .errors import ConfigError, HubError, OptionError, PairError
 from .exact import check_exact, make_exact
-from .gemma4 import Target, fuse_projections
+from .gemma4 import Target, fuse_projections, lay_out_weights
 from .hub import DRAFTER_FOLDER, Downloads, is_repo, resolve_folder
 from .memory import MemoryPlan, check_memory, memory_size, planner
 from .speculative import Progress, Rounds
@@ -88,6 +88,7 @@ def load(
     on_read = None if on_load is None else _count(on_load, config, drafter_config, mapped)
     target = load_target(config, mapped=mapped, on_read=on_read)
     fuse_projections(target.layers)
+    lay_out_weights(target)
     if exact:
         make_exact(target)
         check_exact(target, Rounds(always=True))
@@ -95,6 +96,7 @@ def load(
     if drafter_config is not None:
         loaded = load_drafter(drafter_config, target.dtype, on_read)
         fuse_projections(loaded.model.layers)
+        lay_out_weights(loaded)
     elif drafter is None:
         logger.info("no drafter found for %s: decoding plainly", path_or_repo)
     if mapped and per_layer_embeddings == "auto":

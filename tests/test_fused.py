@@ -12,7 +12,7 @@ from tiny import VARIANTS, WINDOW, load_drafter, load_target, random_tokens
 
 import mlx_mtp
 from mlx_mtp.cache import Cache
-from mlx_mtp.gemma4 import Target, fuse_projections
+from mlx_mtp.gemma4 import Target, fuse_projections, lay_out_weights
 from mlx_mtp.graph import operations, round_outputs
 
 TinyPair = Callable[[str], Path]
@@ -49,6 +49,39 @@ def test_fused_projections_compute_the_same(tiny_pair: TinyPair, variant: str, b
     for layer, parts in zip(target.config.layers, attention, strict=True):
         assert ("qkv_proj" in parts) == layer.has_kv
         assert ("q_proj" in parts) != layer.has_kv
+
+
+def lies_by_input(projection: nn.Linear) -> bool:
+    weight = projection.weight
+    return memoryview(weight).strides == (weight.itemsize, weight.itemsize * weight.shape[0])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_laid_out_by_input_compute_the_same(tiny_pair: TinyPair, variant: str, tmp_path: Path) -> None:
+    target = load_target(tiny_pair(variant) / "target")[0]
+    expected = logits(target)
+    mx.eval(expected)
+    target.save_weights(str(tmp_path / "before.safetensors"))
+    before = mx.get_active_memory()
+    lay_out_weights(target)
+    size = sum(value.nbytes for _, value in tree_flatten(target.parameters()))
+    assert mx.get_active_memory() < before + size / 20
+    assert lies_by_input(target.layers[0].mlp.down_proj)
+    assert mx.abs(logits(target) - expected).max() < 1e-5
+    target.save_weights(str(tmp_path / "after.safetensors"))
+    assert (tmp_path / "before.safetensors").read_bytes() == (tmp_path / "after.safetensors").read_bytes()
+
+
+def test_only_float32_weights_on_the_cpu_are_laid_out(tiny_pair: TinyPair) -> None:
+    model = mlx_mtp.load(tiny_pair("31b") / "target")
+    assert model.drafter is not None
+    assert lies_by_input(model.target.layers[0].mlp.gate_up_proj)
+    assert lies_by_input(model.drafter.pre_projection)
+    target = load_target(tiny_pair("31b") / "target")[0]
+    target.set_dtype(mx.bfloat16)
+    kept = target.layers[0].mlp.down_proj.weight
+    lay_out_weights(target)
+    assert target.layers[0].mlp.down_proj.weight is kept
 
 
 def test_loaded_pairs_are_fused(tiny_pair: TinyPair) -> None:
