@@ -7,6 +7,7 @@ import json
 import re
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -134,8 +135,8 @@ class Tokens:
         return self.logprob(response.token, found.token) | {"top_logprobs": top}
 
 
-class Form:
-    """One answer in the form of one endpoint. `parts` are the events of a stream."""
+class Form(ABC):
+    """One answer in the form of one endpoint: whole, or as the events of a stream."""
 
     def __init__(self, name: str, tokens: Tokens) -> None:
         self.name = name
@@ -146,21 +147,21 @@ class Form:
         """Before the first token."""
         return iter(())
 
+    @abstractmethod
     def add(self, response: GenerationResponse) -> Iterator[str]:
         """After each token."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self) -> Iterator[str]:
         """After the last one."""
-        raise NotImplementedError
 
     def fail(self, error: Fields) -> Iterator[str]:
         """Instead of the end, with an error object."""
         yield sse(error)
 
+    @abstractmethod
     def whole(self) -> Fields:
         """All of it at once."""
-        raise NotImplementedError
 
 
 def sse(data: Fields | str, event: str | None = None) -> str:
