@@ -16,6 +16,7 @@ from mlx_mtp.gemma4 import Target, fuse_projections, lay_out_weights
 from mlx_mtp.graph import operations, round_outputs
 
 TinyPair = Callable[[str], Path]
+ON_CPU = mx.default_device() == mx.Device(mx.cpu)
 
 
 def logits(target: Target) -> mx.array:
@@ -66,22 +67,28 @@ def test_weights_laid_out_by_input_compute_the_same(tiny_pair: TinyPair, variant
     lay_out_weights(target)
     size = sum(value.nbytes for _, value in tree_flatten(target.parameters()))
     assert mx.get_active_memory() < before + size / 20
-    assert lies_by_input(target.layers[0].mlp.down_proj)
+    assert lies_by_input(target.layers[0].mlp.down_proj) == ON_CPU
     assert mx.abs(logits(target) - expected).max() < 1e-5
     target.save_weights(str(tmp_path / "after.safetensors"))
     assert (tmp_path / "before.safetensors").read_bytes() == (tmp_path / "after.safetensors").read_bytes()
 
 
-def test_only_float32_weights_on_the_cpu_are_laid_out(tiny_pair: TinyPair) -> None:
+def test_only_float32_weights_on_the_cpu_are_laid_out(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlx_mtp.load(tiny_pair("31b") / "target")
     assert model.drafter is not None
-    assert lies_by_input(model.target.layers[0].mlp.gate_up_proj)
-    assert lies_by_input(model.drafter.pre_projection)
+    assert lies_by_input(model.target.layers[0].mlp.gate_up_proj) == ON_CPU
+    assert lies_by_input(model.drafter.pre_projection) == ON_CPU
     target = load_target(tiny_pair("31b") / "target")[0]
+    projection = target.layers[0].mlp.down_proj
+    kept = projection.weight
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+        lay_out_weights(target)
+    assert projection.weight is kept
     target.set_dtype(mx.bfloat16)
-    kept = target.layers[0].mlp.down_proj.weight
+    kept = projection.weight
     lay_out_weights(target)
-    assert target.layers[0].mlp.down_proj.weight is kept
+    assert projection.weight is kept
 
 
 def test_loaded_pairs_are_fused(tiny_pair: TinyPair) -> None:
