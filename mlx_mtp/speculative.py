@@ -1,5 +1,6 @@
 """The round (draft, verify, accept, advance) and the one decode loop over token ids."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,7 @@ Function = Callable[["Stream"], "Verified"]
 # Bounds a chunk of the prompt by the bytes of a layer's attention scores, and the least rows of one all the same.
 _SCORE_BYTES = 1 << 29
 _LEAST_CHUNK = 32
-# How many compiled rounds are kept.
+# How many compiled rounds each thread keeps.
 _COMPILED_ROUNDS = 64
 
 
@@ -126,6 +127,18 @@ def _sums(left: list[int], right: list[int]) -> list[int]:
     return [a + b for a, b in zip_longest(left, right, fillvalue=0)]
 
 
+class _Functions(threading.local):
+    """Rounds by shape, of this thread alone; None for a shape that came once.
+
+    What `mx.compile` returns must stay on one thread (MLX 0.32.2 to 0.32.4). Each thread that calls it keeps the graph,
+    by the address of the Python function, and when the function is gone only one of them forgets it. The others keep
+    its weights in memory, and use the graph for the next function that has this address.
+    """
+
+    def __init__(self) -> None:
+        self.by_shape: dict[Shape, Function | None] = {}
+
+
 class Rounds:
     """Compiled rounds, shared by the streams of one target and drafter, whose weights must stay as they are.
 
@@ -139,7 +152,7 @@ class Rounds:
     def __init__(self, *, always: bool = False) -> None:
         self.always = always
         self.traces: list[Shape] = []
-        self._functions: dict[Shape, Function | None] = {}
+        self._functions = _Functions()
 
     def run(self, stream: "Stream", k: int) -> Verified:
         cache, options = stream.cache, repr(replace(stream.sampling, seed=0))
@@ -147,17 +160,18 @@ class Rounds:
         kv = cache.quantization._replace(start=0) if cache.quantization and cache.is_quantized else None
         is_guided = stream.guide is not None
         shape = (k, cache.visible, cache.capacity, cache.max_block, kv, stream.logprobs, options, is_guided)
-        is_new = shape not in self._functions and not self.always
-        function = self._functions.pop(shape, None)
+        functions = self._functions.by_shape
+        is_new = shape not in functions and not self.always
+        function = functions.pop(shape, None)
         if is_new:
             # It may be the last: near the end of a text, fewer tokens are drafted.
             verified = stream._advance(k)
         else:
             function = function or self._compile(stream, k, shape)
             verified = function(stream)
-        self._functions[shape] = function
-        if len(self._functions) > _COMPILED_ROUNDS:
-            self._functions.pop(next(iter(self._functions)))
+        functions[shape] = function
+        if len(functions) > _COMPILED_ROUNDS:
+            functions.pop(next(iter(functions)))
         return verified
 
     def _compile(self, stream: "Stream", k: int, shape: Shape) -> Function:

@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from tiny import random_tokens
+from tiny import make_target, random_tokens
 
 import mlx_mtp
 from mlx_mtp import engine
@@ -232,6 +232,30 @@ def test_close_gives_the_memory_back(tiny_pair: TinyPair, how: str) -> None:
             next(iterator)
         with pytest.raises(StopIteration):
             next(iterator)
+
+
+@pytest.mark.parametrize("first", ["here", "worker"])
+def test_models_used_on_two_threads_leave_nothing_to_each_other(tmp_path: Path, first: str) -> None:
+    """MLX keeps what it compiled by thread, and by the address of a function, which a later model's may have."""
+    options = mlx_mtp.GenerationOptions(max_tokens=40, num_draft_tokens=0, ignore_eos=True)
+    folders = [make_target(tmp_path / str(seed), "e2b", seed=seed) for seed in (1, 2)]
+    uses: list[Callable[[mlx_mtp.Model], mlx_mtp.GenerationResult]] = [
+        lambda model: model.generate(PROMPT, options),
+        lambda model: asyncio.run(model.agenerate(PROMPT, options)),
+    ]
+    if first == "worker":
+        uses.reverse()
+    expected = []
+    for folder in folders:
+        with mlx_mtp.load(folder) as model:
+            expected.append(model.generate(PROMPT, options).tokens)
+    assert expected[0] != expected[1]
+    before = active()
+    for _ in range(3):
+        for folder, tokens in zip(folders, expected, strict=True):
+            with mlx_mtp.load(folder) as model:
+                assert [use(model).tokens for use in uses] == [tokens] * 2
+            assert active() - before < 4096
 
 
 def test_everything_is_an_error_once_it_is_closed(model: mlx_mtp.Model, tmp_path: Path) -> None:
