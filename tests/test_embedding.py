@@ -234,17 +234,10 @@ def test_close_gives_the_memory_back(tiny_pair: TinyPair, how: str) -> None:
             next(iterator)
 
 
-@pytest.mark.parametrize("first", ["here", "worker"])
-def test_models_used_on_two_threads_leave_nothing_to_each_other(tmp_path: Path, first: str) -> None:
+def test_models_used_on_two_threads_leave_nothing_to_each_other(tmp_path: Path) -> None:
     """MLX keeps what it compiled by thread, and by the address of a function, which a later model's may have."""
     options = mlx_mtp.GenerationOptions(max_tokens=40, num_draft_tokens=0, ignore_eos=True)
     folders = [make_target(tmp_path / str(seed), "e2b", seed=seed) for seed in (1, 2)]
-    uses: list[Callable[[mlx_mtp.Model], mlx_mtp.GenerationResult]] = [
-        lambda model: model.generate(PROMPT, options),
-        lambda model: asyncio.run(model.agenerate(PROMPT, options)),
-    ]
-    if first == "worker":
-        uses.reverse()
     expected = []
     for folder in folders:
         with mlx_mtp.load(folder) as model:
@@ -254,7 +247,9 @@ def test_models_used_on_two_threads_leave_nothing_to_each_other(tmp_path: Path, 
     for _ in range(3):
         for folder, tokens in zip(folders, expected, strict=True):
             with mlx_mtp.load(folder) as model:
-                assert [use(model).tokens for use in uses] == [tokens] * 2
+                assert model.generate(PROMPT, options).tokens == tokens
+                # Last on the thread that ends with the model: the other one must forget it all the same.
+                assert asyncio.run(model.agenerate(PROMPT, options)).tokens == tokens
             assert active() - before < 4096
 
 
