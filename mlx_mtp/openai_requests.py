@@ -16,7 +16,7 @@ from .draft_length import MAX_DRAFT_TOKENS
 from .engine import GenerationOptions
 from .errors import OptionError, PromptError
 from .sampling import AcceptanceRule, Sampling
-from .tool_calls import tool_grammar
+from .tool_grammar import tool_grammar
 
 JSON_OBJECT = {"type": "object"}
 # Efforts of reasoning that mean none.
