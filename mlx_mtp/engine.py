@@ -310,10 +310,16 @@ class Model:
         return Sampling(**vars(self.config.sampling))
 
     def encode(
-        self, prompt: Prompt, *, enable_thinking: bool = False, tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        prompt: Prompt,
+        *,
+        enable_thinking: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a prompt: messages go through the chat template, text is encoded as it stands. `tools`, for
-        messages, are functions as OpenAI's API describes them.
+        """Token ids of a prompt: messages go through the chat template, text is encoded as it stands. For messages,
+        `tools` are functions as OpenAI's API describes them, and `template_options` are further switches of the chat
+        template, such as `preserve_thinking`.
 
         Raises PromptError for messages that cannot be rendered and for token ids that are not in the vocabulary.
         """
@@ -322,7 +328,13 @@ class Model:
             return encode_prompt(self.tokenizer, prompt, use_chat_template=False)
         items: list[Any] = prompt.tolist() if isinstance(prompt, mx.array) else list(prompt)  # type: ignore[assignment]
         if items and isinstance(items[0], Mapping):
-            return encode_chat(self.tokenizer, items, enable_thinking=enable_thinking, tools=tools)
+            return encode_chat(
+                self.tokenizer,
+                items,
+                enable_thinking=enable_thinking,
+                tools=tools,
+                template_options=template_options,
+            )
         size = self.target.config.vocab_size
         for token in items:
             if not isinstance(token, int) or not 0 <= token < size:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from .guide import Channel
+from .tool_calls import CALL_END, CALL_START, beginning_at_end
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -64,19 +65,46 @@ class TextStream:
 
 
 class _StopStrings:
-    """Cuts text at the first stop string, holding back what may yet become one."""
+    """Cuts text at the first stop string, and holds back what may yet become one. A tool call is passed on as it is: no
+    stop string is looked for inside it."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = stop
         self._held = ""
+        self._in_call = False
 
     def add(self, text: str, *, is_last: bool) -> tuple[str, bool]:
         """The text that can be emitted now, and whether a stop string ends it."""
+        if not self._stop:
+            return text, False
         self._held += text
+        parts: list[str] = []
+        stopped = is_more = False
+        while not stopped and (is_more or not parts):
+            step = self._take_call if self._in_call else self._take_text
+            part, is_more, stopped = step(is_last)
+            parts.append(part)
+        return "".join(parts), stopped
+
+    def _take_text(self, is_last: bool) -> tuple[str, bool, bool]:
+        """Text up to a stop string or the beginning of a call, whether more can be taken, and whether it is stopped."""
         found = [index for index in (self._held.find(stop) for stop in self._stop) if index >= 0]
-        if found:
-            return self._held[: min(found)], True
-        beginnings = [n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n])]
-        ready = len(self._held) - (0 if is_last else max(beginnings, default=0))
-        text, self._held = self._held[:ready], self._held[ready:]
-        return text, False
+        call = self._held.find(CALL_START)
+        if found and not 0 <= call < min(found):
+            return self._held[: min(found)], False, True
+        if call >= 0:
+            self._in_call = True
+            return self._cut(call + len(CALL_START)), True, False
+        held = 0 if is_last else max(beginning_at_end(self._held, mark) for mark in (*self._stop, CALL_START))
+        return self._cut(len(self._held) - held), False, False
+
+    def _take_call(self, is_last: bool) -> tuple[str, bool, bool]:
+        end = self._held.find(CALL_END)
+        self._in_call = end < 0
+        if end < 0:
+            end = len(self._held) - (0 if is_last else beginning_at_end(self._held, CALL_END))
+        return self._cut(end), not self._in_call, False
+
+    def _cut(self, length: int) -> str:
+        text, self._held = self._held[:length], self._held[length:]
+        return text

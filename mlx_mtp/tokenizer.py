@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .chat_template import render_conversation
 from .errors import PromptError, TokenizerError
 from .guide import Channel
+from .tool_schemas import usable_tools
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -14,6 +16,20 @@ if TYPE_CHECKING:
 # Stands for the user's text in a rendered turn: what no template changes or adds.
 _PLACEHOLDER = "<<user's text>>"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+# What this package and transformers decide about rendering, whatever a chat template is told.
+_NOT_SWITCHES = frozenset(
+    {
+        "conversation",
+        "messages",
+        "tools",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+    }
+    | {"padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
+    | {"tokenizer_kwargs", "sanitize_control_tokens"}
+)
 
 
 def load_tokenizer(folder: Path, eos_token_ids: tuple[int, ...]) -> "TokenizerWrapper":
@@ -99,41 +115,50 @@ def encode_chat(
     *,
     enable_thinking: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    template_options: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a conversation, up to where the model's answer begins. `tools` are functions as OpenAI's API
-    describes them.
+    describes them. `template_options` are further switches of the chat template, such as `preserve_thinking`.
 
-    Raises PromptError if there is no chat template, if it cannot render the messages, or if it has no switch for
-    thinking that should be enabled, or no place for tools.
+    Raises PromptError if there is no chat template, if it cannot render the messages, if it has no switch for
+    thinking that should be enabled, or no place for tools, and for an option that is no switch of a template.
     """
     from jinja2 import TemplateError
 
     if not tokenizer.has_chat_template:
         raise PromptError("messages need a chat template: this model has none")
-
-    def encode(enable_thinking: bool, tools: Sequence[Mapping[str, Any]] | None) -> list[int]:
-        # Always said: mlx-lm's wrapper would turn thinking on where Gemma's own template leaves it off.
-        return list(
-            tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=True,
-                enable_thinking=enable_thinking,
-                tools=None if tools is None else [dict(tool) for tool in tools],
-            )
-        )
-
+    for name in template_options or {}:
+        if name in _NOT_SWITCHES:
+            raise PromptError(f"{name} is no switch of a chat template")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise PromptError(f"messages[{index}] must have a role and content, found {message!r}")
+
+    def render(enable_thinking: bool, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        # Thinking is always said: mlx-lm's wrapper would turn it on where Gemma's own template leaves it off.
+        switches = {**(template_options or {}), "enable_thinking": enable_thinking}
+
+        def apply(messages: list[dict[str, Any]]) -> str:
+            rendered: str = tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=True,
+                tools=None if tools is None else usable_tools(tools),
+                **switches,
+            )
+            return rendered
+
+        return render_conversation(messages, apply)
+
     try:
-        tokens = encode(enable_thinking, tools)
-        if enable_thinking and tokens == encode(False, tools):
+        text = render(enable_thinking, tools)
+        if enable_thinking and text == render(False, tools):
             raise PromptError("thinking cannot be enabled: the chat template has no switch enable_thinking")
-        if tools and tokens == encode(enable_thinking, None):
+        if tools and text == render(enable_thinking, None):
             raise PromptError("tools cannot be given: the chat template has no place for them")
-    except (TemplateError, TypeError, KeyError) as error:
+    except (TemplateError, TypeError, KeyError, RecursionError) as error:
         raise PromptError(f"the chat template cannot render the messages: {error}") from None
-    return tokens
+    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def thought_channel(tokenizer: "TokenizerWrapper") -> Channel | None:

@@ -73,7 +73,7 @@ class ToolCallParser:
         """What comes before the next call."""
         start = self._held.find(CALL_START)
         if start < 0:
-            start = len(self._held) - (0 if is_last else _beginning_at_end(self._held, CALL_START))
+            start = len(self._held) - (0 if is_last else beginning_at_end(self._held, CALL_START))
         taken, self._held = self._held[:start], self._held[start:]
         return taken
 
@@ -204,7 +204,7 @@ class _Arguments:
     def _verbatim(self) -> str | None:
         end = self._held.find(CALL_END)
         self._is_over = end >= 0
-        ready = end if end >= 0 else len(self._held) - _beginning_at_end(self._held, CALL_END)
+        ready = end if end >= 0 else len(self._held) - beginning_at_end(self._held, CALL_END)
         taken = self._held[:ready]
         self._held = self._held[ready + len(CALL_END) :] if self._is_over else self._held[ready:]
         return taken if taken or self._is_over else None
@@ -221,7 +221,7 @@ class _Arguments:
             text, self._held = self._held[:end], self._held[end + len(STRING_MARK) :]
             self._step = step
             return _escape(text) + '"'
-        ready = len(self._held) - _beginning_at_end(self._held, STRING_MARK)
+        ready = len(self._held) - beginning_at_end(self._held, STRING_MARK)
         text, self._held = self._held[:ready], self._held[ready:]
         return _escape(text) if text else None
 
@@ -254,6 +254,6 @@ def _escape(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def _beginning_at_end(text: str, mark: str) -> int:
+def beginning_at_end(text: str, mark: str) -> int:
     """The number of characters at the end of the text that may yet become this mark."""
     return max((count for count in range(1, len(mark)) if text.endswith(mark[:count])), default=0)

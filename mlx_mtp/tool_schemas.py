@@ -1,0 +1,160 @@
+"""Declarations of tools that a model can use: the schemas of parameters in the few words that Gemma's templates write.
+
+A template writes a parameter's type, description, properties, items and required names, whether it is nullable, and the
+enum of a string. It loses every other keyword of JSON Schema, and writes nonsense for a type that is a list or is
+missing. Here `$ref`, `allOf`, `anyOf`, `oneOf`, `const`, lists of types and an `enum` without a type become a type,
+with a description that says the rest.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Schema = dict[str, Any]
+
+# The keywords that a template writes.
+_WRITTEN = ("type", "description", "nullable", "enum", "properties", "required", "items")
+# Types of JSON Schema but for null. Of several that a parameter may have, the first is named.
+_TYPES = ("string", "object", "array", "number", "integer", "boolean")
+# Schemas of a tool that are written out. What refers to itself in many ways is cut there.
+_MOST_SCHEMAS = 500
+
+
+def usable_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The tools, in OpenAI's form, with parameters that a template can write. A tool without parameters, or of another
+    form, stays as it is."""
+    return [_usable_tool(tool) for tool in tools]
+
+
+def _usable_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    function = tool.get("function")
+    parameters = function.get("parameters") if isinstance(function, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(parameters, Mapping) or not parameters:
+        return dict(tool)
+    # Always an object: a template closes the brace of the parameters behind their type.
+    found = {**_Reader(parameters).read(parameters), "type": "object"}
+    return {**tool, "function": {**function, "parameters": found}}
+
+
+class _Reader:
+    """Reads the parts of one schema. References point into `root`."""
+
+    def __init__(self, root: Mapping[str, Any]) -> None:
+        self._root = root
+        self._count = 0
+
+    def read(self, schema: Any, followed: frozenset[str] = frozenset()) -> Schema:
+        """A schema in the keywords that templates write. `followed` are the references that led to it."""
+        self._count += 1
+        if not isinstance(schema, Mapping) or self._count > _MOST_SCHEMAS:
+            return {"type": "string"}
+        flat, followed = self._flatten(schema, followed)
+        types = _types(flat)
+        found: Schema = {name: flat[name] for name in ("description", "nullable") if flat.get(name)}
+        found["type"] = types[0]
+        notes = [f"{' or '.join(types)}."] if len(types) > 1 else []
+        if types[0] == "object" and isinstance(flat.get("properties"), Mapping):
+            found["properties"] = {name: self.read(part, followed) for name, part in flat["properties"].items()}
+            found["required"] = [name for name in flat.get("required") or [] if name in found["properties"]]
+        if types[0] == "array" and isinstance(flat.get("items"), Mapping):
+            found["items"] = self.read(flat["items"], followed)
+        notes += _read_enum(flat, found)
+        if notes:
+            found["description"] = " ".join([*filter(None, [found.get("description")]), *notes])
+        return {name: found[name] for name in _WRITTEN if name in found}
+
+    def _flatten(self, schema: Mapping[str, Any], followed: frozenset[str]) -> tuple[Schema, frozenset[str]]:
+        """A schema in one piece with its references, `allOf`, `anyOf` and `oneOf`, and the references followed."""
+        flat = dict(schema)
+        parts: list[Any] = flat.pop("allOf", None) or []
+        if isinstance(reference := flat.pop("$ref", None), str):
+            parts = [*parts, {"type": "object"} if reference in followed else self._lookup(reference)]
+            followed |= {reference}
+        for part in filter(_is_schema, parts):
+            known, followed = self._flatten(part, followed)
+            flat = _all_of(flat, known)
+        branches = [part for name in ("anyOf", "oneOf") for part in flat.pop(name, None) or [] if _is_schema(part)]
+        if branches:
+            choices = []
+            for branch in branches:
+                choice, followed = self._flatten(branch, followed)
+                choices.append(choice)
+            flat = _all_of(flat, _any_of(choices))
+        return flat, followed
+
+    def _lookup(self, reference: str) -> Any:
+        """What a reference such as `#/$defs/Name` points to; None where there is nothing."""
+        found: Any = self._root if reference.startswith("#") else None
+        for name in filter(None, reference[1:].split("/")):
+            found = found.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
+        return found
+
+
+def _is_schema(part: Any) -> bool:
+    return isinstance(part, Mapping)
+
+
+def _all_of(schema: Schema, part: Schema) -> Schema:
+    """A schema that holds together with another one: its own description and type are kept."""
+    joined = {**part, **schema}
+    for name in ("properties", "required"):
+        if name in part and name in schema:
+            joined[name] = {**part[name], **schema[name]} if name == "properties" else [*part[name], *schema[name]]
+    return joined
+
+
+def _any_of(choices: Sequence[Schema]) -> Schema:
+    """One schema for several choices: all their types, properties and values, and what all of them require."""
+    kept = [choice for choice in choices if choice.get("type") != "null"]
+    nullable = {"nullable": True} if len(kept) < len(choices) or any(c.get("nullable") for c in kept) else {}
+    if len(kept) <= 1:
+        return {**kept[0], **nullable} if kept else {"type": "null", **nullable}
+    joined: Schema = {"type": list(dict.fromkeys(name for choice in kept for name in _types(choice))), **nullable}
+    properties = [choice["properties"] for choice in kept if isinstance(choice.get("properties"), Mapping)]
+    if properties:
+        names = dict.fromkeys(name for one in properties for name in one)
+        joined["properties"] = {name: {"anyOf": [one[name] for one in properties if name in one]} for name in names}
+        required = [choice.get("required") or [] for choice in kept]
+        joined["required"] = [name for name in required[0] if all(name in names for names in required)]
+    values = [value for choice in kept for value in _values(choice)]
+    if all(_values(choice) for choice in kept):
+        joined["enum"] = values
+    items = [choice["items"] for choice in kept if "items" in choice]
+    return {**joined, "items": items[0]} if items else joined
+
+
+def _types(schema: Schema) -> list[str]:
+    """The types that a schema allows but for null, at least one: named, or told by its other keywords."""
+    named = schema.get("type")
+    types = [named] if isinstance(named, str) else list(named) if isinstance(named, list) else []
+    if not types:
+        types = [_type_of(value) for value in _values(schema)]
+    if not types:
+        types = ["object" if "properties" in schema else "array" if "items" in schema else "string"]
+    return [name for name in _TYPES if name in types] or ["string"]
+
+
+def _values(schema: Schema) -> list[Any]:
+    """The only values that a schema allows; none where it allows others."""
+    if "const" in schema:
+        return [schema["const"]]
+    return schema["enum"] if isinstance(schema.get("enum"), list) else []
+
+
+def _read_enum(schema: Schema, found: Schema) -> list[str]:
+    """Put the values that a schema allows into its written form. Returns a note of the ones no template writes."""
+    values = _values(schema)
+    if None in values or "null" in (schema.get("type") or ()):
+        found["nullable"] = True
+    values = [value for value in values if value is not None]
+    if found["type"] == "string" and values and all(isinstance(value, str) for value in values):
+        found["enum"] = list(dict.fromkeys(values))
+        return []
+    return [f"One of {', '.join(json.dumps(value, ensure_ascii=False) for value in values)}."] if values else []
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, bool):
+        return "boolean"
+    names = {int: "integer", float: "number", list: "array", dict: "object", type(None): "null"}
+    return names.get(type(value), "string")

@@ -1,0 +1,138 @@
+"""Chat templates with the structure of the published ones, in fewer words: what each does with calls and results.
+
+`launch` writes a result as a turn of role `tool`, takes results inside the message that called, and knows no thoughts.
+`spring` looks ahead for results, and closes the turn between two messages of the model. `summer` joins such messages,
+writes null, refuses arguments that are no object, shows thoughts of all messages after the last user's, and opens a
+thought behind a result where the model thinks. `autumn` is `summer` of a large model, which closes an empty thought.
+All but `summer` and `autumn` write a null argument as `None`, and all write the text of an answer behind its calls.
+"""
+
+_ARGUMENT = """
+{%- macro argument(x) -%}
+{%- if NULLS and x is none -%}null
+{%- elif x is string -%}<|"|>{{ x }}<|"|>
+{%- elif x is boolean -%}{{ 'true' if x else 'false' }}
+{%- elif x is mapping -%}{{ '{' }}{% for k, v in x | dictsort %}
+{{- k }}:{{ argument(v) }}{{ ',' if not loop.last }}{% endfor %}{{ '}' }}
+{%- elif x is sequence -%}[{% for v in x %}{{ argument(v) }}{{ ',' if not loop.last }}{% endfor %}]
+{%- else -%}{{ x }}
+{%- endif -%}
+{%- endmacro -%}
+{%- macro parameters(properties) -%}
+{%- for k, v in properties | dictsort -%}
+{{ k }}:{description:<|"|>{{ v['description'] }}<|"|>,
+{%- if v['nullable'] %}nullable:true,{% endif -%}
+{%- if v['enum'] and v['type'] | upper == 'STRING' %}enum:{{ argument(v['enum']) }},{% endif -%}
+{%- if v['properties'] %}properties:{ {{- parameters(v['properties']) -}} },{% endif -%}
+{%- if v['type'] | upper == 'ARRAY' and v['items'] %}items:{{ argument(v['items']) }},{% endif -%}
+type:<|"|>{{ v['type'] | upper }}<|"|>}{{ ',' if not loop.last }}
+{%- endfor -%}
+{%- endmacro -%}
+{%- macro answered(name, response) -%}
+<|tool_response>response:{{ name }}{value:{{ argument(response) }}}<tool_response|>
+{%- endmacro -%}
+{%- macro called(message) -%}
+{%- for call in message['tool_calls'] or [] -%}
+{%- set given = call['function']['arguments'] -%}
+{%- if STRICT and given is not mapping %}{{ raise_exception('arguments must be an object') }}{% endif -%}
+<|tool_call>call:{{ call['function']['name'] }}
+{{- argument(given) if given is mapping else '{' + given + '}' }}<tool_call|>
+{%- endfor -%}
+{%- endmacro -%}
+{%- macro plain(text) -%}{{ (text or '') | trim }}{%- endmacro -%}
+{{- bos_token -}}
+{%- set thinks = enable_thinking is defined and enable_thinking -%}
+{%- set keeps = preserve_thinking is defined and preserve_thinking -%}
+{%- set system = messages[0]['role'] in ['system', 'developer'] -%}
+{%- if thinks or tools or system -%}
+<|turn>system
+{% if thinks %}<|think|>
+{% endif %}{{ plain(messages[0]['content']) if system }}
+{%- for tool in tools or [] -%}
+<|tool>declaration:{{ tool['function']['name'] }}{
+{%- set given = tool['function']['parameters'] -%}
+{%- if given %}parameters:{ {{- parameters(given['properties']) -}} }{% endif -%}
+}<tool|>
+{%- endfor -%}<turn|>
+{% endif -%}
+{%- set messages = messages[1:] if system else messages -%}
+"""
+
+_LAUNCH = """
+{%- set ns = namespace(last=none) -%}
+{%- for message in messages -%}
+{%- set ns.last = none -%}
+<|turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}
+{{ called(message) }}
+{%- for result in message['tool_responses'] or [] -%}
+{{ answered(result['name'], result['response']) }}{% set ns.last = 'result' %}
+{%- endfor -%}
+{{ plain(message['content']) }}
+{%- if not (message['tool_responses'] and not message['content']) %}<turn|>
+{% endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt and ns.last != 'result' -%}
+<|turn>model
+{% endif -%}
+"""
+
+_LATER = """
+{%- set ns = namespace(last=none, before=none, user=-1) -%}
+{%- for message in messages %}{% if message['role'] == 'user' %}{% set ns.user = loop.index0 %}{% endif %}{% endfor -%}
+{%- for message in messages -%}
+{%- set index = loop.index0 -%}
+{%- if message['role'] != 'tool' -%}
+{%- set ns.last = none -%}
+{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+{%- if not (role == 'model' and ns.before == 'assistant') -%}<|turn>{{ role }}
+{% endif -%}
+{%- set thought = message['reasoning_content'] -%}
+{%- set calls = message['tool_calls'] -%}
+{%- set shown = (index > ns.user and (JOINS or calls)) or (JOINS and keeps and calls) -%}
+{%- if thought and shown -%}<|channel>thought
+{{ thought }}
+<channel|>{% endif -%}
+{{ called(message) }}
+{%- if message['tool_calls'] %}{% set ns.last = 'call' %}{% endif -%}
+{%- set scan = namespace(over=false, following=none) -%}
+{%- for follow in messages[index + 1:] -%}
+{%- if follow['role'] != 'tool' and not scan.following %}{% set scan.following = follow['role'] %}{% endif -%}
+{%- if follow['role'] != 'tool' %}{% set scan.over = true %}{% endif -%}
+{%- if follow['role'] == 'tool' and not scan.over and message['tool_calls'] -%}
+{%- set who = namespace(name=follow['name'] or 'unknown') -%}
+{%- for call in message['tool_calls'] if call['id'] == follow['tool_call_id'] -%}
+{%- set who.name = call['function']['name'] -%}
+{%- endfor -%}
+{{ answered(who.name, follow['content']) }}{% set ns.last = 'result' %}
+{%- endif -%}
+{%- endfor -%}
+{{ plain(message['content']) }}
+{%- set joins = JOINS and role == 'model' and scan.following == 'assistant' and ns.last != 'call' -%}
+{%- set is_open = ns.last == 'result' and not message['content'] and not (JOINS and scan.following) -%}
+{%- if ns.last == 'call' %}<|tool_response>
+{%- elif not joins and not is_open %}<turn|>
+{% endif -%}
+{%- set ns.before = message['role'] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt and ns.last not in ('result', 'call') -%}<|turn>model
+{% if LARGE and not thinks %}<|channel>thought
+<channel|>{% endif %}
+{%- elif add_generation_prompt and JOINS and ns.last == 'result' and thinks -%}<|channel>thought
+{% endif -%}
+"""
+
+
+def _template(body: str, **switches: bool) -> str:
+    names = ("NULLS", "STRICT", "JOINS", "LARGE")
+    return (
+        "".join(f"{{%- set {name} = {str(switches.get(name, False)).lower()} -%}}" for name in names) + _ARGUMENT + body
+    )
+
+
+TEMPLATES = {
+    "launch": _template(_LAUNCH),
+    "spring": _template(_LATER),
+    "summer": _template(_LATER, NULLS=True, STRICT=True, JOINS=True),
+    "autumn": _template(_LATER, NULLS=True, STRICT=True, JOINS=True, LARGE=True),
+}

@@ -1,0 +1,261 @@
+"""Conversations with calls, as each published template must render them, and declarations a model can use."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+from chat_templates import TEMPLATES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+import mlx_mtp
+from mlx_mtp.chat_template import render_conversation
+from mlx_mtp.errors import PromptError
+from mlx_mtp.tokenizer import encode_chat, load_tokenizer
+from mlx_mtp.tool_schemas import usable_tools
+
+Messages = list[dict[str, Any]]
+Q = '<|"|>'
+USER = {"role": "user", "content": "Look it up."}
+
+
+def call(id_: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def calling(*calls: dict[str, Any], text: str | None = None, **fields: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, "tool_calls": list(calls), **fields}
+
+
+def result(id_: str, text: str) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": id_, "content": text}
+
+
+def answered(name: str, text: str) -> str:
+    return f"<|tool_response>response:{name}{{value:{Q}{text}{Q}}}<tool_response|>"
+
+
+def rendered(template: str, messages: Messages, **switches: Any) -> str:
+    """A conversation after its first message, which is the user's, up to where the model goes on."""
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refuse
+    parsed = environment.from_string(TEMPLATES.get(template, template))
+
+    def render(messages: Messages) -> str:
+        return parsed.render(messages=messages, add_generation_prompt=True, bos_token="<bos>", **switches)
+
+    text = render_conversation(messages, render)
+    beginning = "<|turn>user\nLook it up.<turn|>\n"
+    assert beginning in text
+    return text.partition(beginning)[2]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_text_stands_before_its_calls_and_the_turn_goes_on_after_the_results(template: str) -> None:
+    messages = [
+        USER,
+        calling(
+            call("1", "find", '{"name": "a\\nb", "deep": {"x": [1, true]}}'), call("2", "time", ""), text="First, \n"
+        ),
+        result("2", "noon"),
+        result("1", "here"),
+        calling(call("3", "find", '{"name": "c"}'), text="Then"),
+        result("3", "there"),
+    ]
+    first = (
+        f"<|tool_call>call:find{{deep:{{x:[1,true]}},name:{Q}a\nb{Q}}}<tool_call|><|tool_call>call:time{{}}<tool_call|>"
+    )
+    assert rendered(template, messages) == (
+        f"<|turn>model\nFirst, \n{first}{answered('time', 'noon')}{answered('find', 'here')}"
+        f"Then<|tool_call>call:find{{name:{Q}c{Q}}}<tool_call|>{answered('find', 'there')}"
+    )
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("answer", ["It is there.", None])
+def test_the_turn_is_closed_before_the_user_goes_on(template: str, answer: str | None) -> None:
+    messages = [USER, calling(call("1", "f", "{}")), result("1", "ok")]
+    messages += [{"role": "assistant", "content": answer}] if answer else []
+    messages += [{"role": "user", "content": "Thanks."}]
+    prompt = "<|turn>model\n" + ("<|channel>thought\n<channel|>" if template == "autumn" else "")
+    assert rendered(template, messages) == (
+        f"<|turn>model\n<|tool_call>call:f{{}}<tool_call|>{answered('f', 'ok')}{answer or ''}<turn|>\n"
+        f"<|turn>user\nThanks.<turn|>\n{prompt}"
+    )
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        ('{"a": null, "b": [null, {"c": null}], "d": "null"}', f"{{a:null,b:[null,{{c:null}}],d:{Q}null{Q}}}"),
+        # Cut by a limit, malformed, and JSON that is no object: as they were.
+        ('{"a": "x', '{"a": "x'),
+        ("{a:1}{b:2", "{a:1}{b:2"),
+        ("ls -l", "{ls -l}"),
+        ("[1, 2]", "{[1, 2]}"),
+        ('{"a": "\ue0001;"}', f"{{a:{Q}\ue0001;{Q}}}"),
+    ],
+)
+def test_arguments_are_shown_as_they_were(template: str, arguments: str, written: str) -> None:
+    messages = [USER, calling(call("1", "f", arguments), text="So"), result("1", "Error: not valid")]
+    assert rendered(template, messages) == (
+        f"<|turn>model\nSo<|tool_call>call:f{written}<tool_call|>{answered('f', 'Error: not valid')}"
+    )
+
+
+@pytest.mark.parametrize("template", ["spring", "summer", "autumn"])
+def test_thoughts_stand_before_text_and_calls(template: str) -> None:
+    messages = [
+        USER,
+        calling(call("1", "f", "{}"), text="One", reasoning_content="hm"),
+        result("1", "ok"),
+        calling(call("2", "f", "{}"), reasoning_content="so"),
+        result("2", "ok"),
+    ]
+    called = f"<|tool_call>call:f{{}}<tool_call|>{answered('f', 'ok')}"
+    thought = "" if template == "spring" else "<|channel>thought\n"
+    assert rendered(template, messages, enable_thinking=True) == (
+        f"<|turn>model\n<|channel>thought\nhm\n<channel|>One{called}<|channel>thought\nso\n<channel|>{called}{thought}"
+    )
+
+
+def test_a_template_with_another_format_gets_the_messages_as_they_are() -> None:
+    template = "{{ '<|turn>user\nLook it up.<turn|>\n' }}{{ messages[1:] | tojson }}"
+    messages = [USER, calling(call("1", "f", '{"a": null}'), text="So"), result("1", "ok")]
+    found = json.loads(rendered(template, messages))
+    messages[1]["tool_calls"][0]["function"]["arguments"] = {"a": None}
+    assert found == [messages[1], messages[2] | {"name": "f"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """The demo pair's tokenizer with another chat template."""
+
+    def load(template: str) -> Any:
+        folder = tmp_path_factory.mktemp("tokenizer")
+        copytree(mlx_mtp.DEMO_PAIR, folder, dirs_exist_ok=True, ignore=lambda *_: ["model.safetensors", "drafter"])
+        (Path(folder) / "chat_template.jinja").write_text(TEMPLATES[template])
+        return load_tokenizer(folder, (1,))
+
+    return load
+
+
+def test_prompts_of_a_checkpoint(tokenizer: Callable[[str], Any]) -> None:
+    """Switches reach the template, calls are encoded as the model writes them, and tools have types."""
+    summer = tokenizer("summer")
+    messages = [
+        USER,
+        calling(call("1", "f", '{"a": null}'), text="So", reasoning_content="hm"),
+        result("1", "ok"),
+        USER,
+    ]
+    parameters = {"type": "object", "properties": {"a": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    text = summer.decode(encode_chat(summer, messages, tools=tools, template_options={"preserve_thinking": True}))
+    assert text.count("<bos>") == 1
+    assert (
+        f"<|tool>declaration:f{{parameters:{{a:{{description:{Q}{Q},nullable:true,type:{Q}STRING{Q}}}}}}}<tool|>"
+        in text
+    )
+    assert "<|channel>thought\nhm\n<channel|>So<|tool_call>call:f{a:null}<tool_call|>" in text
+    assert "hm" not in summer.decode(encode_chat(summer, messages, tools=tools))
+    with pytest.raises(PromptError, match="add_generation_prompt is no switch of a chat template"):
+        encode_chat(summer, messages, template_options={"add_generation_prompt": False})
+
+
+PARAMETERS: list[tuple[Any, Any]] = [
+    ({"anyOf": [{"type": "integer"}, {"type": "null"}], "default": None}, {"type": "integer", "nullable": True}),
+    ({"type": ["null", "array"], "items": {"$ref": "#/$defs/Size"}}, {"type": "array", "nullable": True, "items": {
+        "type": "object", "description": "How large.", "properties": {"w": {"type": "number"}}, "required": ["w"]}}),
+    ({"$ref": "#/$defs/Size", "description": "This one."}, {"type": "object", "description": "This one.",
+        "properties": {"w": {"type": "number"}}, "required": ["w"]}),
+    ({"enum": ["a", "b"]}, {"type": "string", "enum": ["a", "b"]}),
+    ({"enum": [1, 2, None], "title": "N"}, {"type": "integer", "nullable": True, "description": "One of 1, 2."}),
+    ({"const": "left"}, {"type": "string", "enum": ["left"]}),
+    ({"oneOf": [{"const": "x"}, {"enum": ["y", "z"]}]}, {"type": "string", "enum": ["x", "y", "z"]}),
+    ({"anyOf": [{"type": "integer"}, {"type": "string"}], "description": "Id."},
+        {"type": "string", "description": "Id. string or integer."}),
+    ({"anyOf": [{"properties": {"k": {"const": "a"}, "p": {"type": "string"}}, "required": ["p", "k"]},
+                {"type": "object", "properties": {"k": {"const": "b"}}, "required": ["k"]}]},
+        {"type": "object", "properties": {"k": {"type": "string", "enum": ["a", "b"]}, "p": {"type": "string"}},
+         "required": ["k"]}),
+    ({"allOf": [{"$ref": "#/$defs/Size"}, {"properties": {"h": {"type": "number"}}, "required": ["h"]}]},
+        {"type": "object", "description": "How large.",
+         "properties": {"h": {"type": "number"}, "w": {"type": "number"}}, "required": ["h", "w"]}),
+    ({"properties": {"x": {}}}, {"type": "object", "properties": {"x": {"type": "string"}}, "required": []}),
+    ({"items": True}, {"type": "array"}),
+    (True, {"type": "string"}),
+    ({"$ref": "#/$defs/Missing"}, {"type": "string"}),
+    ({"$ref": "#/$defs/Tree"}, {"type": "object", "required": [], "properties": {
+        "left": {"type": "object", "nullable": True}, "more": {"type": "array", "items": {"type": "object"}}}}),
+]  # fmt: skip
+DEFINITIONS = {
+    "Size": {
+        "type": "object", "description": "How large.", "additionalProperties": False,
+        "properties": {"w": {"type": "number", "minimum": 0}}, "required": ["w"],
+    },
+    "Tree": {"type": "object", "properties": {
+        "left": {"anyOf": [{"$ref": "#/$defs/Tree"}, {"type": "null"}]},
+        "more": {"type": "array", "items": {"$ref": "#/$defs/Tree"}}}},
+}  # fmt: skip
+
+
+def declared(schema: Any) -> Any:
+    parameters = {"properties": {"p": schema}, "$defs": DEFINITIONS}
+    tool = usable_tools([{"type": "function", "function": {"name": "f", "parameters": parameters}}])[0]
+    found = tool["function"]["parameters"]
+    assert found["type"] == "object"
+    return found["properties"]["p"]
+
+
+@pytest.mark.parametrize(("schema", "expected"), PARAMETERS, ids=lambda value: str(value)[:40])
+def test_parameters_have_a_type_that_templates_can_write(schema: Any, expected: Any) -> None:
+    assert declared(schema) == expected
+
+
+def test_tools_without_parameters_stay_as_they_are() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}, {"type": "function", "function": {"parameters": {}}}, {}]
+    assert usable_tools(tools) == tools
+
+
+NAMES = st.sampled_from(["string", "integer", "null", "object", "array", "weird"])
+SCHEMAS = st.recursive(
+    st.booleans()
+    | st.fixed_dictionaries({}, optional={"type": NAMES | st.lists(NAMES, max_size=3), "const": st.none()}),
+    lambda inner: st.fixed_dictionaries(
+        {},
+        optional={
+            "type": NAMES,
+            "properties": st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+            "required": st.lists(st.sampled_from("ab"), max_size=2),
+            "items": inner,
+            "anyOf": st.lists(inner, max_size=3),
+            "allOf": st.lists(inner, max_size=2),
+            "enum": st.lists(st.none() | st.integers() | st.text(max_size=2) | st.just({}), max_size=3),
+            "$ref": st.sampled_from(["#", "#/properties/p", "#/$defs/Tree", "#/nowhere", "other.json"]),
+        },
+    ),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(SCHEMAS)
+def test_any_schema_is_written_with_types(schema: Any) -> None:
+    def check(part: Any) -> None:
+        assert part["type"] in ("string", "object", "array", "number", "integer", "boolean")
+        assert part.keys() <= {"type", "description", "nullable", "enum", "properties", "required", "items"}
+        for inner in [*part.get("properties", {}).values(), *([part["items"]] if "items" in part else [])]:
+            check(inner)
+
+    check(declared(schema))
