@@ -50,9 +50,9 @@ def _plain(messages: Sequence[Mapping[str, Any]]) -> Messages:
         if calls := found.get("tool_calls"):
             functions = [{**call["function"], "arguments": _arguments(call["function"])} for call in calls]
             found["tool_calls"] = [{**call, "function": f} for call, f in zip(calls, functions, strict=True)]
-            names |= {call.get("id"): call["function"]["name"] for call in calls}
-        if found["role"] == "tool" and found.get("tool_call_id") in names:
-            found.setdefault("name", names[found["tool_call_id"]])
+            names |= {call["id"]: call["function"]["name"] for call in calls if "id" in call}
+        if found["role"] == "tool" and (name := names.get(found.get("tool_call_id"))):
+            found.setdefault("name", name)
         plain.append(found)
     return plain
 
