@@ -22,7 +22,7 @@ LAYERS = (
     ("tokenizer", "text", "tool_grammar", "calibration", "exact", "graph", "memory"),
     ("speculative", "distill", "centroids", "draft_vocab"),
     ("drafter",),
-    ("chat_template", "acceptance", "gemma4", "guide", "sampling", "prompt_cache"),
+    ("chat_template", "control_marks", "acceptance", "gemma4", "guide", "sampling", "prompt_cache"),
     ("tool_calls", "tool_schemas"),
     ("cache", "embeddings"),
     ("weights",),
