@@ -14,6 +14,7 @@ LAYERS = (
     ("http_api",),
     ("openai_answers", "service"),
     ("openai_requests",),
+    ("openai_fields",),
     ("probe",),
     ("bench", "generate", "chat", "train", "cache_prompt"),
     ("cli", "training", "peers", "plots"),
