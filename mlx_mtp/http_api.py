@@ -17,11 +17,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import __version__
 from .engine import GenerationResponse
+from .http_entry import Entry
 from .openai_answers import ChatForm, CompletionForm, Form, ResponseForm, Tokens
 from .openai_fields import warn_once
 from .openai_requests import ChatRequest, CompletionRequest, Request, ResponseRequest, Task
@@ -154,7 +154,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(settings.allowed_hosts), www_redirect=False)
+    app.add_middleware(Entry, hosts=settings.allowed_hosts)
     return app
 
 

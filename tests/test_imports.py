@@ -12,6 +12,7 @@ PACKAGE = Path(mlx_mtp.__file__).parent
 LAYERS = (
     ("server",),
     ("http_api",),
+    ("http_entry",),
     ("openai_answers", "service"),
     ("openai_requests",),
     ("openai_fields",),
