@@ -176,7 +176,10 @@ class Service:
             self.metrics.count(last, end)
 
     def _encode(self, task: Task) -> list[int]:
-        tokens = self.model.encode(task.prompt, enable_thinking=task.options.enable_thinking, tools=task.tools)
+        switches = {"template_options": task.template_options} if task.template_options else {}
+        tokens = self.model.encode(
+            task.prompt, enable_thinking=task.options.enable_thinking, tools=task.tools, **switches
+        )
         most = self.max_prompt_tokens
         if most is not None and len(tokens) > most:
             raise ContextLengthError(f"the prompt has {len(tokens)} tokens, but at most {most} are taken here")

@@ -12,8 +12,10 @@ PACKAGE = Path(mlx_mtp.__file__).parent
 LAYERS = (
     ("server",),
     ("http_api",),
+    ("http_entry",),
     ("openai_answers", "service"),
     ("openai_requests",),
+    ("openai_fields",),
     ("probe",),
     ("bench", "generate", "chat", "train", "cache_prompt"),
     ("cli", "training", "peers", "plots"),
