@@ -78,7 +78,7 @@ class Message(Fields):
 
 
 class Function(Fields):
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")
     description: str | None = None
     parameters: dict[str, Any] = {}
     strict: bool = False
@@ -185,11 +185,13 @@ class Request(Fields):
 
 @dataclass(frozen=True)
 class Task:
-    """One generation: a prompt, as `Model.encode` takes it, with tools, and how to go on from it."""
+    """One generation: a prompt, as `Model.encode` takes it, with tools, and how to go on from it. The answer to messages
+    goes on after `prefill`, which is no part of it."""
 
     prompt: str | Sequence[int] | Messages
     options: GenerationOptions
     tools: Sequence[Mapping[str, Any]] | None = None
+    prefill: str = ""
 
 
 class ChatRequest(Request):
