@@ -185,8 +185,10 @@ class Request(Fields):
 
 @dataclass(frozen=True)
 class Task:
-    """One generation: a prompt, as `Model.encode` takes it, with tools, and how to go on from it. The answer to messages
-    goes on after `prefill`, which is no part of it."""
+    """One generation: a prompt, as `Model.encode` takes it, with tools, and how to go on from it.
+
+    `prefill` is the beginning of an answer to messages: the generation goes on after it.
+    """
 
     prompt: str | Sequence[int] | Messages
     options: GenerationOptions

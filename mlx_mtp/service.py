@@ -175,6 +175,11 @@ class Service:
             self.metrics.duration.observe(seconds)
             self.metrics.count(last, end)
 
+    @property
+    def max_input_tokens(self) -> int:
+        """Most tokens of a prompt."""
+        return min(self.max_prompt_tokens or self.model.max_context, self.model.max_context)
+
     def encode(self, task: Task) -> list[int]:
         """The tokens of a task's prompt. Raises PromptError as `Model.encode` does."""
         tokens = self.model.encode(task.prompt, enable_thinking=task.options.enable_thinking, tools=task.tools)
