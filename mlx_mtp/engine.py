@@ -155,7 +155,7 @@ class GenerationResponse:
     thought, those of its channel included. Of the prompt's tokens, `cached_tokens` were read for
     an earlier one; `prompt_tps` is of the others. It and `generation_tps` are tokens per second so far, `peak_memory`
     is in GB (1e9 bytes). `finish_reason` is set on the last response: "stop" after a stop token or string, "length" at
-    `max_tokens` or the end of the context.
+    `max_tokens` or the end of the context. `stop_string` is the one of `GenerationOptions.stop` that ended the text.
     """
 
     text: str
@@ -172,6 +172,7 @@ class GenerationResponse:
     thought: str = ""
     in_thought: bool = False
     cached_tokens: int = 0
+    stop_string: str | None = None
 
 
 @dataclass
@@ -701,6 +702,7 @@ class Model:
                     thought=piece.thought,
                     in_thought=piece.in_thought,
                     cached_tokens=cached,
+                    stop_string=piece.stopped,
                 )
                 if piece.stopped:
                     return

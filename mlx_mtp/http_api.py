@@ -15,11 +15,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import __version__
+from .anthropic_answers import MessagesForm
+from .anthropic_errors import ERRORS as ANTHROPIC_ERRORS
+from .anthropic_errors import AnthropicErrors, is_anthropic
+from .anthropic_requests import MessagesRequest
 from .engine import GenerationResponse
 from .http_entry import Entry
 from .openai_answers import ChatForm, CompletionForm, Form, ResponseForm, Tokens
@@ -120,17 +125,31 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
             response.headers[IGNORED_HEADER] = ", ".join(quote(name[:100], safe=" ") for name in body.ignored[:20])
         return response
 
+    @app.post("/v1/messages", responses=ANTHROPIC_ERRORS, response_class=Response, summary="Anthropic's messages.")
+    async def messages(body: MessagesRequest, http: HttpRequest) -> Response:
+        asked = body.task(service.options)
+        has_tools = asked.tools is not None
+        form = MessagesForm(body, service.name, tokens, has_tools, asked.options.max_tokens)
+        return await _run(http, service.submit(asked), form, body.stream, settings.keep_alive)
+
+    @app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS, summary="Tokens of a prompt.")
+    async def count_tokens(body: MessagesRequest) -> dict[str, int]:
+        prompt = await run_in_threadpool(service.encode, body.task(service.options))
+        return {"input_tokens": len(prompt)}
+
     @app.get("/v1/models", responses={k: v for k, v in responses.items() if k in (401,)})
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(service)]}
+    async def models(http: HttpRequest) -> dict[str, Any]:
+        found = _model(service, http)
+        pages = {"has_more": False, "first_id": service.name, "last_id": service.name} if "type" in found else {}
+        return {"object": "list", "data": [found]} | pages
 
     @app.get("/v1/models/{name:path}", responses={k: v for k, v in responses.items() if k in (401, 404)})
-    async def model(name: str) -> dict[str, Any]:
+    async def model(name: str, http: HttpRequest) -> dict[str, Any]:
         if name != service.name:
             raise ApiError(
                 404, f"the model {name!r} is not here: this server has {service.name!r}", code="model_not_found"
             )
-        return _model(service)
+        return _model(service, http)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -155,11 +174,18 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
             CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
     app.add_middleware(Entry, hosts=settings.allowed_hosts)
+    app.add_middleware(AnthropicErrors)
     return app
 
 
-def _model(service: Service) -> dict[str, Any]:
-    return {"id": service.name, "object": "model", "created": 0, "owned_by": "mlx-mtp"}
+def _model(service: Service, http: HttpRequest) -> dict[str, Any]:
+    """The model, with what clients of Anthropic's API read."""
+    found = {"id": service.name, "object": "model", "created": 0, "owned_by": "mlx-mtp"}
+    if not is_anthropic(http.url.path, http.headers):
+        return found
+    dates = {"created_at": "1970-01-01T00:00:00Z", "lifecycle": "active"}
+    limits = {"max_input_tokens": service.max_input_tokens}
+    return found | {"type": "model", "display_name": service.name} | dates | limits
 
 
 async def _run(http: HttpRequest, job: Items, form: Form, stream: bool, keep_alive: float) -> Response:
@@ -200,16 +226,16 @@ async def _consume(job: Items, first: GenerationResponse | Prefill | None, form:
 async def _events(
     job: Items, first: GenerationResponse | Prefill | None, form: Form, keep_alive: float
 ) -> AsyncIterator[str]:
-    """The events of a stream; comments while there are no tokens, so that nobody takes it for dead."""
+    """The events of a stream; signs of life while there are no tokens, so that nobody takes it for dead."""
     try:
         for event in form.begin():
             yield event
         item = first
         while True:
             if item is None:
-                yield ": keep-alive\n\n"
+                yield form.alive("keep-alive")
             elif isinstance(item, Prefill):
-                yield f": prefill {item.done}/{item.total}\n\n"
+                yield form.alive(f"prefill {item.done}/{item.total}")
             else:
                 for event in form.add(item):
                     yield event
@@ -319,7 +345,7 @@ class _Guard:
 
     def __init__(self, app: ASGIApp, key: str | None, most_bytes: int) -> None:
         self._app = app
-        self._expected = None if key is None else f"Bearer {key}".encode()
+        self._key = None if key is None else key.encode()
         self._most_bytes = most_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -332,9 +358,8 @@ class _Guard:
 
     def _error(self, scope: Scope) -> ApiError | None:
         headers = dict(scope["headers"])
-        is_open = self._expected is None or scope["path"] in self._OPEN
-        if not (is_open or secrets.compare_digest(headers.get(b"authorization", b""), self._expected or b"")):
-            message = "the API key is missing or wrong: send it as a Bearer token"
+        if not (self._key is None or scope["path"] in self._OPEN or _has_key(headers, self._key)):
+            message = "the API key is missing or wrong: send it as a Bearer token, or as x-api-key"
             return ApiError(401, message, code="invalid_api_key")
         length = headers.get(b"content-length", b"")
         return _too_large(self._most_bytes) if length.isdigit() and int(length) > self._most_bytes else None
@@ -352,6 +377,12 @@ class _Guard:
             return message
 
         return counted
+
+
+def _has_key(headers: Mapping[bytes, bytes], key: bytes) -> bool:
+    """Whether one of the headers that clients use for it holds the key."""
+    is_bearer = secrets.compare_digest(headers.get(b"authorization", b""), b"Bearer " + key)
+    return secrets.compare_digest(headers.get(b"x-api-key", b""), key) or is_bearer
 
 
 def _too_large(most_bytes: int) -> ApiError:

@@ -159,6 +159,10 @@ class Form(ABC):
         """Instead of the end, with an error object."""
         yield sse(error)
 
+    def alive(self, comment: str) -> str:
+        """While there is nothing to say: readers pass over comments."""
+        return f": {comment}\n\n"
+
     @abstractmethod
     def whole(self) -> Fields:
         """All of it at once."""

@@ -26,13 +26,6 @@ _TOKEN_LIMITS = ("max_tokens", "max_new_tokens", "n_predict", "num_predict")
 # Efforts of reasoning that mean none.
 _NO_EFFORT = ("none", "minimal")
 
-# Parameters of transformers' `apply_chat_template`, which are no switches of a template.
-_NO_SWITCHES = {
-    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents",
-    "max_length", "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors",
-    "tokenize", "tokenizer_kwargs", "tools", "truncation",
-}  # fmt: skip
-
 Messages: TypeAlias = list[dict[str, Any]]
 
 
@@ -119,7 +112,7 @@ class Message(Fields):
 
 
 class Function(Fields):
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")
     description: str | None = None
     parameters: dict[str, Any] = {}
     strict: bool = False
@@ -257,13 +250,17 @@ def _names(name: str, info: FieldInfo) -> Iterable[str]:
 
 @dataclass(frozen=True)
 class Task:
-    """One generation: a prompt, as `Model.encode` takes it, with tools, and how to go on from it."""
+    """One generation: a prompt, as `Model.encode` takes it, with tools, and how to go on from it.
+
+    `template_options` are switches of the chat template. `prefill` is the beginning of an answer to messages: the
+    generation goes on after it.
+    """
 
     prompt: str | Sequence[int] | Messages
     options: GenerationOptions
     tools: Sequence[Mapping[str, Any]] | None = None
-    # Switches of the chat template.
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    prefill: str = ""
 
 
 class ThinkingOptions(Fields):
@@ -303,15 +300,6 @@ class ConversationRequest(Request):
     reasoning_effort: str | None = None
     chat_template_kwargs: TemplateOptions = TemplateOptions()
 
-    @model_validator(mode="after")
-    def _check_switches(self) -> "ConversationRequest":
-        for name, value in (self.chat_template_kwargs.model_extra or {}).items():
-            if name in _NO_SWITCHES and not (name == "add_generation_prompt" and value is True):
-                param = f"chat_template_kwargs.{name}"
-                message = f"unsupported parameter: {param!r} is no switch of a template"
-                raise refuse("unsupported_parameter", param, message)
-        return self
-
     def conversation_options(self, default: GenerationOptions, **changes: Any) -> GenerationOptions:
         """As `generation_options`, with thinking."""
         thinks = self._thinks()
@@ -334,8 +322,7 @@ class ConversationRequest(Request):
 
     def template_options(self) -> dict[str, Any]:
         """Switches of the chat template but for that of thinking."""
-        others = self.chat_template_kwargs.model_extra or {}
-        return {name: value for name, value in others.items() if name not in _NO_SWITCHES}
+        return self.chat_template_kwargs.model_extra or {}
 
 
 def _effort(effort: str | bool | None) -> bool | None:

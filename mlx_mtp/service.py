@@ -155,7 +155,7 @@ class Service:
         began, end, last = time.monotonic(), "cancelled", None
         try:
             responses = self.model.stream_generate(
-                self._encode(task), task.options, on_prefill=lambda done, total: job.put(Prefill(done, total))
+                self._prompt(task), task.options, on_prefill=lambda done, total: job.put(Prefill(done, total))
             )
             with closing(responses):  # type: ignore[type-var]
                 for response in responses:
@@ -175,11 +175,23 @@ class Service:
             self.metrics.duration.observe(seconds)
             self.metrics.count(last, end)
 
-    def _encode(self, task: Task) -> list[int]:
-        switches = {"template_options": task.template_options} if task.template_options else {}
+    @property
+    def max_input_tokens(self) -> int:
+        """Most tokens of a prompt."""
+        return min(self.max_prompt_tokens or self.model.max_context, self.model.max_context)
+
+    def encode(self, task: Task) -> list[int]:
+        """The tokens of a task's prompt. Raises PromptError as `Model.encode` does."""
         tokens = self.model.encode(
-            task.prompt, enable_thinking=task.options.enable_thinking, tools=task.tools, **switches
+            task.prompt,
+            enable_thinking=task.options.enable_thinking,
+            tools=task.tools,
+            template_options=task.template_options,
         )
+        return [*tokens, *self.model.tokenizer.encode(task.prefill, add_special_tokens=False)]
+
+    def _prompt(self, task: Task) -> list[int]:
+        tokens = self.encode(task)
         most = self.max_prompt_tokens
         if most is not None and len(tokens) > most:
             raise ContextLengthError(f"the prompt has {len(tokens)} tokens, but at most {most} are taken here")

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 class Piece(NamedTuple):
-    """Text that became readable, valid UTF-8, whether a stop string ends it, and whether the token belongs to a thought
+    """Text that became readable, valid UTF-8, the stop string that ends it, and whether the token belongs to a thought
     or its channel."""
 
     text: str = ""
     thought: str = ""
-    stopped: bool = False
+    stopped: str | None = None
     in_thought: bool = False
 
 
@@ -73,37 +73,40 @@ class _StopStrings:
         self._held = ""
         self._in_call = False
 
-    def add(self, text: str, *, is_last: bool) -> tuple[str, bool]:
-        """The text that can be emitted now, and whether a stop string ends it."""
+    def add(self, text: str, *, is_last: bool) -> tuple[str, str | None]:
+        """The text that can be emitted now, and the stop string that ends it."""
         if not self._stop:
-            return text, False
+            return text, None
         self._held += text
         parts: list[str] = []
-        stopped = is_more = False
+        stopped: str | None = None
+        is_more = False
         while not stopped and (is_more or not parts):
             step = self._take_call if self._in_call else self._take_text
             part, is_more, stopped = step(is_last)
             parts.append(part)
         return "".join(parts), stopped
 
-    def _take_text(self, is_last: bool) -> tuple[str, bool, bool]:
-        """Text up to a stop string or the beginning of a call, whether more can be taken, and whether it is stopped."""
-        found = [index for index in (self._held.find(stop) for stop in self._stop) if index >= 0]
+    def _take_text(self, is_last: bool) -> tuple[str, bool, str | None]:
+        """Text up to a stop string or the beginning of a call, whether more can be taken, and the stop string."""
+        found = [(index, stop) for stop in self._stop if (index := self._held.find(stop)) >= 0]
         call = self._held.find(CALL_START)
-        if found and not 0 <= call < min(found):
-            return self._held[: min(found)], False, True
+        if found:
+            index, stop = min(found, key=lambda pair: pair[0])
+            if not 0 <= call < index:
+                return self._held[:index], False, stop
         if call >= 0:
             self._in_call = True
-            return self._cut(call + len(CALL_START)), True, False
+            return self._cut(call + len(CALL_START)), True, None
         held = 0 if is_last else max(beginning_at_end(self._held, mark) for mark in (*self._stop, CALL_START))
-        return self._cut(len(self._held) - held), False, False
+        return self._cut(len(self._held) - held), False, None
 
-    def _take_call(self, is_last: bool) -> tuple[str, bool, bool]:
+    def _take_call(self, is_last: bool) -> tuple[str, bool, str | None]:
         end = self._held.find(CALL_END)
         self._in_call = end < 0
         if end < 0:
             end = len(self._held) - (0 if is_last else beginning_at_end(self._held, CALL_END))
-        return self._cut(end), not self._in_call, False
+        return self._cut(end), not self._in_call, None
 
     def _cut(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]

@@ -127,16 +127,18 @@ def encode_chat(
 
     if not tokenizer.has_chat_template:
         raise PromptError("messages need a chat template: this model has none")
-    for name in template_options or {}:
-        if name in _NOT_SWITCHES:
-            raise PromptError(f"{name} is no switch of a chat template")
+    switches = dict(template_options or {})
+    if switches.pop("add_generation_prompt", True) is not True:
+        raise PromptError("add_generation_prompt must be true: the prompt ends where the model's answer begins")
+    for name in _NOT_SWITCHES & switches.keys():
+        raise PromptError(f"{name} is no switch of a chat template")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise PromptError(f"messages[{index}] must have a role and content, found {message!r}")
 
     def render(enable_thinking: bool, tools: Sequence[Mapping[str, Any]] | None) -> str:
         # Thinking is always said: mlx-lm's wrapper would turn it on where Gemma's own template leaves it off.
-        switches = {**(template_options or {}), "enable_thinking": enable_thinking}
+        switches["enable_thinking"] = enable_thinking
 
         def apply(messages: list[dict[str, Any]]) -> str:
             rendered: str = tokenizer.apply_chat_template(

@@ -34,7 +34,7 @@ _ANNOTATIONS = frozenset(
     | {"$schema", "$id", "$comment", "$defs", "definitions"}
 )
 _EXPECTED: dict[type, str] = {Mapping: "an object", list: "a list", str: "a string"}
-_TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+_TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 
 
 def tool_grammar(tools: Sequence[Mapping[str, Any]], choice: str, *, parallel: bool = True) -> str:
@@ -76,7 +76,7 @@ def _calls(tools: Sequence[Mapping[str, Any]], rules: "_Rules") -> dict[str, str
             raise OptionError(f"tools[{index}] must be of type function and have a function, found {tool!r}")
         name = function.get("name")
         if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
-            raise OptionError(f"tools[{index}]: name must be 1 to 64 of a-z, A-Z, 0-9, _, . and -, found {name!r}")
+            raise OptionError(f"tools[{index}]: name must be 1 to 128 of a-z, A-Z, 0-9, _, . and -, found {name!r}")
         if name in calls:
             raise OptionError(f"tools[{index}]: there is a tool {name!r} already")
         schema = _Schema(rules, name, is_strict=function.get("strict") is True)

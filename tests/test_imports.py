@@ -12,6 +12,8 @@ PACKAGE = Path(mlx_mtp.__file__).parent
 LAYERS = (
     ("server",),
     ("http_api",),
+    ("anthropic_answers",),
+    ("anthropic_errors", "anthropic_requests"),
     ("http_entry",),
     ("openai_answers", "service"),
     ("openai_requests",),

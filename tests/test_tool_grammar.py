@@ -198,7 +198,7 @@ def nested(depth: int) -> Any:
         (["f"], "auto", r"tools\[0\] must be of type function and have a function, found 'f'"),
         ([{"type": "custom"}], "auto", r"tools\[0\] must be of type function"),
         ([tool("f"), tool("f")], "auto", r"tools\[1\]: there is a tool 'f' already"),
-        ([tool("a b")], "auto", r"tools\[0\]: name must be 1 to 64 of .*, found 'a b'"),
+        ([tool("a b")], "auto", r"tools\[0\]: name must be 1 to 128 of .*, found 'a b'"),
         ([tool("f", [])], "auto", r"parameters of f: parameters must be an object, found \[\]"),
         ([tool("f", {"type": "string"})], "auto", "parameters of f: type must be object, found 'string'"),
         ([tool("f", {"type": 3})], "auto", "parameters of f: type must be a list, found 3"),

@@ -1,0 +1,115 @@
+"""Errors in the form of Anthropic's API, and the header that numbers its answers."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .http_entry import plain_path
+from .openai_answers import new_id
+
+_MESSAGES = re.compile(r"/v1/messages(/.*)?")
+_MODELS = re.compile(r"/v1/models(/.*)?")
+# Kinds of error that follow from the status. The others keep the kind they have.
+_KINDS = {
+    403: "permission_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+    500: "api_error", 503: "overloaded_error", 529: "overloaded_error",
+}  # fmt: skip
+_RENAMED = {"server_error": "api_error"}
+
+
+class ErrorDetail(BaseModel):
+    type: str
+    message: str
+
+
+class ErrorBody(BaseModel):
+    type: Literal["error"]
+    error: ErrorDetail
+    request_id: str
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "The request is wrong, or asks for what is not supported."},
+    401: {"model": ErrorBody, "description": "The API key is missing or wrong."},
+    413: {"model": ErrorBody, "description": "The body is too large."},
+    429: {"model": ErrorBody, "description": "Too many requests wait; Retry-After says when to ask again."},
+    500: {"model": ErrorBody, "description": "The generation failed."},
+    503: {"model": ErrorBody, "description": "The server is shutting down."},
+}
+
+
+def is_anthropic(path: str, headers: Mapping[str, str]) -> bool:
+    """Whether a client of Anthropic's API asks: its own paths, or with its header the list of models."""
+    plain = plain_path(path)
+    if _MESSAGES.fullmatch(plain):
+        return True
+    return "anthropic-version" in headers and _MODELS.fullmatch(plain) is not None
+
+
+def anthropic_error(error: Mapping[str, Any], status: int | None = None) -> dict[str, Any]:
+    """The error of an OpenAI error object, `{"error": {"message": ...}}`."""
+    found = error["error"]
+    message, kind, code = found["message"], found.get("type") or "invalid_request_error", found.get("code")
+    if code == "context_length_exceeded":
+        # By these words clients know that they must shorten the conversation.
+        message = f"prompt is too long: {message}"
+    if code == "shutting_down":
+        status = 503
+    kind = _KINDS.get(status or 0) or _RENAMED.get(kind, kind)
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+class AnthropicErrors:
+    """Gives answers to clients of Anthropic's API the header `request-id`, and their errors its form."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not is_anthropic(scope["path"], Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        await self._app(scope, receive, _Errors(send, scope["method"] == "HEAD").send)
+
+
+class _Errors:
+    """Passes one answer on; an error once all of it is there."""
+
+    def __init__(self, send: Send, is_head: bool) -> None:
+        self._send = send
+        self._is_head = is_head
+        self._id = new_id("req_")
+        self._start: Message | None = None
+        self._body = b""
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message)["request-id"] = self._id
+            if message["status"] >= 400 and not self._is_head:
+                self._start = message
+                return
+        elif self._start is not None:
+            self._body += message.get("body", b"")
+            if not message.get("more_body"):
+                await self._send_error(self._start)
+            return
+        await self._send(message)
+
+    async def _send_error(self, start: Message) -> None:
+        try:
+            found = json.loads(self._body)
+            found["error"]["message"]
+        except (ValueError, TypeError, KeyError):
+            found = {"error": {"message": self._body.decode(errors="replace") or "the request is refused"}}
+        body = anthropic_error(found, start["status"]) | {"request_id": self._id}
+        data = json.dumps(body, ensure_ascii=False).encode()
+        headers = MutableHeaders(scope=start)
+        headers["content-type"] = "application/json"
+        headers["content-length"] = str(len(data))
+        await self._send(start)
+        await self._send({"type": "http.response.body", "body": data})
