@@ -17,19 +17,11 @@ if TYPE_CHECKING:
 _PLACEHOLDER = "<<user's text>>"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 # What this package and transformers decide about rendering, whatever a chat template is told.
-_NOT_SWITCHES = frozenset(
-    {
-        "conversation",
-        "messages",
-        "tools",
-        "chat_template",
-        "add_generation_prompt",
-        "continue_final_message",
-        "tokenize",
-    }
-    | {"padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
-    | {"tokenizer_kwargs", "sanitize_control_tokens"}
-)
+_NOT_SWITCHES = {
+    "chat_template", "continue_final_message", "conversation", "documents", "max_length", "messages", "padding",
+    "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens", "tokenize",
+    "tokenizer_kwargs", "tools", "truncation",
+}  # fmt: skip
 
 
 def load_tokenizer(folder: Path, eos_token_ids: tuple[int, ...]) -> "TokenizerWrapper":
