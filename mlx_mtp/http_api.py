@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import __version__
 from .engine import GenerationResponse
-from .openai_answers import ChatForm, CompletionForm, Form, ResponseForm, Tokens
+from .openai_answers import Answer, ChatForm, CompletionForm, Form, ResponseForm, Tokens
 from .openai_requests import ChatRequest, CompletionRequest, Request, ResponseRequest, Task
 from .service import ApiError, Prefill, Service, api_error
 from .worker import Job
@@ -84,10 +84,13 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     tokens = Tokens(service.model)
     responses = _ERRORS if settings.api_key is not None else {k: v for k, v in _ERRORS.items() if k != 401}
 
+    def answer(task: Task) -> Answer:
+        return Answer(task.tools, service.metrics.unreadable_calls.inc)
+
     @app.post("/v1/chat/completions", responses=responses, response_class=Response, summary="An answer to messages.")
     async def chat(body: ChatRequest, http: HttpRequest) -> Response:
         def form(task: Task) -> Form:
-            return ChatForm(body, service.name, tokens, has_tools=task.tools is not None)
+            return ChatForm(body, service.name, tokens, answer(task))
 
         return await _answer(http, body, body.task, form)
 
@@ -98,7 +101,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     @app.post("/v1/responses", responses=responses, response_class=Response, summary="An answer as a list of items.")
     async def answers(body: ResponseRequest, http: HttpRequest) -> Response:
         def form(task: Task) -> Form:
-            return ResponseForm(body, service.name, tokens, has_tools=task.tools is not None)
+            return ResponseForm(body, service.name, tokens, answer(task))
 
         return await _answer(http, body, body.task, form)
 

@@ -8,7 +8,7 @@ import re
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from .tool_calls import ToolCallDelta, ToolCallParser
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 Fields = dict[str, Any]
+Tools = Sequence[Mapping[str, Any]] | None
 
 
 def new_id(kind: str) -> str:
@@ -45,10 +46,14 @@ class Part:
 
 
 class Answer:
-    """All parts of a generation so far. With `has_tools`, calls are read from its text."""
+    """All parts of a generation so far. With `tools`, calls are read from its text.
 
-    def __init__(self, has_tools: bool) -> None:
-        self._parser = ToolCallParser() if has_tools else None
+    `on_unreadable` is told how many calls had arguments that could not be read, whenever there are some.
+    """
+
+    def __init__(self, tools: Tools = None, on_unreadable: Callable[[int], object] = lambda count: None) -> None:
+        self._parser = None if tools is None else ToolCallParser(tools)
+        self._on_unreadable = on_unreadable
         self.text = ""
         self.thought = ""
         self.calls: list[Call] = []
@@ -58,7 +63,11 @@ class Answer:
     def add(self, response: GenerationResponse) -> Part:
         text, calls = response.text, list[ToolCallDelta]()
         if self._parser is not None:
-            text, calls = self._parser.add(text, is_last=response.finish_reason is not None)
+            unreadable = self._parser.unreadable
+            end = response.finish_reason
+            text, calls = self._parser.add(text, is_last=end is not None, is_cut=end == "length")
+            if self._parser.unreadable > unreadable:
+                self._on_unreadable(self._parser.unreadable - unreadable)
         for call in calls:
             if call.name is not None:
                 self.calls.append(Call(call.name))
@@ -173,10 +182,10 @@ def sse(data: Fields | str, event: str | None = None) -> str:
 class ChatForm(Form):
     """`/v1/chat/completions`."""
 
-    def __init__(self, request: ChatRequest, name: str, tokens: Tokens, has_tools: bool) -> None:
+    def __init__(self, request: ChatRequest, name: str, tokens: Tokens, answer: Answer) -> None:
         super().__init__(name, tokens)
         self.request = request
-        self.answer = Answer(has_tools)
+        self.answer = answer
         self.id = new_id("chatcmpl-")
         self._logprobs: list[Fields] = []
 
@@ -261,7 +270,7 @@ class CompletionForm(Form):
     def __init__(self, request: CompletionRequest, name: str, tokens: Tokens) -> None:
         super().__init__(name, tokens)
         self.request = request
-        self.answer = Answer(has_tools=False)
+        self.answer = Answer()
         self.id = new_id("cmpl-")
         self._logprobs = _empty_logprobs()
 
@@ -317,10 +326,10 @@ Status = Literal["in_progress", "completed", "incomplete", "failed"]
 class ResponseForm(Form):
     """`/v1/responses`: an answer is a list of items, one open at a time: thoughts, messages, calls."""
 
-    def __init__(self, request: ResponseRequest, name: str, tokens: Tokens, has_tools: bool) -> None:
+    def __init__(self, request: ResponseRequest, name: str, tokens: Tokens, answer: Answer) -> None:
         super().__init__(name, tokens)
         self.request = request
-        self.answer = Answer(has_tools)
+        self.answer = answer
         self.id = new_id("resp_")
         self._output: list[Fields] = []
         # Of the item that is open: what its text is called in it.
