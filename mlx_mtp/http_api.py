@@ -27,7 +27,7 @@ from .anthropic_errors import AnthropicErrors, is_anthropic
 from .anthropic_requests import MessagesRequest
 from .engine import GenerationResponse
 from .http_entry import Entry
-from .openai_answers import ChatForm, CompletionForm, Form, ResponseForm, Tokens
+from .openai_answers import Answer, ChatForm, CompletionForm, Form, ResponseForm, Tokens
 from .openai_fields import warn_once
 from .openai_requests import ChatRequest, CompletionRequest, Request, ResponseRequest, Task
 from .service import ApiError, Prefill, Service, api_error
@@ -88,10 +88,13 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     tokens = Tokens(service.model)
     responses = _ERRORS if settings.api_key is not None else {k: v for k, v in _ERRORS.items() if k != 401}
 
+    def answer(task: Task) -> Answer:
+        return Answer(task.tools, service.metrics.unreadable_calls.inc)
+
     @app.post("/v1/chat/completions", responses=responses, response_class=Response, summary="An answer to messages.")
     async def chat(body: ChatRequest, http: HttpRequest) -> Response:
         def form(task: Task) -> Form:
-            return ChatForm(body, service.name, tokens, has_tools=task.tools is not None)
+            return ChatForm(body, service.name, tokens, answer(task))
 
         return await _answer(http, body, body.task, form)
 
@@ -102,7 +105,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     @app.post("/v1/responses", responses=responses, response_class=Response, summary="An answer as a list of items.")
     async def answers(body: ResponseRequest, http: HttpRequest) -> Response:
         def form(task: Task) -> Form:
-            return ResponseForm(body, service.name, tokens, has_tools=task.tools is not None)
+            return ResponseForm(body, service.name, tokens, answer(task))
 
         return await _answer(http, body, body.task, form)
 
@@ -128,8 +131,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     @app.post("/v1/messages", responses=ANTHROPIC_ERRORS, response_class=Response, summary="Anthropic's messages.")
     async def messages(body: MessagesRequest, http: HttpRequest) -> Response:
         asked = body.task(service.options)
-        has_tools = asked.tools is not None
-        form = MessagesForm(body, service.name, tokens, has_tools, asked.options.max_tokens)
+        form = MessagesForm(body, service.name, tokens, answer(asked), asked.options.max_tokens)
         return await _run(http, service.submit(asked), form, body.stream, settings.keep_alive)
 
     @app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS, summary="Tokens of a prompt.")

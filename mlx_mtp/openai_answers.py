@@ -8,10 +8,12 @@ import re
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .call_syntax import CALL_START, beginning_at_end
+from .control_marks import ControlMarks
 from .engine import GenerationResponse, Model
 from .openai_requests import ChatRequest, CompletionRequest, ResponseRequest
 from .tool_calls import ToolCallDelta, ToolCallParser
@@ -19,6 +21,7 @@ from .tool_calls import ToolCallDelta, ToolCallParser
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 Fields = dict[str, Any]
+Tools = Sequence[Mapping[str, Any]] | None
 
 
 def new_id(kind: str) -> str:
@@ -45,10 +48,24 @@ class Part:
 
 
 class Answer:
-    """All parts of a generation so far. With `has_tools`, calls are read from its text."""
+    """All parts of a generation so far. With `tools`, calls are read from its text.
 
-    def __init__(self, has_tools: bool) -> None:
-        self._parser = ToolCallParser() if has_tools else None
+    `on_unreadable` is told how many calls had arguments that could not be read, whenever there are some. With `is_raw`,
+    the text is as the model wrote it; else marks of control tokens are taken out.
+    """
+
+    def __init__(
+        self,
+        tools: Tools = None,
+        on_unreadable: Callable[[int], object] = lambda count: None,
+        *,
+        is_raw: bool = False,
+    ) -> None:
+        self._parser = None if tools is None else ToolCallParser(tools)
+        self._marks = None if is_raw else ControlMarks(has_tools=tools is not None)
+        self._on_unreadable = on_unreadable
+        # Of a thought that is not closed yet, all from its first call on: a call, unless the thought is closed.
+        self._held_thought = ""
         self.text = ""
         self.thought = ""
         self.calls: list[Call] = []
@@ -56,18 +73,43 @@ class Answer:
         self.last: GenerationResponse | None = None
 
     def add(self, response: GenerationResponse) -> Part:
-        text, calls = response.text, list[ToolCallDelta]()
-        if self._parser is not None:
-            text, calls = self._parser.add(text, is_last=response.finish_reason is not None)
+        thought, called = self._read_thought(response)
+        text, calls = self._read_calls(called + response.text, response.finish_reason)
+        if self._marks is not None:
+            text, before = self._marks.add(text, is_last=response.finish_reason is not None)
+            thought += before
         for call in calls:
             if call.name is not None:
                 self.calls.append(Call(call.name))
             self.calls[call.index].arguments += call.arguments
         self.text += text
-        self.thought += response.thought
+        self.thought += thought
         self.thought_tokens += response.in_thought
         self.last = response
-        return Part(response, text, response.thought, calls)
+        return Part(response, text, thought, calls)
+
+    def _read_calls(self, text: str, end: str | None) -> tuple[str, list[ToolCallDelta]]:
+        """The content and the calls that a text makes known. `end` is the finish reason."""
+        if self._parser is None:
+            return text, []
+        unreadable = self._parser.unreadable
+        found = self._parser.add(text, is_last=end is not None, is_cut=end == "length")
+        if self._parser.unreadable > unreadable:
+            self._on_unreadable(self._parser.unreadable - unreadable)
+        return found
+
+    def _read_thought(self, response: GenerationResponse) -> tuple[str, str]:
+        """The thought that is known to be one, and the calls of a thought that the model ended without closing it."""
+        self._held_thought, thought = "", self._held_thought + response.thought
+        if self._parser is None or not response.in_thought:
+            return thought, ""
+        start = thought.find(CALL_START)
+        if response.finish_reason == "stop" and start >= 0:
+            return thought[:start], thought[start:]
+        if response.finish_reason is None:
+            ready = start if start >= 0 else len(thought) - beginning_at_end(thought, CALL_START)
+            thought, self._held_thought = thought[:ready], thought[ready:]
+        return thought, ""
 
     @property
     def finish_reason(self) -> str | None:
@@ -177,10 +219,10 @@ def sse(data: Fields | str, event: str | None = None) -> str:
 class ChatForm(Form):
     """`/v1/chat/completions`."""
 
-    def __init__(self, request: ChatRequest, name: str, tokens: Tokens, has_tools: bool) -> None:
+    def __init__(self, request: ChatRequest, name: str, tokens: Tokens, answer: Answer) -> None:
         super().__init__(name, tokens)
         self.request = request
-        self.answer = Answer(has_tools)
+        self.answer = answer
         self.id = new_id("chatcmpl-")
         self._logprobs: list[Fields] = []
 
@@ -265,7 +307,7 @@ class CompletionForm(Form):
     def __init__(self, request: CompletionRequest, name: str, tokens: Tokens) -> None:
         super().__init__(name, tokens)
         self.request = request
-        self.answer = Answer(has_tools=False)
+        self.answer = Answer(is_raw=True)
         self.id = new_id("cmpl-")
         self._logprobs = _empty_logprobs()
 
@@ -321,10 +363,10 @@ Status = Literal["in_progress", "completed", "incomplete", "failed"]
 class ResponseForm(Form):
     """`/v1/responses`: an answer is a list of items, one open at a time: thoughts, messages, calls."""
 
-    def __init__(self, request: ResponseRequest, name: str, tokens: Tokens, has_tools: bool) -> None:
+    def __init__(self, request: ResponseRequest, name: str, tokens: Tokens, answer: Answer) -> None:
         super().__init__(name, tokens)
         self.request = request
-        self.answer = Answer(has_tools)
+        self.answer = answer
         self.id = new_id("resp_")
         self._output: list[Fields] = []
         # Of the item that is open: what its text is called in it.

@@ -83,6 +83,9 @@ class Metrics:
         self.rounds = add(Counter, "rounds", "Verify passes.")
         self.drafted = add(Counter, "draft_tokens", "Draft tokens.")
         self.accepted = add(Counter, "accepted_draft_tokens", "Draft tokens accepted.")
+        self.unreadable_calls = add(
+            Counter, "unreadable_tool_calls", "Tool calls whose arguments were passed on as the model wrote them."
+        )
         self.first_token = add(Histogram, "time_to_first_token_seconds", "From the request to its first token.")
         self.duration = add(Histogram, "generation_seconds", "From the first look at a prompt to the end.")
         self.tokens_per_second = add(Gauge, "tokens_per_second", "Of the last generation.")

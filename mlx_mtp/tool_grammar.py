@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .call_syntax import BLANKS, CALL_END, CALL_START, STRING_MARK
 from .errors import OptionError
-from .tool_calls import BLANKS, CALL_END, CALL_START, STRING_MARK
 
 # Special tokens are matched as tokens; spelled out by other tokens they would end a string or begin a call as well.
 # Numbers are bounded because a model may never end one.

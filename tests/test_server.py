@@ -636,3 +636,34 @@ def test_metrics(served: Served, client: openai.OpenAI) -> None:
     assert after["mlx_mtp_tokens_per_second"] > 0
     assert after["mlx_mtp_memory_active_bytes"] > 1e6
     assert after["mlx_mtp_requests_running"] == after["mlx_mtp_requests_waiting"] == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "content", "thought", "call"),
+    [
+        ("thought\nhm<channel|>Hi", "Hi", "hm", None),
+        ("<|channel>thought\nhm<channel|>Hi<channel|><channel|>", "Hi", "hm", None),
+        ("<|turn>model\nHi", "Hi", None, None),
+        ("<tool_call|>", "", None, None),
+        ("Yes<tool_call|> and no", "Yes and no", None, None),
+        # A call in a thought that is not closed is one; in a thought that is closed it is a part of it.
+        ("<|channel>thought\nGo.<|tool_call>call:stop{}<tool_call|>", None, "Go.", "stop"),
+        ("<|channel>thought\nA <|tool_call>call:stop{} b.<channel|>No.", "No.", "A <|tool_call>call:stop{} b.", None),
+    ],
+)
+def test_control_tokens_never_reach_the_content(
+    served: Served,
+    client: openai.OpenAI,
+    monkeypatch: pytest.MonkeyPatch,
+    script: str,
+    content: str | None,
+    thought: str | None,
+    call: str | None,
+) -> None:
+    with scripted(served, monkeypatch, script):
+        message = chat(client, tools=TOOLS).choices[0].message
+        parts = joined(chat(client, tools=TOOLS, stream=True))
+    assert (message.content, getattr(message, "reasoning_content", None)) == (content, thought)
+    assert [found.function.name for found in message.tool_calls or []] == ([call] if call else [])
+    assert (parts["content"], parts["reasoning"] or None) == (content or "", thought)
+    assert [found["name"] for found in parts["calls"].values()] == ([call] if call else [])
