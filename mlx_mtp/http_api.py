@@ -112,7 +112,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     async def _answer(
         http: HttpRequest, body: Request, task: Callable[..., Task], make_form: Callable[[Task], Form]
     ) -> Response:
-        if body.model not in (None, service.name):
+        if body.model not in (None, "", service.name):
             raise ApiError(
                 404,
                 f"the model {body.model!r} is not here: this server has {service.name!r}",
@@ -125,7 +125,9 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         form = make_form(asked)
         response = await _run(http, service.submit(asked), form, body.stream, settings.keep_alive)
         if body.ignored:
-            response.headers[IGNORED_HEADER] = ", ".join(quote(name[:100], safe=" ") for name in body.ignored[:20])
+            response.headers[IGNORED_HEADER] = ", ".join(
+                quote(name[:100], safe="") or '""' for name in body.ignored[:20]
+            )
         return response
 
     @app.post("/v1/messages", responses=ANTHROPIC_ERRORS, response_class=Response, summary="Anthropic's messages.")
