@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
@@ -34,6 +35,10 @@ _UNSUPPORTED = {
     "audio", "conversation", "function_call", "functions", "logit_processors", "max_tool_calls", "prediction",
     "previous_response_id", "prompt", "suffix", "verbosity", "web_search_options", "best_of",
 }  # fmt: skip
+# Names the keywords of the request's schemas that the answer may not follow.
+_NOT_ENFORCED = "X-MLX-MTP-Not-Enforced"
+_HEADER_TEXT = " !#$&'()*+,/:;=?@[]"
+_MOST_HEADER = 2000
 # What the page may do: nothing but talk to this server.
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -114,7 +119,10 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
             )
         asked = task(service.options)
         form = make_form(asked)
-        return await _run(http, service.submit(asked), form, body.stream, settings.keep_alive)
+        response = await _run(http, service.submit(asked), form, body.stream, settings.keep_alive)
+        if asked.not_enforced:
+            response.headers[_NOT_ENFORCED] = quote(", ".join(asked.not_enforced), safe=_HEADER_TEXT)[:_MOST_HEADER]
+        return response
 
     @app.get("/v1/models", responses={k: v for k, v in responses.items() if k in (401,)})
     async def models() -> dict[str, Any]:

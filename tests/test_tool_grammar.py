@@ -58,13 +58,13 @@ A, B = "<|tool_call>call:a{}<tool_call|>", "<|tool_call>call:a.b{x:true}<tool_ca
 def test_choices(
     is_allowed: Callable[[str, str], bool], choice: str, parallel: bool, allowed: list[str], forbidden: list[str]
 ) -> None:
-    grammar = tool_grammar(TWO, choice, parallel=parallel)
+    grammar = tool_grammar(TWO, choice, parallel=parallel).text
     assert [text for text in allowed if not is_allowed(grammar, text)] == []
     assert [text for text in forbidden if is_allowed(grammar, text)] == []
 
 
 def test_without_tools_there_is_text_only(is_allowed: Callable[[str, str], bool]) -> None:
-    grammar = tool_grammar([], "auto")
+    grammar = tool_grammar([], "auto").text
     assert is_allowed(grammar, "hi")
     assert not is_allowed(grammar, A)
 
@@ -107,13 +107,17 @@ SCHEMAS: list[tuple[Any, list[Any], list[Any]]] = [
         [{"a": 1}, {"a": 2}, {"ab": 1}, {}],
         [1],
     ),
+    ({"oneOf": [{"type": "string"}]}, ["a"], [1]),
+    ({"type": "integer", "minimum": 3}, [3], [1, "a"]),
+    ({"type": "array", "items": [{"type": "string"}]}, [[], ["a"], ["a", 1]], [[1], 1]),
+    (
+        {"type": "object", "properties": {"a": {}}, "anyOf": [{"required": ["a"]}]},
+        [{"a": 1}],
+        [{}, {"b": 1}],
+    ),
     # What is not followed.
-    ({"oneOf": [{"type": "string"}]}, [1, "a"], []),
     ({"$ref": "#/$defs/a"}, [1, "a"], []),
-    ({"type": "integer", "minimum": 3}, [1], ["a"]),
     ({"type": "file", "enum": ["a"]}, ["a"], [1]),
-    ({"type": "array", "items": [{"type": "string"}]}, [[1]], [1]),
-    ({"type": "object", "properties": {"a": {}}, "anyOf": [{"required": ["a"]}]}, [{"a": 1}, {}], [{"b": 1}]),
     ({"type": ["string", "null"], "anyOf": [{"type": "integer"}]}, ["a", None], [1]),
 ]
 
@@ -123,14 +127,14 @@ def test_arguments_follow_the_schema(
     is_allowed: Callable[[str, str], bool], schema: Any, allowed: list[Any], forbidden: list[Any]
 ) -> None:
     parameters = {"type": "object", "properties": {"x": schema}, "required": ["x"]}
-    grammar = tool_grammar([tool("f", parameters)], "f")
+    grammar = tool_grammar([tool("f", parameters)], "f").text
     assert [value for value in allowed if not is_allowed(grammar, render_call("f", {"x": value}))] == []
     assert [value for value in forbidden if is_allowed(grammar, render_call("f", {"x": value}))] == []
 
 
 def test_a_string_does_not_spell_the_mark_that_ends_it(is_allowed: Callable[[str, str], bool]) -> None:
     """The text would be the same as with the special token."""
-    grammar = tool_grammar([tool("f", {"properties": {"x": {"type": "string"}}})], "auto")
+    grammar = tool_grammar([tool("f", {"properties": {"x": {"type": "string"}}})], "auto").text
     for mark in (QUOTE, "<|tool_call>"):
         assert mark not in grammar.replace(f" {mark}", "")
         content = mark if mark != QUOTE else f"<|tool_call>call:f{{x:{QUOTE}{mark}{QUOTE}}}<tool_call|>"
@@ -141,7 +145,7 @@ def test_a_string_does_not_spell_the_mark_that_ends_it(is_allowed: Callable[[str
 @given(STRINGS, STRINGS, STRINGS)
 def test_any_name_and_any_string(is_allowed: Callable[[str, str], bool], name: str, value: str, other: str) -> None:
     parameters = {"type": "object", "properties": {name: {"enum": [value, 7]}}, "required": [name]}
-    grammar = tool_grammar([tool("f", parameters, strict=True)], "required", parallel=False)
+    grammar = tool_grammar([tool("f", parameters, strict=True)], "required", parallel=False).text
     text = render_call("f", {name: value})
     assert is_allowed(grammar, text)
     assert is_allowed(grammar, render_call("f", {name: other})) is (other == value)
@@ -157,31 +161,38 @@ def test_top_level_parameters(is_allowed: Callable[[str, str], bool]) -> None:
         ({"$ref": "#/$defs/a"}, {"a": 1}),
         ({"anyOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}, {"b": 1}),
     ):
-        assert is_allowed(tool_grammar([tool("f", parameters)], "f"), render_call("f", arguments))
+        assert is_allowed(tool_grammar([tool("f", parameters)], "f").text, render_call("f", arguments))
 
 
 @pytest.mark.parametrize(
     ("schema", "keyword"),
     [
-        ({"type": "string", "pattern": "a", "minLength": 1}, "pattern, minLength"),
-        ({"type": "integer", "minimum": 3}, "minimum"),
-        ({"type": "array", "minItems": 1}, "minItems"),
-        ({"type": "array", "items": [{}]}, "items"),
+        ({"type": "string", "pattern": "a(?=b)", "minLength": 1}, "pattern"),
+        ({"type": "string", "pattern": "("}, "pattern"),
+        ({"type": "string", "format": "binary"}, "format"),
+        ({"type": "number", "minimum": 1e-30}, "minimum"),
+        ({"type": "array", "uniqueItems": True, "contains": {}}, "uniqueItems, contains"),
         ({"type": "array", "items": {"type": "array", "items": {"oneOf": []}}}, "oneOf"),
-        ({"type": "object", "properties": {"y": {"$ref": "#"}}}, r"\$ref"),
+        ({"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]}, "oneOf"),
+        ({"type": "object", "properties": {"y": {"$ref": "#/$defs/none"}}}, r"\$ref"),
+        ({"type": "object", "properties": {"y": {"$ref": "https://example.com/schema"}}}, r"\$ref"),
         ({"type": "object", "patternProperties": {}}, "patternProperties"),
+        ({"type": "object", "propertyNames": {"pattern": "a"}, "minProperties": 1}, "propertyNames, minProperties"),
         ({"type": "any"}, "type"),
         ({"type": "any", "enum": [1]}, "type"),
         ({"enum": ["a"], "maxLength": 3}, "maxLength"),
-        ({"enum": ["a"], "const": "a"}, "enum"),
-        ({"type": "object", "properties": {"a": {}}, "anyOf": [{}]}, "anyOf"),
+        ({"enum": ["a"], "const": "b"}, "const"),
+        ({"type": "string", "not": {"const": "a"}}, "not"),
+        ({"if": {"type": "string"}, "then": {"minLength": 3}}, "if, then"),
+        ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "allOf"),
+        ({"anyOf": [{"type": "string"}], "type": "integer"}, "anyOf"),
     ],
 )
 def test_what_a_strict_tool_asks_for_is_followed_or_refused(schema: Any, keyword: str) -> None:
     parameters = {"type": "object", "properties": {"x": schema}, "additionalProperties": False}
     tool_grammar([tool("f", parameters)], "auto")
     tool_grammar([tool("f", parameters, strict=False)], "auto")
-    message = f"tools: parameters of f: it is strict, but {keyword} cannot be followed"
+    message = f"tools: parameters of f: it is strict, but {keyword} cannot be followed, at x"
     with pytest.raises(mlx_mtp.OptionError, match=message):
         tool_grammar([tool("g"), tool("f", parameters, strict=True)], "auto")
 
@@ -261,7 +272,7 @@ def test_generated_calls_are_valid(model: mlx_mtp.Model, choice: str, parallel: 
     """Of random models, which are urged to call and to end, drafted."""
     tokens = ("<|tool_call>", 6.5), ("<|tool_response>", 6.0), ("}", 3.0)
     bias = {model.tokenizer.encode(text, add_special_tokens=False)[0]: value for text, value in tokens}
-    grammar = tool_grammar(TOOLS, choice, parallel=parallel)
+    grammar = tool_grammar(TOOLS, choice, parallel=parallel).text
     names = []
     for seed in range(4):
         sampling = mlx_mtp.Sampling(temperature=1.0, seed=seed, logit_bias=bias)
