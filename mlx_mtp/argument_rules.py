@@ -213,7 +213,9 @@ class ArgumentRules:
             return '"[" "]"'
         beginning = first.pop(0) if first else item
         count = len(first) + 1
-        rest = f'("," {item}){_count(least - count, None if most is None else most - count)}' if item else ""
+        rest = ""
+        if item and most != count:
+            rest = f'("," {item}){_count(least - count, None if most is None else most - count)}'
         for place, rule in reversed(list(enumerate(first, 2))):
             rest = self._rules.add(f'"," {rule} {rest}' if place <= least else f'("," {rule} {rest})?')
         return f'"[" ({beginning} {rest}){"" if least else "?"} "]"'
@@ -246,16 +248,21 @@ class ArgumentRules:
         bounds = {keyword: schema[keyword] for keyword in NUMERIC if keyword in schema}
         if not bounds:
             return name.upper()
-        wanted: dict[str, Any] = {"x-guidance": {"whitespace_flexible": False}, "type": name, **bounds}
+        # A bound farther out than the largest number says nothing.
+        kept = {
+            keyword: bound
+            for keyword, bound in bounds.items()
+            if keyword == "multipleOf" or bound * (-1 if "inimum" in keyword else 1) < _LARGEST
+        }
+        if name == "integer" and not kept:
+            return "INTEGER"
+        wanted = {"x-guidance": {"whitespace_flexible": False}, "type": name, **kept}
         if name == "number":
             wanted.setdefault("multipleOf", _STEP)
-        # A bound farther out than the largest number says nothing.
-        for keyword, sign in (("minimum", -1), ("maximum", 1)):
-            for bound in (keyword, f"exclusive{keyword.capitalize()}"):
-                if bound in wanted and sign * wanted[bound] >= _LARGEST:
-                    del wanted[bound]
-            if sign * bounds.get(keyword, 0) > -_LARGEST:
-                wanted.setdefault(keyword, sign * (_LARGEST - 1))
+        if max(kept.get("minimum", 0), kept.get("exclusiveMinimum", 0)) < _LARGEST:
+            wanted.setdefault("maximum", _LARGEST - 1)
+        if min(kept.get("maximum", 0), kept.get("exclusiveMaximum", 0)) > -_LARGEST:
+            wanted.setdefault("minimum", 1 - _LARGEST)
         problem = schema_problem(wanted)
         if problem is None:
             return self._rules.add(f"%json {json.dumps(wanted)}")

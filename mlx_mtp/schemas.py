@@ -189,7 +189,7 @@ class Document:
             if name in kept:
                 alternatives = [flat for branch in kept[name] for flat in self.flatten(branch, seen)]
                 found = _both(found, alternatives, name)
-        return [*found, {"type": "null"}] if kept.get("nullable") is True else found
+        return [*found, {"type": ["null"]}] if kept.get("nullable") is True else found
 
     def are_exclusive(self, branches: Iterable[Any], level: int = 0) -> bool:
         """Whether no value satisfies two of the schemas, as far as their types and constants tell."""

@@ -9,14 +9,10 @@ from typing import Any
 import jsonschema
 import pytest
 from hypothesis import given, settings
-from llguidance import LLMatcher, LLTokenizer
-from llguidance.hf import from_tokenizer
-from tiny import STOP_IDS, VOCAB_SIZE, WINDOW, make_gemma_tokenizer, make_tokenizer, random_tokens
+from tiny import WINDOW, make_gemma_tokenizer, random_tokens
 from tool_syntax import QUOTE, STRINGS, parse, render_call
 
 import mlx_mtp
-from mlx_mtp.guide import compile_grammar
-from mlx_mtp.tokenizer import load_tokenizer
 from mlx_mtp.tool_grammar import tool_grammar
 
 Tool = dict[str, Any]
@@ -24,21 +20,6 @@ Tool = dict[str, Any]
 
 def tool(name: str, parameters: Any = None, **fields: Any) -> Tool:
     return {"type": "function", "function": {"name": name, "parameters": parameters, **fields}}
-
-
-@pytest.fixture(scope="module")
-def is_allowed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], bool]:
-    """Whether a grammar allows a text, as a whole."""
-    wrapper = load_tokenizer(make_tokenizer(tmp_path_factory.mktemp("tokenizer")), STOP_IDS)
-    tokenizer: LLTokenizer = from_tokenizer(wrapper._tokenizer, n_vocab=VOCAB_SIZE, eos_token=list(STOP_IDS))
-
-    def check(grammar: str, text: str) -> bool:
-        matcher = LLMatcher(tokenizer, compile_grammar(grammar=grammar), log_level=0)
-        assert not matcher.is_error(), matcher.get_error()
-        tokens = wrapper.encode(text, add_special_tokens=False)
-        return bool(matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting())
-
-    return check
 
 
 TWO = [tool("a"), tool("a.b", {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"]})]
