@@ -5,7 +5,7 @@ from typing import Any
 
 from .errors import OptionError
 from .guide import schema_problem
-from .schemas import RESTRICTING, Document, LeftOut, restricting
+from .schemas import COMBINING, RESTRICTING, Document, LeftOut, restricting
 
 # Keywords whose values are a schema, a list of them, or schemas by name.
 _ONE = frozenset(
@@ -21,7 +21,7 @@ _KEPT = frozenset({"type", "enum", "const", "properties", "required", "items", "
 def answer_schema(schema: Mapping[str, Any], *, is_strict: bool) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     """The schema for `GenerationOptions.json_schema`, and the keywords that were left out of it, as `PLACE: KEYWORD`.
 
-    Raises OptionError if the schema is strict and cannot be followed in full.
+    Raises OptionError if the schema is malformed, or is strict and cannot be followed in full.
     """
     left_out = LeftOut("response_format", "response_format", is_strict=is_strict)
     try:
@@ -29,8 +29,13 @@ def answer_schema(schema: Mapping[str, Any], *, is_strict: bool) -> tuple[Mappin
         found = _rebuild(schema, lambda part, path: _plain(part, path, document, left_out), "")
         if schema_problem(found) is not None:
             found = _rebuild(found, lambda part, path: _followed(part, path, left_out), "")
+        problem = schema_problem(found)
+        if problem is not None:
+            found, problem = _without_one(found, problem, left_out)
     except RecursionError:
         raise OptionError("response_format: the schema is nested too deep") from None
+    if problem is not None:
+        raise OptionError(f"json_schema cannot be followed: {problem}")
     return found, tuple(left_out.keywords)
 
 
@@ -83,6 +88,30 @@ def _followed(schema: dict[str, Any], path: str, left_out: LeftOut) -> dict[str,
             kept[name] = schema[name]
     left_out.add([name for name in schema if name not in kept], path)
     return {name: value for name, value in schema.items() if name in kept}
+
+
+def _without_one(schema: Any, problem: str, left_out: LeftOut) -> tuple[Any, str | None]:
+    """The schema without one of its keywords, which is too much only beside what a reference points to; the problem if
+    that does not solve it."""
+    for name in sorted(RESTRICTING - _KEPT, key=lambda name: (name in COMBINING, name)):
+        found, places = _without(schema, name)
+        if places and schema_problem(found) is None:
+            for path in places:
+                left_out.add([name], path)
+            return found, None
+    return schema, problem
+
+
+def _without(schema: Any, name: str) -> tuple[Any, list[str]]:
+    """The schema without a keyword, and where it was."""
+    places: list[str] = []
+
+    def change(part: dict[str, Any], path: str) -> dict[str, Any]:
+        if name in part:
+            places.append(path)
+        return {keyword: value for keyword, value in part.items() if keyword != name}
+
+    return _rebuild(schema, change, ""), places
 
 
 def _alone(schema: Any) -> Any:

@@ -464,7 +464,7 @@ def _answer_form(tools: Sequence[Mapping[str, Any]], choice: str, parallel: bool
         grammar = tool_grammar(tools, choice, parallel=parallel, answer=schema)
         form = AnswerForm(grammar=grammar.text, not_enforced=(*grammar.not_enforced, *left))
     if form.not_enforced:
-        logger.warning("not enforced of the schemas of a request: %s", ", ".join(form.not_enforced))
+        logger.warning("not enforced of the schemas of a request: %s", ascii(", ".join(form.not_enforced)))
     return form
 
 

@@ -109,6 +109,8 @@ def _all_of(terminals: Iterable[str]) -> str:
 _DAY = r"(0[1-9]|1[0-9]|2[0-8])"
 _LEAP_YEAR = r"([0-9]{2}(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00)"
 _DATE = rf"([0-9]{{4}}-((0[1-9]|1[0-2])-{_DAY}|(0[13-9]|1[0-2])-(29|30)|(0[13578]|1[02])-31)|{_LEAP_YEAR}-02-29)"
+# Which many libraries refuse.
+_NOT_YEAR_0 = "~/0000(?s:.*)/"
 _HOUR, _SIXTY = "([01][0-9]|2[0-3])", "[0-5][0-9]"
 _TIME = rf"{_HOUR}:{_SIXTY}:{_SIXTY}(\.[0-9]{{1,9}})?([Zz]|[+-]{_HOUR}:{_SIXTY})"
 _N = "[0-9]{1,9}"
@@ -140,9 +142,9 @@ def _ipv6() -> str:
 
 
 _FORMATS = {
-    "date": f"/{_DATE}/",
+    "date": _all_of([f"/{_DATE}/", _NOT_YEAR_0]),
     "time": f"/{_TIME}/",
-    "date-time": f"/{_DATE}[Tt]{_TIME}/",
+    "date-time": _all_of([f"/{_DATE}[Tt]{_TIME}/", _NOT_YEAR_0]),
     "duration": f"/{_DURATION}/",
     "hostname": _all_of([f"/{_HOST}/", length_terminal(1, 253)]),
     "email": _all_of([rf"/{_ATOM}(\.{_ATOM})*@{_HOST}/", length_terminal(3, 254)]),

@@ -88,5 +88,5 @@ def _calls(tools: Sequence[Mapping[str, Any]], rules: Rules) -> tuple[dict[str, 
         left_out = LeftOut(f"tools: parameters of {name}", name, is_strict=function.get("strict") is True)
         arguments = ArgumentRules(rules, function.get("parameters"), left_out).arguments()
         calls[name] = rules.add(f'{CALL_START} "call:{name}" {arguments} {CALL_END}')
-        not_enforced += left_out.keywords
+        not_enforced += sorted(left_out.keywords)
     return calls, tuple(not_enforced)
