@@ -62,9 +62,10 @@ def _rebuild(schema: Any, change: Change, path: str) -> Any:
 
 def _plain(schema: dict[str, Any], path: str, document: Document, left_out: LeftOut) -> dict[str, Any]:
     """The same in words that llguidance knows: it takes no `oneOf` for exclusive, and leaves `nullable` aside."""
+    document.read(schema)
     kept = restricting(schema)
     found = {name: kept.get(name, value) for name, value in schema.items() if name in kept or name not in RESTRICTING}
-    if isinstance(found.get("oneOf"), list):
+    if "oneOf" in found:
         if not document.are_exclusive(found["oneOf"]):
             left_out.add(["oneOf"], path)
         branches = {"anyOf": found.pop("oneOf")}

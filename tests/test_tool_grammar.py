@@ -44,6 +44,35 @@ def test_choices(
     assert [text for text in forbidden if is_allowed(grammar, text)] == []
 
 
+CITY = {"type": "object", "properties": {"city": {"$ref": "#/$defs/name"}}, "required": ["city"]}
+CITY |= {"additionalProperties": False, "$defs": {"name": {"type": "string", "minLength": 1}}}
+ANSWER = '{"city": "start: ::= a"}'
+
+
+@pytest.mark.parametrize(
+    ("choice", "parallel", "allowed", "forbidden"),
+    [
+        ("auto", True, [A, B + A, ANSWER], ["", "hi", "hi" + A, ANSWER + A, A + ANSWER, '{"city": ""}', "{}"]),
+        ("auto", False, [A, B, ANSWER], ["", A + B, "hi"]),
+        ("required", True, [A, B + A], ["", ANSWER]),
+        ("a.b", True, [B], [A, ANSWER]),
+    ],
+)
+def test_an_answer_by_a_schema_instead_of_calls(
+    is_allowed: Callable[[str, str], bool], choice: str, parallel: bool, allowed: list[str], forbidden: list[str]
+) -> None:
+    grammar = tool_grammar(TWO, choice, parallel=parallel, answer=CITY).text
+    assert [text for text in allowed if not is_allowed(grammar, text)] == []
+    assert [text for text in forbidden if is_allowed(grammar, text)] == []
+
+
+def test_blanks_in_an_answer_beside_tools_are_bounded(is_allowed: Callable[[str, str], bool]) -> None:
+    """As in one without tools."""
+    grammar = tool_grammar(TWO, "auto", answer=CITY).text
+    assert is_allowed(grammar, '{\n  "city": "a"}')
+    assert not is_allowed(grammar, '{\n\n\n"city": "a"}')
+
+
 def test_without_tools_there_is_text_only(is_allowed: Callable[[str, str], bool]) -> None:
     grammar = tool_grammar([], "auto").text
     assert is_allowed(grammar, "hi")
@@ -151,7 +180,7 @@ def test_top_level_parameters(is_allowed: Callable[[str, str], bool]) -> None:
         ({"type": "string", "pattern": "a(?=b)", "minLength": 1}, "pattern"),
         ({"type": "string", "pattern": "("}, "pattern"),
         ({"type": "string", "format": "binary"}, "format"),
-        ({"type": "number", "minimum": 1e-30}, "minimum"),
+        ({"type": "number", "multipleOf": 1e-20}, "multipleOf"),
         ({"type": "array", "uniqueItems": True, "contains": {}}, "uniqueItems, contains"),
         ({"type": "array", "items": {"type": "array", "items": {"oneOf": []}}}, "oneOf"),
         ({"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]}, "oneOf"),
@@ -162,7 +191,6 @@ def test_top_level_parameters(is_allowed: Callable[[str, str], bool]) -> None:
         ({"type": "any"}, "type"),
         ({"type": "any", "enum": [1]}, "type"),
         ({"enum": ["a"], "maxLength": 3}, "maxLength"),
-        ({"enum": ["a"], "const": "b"}, "const"),
         ({"type": "string", "not": {"const": "a"}}, "not"),
         ({"if": {"type": "string"}, "then": {"minLength": 3}}, "if, then"),
         ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "allOf"),
@@ -207,6 +235,22 @@ def nested(depth: int) -> Any:
         ([tool("f", {"properties": {"a": {"enum": [f"a{QUOTE}"]}}})], "auto", "holds the mark that ends a string"),
         ([tool("f", {"properties": {f"a{QUOTE}": {}}})], "auto", "holds the mark that ends a string"),
         ([tool("f", {"properties": {"a": {"const": float("nan")}}})], "auto", "nan is not JSON"),
+        ([tool("f", {"properties": {"a": {"enum": [1], "const": 2}}})], "auto", "no value satisfies"),
+        ([tool("f", {"properties": {"a": {"minItems": 2, "maxItems": 1}}})], "auto", "no list has at least 2 and at m"),
+        ([tool("f", {"properties": {"a": {"minLength": 2, "maxLength": 1}}})], "auto", "no string has at least 2 and"),
+        (
+            [tool("f", {"properties": {"a": {"type": "integer", "minimum": 2, "maximum": 1}}})],
+            "auto",
+            "no integer satis",
+        ),
+        ([tool("f", {"properties": {"a": {"minimum": "3"}}})], "auto", "minimum must be a number, found '3'"),
+        ([tool("f", {"properties": {"a": {"pattern": 3}}})], "auto", "pattern must be a string, found 3"),
+        ([tool("f", {"properties": {"a": {"anyOf": {}}}})], "auto", "anyOf must be a list, found {}"),
+        (
+            [tool("f", {"properties": {"a": {"allOf": [{"minimum": 1}, 3]}}})],
+            "auto",
+            "a schema must be an object, found 3",
+        ),
         ([tool("f", {"properties": {"a": nested(600)}})], "auto", "tools: a schema is nested too deep"),
     ],
 )
@@ -231,6 +275,31 @@ TOOLS = [
         strict=True,
     ),
     tool(
+        "plan",
+        {
+            "type": "object",
+            "properties": {"root": {"$ref": "#/$defs/Step"}},
+            "required": ["root"],
+            "additionalProperties": False,
+            "$defs": {
+                "Step": {
+                    "type": "object",
+                    "properties": {
+                        "at": {"type": "string", "format": "date"},
+                        "code": {"type": "string", "pattern": "^[A-F]{2}[0-9]$"},
+                        "level": {"type": "number", "exclusiveMinimum": 0, "maximum": 1.5},
+                        "next": {"type": "array", "items": {"$ref": "#/$defs/Step"}, "maxItems": 1},
+                        "note": {"type": "string", "maxLength": 5},
+                        "times": {"type": "integer", "minimum": 2, "maximum": 12, "multipleOf": 2},
+                    },
+                    "required": ["at", "code", "level", "next", "note", "times"],
+                    "additionalProperties": False,
+                }
+            },
+        },
+        strict=True,
+    ),
+    tool(
         "blinds.close",
         {"type": "object", "properties": {"which": {"type": "array", "items": {"const": "left"}}, "at": {"enum": [1]}}},
     ),
@@ -248,7 +317,9 @@ def model(tiny_pair: Callable[[str], Path], request: pytest.FixtureRequest, tmp_
     return mlx_mtp.load(folder / "target")
 
 
-@pytest.mark.parametrize(("choice", "parallel"), [("auto", True), ("required", True), ("light", False)])
+@pytest.mark.parametrize(
+    ("choice", "parallel"), [("auto", True), ("required", True), ("light", False), ("plan", False)]
+)
 def test_generated_calls_are_valid(model: mlx_mtp.Model, choice: str, parallel: bool) -> None:
     """Of random models, which are urged to call and to end, drafted."""
     tokens = ("<|tool_call>", 6.5), ("<|tool_response>", 6.0), ("}", 3.0)
@@ -265,9 +336,9 @@ def test_generated_calls_are_valid(model: mlx_mtp.Model, choice: str, parallel: 
         content, calls = parse([result.text])
         if choice != "auto":
             assert content == ""
-            assert len(calls) == 1 if choice == "light" else calls
+            assert len(calls) == 1 if choice in SCHEMA_OF else calls
         for name, arguments in calls:
-            jsonschema.validate(json.loads(arguments), SCHEMA_OF[name])
+            jsonschema.validate(json.loads(arguments), SCHEMA_OF[name], format_checker=jsonschema.FormatChecker())
         names += [name for name, _ in calls]
     assert len(names) >= 3, "few answers call and end: the test proves little"
-    assert choice != "light" or set(names) == {"light"}
+    assert choice not in SCHEMA_OF or set(names) == {choice}
