@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Mask = npt.NDArray[np.int32]
 
 # What may stand between the tokens of JSON: without a bound, a model that loops on blanks never ends.
-_JSON_WHITESPACE = r" |\n{1,2}[ \t]{0,40}"
+JSON_WHITESPACE = r" |\n{1,2}[ \t]{0,40}"
 
 
 class Channel(NamedTuple):
@@ -51,32 +51,55 @@ def compile_grammar(
         return None
     if len(names) > 1:
         raise OptionError(f"only one of json_schema, regex and grammar can be given, found {' and '.join(names)}")
-    try:
-        from llguidance import LLMatcher
-        from llguidance.gbnf_to_lark import any_to_lark
-    except ImportError:
-        raise OptionError(f"{names[0]} needs llguidance: pip install 'mlx-mtp[grammar]'") from None
+    matcher = _matcher_class(names[0])
+    from llguidance.gbnf_to_lark import any_to_lark
 
     if json_schema is not None:
-        source = LLMatcher.grammar_from_json_schema(
-            _read_schema(json_schema), defaults={"whitespace_pattern": _JSON_WHITESPACE}
+        source = matcher.grammar_from_json_schema(
+            _read_schema(json_schema), defaults={"whitespace_pattern": JSON_WHITESPACE}
         )
     elif regex is not None:
-        source = LLMatcher.grammar_from_regex(regex)
+        source = matcher.grammar_from_regex(regex)
     else:
         assert grammar is not None
         try:
-            source = LLMatcher.grammar_from_lark(any_to_lark(grammar))
+            source = matcher.grammar_from_lark(any_to_lark(grammar))
         except Exception as error:  # The converter raises Exception itself.
             raise OptionError(f"grammar is neither Lark, with a rule start, nor GBNF: {error}") from None
-    failed, messages = LLMatcher.validate_grammar_with_warnings(source)
+    problem = _problem(source)
+    if problem is not None:
+        raise OptionError(f"{names[0]} cannot be followed: {problem}")
+    return source
+
+
+def schema_problem(schema: bool | Mapping[str, Any]) -> str | None:
+    """Why no grammar follows a JSON Schema in full; None if one does. Raises OptionError without llguidance."""
+    return _problem(_matcher_class("json_schema").grammar_from_json_schema(json.dumps(schema)))
+
+
+def lark_problem(grammar: str) -> str | None:
+    """Why a grammar in llguidance's variant of Lark cannot be followed; None if it can. Raises OptionError without
+    llguidance."""
+    return _problem(_matcher_class("grammar").grammar_from_lark(grammar))
+
+
+def _matcher_class(option: str) -> "type[LLMatcher]":
+    """Raises OptionError, which says which option needs llguidance, if it is not installed."""
+    try:
+        from llguidance import LLMatcher
+    except ImportError:
+        raise OptionError(f"{option} needs llguidance: pip install 'mlx-mtp[grammar]'") from None
+    return LLMatcher
+
+
+def _problem(source: str) -> str | None:
+    """Why a grammar in llguidance's own form cannot be followed."""
+    failed, messages = _matcher_class("grammar").validate_grammar_with_warnings(source)
     if not failed:
         # Special tokens are looked up later, in the model's tokenizer.
         messages = [message for message in messages if not message.startswith("no tokenizer - can't validate <")]
     # A warning tells of a part that would not be followed, which is refused too.
-    if failed or messages:
-        raise OptionError(f"{names[0]} cannot be followed: {_reason(messages[0])}")
-    return source
+    return _reason(messages[0]) if failed or messages else None
 
 
 def _read_schema(schema: str | Mapping[str, Any]) -> str:

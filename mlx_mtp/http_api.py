@@ -38,6 +38,10 @@ Items = Job[GenerationResponse | Prefill]
 
 # Names, on an answer, the parts of the request that nothing is known of here.
 IGNORED_HEADER = "X-MLX-MTP-Ignored"
+# Names the keywords of the request's schemas that the answer may not follow.
+_NOT_ENFORCED = "X-MLX-MTP-Not-Enforced"
+_HEADER_TEXT = " !#$&'()*+,/:;=?@[]"
+_MOST_HEADER = 2000
 # What the page may do: nothing but talk to this server.
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -128,6 +132,8 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
             response.headers[IGNORED_HEADER] = ", ".join(
                 quote(name[:100], safe="") or '""' for name in body.ignored[:20]
             )
+        if asked.not_enforced:
+            response.headers[_NOT_ENFORCED] = quote(", ".join(asked.not_enforced), safe=_HEADER_TEXT)[:_MOST_HEADER]
         return response
 
     @app.post("/v1/messages", responses=ANTHROPIC_ERRORS, response_class=Response, summary="Anthropic's messages.")

@@ -47,7 +47,7 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, OptionError | PromptError):
         # Messages of options begin with the option's name.
-        name = str(error).split(" ", 1)[0].split("[")[0]
+        name = str(error).split(" ", 1)[0].split("[")[0].rstrip(":")
         return ApiError(400, str(error), code="invalid_value", param=name if name.isidentifier() else None)
     if isinstance(error, BusyError):
         return ApiError(429, str(error), code="queue_full")

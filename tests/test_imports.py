@@ -23,7 +23,8 @@ LAYERS = (
     ("cli", "training", "peers", "plots"),
     ("load", "dataset"),
     ("engine",),
-    ("tokenizer", "text", "tool_grammar", "calibration", "exact", "graph", "memory"),
+    ("tokenizer", "text", "tool_grammar", "answer_schema", "calibration", "exact", "graph", "memory"),
+    ("argument_rules",),
     ("speculative", "distill", "centroids", "draft_vocab"),
     ("drafter",),
     ("chat_template", "control_marks", "acceptance", "gemma4", "guide", "sampling", "prompt_cache"),
@@ -33,7 +34,7 @@ LAYERS = (
     ("cache", "embeddings", "argument_schema"),
     ("weights",),
     ("config", "draft_length"),
-    ("output", "lifetime", "hub"),
+    ("output", "lifetime", "hub", "schemas", "string_rules"),
     ("worker",),
     ("errors",),
 )

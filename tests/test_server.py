@@ -4,7 +4,8 @@ import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from datetime import date
+from typing import Annotated, Any, Literal
 
 import httpx
 import jsonschema
@@ -13,7 +14,7 @@ import pytest
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
 from prometheus_client.parser import text_string_to_metric_families
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel, Field, SecretStr
 from serving import Served, serve
 
 import mlx_mtp
@@ -313,6 +314,133 @@ def test_responses_call_tools(client: openai.OpenAI) -> None:
     assert after.usage.input_tokens > answer.usage.input_tokens
 
 
+class Animal(BaseModel):
+    """As people write models: each keyword of these is one of the schema that OpenAI's client makes of it."""
+
+    kind: Literal["cat"]
+    lives: int = Field(ge=1, le=9, description="Left.")
+    born: date
+    parent: "Animal | None" = None
+
+
+class Robot(BaseModel):
+    kind: Literal["robot"]
+    model: str = Field(pattern="^[A-Z]{2}$")
+
+
+class Adopt(BaseModel):
+    pet: Animal | Robot
+    tags: list[Literal["a", "b"]] = Field(min_length=1, max_length=2)
+
+
+def test_strict_tools_of_pydantic_models(client: openai.OpenAI) -> None:
+    """References to themselves, bounds, patterns and formats are held to."""
+    tools: Any = [openai.pydantic_function_tool(Adopt)]
+    assert tools[0]["function"]["strict"] is True
+    for seed in range(3):
+        answer: Any = client.chat.completions.parse(
+            model="pair", messages=MESSAGES, tools=tools, tool_choice="required", seed=seed, max_tokens=400
+        )
+        if answer.choices[0].finish_reason == "tool_calls":
+            for call in answer.choices[0].message.tool_calls:
+                assert isinstance(call.function.parsed_arguments, Adopt)
+            return
+    raise AssertionError("no answer ended")
+
+
+def test_strict_output_of_pydantic_models(client: openai.OpenAI) -> None:
+    class Chip(BaseModel):
+        kind: Literal["chip"]
+        volts: float = Field(ge=0, le=5)
+
+    class Pets(BaseModel):
+        first: Annotated[Chip | Robot, Field(discriminator="kind")]
+        count: int = Field(gt=0, lt=4)
+
+    for seed in range(3):
+        more: Any = {"text_format": Pets, "max_output_tokens": 400, "extra_body": {"seed": seed}}
+        answer = client.responses.parse(model="pair", input=PROMPT, **more)
+        if answer.status == "completed":
+            assert isinstance(answer.output_parsed, Pets)
+            return
+    raise AssertionError("no answer ended")
+
+
+LOOSE = {
+    "type": "object",
+    "properties": {"m": {"propertyNames": {"pattern": "a"}}, "s": {"type": "array", "uniqueItems": True}},
+    "required": ["m", "s"],
+}
+
+
+def test_what_is_not_enforced_is_named(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    header = "x-mlx-mtp-not-enforced"
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": LOOSE}}
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "o", "schema": LOOSE}}
+    request: Any = {"messages": MESSAGES, "max_tokens": 2}
+    with caplog.at_level("WARNING"):
+        for body, expected in (
+            ({"response_format": wanted}, "response_format.m: propertyNames, response_format.s: uniqueItems"),
+            ({"tools": [tool], "tool_choice": "required"}, "f.m: propertyNames, f.s: uniqueItems"),
+            ({"tools": [tool]}, None),
+        ):
+            for stream in (False, True):
+                caplog.clear()
+                answer = httpx.post(f"{served.v1}/chat/completions", json=request | body | {"stream": stream})
+                assert answer.status_code == 200, answer.text
+                assert answer.headers.get(header) == expected
+                logged = [found for found in caplog.messages if "not enforced" in found]
+                assert len(logged) == (expected is not None)
+                assert all(expected in found for found in logged if expected)
+    name = {"type": "object", "properties": {"é\r\nx: y": {"not": {}}}}
+    body = request | {"response_format": {"type": "json_schema", "json_schema": {"name": "o", "schema": name}}}
+    answer = httpx.post(f"{served.v1}/chat/completions", json=body)
+    assert answer.headers[header] == "response_format.%C3%A9%0D%0Ax: y: not"
+    strict: Any = [{"type": "function", "function": tool["function"] | {"strict": True}}]
+    for body, message in (
+        (
+            {"response_format": wanted | {"json_schema": {"name": "o", "schema": LOOSE, "strict": True}}},
+            "response_format: it is strict, but propertyNames cannot be followed, at m",
+        ),
+        ({"tools": strict}, "tools: parameters of f: it is strict, but uniqueItems cannot be followed, at s"),
+    ):
+        answer = httpx.post(f"{served.v1}/chat/completions", json=request | body)
+        assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
+
+
+def test_tools_beside_a_response_format(client: openai.OpenAI, model: Model) -> None:
+    """The answer is a call, or JSON by the schema, and nothing else; the model chooses."""
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
+    (start,) = model.encode("<|tool_call>")[-1:]
+    strict: Any = [{"type": "function", "function": tool["function"] | {"strict": True}} for tool in TOOLS]
+    for bias, tools in ((-100, TOOLS), (100, TOOLS), (100, strict)):
+        options: Any = {"tools": tools, "logit_bias": {str(start): bias}, "parallel_tool_calls": False}
+        whole = chat(client, response_format=wanted, **options)
+        message = whole.choices[0].message
+        if bias < 0:
+            assert whole.choices[0].finish_reason == "stop"
+            jsonschema.validate(json.loads(message.content), SCHEMA)
+            assert message.tool_calls is None
+        else:
+            assert whole.choices[0].finish_reason == "tool_calls"
+            assert message.content is None
+            (call,) = message.tool_calls
+            jsonschema.validate(
+                json.loads(call.function.arguments), {"get_weather": WEATHER, "stop": {}}[call.function.name]
+            )
+        parts = joined(chat(client, response_format=wanted, stream=True, **options))
+        assert parts["content"] == (message.content or "")
+        assert len(parts["calls"]) == len(message.tool_calls or [])
+    required = chat(client, response_format=wanted, tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
+    assert required.choices[0].message.tool_calls
+    free = chat(client, response_format=wanted, tools=TOOLS, tool_choice="none")
+    jsonschema.validate(json.loads(free.choices[0].message.content), SCHEMA)
+    text: Any = {"format": {"type": "json_object"}}
+    flat: Any = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    answer = client.responses.create(model="pair", input=PROMPT, tools=flat, text=text, max_output_tokens=4)
+    assert answer.output_text.startswith("{") or answer.output[0].type == "function_call"
+
+
 class Person(BaseModel):
     adult: bool
     kind: str
@@ -490,12 +618,17 @@ BAD_BODIES: list[tuple[str, Any, str | None, str]] = [
     ("chat/completions", {"num_draft_tokens": -1}, "num_draft_tokens", "invalid_value"),
     ("chat/completions", {"tool_choice": "required"}, "tool_choice", "invalid_value"),
     ("chat/completions", {"tools": [{"type": "function", "function": {"name": "a b"}}]}, None, "invalid_value"),
-    ("chat/completions", {"tools": TOOLS, "response_format": {"type": "json_object"}}, "tools", "invalid_value"),
+    ("chat/completions", {"tools": TOOLS, "regex": "a", "tool_choice": "required"}, None, "invalid_value"),
     ("chat/completions", {"response_format": {"type": "xml"}}, "response_format", "invalid_value"),
     (
         "chat/completions",
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}},
-        "json_schema",
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"not": {}}, "strict": True},
+            }
+        },
+        "response_format",
         "invalid_value",
     ),
     ("chat/completions", {"regex": "("}, "regex", "invalid_value"),
