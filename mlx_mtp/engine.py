@@ -25,7 +25,7 @@ from .guide import Channel, Guide, compile_grammar
 from .lifetime import Lifetime
 from .memory import memory_size
 from .prompt_cache import PromptCache
-from .sampling import Sampling
+from .sampling import Sampling, default_sampling
 from .speculative import LogitsProcessor, Logprobs, Progress, Round, Rounds, Stats, Stream, decode, token_budget
 from .text import TextStream
 from .tokenizer import encode_chat, encode_prompt, open_thought, thought_channel
@@ -307,7 +307,7 @@ class Model:
     @property
     def default_sampling(self) -> Sampling:
         """How the model's makers sample (`generation_config.json`): what the command lines begin with."""
-        return Sampling(**vars(self.config.sampling))
+        return default_sampling(self.config.sampling, self.max_context)
 
     def encode(
         self, prompt: Prompt, *, enable_thinking: bool = False, tools: Sequence[Mapping[str, Any]] | None = None
@@ -624,6 +624,7 @@ class Model:
             channel=self._channel if options.enable_thinking or thought is not None else None,
             thought_budget=options.thinking_budget,
             thought=thought,
+            suppressed=self.config.suppress_tokens,
         )
         # A grammar without any text is an error now rather than after the prompt.
         guide.mask()

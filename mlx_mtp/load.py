@@ -95,6 +95,7 @@ def load(
     loaded = None
     if drafter_config is not None:
         loaded = load_drafter(drafter_config, target.dtype, on_read)
+        loaded.suppress(config.suppress_tokens)
         fuse_projections(loaded.model.layers)
         lay_out_weights(loaded)
     elif drafter is None:
@@ -267,6 +268,7 @@ def load_target(config: TargetConfig, *, mapped: bool = False, on_read: Callable
     Raises WeightsError if its tensors do not fit the config.
     """
     target = Target(config.text)
+    target.suppress(config.suppress_tokens)
     names = partial(target_names, config=config)
     quantization = config.quantization
     tensors = fill_module(target, config.path.parent, names, quantization, MLX_PREFIX, _left(mapped), on_read)
