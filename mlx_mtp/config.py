@@ -76,7 +76,11 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A text decoder: the target's, or the drafter's (whose layers own no K/V)."""
+    """A text decoder: the target's, or the drafter's (whose layers own no K/V).
+
+    `own_head` says that its output head is not the embedding. Not config.json decides, but the weights: see
+    `weights.resolve_head`.
+    """
 
     hidden_size: int
     num_attention_heads: int
@@ -92,6 +96,8 @@ class TextConfig:
     num_experts: int
     top_k_experts: int
     moe_intermediate_size: int
+    # Not in what names a model by its config: a head has a parameter of its own.
+    own_head: bool = field(default=False, repr=False)
 
     def last_kv_layer(self, layer_type: LayerType) -> int:
         """Index of the last layer of this type that owns K/V: the one whose K/V the drafter reads."""
@@ -126,7 +132,10 @@ class SamplingDefaults:
 @dataclass(frozen=True)
 class TargetConfig:
     """A target checkpoint's `config.json`, with what its `generation_config.json` says: stop ids, sampling defaults and
-    `suppress_tokens`, the ids in the vocabulary that the model never generates, whatever the options are."""
+    `suppress_tokens`, the ids in the vocabulary that the model never generates, whatever the options are.
+
+    `is_tied` is `tie_word_embeddings`, of the top level as in transformers.
+    """
 
     path: Path
     model_type: str
@@ -136,6 +145,7 @@ class TargetConfig:
     sampling: SamplingDefaults
     dtype: str | None
     suppress_tokens: tuple[int, ...] = ()
+    is_tied: bool = True
 
 
 @dataclass(frozen=True)
@@ -245,6 +255,7 @@ def read_target_config(folder: Path) -> TargetConfig:
         sampling=_read_sampling(generation),
         dtype=_read_dtype(root, text),
         suppress_tokens=tuple(i for i in _read_ids(generation, "suppress_tokens") if i < vocab_size),
+        is_tied=root.boolean("tie_word_embeddings") if "tie_word_embeddings" in root else True,
     )
 
 
@@ -315,7 +326,7 @@ def _vocab_size(root: _Fields, text: _Fields) -> int:
 
 
 def _read_text(text: _Fields, vocab_size: int, *, shares_all: bool) -> TextConfig:
-    _reject_unsupported(text)
+    _reject_unsupported(text, is_drafter=shares_all)
     # transformers' unified text config has no field for per-layer inputs or experts: a re-save loses them.
     unified = "model_type" in text and "unified" in text.string("model_type")
     per_layer = 0 if unified and "hidden_size_per_layer_input" not in text else _per_layer_size(text)
@@ -347,12 +358,13 @@ def _per_layer_size(text: _Fields) -> int:
     return 0 if text.require("hidden_size_per_layer_input") is None else text.integer("hidden_size_per_layer_input", 0)
 
 
-def _reject_unsupported(text: _Fields) -> None:
+def _reject_unsupported(text: _Fields, *, is_drafter: bool) -> None:
     """Refuse variations that no Gemma 4 checkpoint has and this runtime would silently compute wrongly."""
     supported: dict[str, tuple[Any, ...]] = {
         "hidden_activation": ("gelu_pytorch_tanh",),
         "attention_bias": (False,),
-        "tie_word_embeddings": (True,),
+        # A target's head is as its weights say.
+        "tie_word_embeddings": (True,) if is_drafter else (True, False),
         "use_bidirectional_attention": (None, "vision"),
     }
     for name, values in supported.items():

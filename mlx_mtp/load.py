@@ -30,7 +30,7 @@ from .hub import DRAFTER_FOLDER, Downloads, is_repo, resolve_folder
 from .memory import MemoryPlan, check_memory, memory_size, planner
 from .speculative import Progress, Rounds
 from .tokenizer import load_tokenizer
-from .weights import MLX_PREFIX, count_bytes, drafter_names, fill_module, target_names
+from .weights import count_bytes, drafter_names, fill_module, resolve_head, target_names
 from .worker import Job, Worker
 
 logger = logging.getLogger(__name__)
@@ -188,10 +188,10 @@ def _read_configs(
     if downloads is not None:
         downloads.finish()
     if drafter_folder is None:
-        return config, None
+        return resolve_head(config), None
     drafter_config = read_drafter_config(drafter_folder)
     check_pair(config, drafter_config)
-    return config, drafter_config
+    return resolve_head(config), drafter_config
 
 
 def _expect(downloads: Downloads, path_or_repo: str | Path, drafter: str | Path | None, revision: str | None) -> None:
@@ -271,7 +271,7 @@ def load_target(config: TargetConfig, *, mapped: bool = False, on_read: Callable
     target.suppress(config.suppress_tokens)
     names = partial(target_names, config=config)
     quantization = config.quantization
-    tensors = fill_module(target, config.path.parent, names, quantization, MLX_PREFIX, _left(mapped), on_read)
+    tensors = fill_module(target, config.path.parent, names, quantization, _left(mapped), on_read)
     if mapped:
         target.embed_tokens_per_layer = MappedEmbedding(target.embed_tokens_per_layer, tensors)
     return target
