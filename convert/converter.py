@@ -26,7 +26,7 @@ from mlx_mtp.drafter import Drafter
 from mlx_mtp.errors import ConfigError, HubError, OptionError, OutputError, TokenizerError, WeightsError
 from mlx_mtp.gemma4 import Target
 from mlx_mtp.hub import DRAFTER_FOLDER, resolve_folder
-from mlx_mtp.load import check_pair, find_drafter
+from mlx_mtp.load import check_pair, find_drafter, how_to_name_a_drafter
 from mlx_mtp.output import check_output, existing_parent, new_folder
 from mlx_mtp.tokenizer import load_tokenizer
 from mlx_mtp.weights import (
@@ -118,11 +118,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written: `drafter` is None where the target was converted alone."""
+    """What was written: `drafter` is None where the target was converted alone, `advice` how to name one."""
 
     folder: Path
     target: Part
     drafter: Part | None
+    advice: str
 
 
 def convert(
@@ -150,7 +151,7 @@ def convert(
             _write(new / name, part, block_bytes, lambda done: progress(done, total) if progress else None)
     if options.upload_repo is not None:
         _upload(output, options.upload_repo)
-    return Summary(output, target, drafter)
+    return Summary(output, target, drafter, how_to_name_a_drafter(read_target_config(folder)))
 
 
 def _plan(options: Options, folder: Path, output: Path) -> tuple[Part, Part | None]:

@@ -23,7 +23,7 @@ from .engine import (
     Model,
 )
 from .errors import MTPError, OptionError
-from .load import DEMO_PAIR, PER_LAYER_EMBEDDINGS, load, plan_memory
+from .load import DEMO_PAIR, PER_LAYER_EMBEDDINGS, how_to_name_a_drafter, load, plan_memory
 from .memory import parse_bytes
 from .sampling import ACCEPTANCE_RULES, Sampling
 
@@ -250,7 +250,8 @@ def load_or_demo(args: argparse.Namespace, options: GenerationOptions | None = N
         )
     model = load_model(name, args.drafter, args, options)
     if model.drafter is None and args.drafter is None:
-        print(f"no drafter found for {name}: decoding plainly (name one with --drafter)", file=sys.stderr)
+        advice = how_to_name_a_drafter(model.config)
+        print(f"no drafter found for {name}: decoding plainly ({advice})", file=sys.stderr)
     return model
 
 
