@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import mlx.core as mx
+import numpy as np
 
 from . import prompt_cache
 from .cache import KVQuantization, check_group_size
@@ -319,15 +320,26 @@ class Model:
         """
         self._life.check()
         if isinstance(prompt, str):
-            return encode_prompt(self.tokenizer, prompt, use_chat_template=False)
+            return self._in_vocabulary(encode_prompt(self.tokenizer, prompt, use_chat_template=False))
         items: list[Any] = prompt.tolist() if isinstance(prompt, mx.array) else list(prompt)  # type: ignore[assignment]
         if items and isinstance(items[0], Mapping):
-            return encode_chat(self.tokenizer, items, enable_thinking=enable_thinking, tools=tools)
+            tokens = encode_chat(self.tokenizer, items, enable_thinking=enable_thinking, tools=tools)
+            return self._in_vocabulary(tokens)
         size = self.target.config.vocab_size
         for token in items:
-            if not isinstance(token, int) or not 0 <= token < size:
+            is_id = isinstance(token, int | np.integer) and not isinstance(token, bool)
+            if not is_id or not 0 <= token < size:
                 raise PromptError(f"the prompt must hold token ids from 0 to {size - 1}, found {token!r}")
-        return items
+        return [int(token) for token in items]
+
+    def _in_vocabulary(self, tokens: list[int]) -> list[int]:
+        """The tokens themselves, if the model has an embedding for each: a fine-tune may have added some without."""
+        size = self.target.config.vocab_size
+        for token in tokens:
+            if token >= size:
+                text = self.tokenizer.convert_ids_to_tokens(token)
+                raise PromptError(f"the prompt holds {text!r}, token {token}, but the model has embeddings of {size}")
+        return tokens
 
     def stream_generate(
         self,

@@ -65,8 +65,8 @@ class TensorInfo:
 def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of a checkpoint folder by the name its file gives it, read from the headers alone.
 
-    Raises WeightsError if there is no safetensors file, a shard named by the index is missing, a file is truncated, or
-    a tensor the index names is in none of them.
+    Raises WeightsError if there is no safetensors file, a shard named by the index is missing, a file is truncated, a
+    tensor the index names is in none of them, or without an index two files hold the same tensor.
     """
     index = folder / INDEX_NAME
     if index.is_file():
@@ -84,7 +84,14 @@ def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
             raise WeightsError(f"{folder}: the folder has no model*.safetensors")
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        tensors |= read_header(file)
+        found = read_header(file)
+        twice = next((name for name in found if name in tensors), None)
+        if twice is not None and not weight_map:
+            raise WeightsError(
+                f"{folder}: {tensors[twice].file.name} and {file.name} both hold tensor {twice}, and there is no "
+                f"{INDEX_NAME} to say which one is meant: remove the older file"
+            )
+        tensors |= found
     for name, shard in weight_map.items():
         if name not in tensors:
             raise WeightsError(f"{index}: names tensor {name} in {shard}, which does not hold it")
