@@ -160,7 +160,7 @@ def _print_summary(summary: Summary, drafter: str, target: str, seconds: float) 
     if summary.drafter is not None:
         parts.append(f"drafter {describe(summary.drafter)}")
     elif drafter == "auto":
-        print(f"no drafter found for {target}: converted alone (name one with --drafter)", file=sys.stderr)
+        print(f"no drafter found for {target}: converted alone ({summary.advice})", file=sys.stderr)
     print(f"{summary.folder}: {', '.join(parts)}, {seconds:.1f} s", file=sys.stderr)
 
 

@@ -23,7 +23,7 @@ from .engine import (
     Model,
 )
 from .errors import MTPError, OptionError
-from .load import DEMO_PAIR, PER_LAYER_EMBEDDINGS, load, plan_memory
+from .load import DEMO_PAIR, PER_LAYER_EMBEDDINGS, how_to_name_a_drafter, load, plan_memory
 from .memory import parse_bytes
 from .sampling import ACCEPTANCE_RULES, Sampling
 
@@ -112,7 +112,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--temp", dest="temperature", type=float, help="Sampling temperature, 0 is greedy (default: the model's own).")
     add("--top-k", type=int, help="Most likely tokens to draw from, 0 for all (default: the model's own).")
     add("--top-p", type=float, help="Probability mass to draw from, 1 for all (default: the model's own).")
-    add("--min-p", type=float, default=unset.min_p, help="Least share of the best token's probability (%(default)s).")
+    add("--min-p", type=float, help="Least share of the best token's probability (default: the model's own).")
     add(
         "--xtc-probability",
         type=float,
@@ -148,14 +148,13 @@ def _add_penalty_options(parser: argparse.ArgumentParser) -> None:
         add(
             f"--{name}-penalty",
             type=float,
-            default=vars(unset)[penalty],
-            help=f"Penalty for tokens seen before, which {effect} (default: %(default)s, none).",
+            help=f"Penalty for tokens seen before, which {effect} (default: the model's own, else "
+            f"{vars(unset)[penalty]:g}, none).",
         )
         add(
             f"--{name}-context-size",
             type=int,
-            default=vars(unset)[size],
-            help="Number of preceding tokens it looks at (default: %(default)s).",
+            help=f"Number of preceding tokens it looks at (default: {vars(unset)[size]}, or all for the model's own).",
         )
     add("--logit-bias", type=_logit_bias, default={}, metavar="JSON", help='Added to logits: {"token id": bias, ...}.')
 
@@ -251,7 +250,8 @@ def load_or_demo(args: argparse.Namespace, options: GenerationOptions | None = N
         )
     model = load_model(name, args.drafter, args, options)
     if model.drafter is None and args.drafter is None:
-        print(f"no drafter found for {name}: decoding plainly (name one with --drafter)", file=sys.stderr)
+        advice = how_to_name_a_drafter(model.config)
+        print(f"no drafter found for {name}: decoding plainly ({advice})", file=sys.stderr)
     return model
 
 

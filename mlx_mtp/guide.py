@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # One bit per token of the vocabulary, set where the token is allowed, in words of 32 bits, lowest first.
 Mask = npt.NDArray[np.int32]
 
+_NOTHING_LEFT = "the other options exclude every token that the grammar allows"
 # What may stand between the tokens of JSON: without a bound, a model that loops on blanks never ends.
 JSON_WHITESPACE = r" |\n{1,2}[ \t]{0,40}"
 
@@ -137,7 +138,8 @@ class Guide:
 
     The answer follows `matcher`'s grammar, if there is one, up to a stop token. Before it, if `channel` is given, there
     may be one thought, of at most `thought_budget` tokens after the channel's name; then the channel is closed.
-    `thought` is the number of tokens since the channel was opened, for a prompt that ends inside it.
+    `thought` is the number of tokens since the channel was opened, for a prompt that ends inside it. Masks leave
+    `suppressed` tokens out.
     """
 
     def __init__(
@@ -149,20 +151,33 @@ class Guide:
         channel: Channel | None = None,
         thought_budget: int | None = None,
         thought: int | None = None,
+        suppressed: Iterable[int] = (),
     ) -> None:
         self.vocab_size = vocab_size
         self._stop_ids = frozenset(stop_ids)
         self._matcher = matcher
         self._channel = channel
         self._limit = None if channel is None or thought_budget is None else channel.header + thought_budget
+        self._unsuppressed = ~self._only(suppressed)
         # A state for the text so far and for each of its beginnings, to go back to.
         self._states = [_State(_Phase.START) if thought is None else _State(_Phase.THOUGHT, thought)]
 
     def mask(self) -> Mask | None:
         """The tokens that may come next; None if all may.
 
-        Raises OptionError if the grammar cannot go on: it is then too complex, or can never end.
+        Raises OptionError if the grammar cannot go on: it is then too complex, can never end, or allows suppressed
+        tokens alone.
         """
+        mask = self._followed()
+        if mask is None:
+            return None
+        mask = mask & self._unsuppressed
+        if not mask.any():
+            raise OptionError(_NOTHING_LEFT)
+        return mask
+
+    def _followed(self) -> Mask | None:
+        """The tokens by which the text can go on, suppressed ones among them; None for all."""
         state = self._states[-1]
         if state.phase is _Phase.THOUGHT:
             assert self._channel is not None
@@ -204,7 +219,7 @@ class Guide:
             if self._matcher is not None:
                 # The matcher is not told of stop tokens: some it counts when rolling back, some it does not.
                 if not (self._matcher.is_accepting() if is_stop else self._matcher.consume_token(token)):
-                    raise OptionError("the other options exclude every token that the grammar allows")
+                    raise OptionError(_NOTHING_LEFT)
                 state = state._replace(matched=state.matched + (not is_stop))
             state = state._replace(phase=_Phase.ENDED if is_stop else _Phase.ANSWER)
         self._states.append(state)

@@ -486,7 +486,10 @@ class Stream:
             size = self._penalties.context_size
             text = mx.concatenate([self._context, draft.tokens[0]])
             contexts = mx.stack([text[row : row + size] for row in range(rows)])
-            logits = self._process(self._penalties(self.target.soft_cap(logits), contexts), draft.tokens[0])
+            own = self.target.without_suppressed(self.target.soft_cap(logits))
+            logits = self._process(self._penalties(own, contexts), draft.tokens[0])
+        else:
+            logits = self.target.without_suppressed(logits)
         if masks is not None:
             logits = mx.where(masks, logits, -mx.inf)
         if sampling.is_greedy:
@@ -529,7 +532,7 @@ class Stream:
         """Per row the token's log probability, then the ids and the log probabilities of the most likely: float32."""
         if self.logprobs is None:
             return mx.zeros(0)
-        capped = self.target.soft_cap(logits).astype(mx.float32)
+        capped = self.target.without_suppressed(self.target.soft_cap(logits)).astype(mx.float32)
         values = capped - mx.logsumexp(capped, axis=-1, keepdims=True)
         # Stable order: the most likely first, equal ones by id.
         top = mx.argsort(-values, axis=-1)[:, : self.logprobs]

@@ -1,11 +1,13 @@
 """Tokenizer of a checkpoint folder: chat template and streaming detokenizer, thin over mlx-lm's wrapper."""
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .chat_template import render_conversation
+from .config import read_json
 from .errors import PromptError, TokenizerError
 from .guide import Channel
 from .tool_schemas import usable_tools
@@ -32,15 +34,40 @@ def load_tokenizer(folder: Path, eos_token_ids: tuple[int, ...]) -> "TokenizerWr
     from mlx_lm import tokenizer_utils
 
     try:
-        tokenizer = tokenizer_utils.load(folder, eos_token_ids=list(eos_token_ids))
+        tokenizer = tokenizer_utils.load(folder, _chat_template_json(folder), eos_token_ids=list(eos_token_ids))
     except (ValueError, OSError, KeyError) as error:
         raise TokenizerError(f"{folder}: the tokenizer cannot be read: {error}") from error
     if not (folder / "tokenizer.json").is_file():
         # mlx-lm knows sentencepiece by tokenizer.json; its general detokenizer repeats characters split into bytes.
         tokenizer._detokenizer = tokenizer_utils.SPMStreamingDetokenizer(tokenizer, trim_space=False)
+    _name_a_default(tokenizer)
     # The context's limit is checked where decoding starts; transformers would warn of a limit of its own.
     tokenizer.model_max_length = sys.maxsize
     return tokenizer
+
+
+def _chat_template_json(folder: Path) -> dict[str, Any]:
+    """The field of tokenizer_config.json that older processors kept in a file of its own, if it is nowhere else."""
+    file, config = folder / "chat_template.json", folder / "tokenizer_config.json"
+    elsewhere = (folder / "chat_template.jinja").is_file() or (folder / "additional_chat_templates").is_dir()
+    if not file.is_file() or elsewhere or (config.is_file() and read_json(config).get("chat_template")):
+        return {}
+    template = read_json(file).get("chat_template")
+    if not isinstance(template, str | list):
+        raise TokenizerError(f"{file}: field chat_template must be a template or a list of named ones")
+    return {"chat_template": template}
+
+
+def _name_a_default(tokenizer: "TokenizerWrapper") -> None:
+    """Of several named templates, transformers takes `tool_use` for tools and `default` otherwise. Where there is no
+    default, one that is alone is taken, and several are an error when a template is needed."""
+    templates = tokenizer.chat_template
+    if not isinstance(templates, dict) or "default" in templates:
+        return
+    names = sorted(templates)
+    message = f"the model has chat templates named {', '.join(names)}, but none named default"
+    refusal = "{{ raise_exception(" + json.dumps(message) + ") }}"
+    tokenizer.chat_template = templates | {"default": templates[names[0]] if len(names) == 1 else refusal}
 
 
 def encode_prompt(

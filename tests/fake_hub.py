@@ -3,7 +3,7 @@
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,10 +13,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextmanager
-def serve(repos: dict[str, Path], token: str | None = None) -> Iterator[tuple[str, list[str]]]:
+def serve(
+    repos: dict[str, Path], token: str | None = None, failing: Mapping[str, int] | None = None
+) -> Iterator[tuple[str, list[str]]]:
     """Serve folders by repository id. Yields the endpoint and the list of requests seen, as "METHOD path".
 
-    With a token, requests without it get 401, as private repositories do.
+    With a token, requests without it get 401, as private repositories do. Those for repositories that are `failing` get
+    this status; 403 is that of a gated one.
     """
     requests: list[str] = []
 
@@ -36,6 +39,10 @@ def serve(repos: dict[str, Path], token: str | None = None) -> Iterator[tuple[st
             if token is not None and self.headers.get("Authorization") != f"Bearer {token}":
                 self._send(401, b"{}", {"X-Error-Code": "RepoNotFound"}, with_body)
                 return
+            for repo, status in (failing or {}).items():
+                if path.startswith((f"/api/models/{repo}/", f"/{repo}/")):
+                    self._send(status, b"{}", {"X-Error-Code": "GatedRepo"} if status == 403 else {}, with_body)
+                    return
             for repo, folder in repos.items():
                 if path.startswith((f"/api/models/{repo}/revision/", f"/api/models/{repo}/tree/")):
                     self._send_json(_info(repo, folder, path), with_body)

@@ -190,6 +190,10 @@ def test_stop_tokens_and_ignore_eos(model: mlx_mtp.Model) -> None:
         ({"presence_penalty": float("inf")}, "presence_penalty must be finite, found inf"),
         ({"frequency_context_size": 0}, "frequency_context_size must be at least 1, found 0"),
         ({"logit_bias": {"a": 1.0}}, "logit_bias must map token ids to finite numbers, found 'a': 1.0"),
+        ({"logit_bias": {5: float("inf")}}, "logit_bias must map token ids to finite numbers, found 5: inf"),
+        ({"logit_bias": {5: float("nan")}}, "logit_bias must map token ids to finite numbers, found 5: nan"),
+        ({"logit_bias": {5: 1e39}}, r"logit_bias of token 5 must be finite in float32, found 1e\+39"),
+        ({"logit_bias": {5: -(10**50)}}, r"logit_bias of token 5 must be finite in float32, found -1e\+50"),
     ],
 )
 def test_penalties_and_extremes_out_of_range(options: dict[str, Any], message: str) -> None:
