@@ -1,9 +1,7 @@
-"""What the command lines share: options, error handling, and what they print about a generation."""
+"""What the command lines share: options, loading, and what they print about a generation."""
 
 import argparse
 import json
-import logging
-import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator
@@ -22,37 +20,11 @@ from .engine import (
     GenerationResponse,
     Model,
 )
-from .errors import MTPError, OptionError
+from .errors import OptionError
 from .load import DEMO_PAIR, PER_LAYER_EMBEDDINGS, load, plan_memory
 from .memory import parse_bytes
 from .sampling import ACCEPTANCE_RULES, Sampling
-
-# What a shell expects of a program ended by Ctrl-C.
-INTERRUPTED = 130
-
-
-def exit_status(run: Callable[[], int]) -> int:
-    """Run a command: its own exit status, 1 after an error, which is printed in one line, or 130 after Ctrl-C.
-
-    Warnings of the library go to stderr.
-    """
-    handler = logging.lastResort
-    assert handler is not None
-    library = logging.getLogger("mlx_mtp")
-    library.addHandler(handler)
-    try:
-        return run()
-    except MTPError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output is gone; what is still buffered has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    finally:
-        library.removeHandler(handler)
+from .shell import lacking, write_out
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = None, lengths: bool = True) -> None:
@@ -277,12 +249,18 @@ def print_stream(responses: Iterator[GenerationResponse]) -> tuple[list[Generati
                 if in_thought:
                     print(file=sys.stderr, flush=True)
                     in_thought = False
-                print(response.text, end="", flush=True)
+                write_out(response.text, end="")
     except KeyboardInterrupt:
         interrupted = True
     if in_thought:
         print(file=sys.stderr)
-    print(flush=True)
+    write_out("")
+    if (character := lacking("".join(response.text for response in seen))) is not None:
+        print(
+            f"stdout's encoding, {sys.stdout.encoding}, lacks characters of this text, such as {character!a}: they are "
+            "written as escape sequences (PYTHONIOENCODING=utf-8 writes all)",
+            file=sys.stderr,
+        )
     return seen, interrupted
 
 

@@ -1,8 +1,15 @@
 """Command line: decode one prompt with a target and its drafter. `python -m mlx_mtp.generate --help`."""
 
+import sys
+
+if __name__ == "__main__":
+    # Before anything that takes time is imported.
+    from mlx_mtp.shell import run_command
+
+    sys.exit(run_command("generate"))
+
 import argparse
 import json
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +17,12 @@ from statistics import median
 from typing import Any
 
 from .cli import (
-    INTERRUPTED,
     add_kv_options,
     add_model_options,
     add_sampling_options,
     add_thinking_options,
     calibrate,
     describe,
-    exit_status,
     load_or_demo,
     prefill_bar,
     print_stream,
@@ -28,7 +33,9 @@ from .cli import (
 from .draft_length import MAX_DRAFT_TOKENS
 from .engine import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, GenerationOptions, GenerationResponse, Model
 from .errors import OptionError
+from .files import read_text
 from .load import DEMO_PAIR, plan_memory
+from .shell import INTERRUPTED, Parser, exit_status, read_prompt, text_argument, write_json, write_out
 from .tokenizer import encode_in_parts, encode_prompt
 
 COMPARED_RUNS = 3
@@ -44,13 +51,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_mtp.generate",
         description="Decode a prompt with Gemma 4: the drafter proposes, the target verifies.",
     )
     add_model_options(parser, default="the demo pair in the package")
-    parser.add_argument("--prompt", "-p", metavar="TEXT|-", help="The prompt; '-' reads it from stdin.")
-    parser.add_argument("--system-prompt", help="System prompt for the chat template.")
+    add = parser.add_argument
+    add("--prompt", "-p", type=text_argument, metavar="TEXT|-", help="The prompt; '-' reads it from stdin.")
+    add("--system-prompt", type=text_argument, help="System prompt for the chat template.")
     parser.add_argument(
         "--max-tokens",
         "-m",
@@ -66,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         help="Prompt tokens read per pass (default: %(default)s).",
     )
     add_kv_options(parser)
-    parser.add_argument("--stop", action="append", default=[], help="End the text before this string; may be repeated.")
+    add("--stop", type=text_argument, action="append", default=[], help="End the text before this; may be repeated.")
     parser.add_argument("--ignore-eos", action="store_true", help="Go on after the model's own stop tokens.")
     parser.add_argument("--min-tokens", type=int, default=0, help="No stop token before this many (default: 0).")
     parser.add_argument(
@@ -77,8 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     grammar = parser.add_mutually_exclusive_group()
     grammar.add_argument("--json-schema", metavar="FILE", help="Answer with JSON that follows this JSON Schema.")
-    grammar.add_argument("--regex", help="Answer with text that matches this regular expression as a whole.")
-    grammar.add_argument("--grammar", help="Answer in this grammar's language, written in Lark or llama.cpp's GBNF.")
+    add = grammar.add_argument
+    add("--regex", type=text_argument, help="Answer with text that matches this regular expression as a whole.")
+    add("--grammar", type=text_argument, help="Answer in this grammar's language, in Lark or llama.cpp's GBNF.")
     grammar.add_argument("--grammar-file", metavar="FILE", help="The same, read from a file.")
     add_thinking_options(parser)
     parser.add_argument(
@@ -107,7 +116,7 @@ def _run(args: argparse.Namespace) -> int:
     # Made first: what is wrong with the options shows before seconds of loading.
     options = _options(args)
     _check_prompt_cache(args)
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text = read_prompt(args.prompt)
     started = time.perf_counter()
     model = load_or_demo(args, options)
     sampling = read_sampling(args, model)
@@ -135,7 +144,7 @@ def _run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
         if args.json:
-            print(json.dumps(report, ensure_ascii=False), flush=True)
+            write_json(report)
     return INTERRUPTED if interrupted else 0
 
 
@@ -144,9 +153,9 @@ def _dry_run(args: argparse.Namespace) -> int:
     options = GenerationOptions(prefill_step_size=args.prefill_step_size, **read_kv_options(args))
     placement = {"max_context": args.max_context, "per_layer_embeddings": args.per_layer_embeddings}
     plan = plan_memory(name, args.drafter, options=options, **placement)
-    print(plan)
+    write_out(str(plan))
     if args.json:
-        print(json.dumps(vars(plan) | {"kv": plan.kv, "peak": plan.peak}), flush=True)
+        write_json(vars(plan) | {"kv": plan.kv, "peak": plan.peak})
     # Afterwards, so that the table shows what is too much.
     plan_memory(name, args.drafter, memory_limit=args.memory_limit, options=options, **placement)
     return 0
@@ -215,7 +224,7 @@ def _compare(model: Model, prompt: list[int], options: GenerationOptions) -> lis
 
 def _read_text(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return read_text(Path(path))
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"{path}: cannot be read: {error}") from None
 
@@ -257,7 +266,3 @@ def _report(seen: list[GenerationResponse], model: Model, interrupted: bool) -> 
             if r.logprobs is not None
         ],
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

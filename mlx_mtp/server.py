@@ -3,6 +3,14 @@
 Prints the address to stdout once it serves; everything else goes to stderr.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Before anything that takes time is imported.
+    from mlx_mtp.shell import run_command
+
+    sys.exit(run_command("server"))
+
 import argparse
 import asyncio
 import ipaddress
@@ -10,7 +18,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +31,6 @@ from .cli import (
     add_sampling_options,
     add_thinking_options,
     calibrate,
-    exit_status,
     load_or_demo,
     read_kv_options,
     read_sampling,
@@ -33,6 +39,7 @@ from .engine import GenerationOptions, Model
 from .errors import ClosedError, OptionError, ServerError
 from .load import DEMO_PAIR
 from .memory import parse_bytes
+from .shell import Parser, exit_status, write_out
 from .worker import Worker
 
 if TYPE_CHECKING:
@@ -52,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_mtp.server",
         description="Serve Gemma 4 with its drafter over OpenAI's API, one request after the other.",
     )
@@ -213,7 +220,7 @@ async def _until_stopped(app: Any, service: "Service", listener: socket.socket, 
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            print(_address(listener), flush=True)
+            write_out(_address(listener))
 
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
@@ -249,7 +256,3 @@ async def _until_stopped(app: Any, service: "Service", listener: socket.socket, 
 def _address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,11 +1,15 @@
 """Tokenizer of a checkpoint folder: chat template and streaming detokenizer, thin over mlx-lm's wrapper."""
 
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import PromptError, TokenizerError
+from .config import read_json
+from .errors import ConfigError, PromptError, TokenizerError
+from .files import BYTE_ORDER_MARK, fault, read_text
 from .guide import Channel
 
 if TYPE_CHECKING:
@@ -14,18 +18,21 @@ if TYPE_CHECKING:
 # Stands for the user's text in a rendered turn: what no template changes or adds.
 _PLACEHOLDER = "<<user's text>>"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+_OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
 
 
 def load_tokenizer(folder: Path, eos_token_ids: tuple[int, ...]) -> "TokenizerWrapper":
     """The folder's tokenizer, stopping at these ids. Raises TokenizerError if it has none or it cannot be read."""
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise TokenizerError(f"{folder}: the folder has no tokenizer: expected {' or '.join(_TOKENIZER_FILES)}")
+    _vocabulary_file(folder)
     # Imported here: mlx-lm brings transformers along, seconds that --help and the converter have no use for.
     from mlx_lm import tokenizer_utils
 
     try:
-        tokenizer = tokenizer_utils.load(folder, eos_token_ids=list(eos_token_ids))
-    except (ValueError, OSError, KeyError) as error:
+        with _without_marks(folder) as source:
+            tokenizer = tokenizer_utils.load(source, eos_token_ids=list(eos_token_ids))
+    # Rust raises nothing but Exception, and transformers what its guesses run into.
+    except Exception as error:
+        check_tokenizer(folder)
         raise TokenizerError(f"{folder}: the tokenizer cannot be read: {error}") from error
     if not (folder / "tokenizer.json").is_file():
         # mlx-lm knows sentencepiece by tokenizer.json; its general detokenizer repeats characters split into bytes.
@@ -33,6 +40,55 @@ def load_tokenizer(folder: Path, eos_token_ids: tuple[int, ...]) -> "TokenizerWr
     # The context's limit is checked where decoding starts; transformers would warn of a limit of its own.
     tokenizer.model_max_length = sys.maxsize
     return tokenizer
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise TokenizerError, naming the file, for a tokenizer that `load_tokenizer` could not load. Without transformers:
+    it costs a second for a vocabulary of 262144 tokens, and the memory of the vocabulary."""
+    file = _vocabulary_file(folder)
+    try:
+        for name in _OBJECTS:
+            if (folder / name).is_file():
+                read_json(folder / name)
+        if (reason := fault(file)) is not None:
+            raise TokenizerError(f"{file}: {reason}")
+        if file.suffix == ".json":
+            from tokenizers import Tokenizer
+
+            Tokenizer.from_str(read_text(file))
+        else:
+            from sentencepiece import SentencePieceProcessor
+
+            SentencePieceProcessor(model_file=str(file))
+    except ConfigError as error:
+        raise TokenizerError(str(error)) from None
+    except TokenizerError:
+        raise
+    # Rust raises nothing but Exception.
+    except Exception as error:
+        raise TokenizerError(f"{file}: not a tokenizer: {error}") from None
+
+
+def _vocabulary_file(folder: Path) -> Path:
+    file = next((folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise TokenizerError(f"{folder}: the folder has no tokenizer: expected {' or '.join(_TOKENIZER_FILES)}")
+    return file
+
+
+@contextmanager
+def _without_marks(folder: Path) -> Iterator[Path]:
+    """The folder, or where a file begins with a byte order mark a copy of all of them without it: transformers takes it
+    for a part of the JSON, or of the chat template."""
+    files = [file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".model") and file.is_file()]
+    contents = {file.name: file.read_bytes() for file in files}
+    if not any(content.startswith(BYTE_ORDER_MARK) for content in contents.values()):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        for name, content in contents.items():
+            Path(copy, name).write_bytes(content.removeprefix(BYTE_ORDER_MARK))
+        yield Path(copy)
 
 
 def encode_prompt(

@@ -1,9 +1,16 @@
 """Command line: train a drafter for a target. `python -m mlx_mtp.train --help`."""
 
+import sys
+
+if __name__ == "__main__":
+    # Before anything that takes time is imported.
+    from mlx_mtp.shell import run_command
+
+    sys.exit(run_command("train"))
+
 import argparse
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -15,7 +22,7 @@ from huggingface_hub.utils import tqdm
 from mlx.utils import tree_unflatten
 
 from .centroids import build_centroids, start_from_target
-from .cli import add_embedding_option, exit_status, load_model
+from .cli import add_embedding_option, load_model
 from .config import DrafterConfig, read_drafter_config, read_json
 from .dataset import answer_prompts, read_data
 from .draft_vocab import check_draft_vocab, choose_ids, prune
@@ -25,6 +32,7 @@ from .errors import MTPError, OptionError, OutputError
 from .hub import DRAFTER_FOLDER, resolve_folder
 from .load import check_pair, find_drafter, load_drafter
 from .output import check_output, new_folder
+from .shell import Parser, exit_status, write_out
 from .training import OPTIMIZERS, Measure, Trainer, TrainingOptions, save_arrays
 from .weights import lazy_parameters
 
@@ -39,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_mtp.train",
         description="Train a drafter for a target: to repair one whose acceptance fell, or from scratch. The target is "
         "left as it is.",
@@ -177,7 +185,7 @@ def _run(args: argparse.Namespace) -> int:
     shutil.rmtree(workspace)
     first = trainer.initial
     assert first is not None
-    print(
+    write_out(
         f"{output}: acceptance length, held out, {first.sampled_length:.2f} -> {best.sampled_length:.2f} sampled, "
         f"{first.greedy_length:.2f} -> {best.greedy_length:.2f} greedy"
     )
@@ -276,7 +284,3 @@ def _write(output: Path, source: Path, drafter: Drafter, config: DrafterConfig, 
         for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             if (source / name).is_file():
                 shutil.copyfile(source / name, new / name)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from .config import DrafterConfig, Quantization, TargetConfig, read_json
 from .errors import WeightsError
+from .files import fault
 
 INDEX_NAME = "model.safetensors.index.json"
 # Types of weights that are not quantized, as safetensors spells them.
@@ -85,6 +86,8 @@ def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file. Raises WeightsError if the file is truncated or no safetensors file."""
+    if (reason := fault(file)) is not None:
+        raise WeightsError(f"{file}: {reason}")
     size = file.stat().st_size
     with file.open("rb") as stream:
         header_size = int.from_bytes(stream.read(8), "little")

@@ -26,7 +26,7 @@ LAYERS = (
     ("cache", "embeddings"),
     ("weights",),
     ("config", "draft_length"),
-    ("output", "lifetime", "hub"),
+    ("output", "lifetime", "hub", "files", "shell"),
     ("worker",),
     ("errors",),
 )

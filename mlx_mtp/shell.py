@@ -1,0 +1,219 @@
+"""What a shell gives to a command and expects of it: descriptors, encodings, one line for an error, an exit status.
+
+Imports nothing that takes time: Ctrl-C must end a command that is still importing.
+"""
+
+import argparse
+import io
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, NoReturn
+
+from .errors import MTPError, OutputError, PromptError
+
+# What a shell expects of a program ended by Ctrl-C.
+INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, without the usage that would hide it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def run_command(module: str) -> int:
+    """Import a module of this package and run its `main`. Returns the exit status, INTERRUPTED after Ctrl-C at any
+    time."""
+    prepare_streams()
+    try:
+        with _ended_at_once():
+            imported = import_module(f"{__package__}.{module}")
+        status: int = imported.main()
+        return status
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    finally:
+        _drop_unwritable()
+
+
+def exit_status(run: Callable[[], int]) -> int:
+    """Run a command: its own exit status, 1 after an error, which is printed in one line, or 130 after Ctrl-C.
+
+    Warnings of the library go to stderr.
+    """
+    prepare_streams()
+    handler = logging.lastResort
+    assert handler is not None
+    library = logging.getLogger(__package__)
+    library.addHandler(handler)
+    try:
+        status = run()
+        write_out("", end="")
+        return status
+    except MTPError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output is gone.
+        return 1
+    except OSError as error:
+        print(f"error: {_describe(error)}", file=sys.stderr)
+        return 1
+    finally:
+        library.removeHandler(handler)
+        _drop_unwritable()
+
+
+def _describe(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        # What asking for the current folder raises.
+        return "the current folder is gone: change to another one"
+    return str(error)
+
+
+@contextmanager
+def _ended_at_once() -> Iterator[None]:
+    """Let Ctrl-C end the process without unwinding it: nothing is to be saved, and what is imported may catch the
+    exception."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def prepare_streams() -> None:
+    """Open the standard descriptors that are closed, for nothing: MLX takes a file with descriptor 0 for one that could
+    not be opened. What stdout's encoding lacks is written as an escape sequence."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # Gets the lowest number that is free.
+            os.open(os.devnull, os.O_RDWR)
+    # None where they were closed when Python began.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _drop_unwritable() -> None:
+    """Drop what cannot be written to stdout: Python would complain about it at the end."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def write_out(text: str, end: str = "\n") -> None:
+    """Print to stdout at once. Raises OutputError if it cannot be written, BrokenPipeError if nobody reads it."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"stdout cannot be written: {error.strerror}") from None
+
+
+def write_json(report: dict[str, Any]) -> None:
+    """Print a line of JSON to stdout: characters as they are, escaped as JSON has it where stdout's encoding lacks one.
+    Raises what `write_out` does."""
+    text = json.dumps(report, ensure_ascii=False)
+    write_out(text if lacking(text) is None else json.dumps(report))
+
+
+def lacking(text: str) -> str | None:
+    """The first character of a text that stdout's encoding does not have."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError as error:
+        return text[error.start]
+    return None
+
+
+def text_argument(text: str) -> str:
+    """For argparse: an argument that is a text, in UTF-8 where the locale does not know its bytes."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        pass
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(_not_utf8(error)) from None
+
+
+def read_prompt(prompt: str) -> str:
+    """A prompt given as an argument: "-" stands for all of stdin, in UTF-8 unless the locale says otherwise.
+
+    Raises PromptError if stdin is closed or is no such text.
+    """
+    if prompt != "-":
+        return prompt
+    check_stdin()
+    encoding = sys.stdin.encoding.lower()
+    try:
+        content = sys.stdin.buffer.read()
+        # ASCII is the locale C, which says nothing about the text.
+        text = content.decode("utf-8-sig" if encoding in ("utf-8", "ascii", "ansi_x3.4-1968") else encoding)
+    except UnicodeDecodeError as error:
+        raise PromptError(f"stdin: {_not_utf8(error)}") from None
+    except OSError as error:
+        raise PromptError(f"stdin cannot be read: {error.strerror}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def check_stdin() -> None:
+    """Raises PromptError if stdin is closed."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise PromptError("expected text on stdin, which is closed")
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not {error.encoding.upper()}: byte 0x{error.object[error.start]:02x} at position {error.start}"
+
+
+# The installed commands: each is imported after Ctrl-C is taken care of.
+
+
+def bench() -> int:
+    return run_command("bench")
+
+
+def chat() -> int:
+    return run_command("chat")
+
+
+def convert() -> int:
+    return run_command("convert.cli")
+
+
+def generate() -> int:
+    return run_command("generate")
+
+
+def probe() -> int:
+    return run_command("probe")
+
+
+def serve() -> int:
+    return run_command("server")
+
+
+def train() -> int:
+    return run_command("train")
