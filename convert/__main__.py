@@ -1,5 +1,5 @@
 import sys
 
-from mlx_mtp.shell import run_command
+from mlx_mtp.commands import run_command
 
 sys.exit(run_command("convert.cli"))

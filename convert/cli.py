@@ -10,7 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from mlx_mtp.shell import INTERRUPTED, Parser, exit_status
+from mlx_mtp.commands import INTERRUPTED
+from mlx_mtp.shell import Parser, exit_status
 
 from .converter import Options, Part, Summary, convert
 from .quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, DRAFTER_BITS, DTYPES, MODES, RECIPES, WeightOptions

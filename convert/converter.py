@@ -413,7 +413,7 @@ def _license(readme: Path) -> str | None:
         return None
     try:
         text = readme.read_text(encoding="utf-8-sig", errors="replace")
-        found: str | None = ModelCard(text, ignore_metadata_errors=True).data.license
+        found = ModelCard(text, ignore_metadata_errors=True).data.to_dict().get("license")
     # YAML can go wrong in many ways, and hold anything.
     except Exception as error:
         logger.warning("%s: its license is not copied: %s", readme, " ".join(str(error).split()))

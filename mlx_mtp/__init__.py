@@ -4,8 +4,9 @@ import logging
 import sys
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
+# As in typing, which takes its time to import.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .engine import GenerationOptions, GenerationResponse, GenerationResult, Model
     from .errors import (
@@ -68,22 +69,23 @@ class _Package(ModuleType):
     """Imports what holds a public name when it is asked for: a command, for which Python imports the package first,
     thus starts at once and can take care of Ctrl-C before it imports anything that takes time."""
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(self, name: str) -> object:
         if name == "__version__":
             from importlib.metadata import version
 
             return version("mlx-mtp")
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         modules = (vars(import_module(f"{__name__}.{holder}")) for holder in _HOLDERS)
         value = next(module[name] for module in modules if name in module)
         self.__dict__[name] = value
         return value
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         # Importing a module sets its name here: of `load`, the function is meant.
-        is_module = name == "load" and isinstance(value, ModuleType)
-        super().__setattr__(name, value.load if is_module else value)
+        if name == "load" and isinstance(value, ModuleType):
+            value = value.load
+        super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *__all__})

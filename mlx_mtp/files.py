@@ -29,8 +29,8 @@ def fault(file: Path) -> str | None:
 
 
 def check_links(folder: Path, patterns: tuple[str, ...]) -> None:
-    """Raise ConfigError if a file whose name matches one of the patterns is a link to nowhere: it would count as absent,
-    and some files may be absent."""
+    """Raise ConfigError if a file whose name matches a pattern is a link to nowhere: it would count as absent
+    without a word, and some files may be absent."""
     for pattern in patterns:
         for file in sorted(folder.glob(pattern)):
             if file.is_symlink() and not file.exists():

@@ -4,7 +4,7 @@ import sys
 
 if __name__ == "__main__":
     # Before anything that takes time is imported.
-    from mlx_mtp.shell import run_command
+    from mlx_mtp.commands import run_command
 
     sys.exit(run_command("generate"))
 
@@ -30,12 +30,13 @@ from .cli import (
     read_sampling,
     summarize,
 )
+from .commands import INTERRUPTED
 from .draft_length import MAX_DRAFT_TOKENS
 from .engine import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, GenerationOptions, GenerationResponse, Model
 from .errors import OptionError
 from .files import read_text
 from .load import DEMO_PAIR, plan_memory
-from .shell import INTERRUPTED, Parser, exit_status, read_prompt, text_argument, write_json, write_out
+from .shell import Parser, exit_status, read_prompt, text_argument, write_json, write_out
 from .tokenizer import encode_in_parts, encode_prompt
 
 COMPARED_RUNS = 3

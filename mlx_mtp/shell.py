@@ -1,24 +1,16 @@
-"""What a shell gives to a command and expects of it: descriptors, encodings, one line for an error, an exit status.
-
-Imports nothing that takes time: Ctrl-C must end a command that is still importing.
-"""
+"""What a shell gives to a command and expects of it: descriptors, encodings, one line for an error, an exit status."""
 
 import argparse
 import io
 import json
 import logging
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib import import_module
+from collections.abc import Callable
 from typing import Any, NoReturn
 
+from .commands import INTERRUPTED
 from .errors import MTPError, OutputError, PromptError
-
-# What a shell expects of a program ended by Ctrl-C.
-INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,21 +18,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
-
-
-def run_command(module: str) -> int:
-    """Import a module of this package and run its `main`. Returns the exit status, INTERRUPTED after Ctrl-C at any
-    time."""
-    prepare_streams()
-    try:
-        with _ended_at_once():
-            imported = import_module(f"{__package__}.{module}")
-        status: int = imported.main()
-        return status
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    finally:
-        _drop_unwritable()
 
 
 def exit_status(run: Callable[[], int]) -> int:
@@ -80,21 +57,6 @@ def _describe(error: OSError) -> str:
     return str(error)
 
 
-@contextmanager
-def _ended_at_once() -> Iterator[None]:
-    """Let Ctrl-C end the process without unwinding it: nothing is to be saved, and what is imported may catch the
-    exception."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def prepare_streams() -> None:
     """Open the standard descriptors that are closed, for nothing: MLX takes a file with descriptor 0 for one that could
     not be opened. What stdout's encoding lacks is written as an escape sequence."""
@@ -107,7 +69,9 @@ def prepare_streams() -> None:
     # None where they were closed when Python began.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    # In UTF-8, bytes of a path that are no text may go through as they came.
+    is_lenient = sys.stdout.errors == "surrogateescape" and sys.stdout.encoding.lower() == "utf-8"
+    if isinstance(sys.stdout, io.TextIOWrapper) and not is_lenient:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
@@ -186,34 +150,3 @@ def check_stdin() -> None:
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"not {error.encoding.upper()}: byte 0x{error.object[error.start]:02x} at position {error.start}"
-
-
-# The installed commands: each is imported after Ctrl-C is taken care of.
-
-
-def bench() -> int:
-    return run_command("bench")
-
-
-def chat() -> int:
-    return run_command("chat")
-
-
-def convert() -> int:
-    return run_command("convert.cli")
-
-
-def generate() -> int:
-    return run_command("generate")
-
-
-def probe() -> int:
-    return run_command("probe")
-
-
-def serve() -> int:
-    return run_command("server")
-
-
-def train() -> int:
-    return run_command("train")

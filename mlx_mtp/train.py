@@ -4,7 +4,7 @@ import sys
 
 if __name__ == "__main__":
     # Before anything that takes time is imported.
-    from mlx_mtp.shell import run_command
+    from mlx_mtp.commands import run_command
 
     sys.exit(run_command("train"))
 

@@ -28,7 +28,7 @@ LAYERS = (
     ("config", "draft_length"),
     ("output", "lifetime", "hub", "files", "shell"),
     ("worker",),
-    ("errors",),
+    ("errors", "commands"),
 )
 
 
