@@ -25,7 +25,7 @@ from mlx_mtp.config import (
 from mlx_mtp.draft_vocab import Ids, check_draft_vocab, choose_ids
 from mlx_mtp.drafter import Drafter
 from mlx_mtp.errors import ConfigError, HubError, OptionError, OutputError, TokenizerError, WeightsError
-from mlx_mtp.files import BYTE_ORDER_MARK, read_text
+from mlx_mtp.files import BYTE_ORDER_MARK, fault, read_text
 from mlx_mtp.gemma4 import Target
 from mlx_mtp.hub import DRAFTER_FOLDER, resolve_folder
 from mlx_mtp.load import check_pair, find_drafter
@@ -138,6 +138,8 @@ def convert(
     Raises MTPError kinds; OutputError for a folder that exists, cannot be written, or does not fit the disk.
     """
     check_options(options.weights)
+    if (text := options.weights.draft_vocab_text) is not None and (reason := fault(text)) is not None:
+        raise OptionError(f"--draft-vocab-text: {text}: {reason}")
     if options.upload_repo is not None:
         _check_repo_id(options.upload_repo)
     output = Path(os.path.abspath(options.mlx_path))

@@ -13,6 +13,7 @@ if __name__ == "__main__":
     sys.exit(run_command("bench"))
 
 import argparse
+import math
 import platform
 import pydoc_data.topics
 import sysconfig
@@ -122,9 +123,12 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _temperatures(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in _split(text))
+        temperatures = tuple(float(part) for part in _split(text))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected temperatures, found {text!r}") from None
+        temperatures = ()
+    if not temperatures:
+        raise argparse.ArgumentTypeError(f"expected temperatures, found {text!r}")
+    return temperatures
 
 
 def _lengths(text: str) -> tuple[int | str, ...]:
@@ -165,7 +169,7 @@ class Setting:
 
 def _run(args: argparse.Namespace) -> int:
     for name, least in (("repeats", 1), ("max_tokens", 2), ("cool_down", 0)):
-        if vars(args)[name] < least:
+        if not least <= vars(args)[name] < math.inf:
             raise OptionError(f"{name} must be at least {least}, found {vars(args)[name]}")
     if args.exact and args.dtype is not None:
         raise OptionError("--exact is found out in the checkpoint's own type: leave out --dtype")
@@ -176,9 +180,13 @@ def _run(args: argparse.Namespace) -> int:
     options = GenerationOptions(
         max_tokens=args.max_tokens, ignore_eos=True, reuse_prompt=False, **read_kv_options(args)
     )
+    for temperature in args.temps:
+        Sampling(temperature=temperature, seed=args.seed)
+    for length in args.num_draft_tokens:
+        replace(options, num_draft_tokens=length)
     if args.plot is not None:
         check_plots(args.plot)
-    model = load_or_demo(args)
+    model = load_or_demo(args, options)
     if args.dtype is not None:
         for module in (model.target, model.drafter):
             if module is not None:

@@ -11,7 +11,7 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from .cli import add_kv_options, add_model_options, load_or_demo, prefill_bar, read_kv_options
+from .cli import add_kv_options, add_model_options, check_template_options, load_or_demo, prefill_bar, read_kv_options
 from .engine import DEFAULT_PREFILL_STEP, GenerationOptions
 from .output import check_file
 from .shell import Parser, exit_status, read_prompt, text_argument
@@ -46,9 +46,10 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     file = Path(args.prompt_cache)
     check_file(file)
+    check_template_options(args)
     options = GenerationOptions(**read_kv_options(args))
     text = read_prompt(args.prompt)
-    model = load_or_demo(args)
+    model = load_or_demo(args, options)
     prompt = encode_in_parts(
         model.tokenizer,
         text,

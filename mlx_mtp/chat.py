@@ -25,6 +25,7 @@ from .cli import (
     add_thinking_options,
     calibrate,
     describe,
+    given_sampling,
     load_model,
     prefill_bar,
     print_stream,
@@ -163,6 +164,7 @@ def _run(args: argparse.Namespace) -> int:
     check_stdin()
     # Made first: what is wrong with the options shows before seconds of loading.
     options = GenerationOptions(
+        sampling=given_sampling(args),
         max_tokens=args.max_tokens,
         num_draft_tokens=args.num_draft_tokens,
         enable_thinking=args.enable_thinking,

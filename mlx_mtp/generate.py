@@ -16,13 +16,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from . import prompt_cache
 from .cli import (
     add_kv_options,
     add_model_options,
     add_sampling_options,
     add_thinking_options,
     calibrate,
+    check_template_options,
     describe,
+    given_sampling,
     load_or_demo,
     prefill_bar,
     print_stream,
@@ -40,6 +43,7 @@ from .shell import Parser, exit_status, read_prompt, text_argument, write_json, 
 from .tokenizer import encode_in_parts, encode_prompt
 
 COMPARED_RUNS = 3
+_NOT_COMPARED = "--compare needs a drafter, and a --num-draft-tokens other than 0"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -116,7 +120,6 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     # Made first: what is wrong with the options shows before seconds of loading.
     options = _options(args)
-    _check_prompt_cache(args)
     text = read_prompt(args.prompt)
     started = time.perf_counter()
     model = load_or_demo(args, options)
@@ -125,8 +128,8 @@ def _run(args: argparse.Namespace) -> int:
         describe(model, sampling, time.perf_counter() - started)
     prompt = _encode(model, text, args)
     options = replace(options, sampling=sampling)
-    if args.compare and (model.drafter is None or options.num_draft_tokens == 0):
-        raise OptionError("--compare needs a drafter, and a --num-draft-tokens other than 0")
+    if args.compare and model.drafter is None:
+        raise OptionError(_NOT_COMPARED)
     calibrate(model, options)
     with prefill_bar(len(prompt), args.prefill_step_size) as on_prefill:
         responses = model.stream_generate(prompt, options, on_prefill=on_prefill)
@@ -151,7 +154,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _dry_run(args: argparse.Namespace) -> int:
     name = args.model or DEMO_PAIR
-    options = GenerationOptions(prefill_step_size=args.prefill_step_size, **read_kv_options(args))
+    options = _options(args)
     placement = {"max_context": args.max_context, "per_layer_embeddings": args.per_layer_embeddings}
     plan = plan_memory(name, args.drafter, options=options, **placement)
     write_out(str(plan))
@@ -181,6 +184,7 @@ def _encode(model: Model, text: str, args: argparse.Namespace) -> list[int]:
 def _check_prompt_cache(args: argparse.Namespace) -> None:
     if args.prompt_cache is None:
         return
+    prompt_cache.check(Path(args.prompt_cache))
     if args.system_prompt is not None:
         raise OptionError("--system-prompt: the prompt cache begins with one, or with none; give it to cache_prompt")
     if args.num_draft_tokens != "auto" and args.num_draft_tokens > MAX_DRAFT_TOKENS:
@@ -188,8 +192,14 @@ def _check_prompt_cache(args: argparse.Namespace) -> None:
 
 
 def _options(args: argparse.Namespace) -> GenerationOptions:
-    """All options but sampling, for which the model has a say."""
+    """All options that are given; where none is, the model has a say in sampling. Checked as far as can be without a
+    model."""
+    _check_prompt_cache(args)
+    check_template_options(args)
+    if args.compare and (args.drafter == "none" or args.num_draft_tokens == 0):
+        raise OptionError(_NOT_COMPARED)
     return GenerationOptions(
+        sampling=given_sampling(args),
         max_tokens=args.max_tokens,
         stop=args.stop,
         ignore_eos=args.ignore_eos,

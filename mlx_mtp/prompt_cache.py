@@ -162,6 +162,12 @@ def save(entry: Entry, file: Path, identity: str) -> None:
             raise OSError(str(error)) from None
 
 
+def check(file: Path) -> None:
+    """Raises PromptCacheError if the file is absent, or not what `save` wrote. The model's and the data's fit show when
+    it is loaded."""
+    _read_header(file)
+
+
 def load(file: Path, identity: str) -> Entry:
     """The text that `save` wrote, for the model of this identity.
 

@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
@@ -31,6 +32,7 @@ from .cli import (
     add_sampling_options,
     add_thinking_options,
     calibrate,
+    given_sampling,
     load_or_demo,
     read_kv_options,
     read_sampling,
@@ -140,8 +142,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> GenerationOptions:
-    """What requests begin with, but for sampling."""
+    """What requests begin with; where no sampling is given, the model has a say in it."""
     return GenerationOptions(
+        sampling=given_sampling(args),
         max_tokens=args.max_tokens,
         num_draft_tokens=args.num_draft_tokens,
         enable_thinking=args.enable_thinking,
@@ -153,7 +156,7 @@ def _options(args: argparse.Namespace) -> GenerationOptions:
 def _check(args: argparse.Namespace) -> None:
     for name, least in (("max_queue", 0), ("max_body_size", 1), ("shutdown_timeout", 0), ("max_prompt_tokens", 1)):
         value = vars(args)[name]
-        if value is not None and value < least:
+        if value is not None and not least <= value < math.inf:
             raise OptionError(f"--{name.replace('_', '-')} must be at least {least}, found {value}")
     if not 0 <= args.port <= 65535:
         raise OptionError(f"--port must be between 0 and 65535, found {args.port}")

@@ -125,10 +125,15 @@ def text_argument(text: str) -> str:
 def read_prompt(prompt: str) -> str:
     """A prompt given as an argument: "-" stands for all of stdin, in UTF-8 unless the locale says otherwise.
 
-    Raises PromptError if stdin is closed or is no such text.
+    Raises PromptError for an empty prompt, and if stdin is closed or is no such text.
     """
-    if prompt != "-":
-        return prompt
+    text = prompt if prompt != "-" else _read_stdin()
+    if not text:
+        raise PromptError("the prompt is empty: expected some text")
+    return text
+
+
+def _read_stdin() -> str:
     check_stdin()
     encoding = sys.stdin.encoding.lower()
     try:

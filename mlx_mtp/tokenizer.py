@@ -43,8 +43,10 @@ def load_tokenizer(folder: Path, eos_token_ids: tuple[int, ...]) -> "TokenizerWr
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raise TokenizerError, naming the file, for a tokenizer that `load_tokenizer` could not load. transformers is not used:
-    it costs a second for a vocabulary of 262144 tokens, and the memory of the vocabulary."""
+    """Raise TokenizerError, naming the file, for a tokenizer that `load_tokenizer` could not load.
+
+    Without transformers: it costs a second for a vocabulary of 262144 tokens, and the memory of the vocabulary.
+    """
     file = _vocabulary_file(folder)
     try:
         for name in _OBJECTS:

@@ -23,8 +23,8 @@ from mlx.utils import tree_unflatten
 
 from .centroids import build_centroids, start_from_target
 from .cli import add_embedding_option, load_model
-from .config import DrafterConfig, read_drafter_config, read_json
-from .dataset import answer_prompts, read_data
+from .config import DrafterConfig, read_drafter_config, read_json, read_target_config
+from .dataset import answer_prompts, check_data, read_data
 from .draft_vocab import check_draft_vocab, choose_ids, prune
 from .drafter import Drafter
 from .engine import GenerationOptions, Model
@@ -137,11 +137,10 @@ def _run(args: argparse.Namespace) -> int:
     workspace = _workspace(output, args.resume)
     source = _source(args, folder)
     config = read_drafter_config(source)
+    check_pair(read_target_config(folder), config)
+    _check_drafter(args, config)
     # The drafter there is helps to answer prompts; a damaged one still does.
     model = load_model(args.model, "none" if args.drafter_config else source, args)
-    check_pair(model.config, config)
-    if args.draft_vocab is not None:
-        check_draft_vocab(config, args.draft_vocab)
     mx.random.seed(options.seed)
     drafter = _initial(args, model, config)
 
@@ -200,6 +199,7 @@ def _check(args: argparse.Namespace) -> None:
     for name, least in (("lora_rank", 1), ("max_seq_length", 32), ("max_answer_tokens", 16)):
         if vars(args)[name] < least:
             raise OptionError(f"{name} must be at least {least}, found {vars(args)[name]}")
+    check_data(args.data)
 
 
 def _workspace(output: Path, resume: bool) -> Path:
@@ -222,18 +222,25 @@ def _source(args: argparse.Namespace, folder: Path) -> Path:
     return found
 
 
-def _initial(args: argparse.Namespace, model: Model, config: DrafterConfig) -> Drafter:
-    """The drafter to begin with, in float32."""
+def _check_drafter(args: argparse.Namespace, config: DrafterConfig) -> None:
+    """Raises OptionError for what cannot be done with a drafter of this config."""
+    if args.draft_vocab is not None:
+        check_draft_vocab(config, args.draft_vocab)
     if args.rebuild_centroids and not config.num_centroids:
         raise OptionError(
             f"{config.path}: --rebuild-centroids needs a centroid head, found use_ordered_embeddings false"
         )
+    is_quantized = config.quantization is not None and args.drafter_config is None
+    if is_quantized and args.fine_tune_type == "full":
+        raise OptionError(f"{config.path}: a quantized drafter can be trained with --fine-tune-type lora only")
+
+
+def _initial(args: argparse.Namespace, model: Model, config: DrafterConfig) -> Drafter:
+    """The drafter to begin with, in float32."""
     if args.drafter_config is not None:
         drafter = Drafter(config)
         start_from_target(drafter, model.target, args.seed)
     else:
-        if config.quantization is not None and args.fine_tune_type == "full":
-            raise OptionError(f"{config.path}: a quantized drafter can be trained with --fine-tune-type lora only")
         drafter = load_drafter(config, mx.float32)
         if args.rebuild_centroids:
             build_centroids(drafter, args.seed)
