@@ -7,7 +7,6 @@ missing is an error, never a default.
 
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -196,11 +195,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.parent.is_dir():
         raise ConfigError(f"{path.parent}: no such folder")
-    if not os.path.lexists(path):
-        raise ConfigError(f"{path.parent}: the folder has no {path.name}")
     try:
         value = json.loads(read_text(path))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        if isinstance(error, FileNotFoundError) and not path.is_symlink():
+            raise ConfigError(f"{path.parent}: the folder has no {path.name}") from None
         raise ConfigError(f"{path}: cannot be read as JSON: {fault(path) or error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")
