@@ -1,6 +1,7 @@
 """One conversion: read and check everything, then write a new folder, then put it in its place."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,11 +25,12 @@ from mlx_mtp.config import (
 from mlx_mtp.draft_vocab import Ids, check_draft_vocab, choose_ids
 from mlx_mtp.drafter import Drafter
 from mlx_mtp.errors import ConfigError, HubError, OptionError, OutputError, TokenizerError, WeightsError
+from mlx_mtp.files import BYTE_ORDER_MARK, fault, read_text
 from mlx_mtp.gemma4 import Target
 from mlx_mtp.hub import DRAFTER_FOLDER, resolve_folder
 from mlx_mtp.load import check_pair, find_drafter, how_to_name_a_drafter
 from mlx_mtp.output import check_output, existing_parent, new_folder
-from mlx_mtp.tokenizer import load_tokenizer
+from mlx_mtp.tokenizer import check_tokenizer, load_tokenizer
 from mlx_mtp.weights import (
     INDEX_NAME,
     TensorInfo,
@@ -62,6 +64,8 @@ from .safetensors_writer import (
     stored_bytes,
     write_shard,
 )
+
+logger = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -136,6 +140,8 @@ def convert(
     Raises MTPError kinds; OutputError for a folder that exists, cannot be written, or does not fit the disk.
     """
     check_options(options.weights)
+    if (text := options.weights.draft_vocab_text) is not None and (reason := fault(text)) is not None:
+        raise OptionError(f"--draft-vocab-text: {text}: {reason}")
     if options.upload_repo is not None:
         _check_repo_id(options.upload_repo)
     output = Path(os.path.abspath(options.mlx_path))
@@ -194,6 +200,7 @@ def _plan_target(config: TargetConfig, options: Options) -> Part:
     tokenizer = tuple(source / name for name in _TOKENIZER_FILES if (source / name).is_file())
     if not {"tokenizer.json", "tokenizer.model"} & {file.name for file in tokenizer}:
         raise TokenizerError(f"{source}: the folder has no tokenizer.json or tokenizer.model")
+    check_tokenizer(source)
     fields = _target_fields(config) | _weight_fields(dtype, quantization, mlx_name)
     fields["text_config"] |= {"dtype": dtype}
     texts = {
@@ -241,7 +248,7 @@ def _draft_vocab(config: DrafterConfig, size: int, text: Path | None, target: Ta
 def _texts(file: Path) -> Iterator[str]:
     """The lines of a file; of JSON objects, what text they hold."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_text(file).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"--draft-vocab-text: {file}: cannot be read: {error}") from None
     for line in lines:
@@ -405,15 +412,30 @@ def _attention(config: TargetConfig, text: TextConfig, layer_type: str) -> tuple
     return shapes.pop()
 
 
-def _model_card(options: Options, source: Path) -> str:
-    from huggingface_hub import ModelCard, ModelCardData
+def _license(readme: Path) -> str | None:
+    """What the source's model card gives as its license. A card that cannot be read is no reason not to convert: None,
+    with a warning."""
+    from huggingface_hub import ModelCard
 
-    readme = source / "README.md"
-    published = ModelCard.load(readme, ignore_metadata_errors=True).data if readme.is_file() else ModelCardData()
+    if not readme.is_file():
+        return None
+    try:
+        text = readme.read_text(encoding="utf-8-sig", errors="replace")
+        found = ModelCard(text, ignore_metadata_errors=True).data.to_dict().get("license")
+    # YAML can go wrong in many ways, and hold anything.
+    except Exception as error:
+        logger.warning("%s: its license is not copied: %s", readme, " ".join(str(error).split()))
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _model_card(options: Options, source: Path) -> str:
+    from huggingface_hub import ModelCardData
+
     data = ModelCardData(
         base_model=None if Path(options.hf_path).exists() else options.hf_path,
         library_name="mlx",
-        license=published.license,
+        license=_license(source / "README.md"),
         pipeline_tag="text-generation",
         tags=["mlx"],
     )
@@ -448,7 +470,8 @@ def _write(folder: Path, part: Part, block_bytes: int, advance: Callable[[int], 
     for name, text in part.texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     for file in part.copies:
-        shutil.copyfile(file, folder / file.name)
+        # Copied without a byte order mark: other readers of JSON and templates do not expect one.
+        (folder / file.name).write_bytes(file.read_bytes().removeprefix(BYTE_ORDER_MARK))
 
 
 def _check_repo_id(repo: str) -> None:

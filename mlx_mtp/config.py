@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ConfigError
+from .files import check_links, fault, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,16 @@ TARGET_TYPES = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"
 DRAFTER_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 LAYER_TYPES: tuple[LayerType, ...] = ("sliding_attention", "full_attention")
 DRAFT_POSITIONS: tuple[DraftPosition, ...] = ("bonus", "last")
+# The files of a checkpoint that anything here reads.
+_CHECKPOINT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors*",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
 
 # Fields of generation_config.json that would change the text if they were honoured, and values that change nothing.
 _IGNORED: dict[str, tuple[Any, ...]] = {
@@ -227,11 +238,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.parent.is_dir():
         raise ConfigError(f"{path.parent}: no such folder")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path.parent}: the folder has no {path.name}") from None
+        value = json.loads(read_text(path))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
+        if isinstance(error, FileNotFoundError) and not path.is_symlink():
+            raise ConfigError(f"{path.parent}: the folder has no {path.name}") from None
+        raise ConfigError(f"{path}: cannot be read as JSON: {fault(path) or error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -301,6 +312,7 @@ def read_drafter_config(folder: Path) -> DrafterConfig:
 
 def _read_config(folder: Path, supported: tuple[str, ...], role: str) -> _Fields:
     path = folder / "config.json"
+    check_links(folder, _CHECKPOINT_FILES)
     root = _Fields(read_json(path), path)
     model_type = root.string("model_type")
     if model_type in supported:

@@ -25,6 +25,7 @@ from .gemma4 import Target
 from .guide import Channel, Guide, compile_grammar
 from .lifetime import Lifetime
 from .memory import memory_size
+from .output import check_file
 from .prompt_cache import PromptCache
 from .sampling import Sampling, default_sampling
 from .speculative import LogitsProcessor, Logprobs, Progress, Round, Rounds, Stats, Stream, decode, token_budget
@@ -482,6 +483,7 @@ class Model:
         """
         with self._life:
             chosen = replace(options or GenerationOptions(), **changes)
+            check_file(Path(file))
             tokens = self.encode(prompt)
             token_budget(tokens, 1, self.max_context)
             self._check_reuse()

@@ -11,6 +11,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -31,7 +32,16 @@ _DOWNLOADED = [
     f"{DRAFTER_FOLDER}/model*.safetensors",
 ]
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_REFUSED = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+# A connection that is cut raises HTTPError, of httpx, or RuntimeError where Xet's Rust code downloads.
+_REFUSED = (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    OSError,
+    RuntimeError,
+)
 # The name by which huggingface-hub knows its bar of the bytes written; others count files, or what the network gave.
 _BYTES_BAR = "huggingface_hub.snapshot_download"
 

@@ -213,6 +213,12 @@ class Rounds:
         return run
 
 
+def check_logprobs(logprobs: int | None, vocab_size: int) -> None:
+    """Raises OptionError for more than there are tokens."""
+    if logprobs is not None and logprobs > vocab_size:
+        raise OptionError(f"logprobs is {logprobs}, more than the vocabulary of {vocab_size}")
+
+
 class Stream:
     """The state of one sequence: K/V cache, bonus token (emitted, not yet in the cache) and the hidden state behind it.
 
@@ -243,8 +249,7 @@ class Stream:
         self.guide = guide
         self.rounds = rounds
         self.exact = exact
-        if logprobs is not None and logprobs > target.config.vocab_size:
-            raise OptionError(f"logprobs is {logprobs}, more than the vocabulary of {target.config.vocab_size}")
+        check_logprobs(logprobs, target.config.vocab_size)
         self.logprobs = logprobs
         self.host_reads = 0
         # Those in the cache and, in the end, the bonus token.

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 
 from .config import DrafterConfig, Quantization, TargetConfig, read_json
 from .errors import WeightsError
+from .files import fault
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,8 @@ def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file. Raises WeightsError if the file is truncated or no safetensors file."""
+    if (reason := fault(file)) is not None:
+        raise WeightsError(f"{file}: {reason}")
     size = file.stat().st_size
     with file.open("rb") as stream:
         header_size = int.from_bytes(stream.read(8), "little")

@@ -34,9 +34,9 @@ LAYERS = (
     ("cache", "embeddings", "argument_schema"),
     ("weights",),
     ("config", "draft_length"),
-    ("output", "lifetime", "hub", "schemas", "string_rules"),
+    ("output", "lifetime", "hub", "files", "shell", "schemas", "string_rules"),
     ("worker",),
-    ("errors",),
+    ("errors", "commands"),
 )
 
 

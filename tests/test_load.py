@@ -364,6 +364,21 @@ def test_hub_download_sibling_cache_and_offline_mode(tiny_pair: TinyPair, tmp_pa
         assert result.stderr.startswith("HubError: some/absent: no such folder, and the hub does not give it: ")
 
 
+def test_a_download_that_is_cut_is_an_error_and_goes_on(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    code = LOAD.format(repo="some/gemma-it")
+    cut = {"model.safetensors"}
+    with serve({"some/gemma-it": tiny_pair("e2b") / "target"}, cut=cut) as (endpoint, requests):
+        result = hub_run(code, endpoint, tmp_path)
+        # The hub's client says on lines of its own how often it tries again.
+        error = result.stderr.splitlines()[-1]
+        assert error.startswith("HubError: some/gemma-it: no such folder, and the hub does not give it: ")
+        assert "Traceback" not in result.stderr
+        before = len(requests)
+        cut.clear()
+        assert hub_run(code, endpoint, tmp_path).stdout.strip() == "None"
+        assert not any("tokenizer.json" in request for request in requests[before:] if request.startswith("GET"))
+
+
 def test_hub_tokens(tiny_pair: TinyPair, tmp_path: Path) -> None:
     with serve({"some/private": tiny_pair("e2b") / "target"}, token="hf_secret") as (endpoint, _):
         code = LOAD.format(repo="some/private")
