@@ -332,9 +332,7 @@ def test_a_thought_is_separate_and_within_its_budget(
         assert plain.last.finish_reason == "stop"
 
 
-def decoded(
-    model: mlx_mtp.Model, drafter: Drafter | None, guide: Guide, k: int, max_tokens: int = 14
-) -> tuple[list[int], Stats]:
+def decoded(model: mlx_mtp.Model, drafter: Drafter | None, guide: Guide, k: int) -> tuple[list[int], Stats]:
     """Greedy tokens after a prompt that opens a thought, and the counts of the rounds."""
     stream = Stream(model.target, drafter, max_draft_tokens=k, guide=guide)
     prompt, tokens, stats = [*PROMPT, guide_channel(model).start], list[int](), Stats()
