@@ -196,9 +196,17 @@ class Drafter(nn.Module):
         )
 
 
+def ask_for_each(allow: Allow, token: mx.array, draft: Draft) -> None:
+    """Ask for the mask of each draft token after `token`, int32 [1, 1]: for a drafter that has its tokens without
+    masks."""
+    tokens = mx.concatenate([token, draft.tokens], axis=1)
+    for index in range(draft.tokens.shape[1]):
+        allow(tokens[:, index : index + 1])
+
+
 class GivenDrafter(Drafter):
     """Drafts what a function gives for the last token, int32 [1, 1], and a number of draft tokens, at no cost: what is
-    left of a round is the target's part."""
+    left of a round is the target's part. Under a guide, the tokens must be such that it allows."""
 
     def __init__(self, give: Callable[[mx.array, int], Draft]) -> None:
         nn.Module.__init__(self)
@@ -217,4 +225,7 @@ class GivenDrafter(Drafter):
         choose: Choose = choose_best,
         allow: Allow | None = None,
     ) -> Draft:
-        return self.give(token, k)
+        draft = self.give(token, k)
+        if allow is not None:
+            ask_for_each(allow, token, draft)
+        return draft

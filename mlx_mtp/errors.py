@@ -57,6 +57,10 @@ class OptionError(MTPError):
     """An option's value is not one this version can honour."""
 
 
+class DraftError(MTPError):
+    """A drafter does not draft as a round asks it to."""
+
+
 class CalibrationError(MTPError):
     """What rounds cost on this machine could not be measured."""
 

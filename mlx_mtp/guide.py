@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from .errors import OptionError
+from .errors import DraftError, OptionError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -253,6 +253,7 @@ class RowMasks:
 
     def __init__(self, guide: Guide, rows: int) -> None:
         self._guide = guide
+        self._count = rows
         self._fixed = guide.fixed_masks(rows)
         self._rows: list[mx.array | None] = []
         self.host_reads = 0
@@ -270,14 +271,24 @@ class RowMasks:
                 self._guide.consume(int(token.item()))  # type: ignore[arg-type]
             mask = self._guide.mask()
         else:
-            mask = self._fixed[index]
+            # `stack` refuses rows beyond those of the round.
+            mask = self._fixed[index] if index < self._count else None
         self._rows.append(None if mask is None else _unpack(mask, self._guide.vocab_size))
         return self._rows[-1]
 
     def stack(self) -> mx.array | None:
-        """All rows, bool [rows, vocab], None if none is masked. The guide is where it was before the first again."""
+        """All rows, bool [rows, vocab], None if none is masked. The guide is where it was before the first again.
+
+        Raises DraftError if the drafter did not ask for each row: the masks would stand at other rows than theirs.
+        """
         if self._fixed is None:
             self._guide.rollback(len(self._rows) - 1)
+        if len(self._rows) != self._count:
+            # The last row is asked for by the round itself.
+            raise DraftError(
+                "a drafter under a guide must ask for the mask of each draft token: "
+                f"expected {self._count - 1}, found {len(self._rows) - 1}"
+            )
         if all(row is None for row in self._rows):
             return None
         free = mx.ones((1, self._guide.vocab_size), mx.bool_)

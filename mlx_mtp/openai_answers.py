@@ -318,10 +318,10 @@ class CompletionForm(Form):
         for name, values in (logprobs or {}).items():
             self._logprobs[name] += values
         if part.text or logprobs is not None or self.request.include_stats:
-            yield sse(self._body(part.text, logprobs, None) | self._stats(response))
+            yield sse(self._chunk(part.text, logprobs, None) | self._stats(response))
 
     def end(self) -> Iterator[str]:
-        yield sse(self._body("", None, self.answer.finish_reason) | self._stats(self.answer.last))
+        yield sse(self._chunk("", None, self.answer.finish_reason) | self._stats(self.answer.last))
         if self.request.stream_options.include_usage:
             yield sse(self._head() | {"choices": [], "usage": usage(self.answer)})
         yield sse("[DONE]")
@@ -346,6 +346,11 @@ class CompletionForm(Form):
         choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
         return self._head() | {"choices": [choice]}
 
+    def _chunk(self, text: str, logprobs: Fields | None, finish_reason: str | None) -> Fields:
+        # As in a chat: where the usage comes last, it is null before.
+        counts = self.request.stream_options.include_usage
+        return self._body(text, logprobs, finish_reason) | ({"usage": None} if counts else {})
+
     def _head(self) -> Fields:
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.name}
 
@@ -355,6 +360,24 @@ class CompletionForm(Form):
 
 def _empty_logprobs() -> Fields:
     return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+
+def _without_bytes(logprobs: list[Fields]) -> list[Fields]:
+    """Log probabilities as events of `/v1/responses` have them."""
+    return [
+        {
+            "token": found["token"],
+            "logprob": found["logprob"],
+            "top_logprobs": [{"token": top["token"], "logprob": top["logprob"]} for top in found["top_logprobs"]],
+        }
+        for found in logprobs
+    ]
+
+
+def _with_bytes(logprob: Fields) -> Fields:
+    """A log probability as items of `/v1/responses` have it: its bytes are always a list."""
+    tops = [top | {"bytes": top["bytes"] or []} for top in logprob["top_logprobs"]]
+    return logprob | {"bytes": logprob["bytes"] or [], "top_logprobs": tops}
 
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
@@ -420,8 +443,10 @@ class ResponseForm(Form):
             yield self._item_event("response.reasoning_text.delta", content_index=0, delta=text)
             return
         added = [] if logprobs is None else [logprobs]
-        content["logprobs"] += added
-        yield self._item_event("response.output_text.delta", content_index=0, delta=text, logprobs=added)
+        content["logprobs"] += [_with_bytes(found) for found in added]
+        yield self._item_event(
+            "response.output_text.delta", content_index=0, delta=text, logprobs=_without_bytes(added)
+        )
 
     def _start_text(self, kind: str) -> Iterator[str]:
         if kind == "reasoning":
@@ -455,7 +480,9 @@ class ResponseForm(Form):
         else:
             content = item["content"][0]
             is_thought = item["type"] == "reasoning"
-            done = {"text": content["text"]} if is_thought else {k: content[k] for k in ("text", "logprobs")}
+            done = {"text": content["text"]}
+            if not is_thought:
+                done["logprobs"] = _without_bytes(content["logprobs"])
             kind = "reasoning_text" if is_thought else "output_text"
             yield self._item_event(f"response.{kind}.done", content_index=0, **done)
             yield self._item_event("response.content_part.done", content_index=0, part=content)
@@ -504,7 +531,8 @@ class ResponseForm(Form):
             if counted is None
             else {
                 "input_tokens": counted["prompt_tokens"],
-                "input_tokens_details": counted["prompt_tokens_details"],
+                # OpenAI counts here the tokens it charges for keeping: none are.
+                "input_tokens_details": counted["prompt_tokens_details"] | {"cache_write_tokens": 0},
                 "output_tokens": counted["completion_tokens"],
                 "output_tokens_details": {"reasoning_tokens": answer.thought_tokens},
                 "total_tokens": counted["total_tokens"],

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
@@ -19,6 +20,7 @@ from serving import Served, serve
 
 import mlx_mtp
 from mlx_mtp import DEMO_PAIR, GenerationOptions, GenerationResponse, Model, Sampling
+from mlx_mtp.speculative import Logprobs
 from mlx_mtp.text import TextStream
 
 K = 3
@@ -189,7 +191,9 @@ def test_completions(client: openai.OpenAI, model: Model) -> None:
     assert whole is not None
     assert whole.tokens is not None
     assert "".join(whole.tokens) == expected.text
+    assert whole.text_offset == [len("".join(whole.tokens[:index])) for index in range(20)]
     streamed = [chunk.choices[0].logprobs for chunk in chunks]
+    assert [offset for part in streamed if part for offset in part.text_offset or []] == whole.text_offset
     assert [value for part in streamed if part for value in part.token_logprobs or []] == whole.token_logprobs
 
 
@@ -441,6 +445,43 @@ def test_tools_beside_a_response_format(client: openai.OpenAI, model: Model) -> 
     assert answer.output_text.startswith("{") or answer.output[0].type == "function_call"
 
 
+def test_a_call_that_is_cut_says_length(client: openai.OpenAI) -> None:
+    """Though the call has begun, and its name is known: its arguments are not whole."""
+    options: Any = {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "get_weather"}}}
+    length = chat(client, **options).usage.completion_tokens - 3
+    whole = chat(client, max_tokens=length, **options)
+    (call,) = whole.choices[0].message.tool_calls
+    assert (whole.choices[0].finish_reason, call.function.name) == ("length", "get_weather")
+    with pytest.raises(ValueError, match=r"Expecting|Unterminated"):
+        json.loads(call.function.arguments)
+    parts = joined(chat(client, stream=True, max_tokens=length, **options))
+    assert (parts["finish"], parts["calls"][0]["arguments"]) == ("length", call.function.arguments)
+    answer = client.responses.create(
+        model="pair",
+        input=PROMPT,
+        temperature=0,
+        max_output_tokens=max(16, length),
+        tool_choice="required",
+        tools=[{"type": "function", **TOOLS[0]["function"]}],
+    )
+    assert (answer.status, answer.output[0].type) == ("incomplete", "function_call")
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+@pytest.mark.parametrize("options", [{}, {"stream_options": {"include_usage": True}}])
+def test_usage_is_null_until_the_end_where_it_is_asked_for(served: Served, path: str, options: Any) -> None:
+    given = {"messages": MESSAGES} if path == "chat/completions" else {"prompt": PROMPT}
+    body = {"stream": True, "max_tokens": 4, "temperature": 0} | given | options
+    lines = httpx.post(f"{served.v1}/{path}", json=body).text.split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    assert len(chunks) > 2
+    if not options:
+        assert not any("usage" in chunk for chunk in chunks)
+        return
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    assert (chunks[-1]["choices"], chunks[-1]["usage"]["completion_tokens"]) == ([], 4)
+
+
 class Person(BaseModel):
     adult: bool
     kind: str
@@ -475,8 +516,9 @@ def test_structured_output(client: openai.OpenAI) -> None:
 class Scripted:
     """A model that says what it is told to: for what a small one would not say."""
 
-    def __init__(self, model: Model, text: str) -> None:
+    def __init__(self, model: Model, text: str, logprobs: Logprobs | None = None) -> None:
         self._model = model
+        self._logprobs = logprobs
         self._tokens = model.tokenizer.encode(text, add_special_tokens=False)
 
     def __getattr__(self, name: str) -> Any:
@@ -504,13 +546,16 @@ class Scripted:
                 stats=mlx_mtp.speculative.Stats(),
                 thought=piece.thought,
                 in_thought=piece.in_thought,
+                logprobs=self._logprobs,
             )
 
 
 @contextmanager
-def scripted(served: Served, monkeypatch: pytest.MonkeyPatch, text: str) -> Iterator[None]:
+def scripted(
+    served: Served, monkeypatch: pytest.MonkeyPatch, text: str, logprobs: Logprobs | None = None
+) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(served.service, "model", Scripted(served.service.model, text))
+        patch.setattr(served.service, "model", Scripted(served.service.model, text, logprobs))
         yield
 
 
@@ -538,6 +583,38 @@ def test_text_thoughts_and_several_calls(
     assert [item.type for item in answer.output] == ["reasoning", "message", "function_call", "function_call"]
     # Where no tools are given, nothing is taken for a call.
     assert (without.content, without.tool_calls) == (script.partition("<channel|>")[2], None)
+
+
+def test_logprobs_of_responses_are_the_same_in_every_event(client: openai.OpenAI) -> None:
+    options: Any = {"model": "pair", "input": PROMPT, "temperature": 0, "max_output_tokens": 6, "top_logprobs": 2}
+    options["include"] = ["message.output_text.logprobs"]
+    (message,) = client.responses.create(**options).output
+    assert message.type == "message"
+    (content,) = message.content
+    assert content.type == "output_text"
+    expected = [(found.token, found.logprob) for found in content.logprobs or []]
+    assert len(expected) == 6
+    events = list(client.responses.create(stream=True, **options))
+    deltas = [found for event in events if event.type == "response.output_text.delta" for found in event.logprobs]
+    (done,) = [event for event in events if event.type == "response.output_text.done"]
+    for parts in (deltas, done.logprobs):
+        assert [(part.token, part.logprob) for part in parts] == expected
+        assert all(len(part.top_logprobs or []) == 2 for part in parts)
+
+
+def test_log_probabilities_that_json_lacks_are_clamped(
+    served: Served, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As OpenAI's: a token that cannot come has -9999, not minus infinity."""
+    options: Any = {"max_tokens": 4, "logprobs": True, "top_logprobs": 1}
+    with scripted(served, monkeypatch, "x = 1", Logprobs(-math.inf, [(40, -math.inf)])):
+        whole = chat(client, **options).choices[0].logprobs.content
+        streamed = joined(chat(client, stream=True, **options))["logprobs"]
+        text = client.completions.create(model="pair", prompt="x", logprobs=1).choices[0].logprobs
+    for found in (whole, streamed):
+        assert {token.logprob for token in found} == {token.top_logprobs[0].logprob for token in found} == {-9999.0}
+    assert text is not None
+    assert set(text.token_logprobs or []) == {-9999.0}
 
 
 def test_thinking_reaches_the_template(client: openai.OpenAI) -> None:
