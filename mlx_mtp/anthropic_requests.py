@@ -6,11 +6,12 @@ accepted: docs/anthropic.md names it.
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from .engine import GenerationOptions
 from .errors import OptionError, PromptError
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 # The only key of a call's input that is no JSON object. Anthropic's documentation names it for this purpose.
 INVALID_JSON = "INVALID_JSON"
+_TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 # Begins a block of the system prompt that Claude Code writes for Anthropic's billing. It may change with each request.
 _BILLING = "x-anthropic-billing-header:"
 # Fields of a chat request that are not taken as they are.
@@ -197,8 +199,13 @@ class MessagesRequest(Request):
         messages = [*self._system(), *_messages(turns)]
         if not any(message.role != "system" for message in messages):
             raise PromptError("messages: there must be one of the user")
-        task = ChatRequest.model_validate(self._common() | self._chat_fields(bool(prefill)) | {"messages": messages})
-        return replace(task.task(default), prefill=prefill)
+        fields = self._common() | self._chat_fields(bool(prefill)) | {"messages": messages}
+        try:
+            request = ChatRequest.model_validate(fields)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            raise OptionError(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from None
+        return replace(request.task(default), prefill=prefill)
 
     def _common(self) -> dict[str, Any]:
         """The fields that chat requests have as well."""
@@ -228,8 +235,9 @@ class MessagesRequest(Request):
             if tool.type != "custom":
                 logger.warning("the tool %s runs on Anthropic's servers: it is left out", tool.type)
                 continue
-            if not tool.name:
-                raise OptionError(f"tools[{index}]: the tool has no name")
+            if not _TOOL_NAME.fullmatch(tool.name):
+                expected = "1 to 128 of a-z, A-Z, 0-9, _, . and -"
+                raise OptionError(f"tools[{index}].name must be {expected}, found {tool.name!r}")
             function = {"name": tool.name, "parameters": tool.input_schema, "strict": tool.strict}
             described = {} if tool.description is None else {"description": tool.description}
             functions.append({"type": "function", "function": function | described})
