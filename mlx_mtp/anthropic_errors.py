@@ -9,10 +9,11 @@ from pydantic import BaseModel
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .http_entry import plain_path
 from .openai_answers import new_id
 
-_MESSAGES = re.compile(r"/+v1/+messages(/.*)?")
-_MODELS = re.compile(r"/+v1/+models(/.*)?")
+_MESSAGES = re.compile(r"/v1/messages(/.*)?")
+_MODELS = re.compile(r"/v1/models(/.*)?")
 # Kinds of error that follow from the status. The others keep the kind they have.
 _KINDS = {
     403: "permission_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
@@ -44,9 +45,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 def is_anthropic(path: str, headers: Mapping[str, str]) -> bool:
     """Whether a client of Anthropic's API asks: its own paths, or with its header the list of models."""
-    if _MESSAGES.fullmatch(path):
+    plain = plain_path(path)
+    if _MESSAGES.fullmatch(plain):
         return True
-    return "anthropic-version" in headers and _MODELS.fullmatch(path) is not None
+    return "anthropic-version" in headers and _MODELS.fullmatch(plain) is not None
 
 
 def anthropic_error(error: Mapping[str, Any], status: int | None = None) -> dict[str, Any]:

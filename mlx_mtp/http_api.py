@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
@@ -17,7 +18,6 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import __version__
@@ -26,7 +26,9 @@ from .anthropic_errors import ERRORS as ANTHROPIC_ERRORS
 from .anthropic_errors import AnthropicErrors, is_anthropic
 from .anthropic_requests import MessagesRequest
 from .engine import GenerationResponse
+from .http_entry import Entry
 from .openai_answers import ChatForm, CompletionForm, Form, ResponseForm, Tokens
+from .openai_fields import warn_once
 from .openai_requests import ChatRequest, CompletionRequest, Request, ResponseRequest, Task
 from .service import ApiError, Prefill, Service, api_error
 from .worker import Job
@@ -34,11 +36,8 @@ from .worker import Job
 T = TypeVar("T")
 Items = Job[GenerationResponse | Prefill]
 
-# Fields of OpenAI's requests that this server knows and cannot honour.
-_UNSUPPORTED = {
-    "audio", "conversation", "function_call", "functions", "logit_processors", "max_tool_calls", "prediction",
-    "previous_response_id", "prompt", "suffix", "verbosity", "web_search_options", "best_of",
-}  # fmt: skip
+# Names, on an answer, the parts of the request that nothing is known of here.
+IGNORED_HEADER = "X-MLX-MTP-Ignored"
 # What the page may do: nothing but talk to this server.
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -59,7 +58,7 @@ class ErrorBody(BaseModel):
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request is wrong, or asks for what is not supported."},
     401: {"model": ErrorBody, "description": "The API key is missing or wrong."},
-    404: {"model": ErrorBody, "description": "There is no such model."},
+    404: {"model": ErrorBody, "description": "There is no such model, or no such stored item."},
     413: {"model": ErrorBody, "description": "The body is too large."},
     429: {"model": ErrorBody, "description": "Too many requests wait; Retry-After says when to ask again."},
     500: {"model": ErrorBody, "description": "The generation failed."},
@@ -117,9 +116,14 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
                 code="model_not_found",
                 param="model",
             )
+        for name in body.ignored:
+            warn_once(name)
         asked = task(service.options)
         form = make_form(asked)
-        return await _run(http, service.submit(asked), form, body.stream, settings.keep_alive)
+        response = await _run(http, service.submit(asked), form, body.stream, settings.keep_alive)
+        if body.ignored:
+            response.headers[IGNORED_HEADER] = ", ".join(quote(name[:100], safe=" ") for name in body.ignored[:20])
+        return response
 
     @app.post("/v1/messages", responses=ANTHROPIC_ERRORS, response_class=Response, summary="Anthropic's messages.")
     async def messages(body: MessagesRequest, http: HttpRequest) -> Response:
@@ -169,7 +173,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(settings.allowed_hosts), www_redirect=False)
+    app.add_middleware(Entry, hosts=settings.allowed_hosts)
     app.add_middleware(AnthropicErrors)
     return app
 
@@ -308,14 +312,14 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a request's fields."""
     # The one that says most: of the kinds a field may have, the others complain as well.
     path, found = max(((_path(one, error.body), one) for one in error.errors()), key=lambda pair: len(pair[0]))
+    refused = found.get("ctx", {})
+    if "param" in refused:
+        return ApiError(refused["status"], refused["message"], code=found["type"], param=refused["param"])
     if found["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {found['ctx']['error']}", code="invalid_json")
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
     if not param:
         return ApiError(400, "the body must be a JSON object, sent as application/json", code="invalid_json")
-    if found["type"] == "extra_forbidden":
-        kind = "unsupported" if path[-1] in _UNSUPPORTED else "unknown"
-        return ApiError(400, f"{kind} parameter: {param!r}", code=f"{kind}_parameter", param=param)
     if found["type"] == "missing":
         return ApiError(400, f"missing required parameter: {param!r}", code="missing_required_parameter", param=param)
     value = found.get("input")

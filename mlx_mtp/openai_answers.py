@@ -448,16 +448,16 @@ class ResponseForm(Form):
             "output": self._output,
             "parallel_tool_calls": request.parallel_tool_calls,
             "previous_response_id": None,
-            "reasoning": request.reasoning.model_dump(),
+            "reasoning": request.reasoning.model_dump(include={"effort", "summary"}),
             "store": False,
             "temperature": request.temperature,
             "text": request.text.model_dump(by_alias=True, exclude_none=True),
             "tool_choice": request.tool_choice
             if isinstance(request.tool_choice, str)
             else request.tool_choice.model_dump(),
-            "tools": [tool.model_dump() for tool in request.tools],
+            "tools": [tool.model_dump() for tool in request.functions],
             "top_p": request.top_p,
-            "truncation": "disabled",
+            "truncation": request.truncation,
             "usage": None
             if counted is None
             else {

@@ -1,35 +1,38 @@
 """What clients may ask of the server: the requests of OpenAI's API, and what they mean here.
 
-Everything is checked here: a field that is unknown, of the wrong type, or asks for what cannot be done is refused,
-never ignored. What has no meaning for a local server (who the user is, where to store) is accepted.
+A field of the wrong type, or one that asks for what cannot be done, is refused, never ignored. `openai_fields` says
+which fields are accepted though they have no effect here.
 """
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic.fields import FieldInfo
 
 from .draft_length import MAX_DRAFT_TOKENS
 from .engine import GenerationOptions
 from .errors import OptionError, PromptError
-from .sampling import AcceptanceRule, Sampling
+from .openai_fields import Budget, Limit, LookBack, Strings, TopK, Whole, check_others, refuse, unknown
+from .sampling import SMALLEST, AcceptanceRule, Sampling
 from .tool_grammar import tool_grammar
 
 JSON_OBJECT = {"type": "object"}
+# What other servers call `max_tokens`.
+_TOKEN_LIMITS = ("max_tokens", "max_new_tokens", "n_predict", "num_predict")
 # Efforts of reasoning that mean none.
 _NO_EFFORT = ("none", "minimal")
 
 Messages: TypeAlias = list[dict[str, Any]]
-Stop: TypeAlias = Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]]
 
 
 class Fields(BaseModel):
-    """Fields of a request, in which null means that one is left out."""
+    """Fields of a request, in which null means that one is left out. Others are no error."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -40,38 +43,69 @@ class Fields(BaseModel):
 class TextPart(Fields):
     type: Literal["text", "input_text", "output_text"]
     text: str
-    annotations: list[Any] = []
-    logprobs: list[Any] = []
 
 
-Content: TypeAlias = str | list[TextPart]
+class RefusalPart(Fields):
+    type: Literal["refusal"]
+    refusal: str
+
+
+Content: TypeAlias = str | list[TextPart | RefusalPart | str]
+
+
+def _text(content: Content | None) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(_part_text(part) for part in content)
+
+
+def _part_text(part: TextPart | RefusalPart | str) -> str:
+    if isinstance(part, str):
+        return part
+    return part.refusal if isinstance(part, RefusalPart) else part.text
+
+
+def _arguments(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
 
 
 class CalledFunction(Fields):
     name: str
-    arguments: str
+    arguments: Annotated[str, BeforeValidator(_arguments, json_schema_input_type=str | dict[str, Any])]
 
 
 class ToolCall(Fields):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: int | None = None
 
 
 class Message(Fields):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content | None = None
+    refusal: str | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    function_call: CalledFunction | None = None
     reasoning_content: str | None = None
-    annotations: list[Any] | None = None
+    # What some servers call it.
+    reasoning: Any = None
+    audio: None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Message":
-        if self.content is None and not self.tool_calls:
-            raise ValueError(f"a message of role {self.role} needs content")
+        if self.content is None:
+            if self.role not in ("assistant", "tool", "function"):
+                raise ValueError(f"a message of role {self.role} needs content")
+            self.content = self.refusal or ""
+        if self.reasoning_content is None and isinstance(self.reasoning, str):
+            self.reasoning_content = self.reasoning
+        if self.function_call is not None and not self.tool_calls:
+            self.tool_calls = [ToolCall(id=self.function_call.name, function=self.function_call)]
+        if self.role == "function":
+            # Before there were tools, a result named the function.
+            self.role, self.tool_call_id = "tool", self.name
         if self.role == "tool" and self.tool_call_id is None:
             raise ValueError("a message of role tool needs the tool_call_id that it answers")
         return self
@@ -85,7 +119,7 @@ class Function(Fields):
 
 
 class Tool(Fields):
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: Function
 
 
@@ -115,6 +149,10 @@ class JsonSchemaFormat(Fields):
 
 
 class TemplateOptions(Fields):
+    """Switches of the chat template: any name."""
+
+    model_config = ConfigDict(extra="allow")
+
     enable_thinking: bool | None = None
 
 
@@ -123,40 +161,54 @@ class StreamOptions(Fields):
     include_obfuscation: bool = False
 
 
+# Some clients send an empty list for no bias.
+_NO_BIAS = BeforeValidator(lambda value: {} if value == [] else value)
+
+
 class Request(Fields):
     """What all kinds of request have in common. Beside OpenAI's, the fields of `Sampling` and `GenerationOptions`."""
+
+    model_config = ConfigDict(extra="allow")
 
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     temperature: float | None = Field(None, ge=0)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: TopK = None
     min_p: float | None = Field(None, ge=0, le=1)
     xtc_probability: float | None = Field(None, ge=0, le=1)
     xtc_threshold: float | None = Field(None, ge=0, le=0.5)
-    seed: int | None = None
+    seed: Whole | None = Field(None, validation_alias=AliasChoices("seed", "random_seed"))
     acceptance: AcceptanceRule | None = None
-    logit_bias: dict[str, float] | None = None
-    repetition_penalty: float | None = Field(None, gt=0)
-    repetition_context_size: int | None = Field(None, ge=1)
+    logit_bias: Annotated[dict[str, float] | None, _NO_BIAS] = None
+    repetition_penalty: float | None = Field(
+        None, gt=0, validation_alias=AliasChoices("repetition_penalty", "repeat_penalty")
+    )
+    repetition_context_size: LookBack = Field(
+        None, validation_alias=AliasChoices("repetition_context_size", "repeat_last_n")
+    )
     presence_penalty: float | None = None
-    presence_context_size: int | None = Field(None, ge=1)
+    presence_context_size: LookBack = None
     frequency_penalty: float | None = None
-    frequency_context_size: int | None = Field(None, ge=1)
-    num_draft_tokens: Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS)] | Literal["auto"] | None = None
-    min_tokens: int = Field(0, ge=0)
+    frequency_context_size: LookBack = None
+    num_draft_tokens: Annotated[Whole, Field(ge=0, le=MAX_DRAFT_TOKENS)] | Literal["auto"] | None = None
+    stop: Strings = Field([], validation_alias=AliasChoices("stop", "stop_sequences"))
+    min_tokens: Whole = Field(0, ge=0)
     ignore_eos: bool = False
     regex: str | None = None
     grammar: str | None = None
     include_stats: bool = Field(False, description="Add to each part what was drafted and accepted so far.")
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
+
+    @model_validator(mode="after")
+    def _check_others(self) -> "Request":
+        check_others(self.model_extra or {}, field_names(type(self)), field_names(*ENDPOINTS))
+        return self
+
+    @property
+    def ignored(self) -> list[str]:
+        """Parts of the request that nothing is known of, or that there is no use for here."""
+        return unknown(self.model_extra or {}, field_names(*ENDPOINTS))
 
     def sampling(self, default: Sampling) -> Sampling:
         """Those of the fields that are given, else the default. Raises OptionError for a value out of range."""
@@ -164,6 +216,9 @@ class Request(Fields):
         given = {name: value for name, value in given.items() if value is not None}
         # Any integer is a seed.
         given["seed"] = secrets.randbits(32) if self.seed is None else self.seed % 2**64
+        if min(given.get("top_p", 1), given.get("temperature") or 1) < SMALLEST:
+            # So little leaves the most likely token alone.
+            given |= {"temperature": 0.0, "top_p": 1.0}
         if self.logit_bias is not None:
             given["logit_bias"] = {_token_id(token): bias for token, bias in self.logit_bias.items()}
         return replace(default, **given)
@@ -171,7 +226,7 @@ class Request(Fields):
     def generation_options(self, default: GenerationOptions, **changes: Any) -> GenerationOptions:
         """The default with what is given. Raises OptionError for what is out of range or contradicts."""
         changes |= {"min_tokens": self.min_tokens, "ignore_eos": self.ignore_eos}
-        changes |= {"regex": self.regex, "sampling": self.sampling(default.sampling)}
+        changes |= {"stop": self.stop, "regex": self.regex, "sampling": self.sampling(default.sampling)}
         if self.grammar is not None:
             if changes.get("grammar") is not None:
                 raise OptionError("grammar contradicts the tools, whose calls must follow one of their own")
@@ -183,74 +238,136 @@ class Request(Fields):
         return replace(default, **{name: value for name, value in changes.items() if value is not None})
 
 
+def field_names(*kinds: type[Request]) -> frozenset[str]:
+    """The names of the fields of these requests, other names for them included."""
+    return frozenset(name for kind in kinds for field in kind.model_fields.items() for name in _names(*field))
+
+
+def _names(name: str, info: FieldInfo) -> Iterable[str]:
+    alias = info.validation_alias
+    return map(str, alias.choices) if isinstance(alias, AliasChoices) else [name]
+
+
 @dataclass(frozen=True)
 class Task:
     """One generation: a prompt, as `Model.encode` takes it, with tools, and how to go on from it.
 
-    `prefill` is the beginning of an answer to messages: the generation goes on after it.
+    `template_options` are switches of the chat template. `prefill` is the beginning of an answer to messages: the
+    generation goes on after it.
     """
 
     prompt: str | Sequence[int] | Messages
     options: GenerationOptions
     tools: Sequence[Mapping[str, Any]] | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict)
     prefill: str = ""
 
 
-class ChatRequest(Request):
+class ThinkingOptions(Fields):
+    """Anthropic's switch, which others take as well."""
+
+    type: Literal["enabled", "adaptive", "auto", "disabled"]
+    budget_tokens: Budget = None
+
+
+class Reasoning(Fields):
+    """OpenAI's and OpenRouter's switch."""
+
+    effort: str | None = None
+    summary: str | None = None
+    enabled: bool | None = None
+    max_tokens: Budget = None
+    exclude: Literal[False] = False
+
+    @property
+    def thinks(self) -> bool | None:
+        if self.enabled is not None or self.effort is not None:
+            return self.enabled is not False and self.effort not in _NO_EFFORT
+        return None if self.max_tokens is None else True
+
+
+class ConversationRequest(Request):
+    """A request for an answer to messages."""
+
+    parallel_tool_calls: bool = True
+    enable_thinking: bool | None = None
+    thinking_budget: Budget = Field(
+        None, validation_alias=AliasChoices("thinking_budget", "thinking_budget_tokens", "thinking_token_budget")
+    )
+    think: bool | str | None = None
+    thinking: ThinkingOptions | None = None
+    reasoning: Reasoning = Reasoning()
+    reasoning_effort: str | None = None
+    chat_template_kwargs: TemplateOptions = TemplateOptions()
+
+    def conversation_options(self, default: GenerationOptions, **changes: Any) -> GenerationOptions:
+        """As `generation_options`, with thinking."""
+        thinks = self._thinks()
+        budget = self.thinking_budget
+        if budget is None and thinks is not False:
+            budget = self.reasoning.max_tokens if self.thinking is None else self.thinking.budget_tokens
+        return self.generation_options(default, **changes, enable_thinking=thinks, thinking_budget=budget)
+
+    def _thinks(self) -> bool | None:
+        """Whether to think, by the first switch that says it; None if none does."""
+        switches = (
+            self.enable_thinking,
+            _effort(self.think),
+            None if self.thinking is None else self.thinking.type != "disabled",
+            self.reasoning.thinks,
+            self.chat_template_kwargs.enable_thinking,
+            _effort(self.reasoning_effort),
+        )
+        return next((switch for switch in switches if switch is not None), None)
+
+    def template_options(self) -> dict[str, Any]:
+        """Switches of the chat template but for that of thinking."""
+        return self.chat_template_kwargs.model_extra or {}
+
+
+def _effort(effort: str | bool | None) -> bool | None:
+    return effort not in _NO_EFFORT if isinstance(effort, str) else effort
+
+
+class ChatRequest(ConversationRequest):
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    stop: Stop = []
+    max_tokens: Limit = Field(None, validation_alias=AliasChoices(*_TOKEN_LIMITS))
+    max_completion_tokens: Limit = None
     n: Literal[1] = 1
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: Whole | None = Field(None, ge=0, le=20)
     response_format: TextFormat | JsonSchemaFormat = Field(TextFormat(type="text"), discriminator="type")
     tools: list[Tool] = []
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
-    parallel_tool_calls: bool = True
-    reasoning_effort: str | None = None
-    enable_thinking: bool | None = None
-    thinking_budget: int | None = Field(None, ge=0)
-    chat_template_kwargs: TemplateOptions = TemplateOptions()
     modalities: list[Literal["text"]] = ["text"]
 
     def task(self, default: GenerationOptions) -> Task:
         """Raises OptionError and PromptError for what cannot be honoured."""
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise OptionError("top_logprobs is given, but logprobs is not")
-        thinks = self.enable_thinking
-        if thinks is None:
-            thinks = self.chat_template_kwargs.enable_thinking
-        if thinks is None and self.reasoning_effort is not None:
-            thinks = self.reasoning_effort not in _NO_EFFORT
         tools = [tool.model_dump(exclude_none=True) for tool in self.tools]
         choice = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else self.tool_choice
         schema = _schema(self.response_format)
-        options = self.generation_options(
+        options = self.conversation_options(
             default,
             max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
-            stop=self.stop,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             json_schema=schema,
             grammar=_tool_grammar(tools, choice, self.parallel_tool_calls, schema),
-            enable_thinking=thinks,
-            thinking_budget=self.thinking_budget,
         )
-        return Task(chat_messages(self.messages), options, tools if choice != "none" and tools else None)
+        has_tools = choice != "none" and bool(tools)
+        return Task(chat_messages(self.messages), options, tools if has_tools else None, self.template_options())
 
 
 class CompletionRequest(Request):
     prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int | None = Field(None, ge=1)
-    stop: Stop = []
+    max_tokens: Limit = Field(None, validation_alias=AliasChoices(*_TOKEN_LIMITS))
     n: Literal[1] = 1
-    best_of: Literal[1] = 1
-    echo: Literal[False] = False
-    logprobs: int | None = Field(None, ge=0, le=20)
+    logprobs: Whole | None = Field(None, ge=0, le=20)
 
     def task(self, default: GenerationOptions) -> Task:
         """Raises OptionError and PromptError for what cannot be honoured."""
-        options = self.generation_options(default, max_tokens=self.max_tokens, stop=self.stop, logprobs=self.logprobs)
+        options = self.generation_options(default, max_tokens=self.max_tokens, logprobs=self.logprobs)
         return Task(self._one_prompt(), options)
 
     def _one_prompt(self) -> str | list[int]:
@@ -264,49 +381,81 @@ class CompletionRequest(Request):
 class MessageItem(Fields):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    id: str | None = None
-    status: str | None = None
-    phase: str | None = None
+    content: Content = ""
 
 
-class FunctionCallItem(Fields):
+class FunctionCallItem(CalledFunction):
     type: Literal["function_call"]
     call_id: str
-    name: str
-    arguments: str
-    id: str | None = None
-    status: str | None = None
 
 
 class FunctionOutputItem(Fields):
     type: Literal["function_call_output"]
     call_id: str
     output: Content
-    id: str | None = None
-    status: str | None = None
+
+
+class ReasoningText(Fields):
+    text: str = ""
 
 
 class ReasoningItem(Fields):
-    """An earlier thought: Gemma is not shown these again."""
+    """An earlier thought. Its summary is not the thought, and what is encrypted cannot be read."""
 
     type: Literal["reasoning"]
-    id: str | None = None
-    summary: list[Any] = []
-    content: list[Any] = []
-    encrypted_content: str | None = None
-    status: str | None = None
+    content: list[ReasoningText] = []
+
+
+class ItemReference(Fields):
+    type: Literal["item_reference"] = "item_reference"
+    id: str
+
+
+class SkippedItem(Fields):
+    """A call of a tool that does not exist here, or its result."""
+
+    type: Literal[
+        "additional_tools",
+        "apply_patch_call",
+        "apply_patch_call_output",
+        "code_interpreter_call",
+        "custom_tool_call",
+        "custom_tool_call_output",
+        "file_search_call",
+        "image_generation_call",
+        "local_shell_call",
+        "local_shell_call_output",
+        "mcp_approval_request",
+        "mcp_approval_response",
+        "mcp_call",
+        "mcp_list_tools",
+        "program",
+        "program_output",
+        "shell_call",
+        "shell_call_output",
+        "tool_search_call",
+        "tool_search_output",
+        "web_search_call",
+    ]
+
+
+_SKIPPED = get_args(SkippedItem.model_fields["type"].annotation)
 
 
 def _item_type(item: Any) -> Any:
-    return item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+    if not isinstance(item, dict):
+        return "skipped" if item.type in _SKIPPED else item.type
+    kind = item.get("type") or ("item_reference" if "id" in item and "role" not in item else "message")
+    return "skipped" if kind in _SKIPPED else kind
 
 
 Item = Annotated[
     Annotated[MessageItem, Tag("message")]
     | Annotated[FunctionCallItem, Tag("function_call")]
     | Annotated[FunctionOutputItem, Tag("function_call_output")]
-    | Annotated[ReasoningItem, Tag("reasoning")],
+    | Annotated[ReasoningItem, Tag("reasoning")]
+    | Annotated[ItemReference, Tag("item_reference")]
+    | Annotated[SkippedItem, Tag("skipped")],
     Discriminator(_item_type),
 ]
 
@@ -315,9 +464,28 @@ class ResponseTool(Function):
     type: Literal["function"]
 
 
+class OtherTool(Fields):
+    """A tool that OpenAI runs, or one whose input is no JSON: neither exists here."""
+
+    type: str
+
+
 class ResponseNamedTool(Fields):
     type: Literal["function"]
     name: str
+
+
+def _tool_type(tool: Any) -> str:
+    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
+    return "function" if kind == "function" else "other"
+
+
+AnyTool = Annotated[
+    Annotated[ResponseTool, Tag("function")] | Annotated[OtherTool, Tag("other")], Discriminator(_tool_type)
+]
+AnyNamedTool = Annotated[
+    Annotated[ResponseNamedTool, Tag("function")] | Annotated[OtherTool, Tag("other")], Discriminator(_tool_type)
+]
 
 
 class ResponseSchema(NamedSchema):
@@ -326,82 +494,119 @@ class ResponseSchema(NamedSchema):
 
 class ResponseText(Fields):
     format: TextFormat | ResponseSchema = Field(default=TextFormat(type="text"), discriminator="type")
+    verbosity: str | None = None
 
 
-class Reasoning(Fields):
-    effort: str | None = None
-    summary: str | None = None
-
-
-class ResponseRequest(Request):
+class ResponseRequest(ConversationRequest):
     input: str | list[Item]
     instructions: str | None = None
-    max_output_tokens: int | None = Field(None, ge=1)
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    max_output_tokens: Limit = Field(
+        None, validation_alias=AliasChoices("max_output_tokens", "max_completion_tokens", *_TOKEN_LIMITS)
+    )
+    top_logprobs: Whole | None = Field(None, ge=0, le=20)
     text: ResponseText = ResponseText()
-    tools: list[ResponseTool] = []
-    tool_choice: Literal["none", "auto", "required"] | ResponseNamedTool = "auto"
-    parallel_tool_calls: bool = True
-    reasoning: Reasoning = Reasoning()
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = []
-    truncation: Literal["disabled"] = "disabled"
-    background: Literal[False] = False
+    tools: list[AnyTool] = []
+    tool_choice: Literal["none", "auto", "required"] | AnyNamedTool = "auto"
+    include: list[str] = []
+    truncation: Literal["disabled", "auto"] = "disabled"
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+
+    @property
+    def functions(self) -> list[ResponseTool]:
+        """Those of the tools that can be called here."""
+        return [tool for tool in self.tools if isinstance(tool, ResponseTool)]
+
+    @property
+    def ignored(self) -> list[str]:
+        tools = {f"tools.{tool.type}" for tool in self.tools if isinstance(tool, OtherTool)}
+        items = {f"input.{item.type}" for item in self.input if isinstance(item, SkippedItem)}
+        return [*super().ignored, *sorted(tools), *sorted(items)]
+
+    @model_validator(mode="after")
+    def _check_references(self) -> "ResponseRequest":
+        for item in self.input:
+            if isinstance(item, ItemReference):
+                message = (
+                    f"Item with id {item.id!r} not found. Items are not persisted when `store` is set to false, as it "
+                    "always is here. Send the item itself, or remove this item from your input."
+                )
+                raise refuse("item_not_found", "input", message, status=404)
+        return self
 
     def task(self, default: GenerationOptions) -> Task:
         """Raises OptionError and PromptError for what cannot be honoured."""
         tools = [
             {"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"type"})}
-            for tool in self.tools
+            for tool in self.functions
         ]
+        if isinstance(self.tool_choice, OtherTool):
+            raise OptionError(f"tool_choice is of type {self.tool_choice.type!r}: there are only functions here")
         choice = self.tool_choice.name if isinstance(self.tool_choice, ResponseNamedTool) else self.tool_choice
         schema = _schema(self.text.format)
-        effort = self.reasoning.effort
-        asks_logprobs = "message.output_text.logprobs" in self.include or self.top_logprobs is not None
-        options = self.generation_options(
+        asks_logprobs = "message.output_text.logprobs" in self.include or bool(self.top_logprobs)
+        options = self.conversation_options(
             default,
             max_tokens=self.max_output_tokens,
             logprobs=(self.top_logprobs or 0) if asks_logprobs else None,
             json_schema=schema,
             grammar=_tool_grammar(tools, choice, self.parallel_tool_calls, schema),
-            enable_thinking=None if effort is None else effort not in _NO_EFFORT,
         )
-        return Task(chat_messages(self._messages()), options, tools if choice != "none" and tools else None)
+        has_tools = choice != "none" and bool(tools)
+        return Task(chat_messages(self._messages()), options, tools if has_tools else None, self.template_options())
 
     def _messages(self) -> list[Message]:
-        messages = []
+        messages: list[Message] = []
         if self.instructions is not None:
             messages.append(Message(role="system", content=self.instructions))
         items = [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
+        thought: str | None = None
         for item in items:
-            if isinstance(item, MessageItem):
-                messages.append(Message(role=item.role, content=item.content))
+            if isinstance(item, ReasoningItem):
+                thought = (thought or "") + "".join(part.text for part in item.content) or None
+            elif isinstance(item, FunctionCallItem):
+                _add_call(messages, item, thought)
+                thought = None
             elif isinstance(item, FunctionOutputItem):
                 messages.append(Message(role="tool", content=item.output, tool_call_id=item.call_id))
-            elif isinstance(item, FunctionCallItem):
-                call = ToolCall(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments))
-                # Calls that follow each other, or a text, belong to one answer.
-                if messages and messages[-1].role == "assistant":
-                    messages[-1] = messages[-1].model_copy(
-                        update={"tool_calls": [*(messages[-1].tool_calls or []), call]}
-                    )
-                else:
-                    messages.append(Message(role="assistant", tool_calls=[call]))
+            elif isinstance(item, MessageItem):
+                own = thought if item.role == "assistant" else None
+                messages.append(Message(role=item.role, content=item.content, reasoning_content=own))
+                thought = None
         if not messages:
             raise PromptError("input is empty: expected some text or items")
         return messages
+
+
+ENDPOINTS: tuple[type[Request], ...] = (ChatRequest, CompletionRequest, ResponseRequest)
+
+
+def _add_call(messages: list[Message], item: FunctionCallItem, thought: str | None) -> None:
+    """Calls that follow each other, or a text, belong to one answer; a thought begins another."""
+    call = ToolCall(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments))
+    if messages and messages[-1].role == "assistant" and thought is None:
+        messages[-1] = messages[-1].model_copy(update={"tool_calls": [*(messages[-1].tool_calls or []), call]})
+    else:
+        messages.append(Message(role="assistant", tool_calls=[call], reasoning_content=thought))
 
 
 def chat_messages(messages: Sequence[Message]) -> Messages:
     """The messages as chat templates take them: text for content, objects for the arguments of calls, and the names of
     the tools that answer.
 
+    Gemma has one system text, before all turns. The system and developer messages become it, wherever they stand, in
+    their order and with blank lines between.
+
     Raises PromptError for arguments that are no JSON object and for an answer to a call that is not there.
     """
     rendered: Messages = []
+    system: list[str] = []
     names: dict[str, str] = {}
     for index, message in enumerate(messages):
-        content = message.content
-        text = content if isinstance(content, str) else "".join(part.text for part in content or [])
+        text = _text(message.content)
+        if message.role in ("system", "developer"):
+            system.append(text)
+            continue
         found: dict[str, Any] = {"role": message.role, "content": text}
         if message.reasoning_content is not None:
             found["reasoning_content"] = message.reasoning_content
@@ -415,7 +620,8 @@ def chat_messages(messages: Sequence[Message]) -> Messages:
         elif message.name is not None:
             found["name"] = message.name
         rendered.append(found)
-    return rendered
+    first = [{"role": "system", "content": "\n\n".join(filter(None, system))}] if system else []
+    return first + rendered
 
 
 def _template_call(call: ToolCall, index: int) -> dict[str, Any]:

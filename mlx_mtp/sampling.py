@@ -15,7 +15,7 @@ from .errors import OptionError
 
 AcceptanceRule = Literal["block", "coupled"]
 # Least temperature above 0, and least top_p: less leaves nothing but rounding of float32.
-_SMALLEST = 1e-6
+SMALLEST = 1e-6
 ACCEPTANCE_RULES: tuple[AcceptanceRule, ...] = ("block", "coupled")
 
 
@@ -75,9 +75,9 @@ class Sampling:
                 raise OptionError(f"{name} must be {_range(low, high)}, found {value}")
         if self.repetition_penalty == 0:
             raise OptionError("repetition_penalty must be above 0, found 0")
-        if 0 < self.temperature < _SMALLEST or self.top_p < _SMALLEST:
-            name = "top_p" if self.top_p < _SMALLEST else "temperature"
-            raise OptionError(f"{name} must be at least {_SMALLEST:g}, found {vars(self)[name]:g}")
+        if 0 < self.temperature < SMALLEST or self.top_p < SMALLEST:
+            name = "top_p" if self.top_p < SMALLEST else "temperature"
+            raise OptionError(f"{name} must be at least {SMALLEST:g}, found {vars(self)[name]:g}")
         for token, bias in self.logit_bias.items():
             is_valid = isinstance(token, int) and isinstance(bias, int | float) and math.isfinite(bias)
             if isinstance(token, bool) or not is_valid:

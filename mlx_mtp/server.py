@@ -70,7 +70,14 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--allowed-origins", type=_names, default=(), metavar="URL,URL", help="Origins of web pages that may ask; CORS."
     )
-    add("--allowed-hosts", type=_names, default=(), metavar="NAME,NAME", help="Names this server may be asked by.")
+    add(
+        "--allowed-hosts",
+        type=_names,
+        default=(),
+        metavar="NAME,NAME",
+        help="Names this server may be asked by, *.DOMAIN for all in a domain, * for any. Where it is bound to this "
+        "machine, beside the machine's own and those under .local, .internal and .localhost.",
+    )
     add("--max-queue", type=int, default=32, metavar="N", help="Most requests that wait (default: %(default)s).")
     add("--max-body-size", type=_size, default=10_000_000, metavar="SIZE", help="Largest request (default: 10MB).")
     add("--max-prompt-tokens", type=int, metavar="N", help="Longest prompt (default: what the context holds).")
@@ -192,12 +199,13 @@ def _serve(
     args: argparse.Namespace, model: Model, options: GenerationOptions, worker: Worker, listener: socket.socket
 ) -> None:
     from .http_api import Settings, create_app
+    from .http_entry import local_hosts
     from .service import Service
 
     name = args.served_model_name or (args.model if args.model and not Path(args.model).is_dir() else None)
     name = name or Path(args.model or DEMO_PAIR).resolve().name
     service = Service(model, worker, name, options, args.max_prompt_tokens)
-    hosts = args.allowed_hosts or (("localhost", "127.0.0.1", "[::1]") if _is_local(args.host) else ("*",))
+    hosts = (*local_hosts(args.host), *args.allowed_hosts) if _is_local(args.host) else args.allowed_hosts or ("*",)
     settings = Settings(args.api_key, hosts, args.allowed_origins, args.max_body_size)
     app = create_app(service, settings)
     asyncio.run(_until_stopped(app, service, listener, args.shutdown_timeout, args.log_level))

@@ -182,7 +182,12 @@ class Service:
 
     def encode(self, task: Task) -> list[int]:
         """The tokens of a task's prompt. Raises PromptError as `Model.encode` does."""
-        tokens = self.model.encode(task.prompt, enable_thinking=task.options.enable_thinking, tools=task.tools)
+        tokens = self.model.encode(
+            task.prompt,
+            enable_thinking=task.options.enable_thinking,
+            tools=task.tools,
+            template_options=task.template_options,
+        )
         return [*tokens, *self.model.tokenizer.encode(task.prefill, add_special_tokens=False)]
 
     def _prompt(self, task: Task) -> list[int]:

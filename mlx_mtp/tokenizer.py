@@ -17,19 +17,11 @@ if TYPE_CHECKING:
 _PLACEHOLDER = "<<user's text>>"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 # What this package and transformers decide about rendering, whatever a chat template is told.
-_NOT_SWITCHES = frozenset(
-    {
-        "conversation",
-        "messages",
-        "tools",
-        "chat_template",
-        "add_generation_prompt",
-        "continue_final_message",
-        "tokenize",
-    }
-    | {"padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
-    | {"tokenizer_kwargs", "sanitize_control_tokens"}
-)
+_NOT_SWITCHES = {
+    "chat_template", "continue_final_message", "conversation", "documents", "max_length", "messages", "padding",
+    "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens", "tokenize",
+    "tokenizer_kwargs", "tools", "truncation",
+}  # fmt: skip
 
 
 def load_tokenizer(folder: Path, eos_token_ids: tuple[int, ...]) -> "TokenizerWrapper":
@@ -127,16 +119,18 @@ def encode_chat(
 
     if not tokenizer.has_chat_template:
         raise PromptError("messages need a chat template: this model has none")
-    for name in template_options or {}:
-        if name in _NOT_SWITCHES:
-            raise PromptError(f"{name} is no switch of a chat template")
+    switches = dict(template_options or {})
+    if switches.pop("add_generation_prompt", True) is not True:
+        raise PromptError("add_generation_prompt must be true: the prompt ends where the model's answer begins")
+    for name in _NOT_SWITCHES & switches.keys():
+        raise PromptError(f"{name} is no switch of a chat template")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise PromptError(f"messages[{index}] must have a role and content, found {message!r}")
 
     def render(enable_thinking: bool, tools: Sequence[Mapping[str, Any]] | None) -> str:
         # Thinking is always said: mlx-lm's wrapper would turn it on where Gemma's own template leaves it off.
-        switches = {**(template_options or {}), "enable_thinking": enable_thinking}
+        switches["enable_thinking"] = enable_thinking
 
         def apply(messages: list[dict[str, Any]]) -> str:
             rendered: str = tokenizer.apply_chat_template(

@@ -169,7 +169,9 @@ def test_prompts_of_a_checkpoint(tokenizer: Callable[[str], Any]) -> None:
     )
     assert "<|channel>thought\nhm\n<channel|>So<|tool_call>call:f{a:null}<tool_call|>" in text
     assert "hm" not in summer.decode(encode_chat(summer, messages, tools=tools))
-    with pytest.raises(PromptError, match="add_generation_prompt is no switch of a chat template"):
+    with pytest.raises(PromptError, match="tokenize is no switch of a chat template"):
+        encode_chat(summer, messages, template_options={"tokenize": False})
+    with pytest.raises(PromptError, match="add_generation_prompt must be true"):
         encode_chat(summer, messages, template_options={"add_generation_prompt": False})
 
 

@@ -1,0 +1,183 @@
+"""The fields that clients send beside the declared ones: which have no effect here, and which values of the others have
+none.
+
+docs/server.md names them all.
+"""
+
+import json
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import Annotated, Any, LiteralString
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+logger = logging.getLogger(__name__)
+
+# Fields without an effect on the answer of a local server with one model. Any value is accepted.
+NO_EFFECT = {
+    # OpenAI's.
+    "access_programs", "background_options", "client_metadata", "context_management", "max_tool_calls",
+    "metadata", "moderation", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user", "verbosity",
+    "web_search_options",
+    # Of routers and SDKs.
+    "api_key", "cache_control", "caching", "citation_options", "drop_params", "extra_headers", "models",
+    "num_retries", "provider", "providerOptions", "provider_options", "route", "timeout", "trace", "usage",
+    # Of chat front ends.
+    "background_tasks", "chat_id", "citations", "features", "filter_ids", "id", "message_id", "model_item",
+    "parent_id", "request_id", "rid", "session_id", "tool_ids", "tool_servers", "variables",
+    # Of Ollama, llama.cpp and LM Studio.
+    "cache_prompt", "draft_model", "dry_allowed_length", "dry_base", "dry_penalty_last_n",
+    "dry_sequence_breakers", "dynatemp_exponent", "id_slot", "keep_alive", "low_vram", "mirostat_eta",
+    "mirostat_tau", "n_cache_reuse", "n_discard", "n_keep", "num_batch", "num_ctx", "num_gpu", "num_keep",
+    "num_thread", "parse_tool_calls", "raw_slots", "return_progress", "return_tokens", "slot_id",
+    "speculative.n_max", "speculative.n_min", "speculative.p_min", "speculative.type", "timings_per_token",
+    "ttl", "use_mlock", "use_mmap",
+    # Of vLLM, SGLang and the Hugging Face servers.
+    "cache_salt", "details", "detokenize", "early_stopping", "guided_decoding_backend", "incremental_output",
+    "kv_transfer_params", "mm_processor_kwargs", "priority", "spaces_between_special_tokens",
+    "stream_reasoning",
+}  # fmt: skip
+# What says of a field that nothing is asked for.
+_NOTHING: tuple[Any, ...] = (False, "", [], {}, 0)
+# Fields that would change the answer and are not honoured.
+NOT_HONOURED = {
+    # OpenAI's.
+    "audio", "background", "conversation", "data_sources", "echo", "function_call", "functions",
+    "previous_response_id", "prompt", "suffix",
+    # Of routers and front ends.
+    "container", "deferred", "enable_search", "extra_body", "files", "images", "mcp_servers", "negative_prompt",
+    "plugins", "safe_prompt", "search_parameters", "system", "transforms", "videos",
+    # Of llama.cpp and Ollama.
+    "dry_multiplier", "dynatemp_range", "format", "image_data", "json_schema", "lora", "min_keep", "mirostat",
+    "n_indent", "n_probs", "options", "penalize_nl", "penalty_prompt", "post_sampling_probs", "raw",
+    "response_fields", "samplers", "template", "top_a",
+    # Of vLLM, SGLang, mlx-lm and the Hugging Face servers.
+    "adapters", "allowed_token_ids", "bad_words", "bad_words_ids", "chat_template", "documents",
+    "guided_choice", "guided_grammar", "guided_json", "guided_regex", "include_stop_str_in_output",
+    "logit_processors", "logits_processors", "lora_path", "no_repeat_ngram_size", "no_stop_trim",
+    "penalty_alpha", "prompt_logprobs", "return_full_text", "return_token_ids", "return_tokens_as_token_ids",
+    "role_mapping", "stop_token_ids", "structured_outputs", "truncate", "truncate_prompt_tokens",
+    "use_beam_search", "vllm_xargs", "watermark", "add_special_tokens", "continue_final_message",
+}  # fmt: skip
+# For each of them, the values that ask for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(NOT_HONOURED, _NOTHING),
+    "add_generation_prompt": (True,),
+    "best_of": (1,),
+    "cfg_scale": (1,),
+    "do_sample": (True,),
+    "function_call": (*_NOTHING, "none", "auto"),
+    "guidance_scale": (1,),
+    "include_reasoning": (True,),
+    "length_penalty": (1,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "reasoning_format": ("", "auto", "deepseek", "parsed"),
+    "separate_reasoning": (True,),
+    "skip_special_tokens": (True,),
+    "t_max_predict_ms": (0, -1),
+    "t_max_prompt_ms": (0, -1),
+    "tfs_z": (1,),
+    "tool_choice": ("none", "auto"),
+    "top_n_sigma": (0, -1),
+    "truncation": ("disabled", "auto"),
+    "typical": (1,),
+    "typical_p": (1,),
+}
+# Where another way leads to the same.
+_INSTEAD = {
+    "conversation": "nothing is stored here: send its items as input",
+    "function_call": "send tool_choice",
+    "functions": "send tools",
+    "guided_grammar": "send grammar",
+    "guided_json": "send response_format",
+    "guided_regex": "send regex",
+    "previous_response_id": "no response is found, as `store` is always false here: send its items as input",
+    "response_format": "send text.format",
+    "system": "send a message of role system",
+}
+# From which share of common characters on a name is taken for a misspelt field.
+_SIMILAR = 0.85
+
+
+def _as_whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _minus_one_as(meaning: int | None) -> BeforeValidator:
+    """A validator before that of an integer, which may be -1 for `meaning`."""
+
+    def read(value: Any) -> Any:
+        value = _as_whole(value)
+        return meaning if value == -1 else value
+
+    return BeforeValidator(read, json_schema_input_type=int | None)
+
+
+def _as_list(value: Any) -> Any:
+    """Strings without the empty ones, which stop nothing."""
+    items = [value] if isinstance(value, str) else value
+    return [item for item in items if item != ""] if isinstance(items, list) else value
+
+
+# An integer, which may be written 16.0.
+Whole = Annotated[int, BeforeValidator(_as_whole)]
+# A number of tokens at most; -1 is none.
+Limit = Annotated[Annotated[int, Field(ge=1)] | None, _minus_one_as(None)]
+# The same of a thought, which may have none.
+Budget = Annotated[Annotated[int, Field(ge=0)] | None, _minus_one_as(None)]
+# A number of tokens to choose from; -1 and 0 are all.
+TopK = Annotated[Annotated[int, Field(ge=0)] | None, _minus_one_as(0)]
+# A number of tokens to look back on; -1 is all.
+LookBack = Annotated[Annotated[int, Field(ge=1)] | None, _minus_one_as(2**31)]
+Strings = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
+
+
+def refuse(code: LiteralString, name: str, message: str, status: int = 400) -> PydanticCustomError:
+    """The error of a request whose field `name` is refused, with the code of OpenAI's error object."""
+    return PydanticCustomError(code, "{message}", {"param": name, "message": message, "status": status})
+
+
+def check_others(others: Mapping[str, Any], declared: Collection[str], elsewhere: Collection[str]) -> None:
+    """`elsewhere` are the fields of other endpoints.
+
+    Raises PydanticCustomError if one of the fields beside the declared ones asks for what is not honoured, or has
+    nearly the name of a field.
+    """
+    for name, value in others.items():
+        if name in NO_EFFECT:
+            continue
+        if name in NEUTRAL or name in elsewhere:
+            if value not in NEUTRAL.get(name, _NOTHING):
+                raise refuse("unsupported_parameter", name, _unsupported(name, value))
+            continue
+        similar = get_close_matches(name, [*declared, *NEUTRAL, *NO_EFFECT], n=1, cutoff=_SIMILAR)
+        if similar:
+            found = f"unknown parameter: {name!r}: did you mean {similar[0]!r}?"
+            raise refuse("unknown_parameter", name, found)
+
+
+def _unsupported(name: str, value: Any) -> str:
+    found = f"unsupported parameter: {name!r} is {json.dumps(value)[:100]}"
+    if name in _INSTEAD:
+        return f"{found}: {_INSTEAD[name]}"
+    neutral = NEUTRAL.get(name, _NOTHING)
+    other = "" if neutral is _NOTHING else f" or send {' or '.join(json.dumps(value) for value in neutral)}"
+    return f"{found}, which cannot be done here: leave it out{other}"
+
+
+def unknown(others: Iterable[str], elsewhere: Collection[str]) -> list[str]:
+    """Those of the names that nothing is known of."""
+    return [name for name in others if name not in NO_EFFECT and name not in NEUTRAL and name not in elsewhere]
+
+
+@lru_cache(maxsize=1000)
+def warn_once(name: str) -> None:
+    """Log that a part of requests is ignored; once per name."""
+    logger.warning("%r of a request is ignored", name[:100])
