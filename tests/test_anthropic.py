@@ -336,6 +336,8 @@ def test_fields_of_other_services_are_accepted(client: anthropic.Anthropic) -> N
         "cache_control": {"type": "ephemeral"}, "a_field_of_tomorrow": [{"x": 1}],
     }  # fmt: skip
     assert plain(create(client, "Yes.", extra_body=fields)) == plain(create(client, "Yes."))
+    answer = client.messages.with_raw_response.create(model="any", max_tokens=1, messages=[USER], extra_body=fields)
+    assert answer.headers["x-mlx-mtp-ignored"] == "a_field_of_tomorrow"
 
 
 def test_tools_are_called_as_chosen(client: anthropic.Anthropic) -> None:
@@ -439,8 +441,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "w"}}, "tool_choice names 'w'"),
     ({"max_tokens": "5"}, "max_tokens: "),
     ({"temperature": -1}, "temperature: "),
-    ({"mcp_servers": [{"url": "http://x"}]}, "mcp_servers: "),
-    ({"container": "c1"}, "container: "),
+    ({"mcp_servers": [{"url": "http://x"}]}, "'mcp_servers' is"),
+    ({"container": "c1"}, "'container' is"),
     ({"thinking": {"type": "maybe"}}, "thinking.type: "),
     ({"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "json_schema "),
     ({"messages": [{"role": "user", "content": "x " * 30_000}]}, "prompt is too long: the prompt has "),
@@ -510,3 +512,144 @@ def test_models(served: Served, client: anthropic.Anthropic) -> None:
         "object": "list",
         "data": [{"id": "pair", "object": "model", "created": 0, "owned_by": "mlx-mtp"}],
     }
+
+
+class Conversation:
+    """A client that sends what came before with each request, as agents do, and notes what was read anew."""
+
+    def __init__(self, client: anthropic.Anthropic, **options: Any) -> None:
+        self._client = client
+        self._options = {"model": "claude-sonnet", "max_tokens": 400} | options
+        self.messages: list[Any] = []
+        # Of each request, the tokens of its prompt and those of them that were read before.
+        self.read: list[tuple[int, int]] = []
+
+    def ask(self, content: Any, say: str) -> list[str]:
+        """Send a message of the user; the ids of the calls in the answer."""
+        self.messages.append({"role": "user", "content": content})
+        script.say(say)
+        with self._client.beta.messages.stream(messages=self.messages, **self._options) as events:
+            answer = events.get_final_message()
+        cached = answer.usage.cache_read_input_tokens or 0
+        self.read.append((answer.usage.input_tokens + cached, cached))
+        print(f"request {len(self.read)}: {cached} of {answer.usage.input_tokens + cached} tokens were read before")
+        blocks = [block.model_dump(exclude_none=True, exclude={"parsed_output"}) for block in answer.content]
+        self.messages.append({"role": "assistant", "content": blocks})
+        return [block["id"] for block in blocks if block["type"] == "tool_use"]
+
+
+def calling(name: str, **arguments: str) -> str:
+    return f"<|tool_call>call:{name}{{{','.join(f'{k}:{Q}{v}{Q}' for k, v in arguments.items())}}}<tool_call|>"
+
+
+# How much of a prompt's end may be read again: its last token, and what drafts are rolled back over.
+FEW = 12
+
+
+def test_a_conversation_with_tools_is_read_once(client: anthropic.Anthropic) -> None:
+    """Thoughts, text and calls come back token by token as they were written; with the user's next question, the
+    thoughts of the exchange before leave the prompt, and what follows them is read again."""
+    tool: Any = {"name": "read", "input_schema": {"type": "object", "properties": {"file": {"type": "string"}}}}
+    talk = Conversation(client, system="You read files. " * 20, tools=[tool], **THOUGHTS)
+    begin = "<|channel>thought\n"
+    (first,) = talk.ask(
+        "Why does it fail?", f"{begin}I read the test.\n<channel|>I look.\n{calling('read', file='a.py')}"
+    )
+    # After a result, the template has opened the thought.
+    many = calling("read", file="b.py") + calling("read", file="c.py")
+    second, third = talk.ask([result(first, "x = 1\n" * 30)], f"It needs others.\n<channel|>{many}")
+    results = [result(second, "y = 2\n" * 30), result(third, "no such file", is_error=True)]
+    (fourth,) = talk.ask(results, f"One more.\n<channel|>{calling('read', file='d.py')}")
+    talk.ask([result(fourth, "z")], "I know.\n<channel|>It is y.")
+    talk.ask("And then?", f"{begin}Easy.\n<channel|>Then z.")
+    talk.ask("Thanks.", "")
+    prompts, cached = zip(*talk.read, strict=True)
+    for turn in range(1, 4):
+        # All of the prompt before, and of its answer but for the last token.
+        assert cached[turn] >= prompts[turn - 1] + 10
+        assert cached[turn] > prompts[turn] - 260
+    # Up to the first thought, which is gone.
+    assert cached[4] >= prompts[0] - FEW
+    assert cached[5] >= prompts[4] - FEW
+
+
+def agent_tools() -> list[Any]:
+    """A dozen tools as coding agents declare them."""
+    nested = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "type": "object",
+        "properties": {
+            "path": {"description": "An absolute path.", "type": "string", "minLength": 1},
+            "edits": {
+                "type": "array",
+                "maxItems": 9,
+                "items": {
+                    "type": "object",
+                    "properties": {
+                        "old": {"type": "string"},
+                        "new": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+                        "line": {"type": "integer", "exclusiveMinimum": 0, "maximum": 9007199254740991},
+                    },
+                    "required": ["old"],
+                    "additionalProperties": False,
+                },
+            },
+            "mode": {"enum": ["fast", "safe"], "default": "safe", "type": "string"},
+            "metadata": {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {}},
+            "url": {"type": "string", "format": "uri"},
+            "kind": {"const": "file"},
+        },
+        "required": ["path"],
+        "additionalProperties": False,
+    }
+    names = "Bash Edit Fetch Glob Grep List Note Plan Read Search Task mcp__files_and_more__write_several"
+    tools = [
+        {"name": name, "description": f"{name}: see the manual.", "input_schema": nested} for name in names.split()
+    ]
+    tools[-1]["cache_control"] = {"type": "ephemeral"}
+    return [*tools, {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}]
+
+
+def test_a_coding_agent_is_served(client: anthropic.Anthropic) -> None:
+    """A session as such programs send it: all their fields, reminders between the messages, and two models."""
+    kept = {"type": "ephemeral"}
+    system = [
+        text("x-anthropic-billing-header: cc_version=1.0; cc_entrypoint=cli; cch=00000;"),
+        text("You are an agent.", cache_control=kept),
+        text("\nYou help with code.\n" * 40, cache_control=kept),
+    ]
+    options: Any = {
+        "system": system,
+        "tools": agent_tools(),
+        "thinking": {"type": "adaptive"},
+        "metadata": {"user_id": json.dumps({"device_id": "0f", "session_id": "1"})},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "output_config": {"effort": "high"},
+        "betas": ["claude-code-20250219", "interleaved-thinking-2025-05-14", "context-management-2025-06-27"],
+    }
+    talk = Conversation(client, **options)
+    asked = [
+        text("<system-reminder>\nToday is Friday.\n</system-reminder>\n"),
+        text("List the files.", cache_control=kept),
+    ]
+    talk.messages += [{"role": "user", "content": asked}, {"role": "system", "content": "There are two agents."}]
+    (first,) = talk.ask([], f"<|channel>thought\nA listing.\n<channel|>I list.{calling('Bash', command='ls')}")
+    # The mark of what to cache moves on with each request, and the header for billing changes.
+    del asked[1]["cache_control"]
+    system[0]["text"] = system[0]["text"].replace("00000", "12345")
+    (second,) = talk.ask(
+        [result(first, "a.py", is_error=False, cache_control=kept)], "So.\n<channel|>" + calling("Read", path="a.py")
+    )
+    talk.ask([result(second, [text("1  x = 1")]), text("<system-reminder>\nBe brief.\n</system-reminder>")], "It is x.")
+    prompts, cached = zip(*talk.read, strict=True)
+    assert cached[1] >= prompts[0] + 10
+    assert cached[2] >= prompts[0] - FEW
+    # A small task for a small model, in between.
+    small = create(
+        client, "Files", model="claude-haiku", system="A title in two words.", messages=[USER], max_tokens=32
+    )
+    assert small.stop_reason == "end_turn"
+    counted = client.beta.messages.count_tokens(
+        model="any", messages=talk.messages[:3], system=system, tools=options["tools"]
+    )
+    assert counted.input_tokens > 1000
