@@ -1,16 +1,17 @@
 """Requests of Anthropic's API, and the chat requests that they mean here.
 
-Fields and blocks that ask for something this server cannot do are refused. What has no meaning for a local model is
-accepted: docs/anthropic.md names it.
+Fields and blocks that ask for something this server cannot do are refused. docs/anthropic.md names the ones that are
+accepted though they have no meaning for a local model.
 """
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, ValidationError
 
 from .engine import GenerationOptions
 from .errors import OptionError, PromptError
@@ -20,61 +21,56 @@ logger = logging.getLogger(__name__)
 
 # The only key of a call's input that is no JSON object. Anthropic's documentation names it for this purpose.
 INVALID_JSON = "INVALID_JSON"
+_TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 # Begins a block of the system prompt that Claude Code writes for Anthropic's billing. It may change with each request.
 _BILLING = "x-anthropic-billing-header:"
 # Fields of a chat request that are not taken as they are.
-_NOT_COMMON = {"model", "stream", "stream_options", "stop", "metadata", "service_tier"}
+_NOT_COMMON = {"model", "stream", "stream_options"}
 
 
-class Part(Fields):
-    """A part of a request. Its other fields, such as `cache_control`, have no meaning here."""
-
-    model_config = ConfigDict(extra="ignore")
-
-
-class TextBlock(Part):
+class TextBlock(Fields):
     type: Literal["text"]
     text: str
 
 
-class ThinkingBlock(Part):
+class ThinkingBlock(Fields):
     type: Literal["thinking"]
     thinking: str = ""
 
 
-class ToolUseBlock(Part):
+class ToolUseBlock(Fields):
     type: Literal["tool_use"]
     id: str
     name: str
     input: dict[str, Any] = Field({})
 
 
-class SearchResultBlock(Part):
+class SearchResultBlock(Fields):
     type: Literal["search_result"]
     title: str
     source: str
     content: list[TextBlock]
 
 
-class Source(Part):
+class Source(Fields):
     type: str
     data: str | None = None
     content: str | list[TextBlock] | None = None
 
 
-class DocumentBlock(Part):
+class DocumentBlock(Fields):
     type: Literal["document"]
     source: Source
     title: str | None = None
     context: str | None = None
 
 
-class ToolReferenceBlock(Part):
+class ToolReferenceBlock(Fields):
     type: Literal["tool_reference"]
     tool_name: str
 
 
-class OtherBlock(Part):
+class OtherBlock(Fields):
     """An image, a block of a tool that runs on Anthropic's servers, or one not known here."""
 
     type: str
@@ -99,7 +95,7 @@ ResultBlock: TypeAlias = Annotated[
 ]
 
 
-class ToolResultBlock(Part):
+class ToolResultBlock(Fields):
     type: Literal["tool_result"]
     tool_use_id: str
     content: str | list[ResultBlock] = ""
@@ -119,7 +115,7 @@ Block: TypeAlias = Annotated[
 ]
 
 
-class Turn(Part):
+class Turn(Fields):
     role: Literal["user", "assistant", "system"]
     content: str | list[Block]
 
@@ -128,7 +124,7 @@ class Turn(Part):
         return [TextBlock(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
 
-class Tool(Part):
+class Tool(Fields):
     """A tool of the client, or one that runs on Anthropic's servers, which has no schema."""
 
     type: str = "custom"
@@ -138,30 +134,28 @@ class Tool(Part):
     strict: bool = False
 
 
-class ToolChoice(Part):
+class ToolChoice(Fields):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool = False
 
 
-class Thinking(Part):
+class Thinking(Fields):
     type: Literal["enabled", "adaptive", "between_tools", "disabled"]
     budget_tokens: int | None = Field(None, ge=0)
 
 
-class OutputFormat(Part):
+class OutputFormat(Fields):
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(Part):
+class OutputConfig(Fields):
     format: OutputFormat | None = None
 
 
 class MessagesRequest(Request):
     """`/v1/messages` and `/v1/messages/count_tokens`. Beside Anthropic's fields, those of `Request`."""
-
-    model_config = ConfigDict(extra="allow")
 
     messages: list[Turn] = Field(min_length=1)
     system: str | list[TextBlock] = ""
@@ -172,17 +166,13 @@ class MessagesRequest(Request):
     # Its older name.
     output_format: OutputFormat | None = None
     max_tokens: int | None = Field(None, ge=0)
-    stop_sequences: list[str] = Field([])
-    # Nothing can be asked for with these here.
-    container: None = None
-    mcp_servers: list[Any] = Field([], max_length=0)
-    # Without an effect on a local model.
+    # Without an effect on a local model, as others that all endpoints know.
     betas: Any = None
-    cache_control: Any = None
-    context_management: Any = None
     diagnostics: Any = None
     inference_geo: Any = None
     speed: Any = None
+    user_profile_id: Any = None
+    workspace_id: Any = None
 
     def task(self, default: GenerationOptions) -> Task:
         """The task of the chat request that this one means.
@@ -197,8 +187,13 @@ class MessagesRequest(Request):
         messages = [*self._system(), *_messages(turns)]
         if not any(message.role != "system" for message in messages):
             raise PromptError("messages: there must be one of the user")
-        task = ChatRequest.model_validate(self._common() | self._chat_fields(bool(prefill)) | {"messages": messages})
-        return replace(task.task(default), prefill=prefill)
+        fields = self._common() | self._chat_fields(bool(prefill)) | {"messages": messages}
+        try:
+            request = ChatRequest.model_validate(fields)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            raise OptionError(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from None
+        return replace(request.task(default), prefill=prefill)
 
     def _common(self) -> dict[str, Any]:
         """The fields that chat requests have as well."""
@@ -211,7 +206,6 @@ class MessagesRequest(Request):
         fields: dict[str, Any] = {
             # Reading the prompt is all that 0 asks for, but decoding begins with one token.
             "max_tokens": None if self.max_tokens is None else max(1, self.max_tokens),
-            "stop": [stop for stop in self.stop_sequences if stop],
             "tools": self._functions(),
             "tool_choice": self._choice(),
             "parallel_tool_calls": not self.tool_choice.disable_parallel_tool_use,
@@ -228,8 +222,9 @@ class MessagesRequest(Request):
             if tool.type != "custom":
                 logger.warning("the tool %s runs on Anthropic's servers: it is left out", tool.type)
                 continue
-            if not tool.name:
-                raise OptionError(f"tools[{index}]: the tool has no name")
+            if not _TOOL_NAME.fullmatch(tool.name):
+                expected = "1 to 128 of a-z, A-Z, 0-9, _, . and -"
+                raise OptionError(f"tools[{index}].name must be {expected}, found {tool.name!r}")
             function = {"name": tool.name, "parameters": tool.input_schema, "strict": tool.strict}
             described = {} if tool.description is None else {"description": tool.description}
             functions.append({"type": "function", "function": function | described})

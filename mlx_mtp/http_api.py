@@ -114,9 +114,14 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         return await _answer(http, body, body.task, form)
 
     async def _answer(
-        http: HttpRequest, body: Request, task: Callable[..., Task], make_form: Callable[[Task], Form]
+        http: HttpRequest,
+        body: Request,
+        task: Callable[..., Task],
+        make_form: Callable[[Task], Form],
+        *,
+        takes_any_model: bool = False,
     ) -> Response:
-        if body.model not in (None, "", service.name):
+        if not takes_any_model and body.model not in (None, "", service.name):
             raise ApiError(
                 404,
                 f"the model {body.model!r} is not here: this server has {service.name!r}",
@@ -138,9 +143,11 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
 
     @app.post("/v1/messages", responses=ANTHROPIC_ERRORS, response_class=Response, summary="Anthropic's messages.")
     async def messages(body: MessagesRequest, http: HttpRequest) -> Response:
-        asked = body.task(service.options)
-        form = MessagesForm(body, service.name, tokens, answer(asked), asked.options.max_tokens)
-        return await _run(http, service.submit(asked), form, body.stream, settings.keep_alive)
+        def form(task: Task) -> Form:
+            return MessagesForm(body, service.name, tokens, answer(task), task.options.max_tokens)
+
+        # Clients ask for several models of Anthropic's, each for a kind of task.
+        return await _answer(http, body, body.task, form, takes_any_model=True)
 
     @app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS, summary="Tokens of a prompt.")
     async def count_tokens(body: MessagesRequest) -> dict[str, int]:

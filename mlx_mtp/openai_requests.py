@@ -615,13 +615,13 @@ def _add_call(messages: list[Message], item: FunctionCallItem, thought: str | No
 
 
 def chat_messages(messages: Sequence[Message]) -> Messages:
-    """The messages as chat templates take them: text for content, objects for the arguments of calls, and the names of
-    the tools that answer.
+    """The messages as chat templates take them: text for content, objects for the arguments of calls (text that is no
+    JSON object stays text), and the names of the tools that answer.
 
     Gemma has one system text, before all turns. The system and developer messages become it, wherever they stand, in
     their order and with blank lines between.
 
-    Raises PromptError for arguments that are no JSON object and for an answer to a call that is not there.
+    Raises PromptError for an answer to a call that is not there.
     """
     rendered: Messages = []
     system: list[str] = []
@@ -635,7 +635,7 @@ def chat_messages(messages: Sequence[Message]) -> Messages:
         if message.reasoning_content is not None:
             found["reasoning_content"] = message.reasoning_content
         if message.tool_calls:
-            found["tool_calls"] = [_template_call(call, index) for call in message.tool_calls]
+            found["tool_calls"] = [_template_call(call) for call in message.tool_calls]
             names |= {call.id: call.function.name for call in message.tool_calls}
         if message.tool_call_id is not None:
             if message.tool_call_id not in names:
@@ -648,16 +648,18 @@ def chat_messages(messages: Sequence[Message]) -> Messages:
     return first + rendered
 
 
-def _template_call(call: ToolCall, index: int) -> dict[str, Any]:
+def _template_call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.function.name, "arguments": _arguments_object(call.function.arguments)}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _arguments_object(text: str) -> dict[str, Any] | str:
+    """The arguments of a call; the text itself if it is no JSON object, as of a call that was cut."""
     try:
-        arguments = json.loads(call.function.arguments or "{}")
-        if not isinstance(arguments, dict):
-            raise TypeError
-    except (ValueError, TypeError, RecursionError):
-        raise PromptError(
-            f"messages[{index}].tool_calls: the arguments of {call.function.name} must be a JSON object"
-        ) from None
-    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return text
+    return found if isinstance(found, dict) else text
 
 
 ResponseFormat: TypeAlias = TextFormat | JsonSchemaFormat | ResponseSchema
