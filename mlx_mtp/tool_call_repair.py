@@ -192,6 +192,11 @@ class _Reader:
                 if end is not None and name is not None and _SEPARATOR.match(self._text, end + len(quote)):
                     yield self._slips_of(name, frame), name, end + len(quote)
                 return
+        for name in frame.schema.names:
+            if not _KEY.fullmatch(name) and self._text.startswith(name, at) and name:
+                if _SEPARATOR.match(self._text, at + len(name)):
+                    yield self._slips_of(name, frame), name, at + len(name)
+                    return
         for pattern in (_KEY, _ODD_KEY):
             found = pattern.match(self._text, at)
             if found and _SEPARATOR.match(self._text, found.end()):
@@ -218,6 +223,8 @@ class _Reader:
             yield int(not state.schema.allows(kind)), state.to(step, at + 1, inner, _Output(opener, state.out))
         elif self._text.startswith(STRING_MARK, at):
             yield from self._open_mark(state, at + len(STRING_MARK))
+            if at > state.at:
+                yield 0, state._replace(step="bare", start=state.at)
             return
         for quote in _QUOTES:
             if self._text.startswith(quote, at):
@@ -226,14 +233,21 @@ class _Reader:
         literal = _LITERAL.match(self._text, at)
         if literal is not None:
             yield from self._literal(state, literal[0], literal.end())
-        if opener not in "}]),`" and not self._text.startswith(_QUOTES, at):
-            yield 0, state._replace(step="bare", at=at, start=at)
+        yield 0, state._replace(step="bare", at=at, start=at)
+        if at > state.at:
+            # Blanks may belong to the text.
+            yield 0, state._replace(step="bare", start=state.at)
 
     def _open_mark(self, state: _State, start: int) -> _Steps:
         string = state._replace(step="string", at=start, start=start, note=STRING_MARK)
         yield 0, string
-        if self._text.startswith(STRING_MARK, start):
-            yield from self._close_doubled(string, start + len(STRING_MARK))
+        after = start + len(STRING_MARK)
+        if self._text.startswith(STRING_MARK * 2, start):
+            # Nothing with one mark too many, or a quote.
+            for end in (start, after):
+                yield from self._closed(string, end, after + len(STRING_MARK), 1)
+        elif self._text.startswith(STRING_MARK, start):
+            yield from self._close_doubled(string, after)
 
     def _close_doubled(self, string: _State, start: int) -> _Steps:
         """A string between marks of which the first is doubled, and maybe the last."""
@@ -267,6 +281,10 @@ class _Reader:
         if quote == STRING_MARK and not state.quotes:
             yield from self._unclosed(state, len(text) if end is None else end)
         if end is None:
+            mark = self._find(STRING_MARK, state.at)
+            if quote != STRING_MARK and not state.quotes and mark is not None:
+                # The mark may stand for the quote.
+                yield from self._closed(state, mark, mark + len(STRING_MARK), 1)
             return
         after = end + len(quote)
         if self._has_clear_edges(state, end):
@@ -301,6 +319,8 @@ class _Reader:
             last += 1
         is_doubled = state.quotes == 2 and first == last == 1
         is_all = first * len(mark) == end - state.start
+        if is_all and first == 2 and state.frame and state.frame.is_list:
+            return True
         return not is_doubled and not is_all and {first, last} <= {0, 1, 3}
 
     def _looks_closed(self, state: _State, after: int) -> int:
@@ -320,8 +340,10 @@ class _Reader:
     def _unclosed(self, state: _State, limit: int) -> _Steps:
         """A string without its last mark, that ends before the next key, or before what closes all."""
         for end, slips in self._ends(state, limit):
-            if self._text[end - 1] not in "\"'":
-                yield from self._closed(state, end, end, 1 + slips)
+            yield from self._closed(state, end, end, 1 + slips)
+            if self._text[end - 1] in "\"'" and end > state.start:
+                # The quote may stand for the mark.
+                yield from self._closed(state, end - 1, end, 1 + slips)
 
     def _bare(self, state: _State) -> _Steps:
         """Text without a mark before it: it ends at a mark, or has none at all."""
@@ -332,7 +354,7 @@ class _Reader:
             if state.quotes % 2 == 0:
                 yield from self._closed(state._replace(note=STRING_MARK), mark, after, 1 + swallowed)
             yield state.quotes % 2 + swallowed, state._replace(at=after, quotes=state.quotes + 1)
-        if not state.quotes and self._text[state.start] not in "{[":
+        if not state.quotes and self._text[state.start] not in "{[(\"'`)]}, \t\r\n":
             yield from self._words(state, len(self._text) if mark is None else mark)
 
     def _words(self, state: _State, limit: int) -> _Steps:
@@ -360,20 +382,22 @@ class _Reader:
         """Where text may end that nothing closes, before `limit`, and how many known keys it would hold."""
         assert state.frame is not None
         self._steps_left -= (limit - state.start) // _STEP_LENGTH
-        swallowed = 0
-        for found in _NEXT_KEY.finditer(self._text, state.start, limit):
-            for end in self._before_closers(state.start, found.start()):
-                yield end, swallowed
-            swallowed += self._is_known(found[1], state.frame)
+        places = [(found.start(), self._is_known(found[1], state.frame)) for found in self._next_keys(state, limit)]
         if self._is_in_list(state.frame):
-            for item in _NEXT_ITEM.finditer(self._text, state.start, min(len(self._text), limit + len(STRING_MARK))):
-                if item.end() <= limit:
-                    for end in self._before_closers(state.start, item.start()):
-                        yield end, swallowed
+            most = min(len(self._text), limit + len(STRING_MARK))
+            items = _NEXT_ITEM.finditer(self._text, state.start, most)
+            places += [(item.start(), False) for item in items if item.end() <= limit]
         if limit == len(self._text):
-            for end in self._before_closers(state.start, limit):
-                if end < limit or self._is_ended:
+            places.append((limit, False))
+        swallowed = 0
+        for place, is_known in sorted(places):
+            for end in self._before_closers(state.start, place):
+                if end < len(self._text) or self._is_ended:
                     yield end, swallowed
+            swallowed += is_known
+
+    def _next_keys(self, state: _State, limit: int) -> "Iterator[re.Match[str]]":
+        return _NEXT_KEY.finditer(self._text, state.start, limit)
 
     def _before_closers(self, start: int, at: int) -> Iterator[int]:
         """This place, and those before each of the braces that lead to it."""
@@ -412,14 +436,11 @@ class _Reader:
         if self._is_at_closer(at):
             is_trailing = state.note == ","
             yield int(is_trailing), state.to("after", at, frame, state.out, is_trailing)
-        elif at == len(self._text):
-            return
-        elif self._text[at] == ",":
+        elif at < len(self._text) and self._text[at] == ",":
             yield from self._comma(state, frame, at)
-        else:
-            out = state.out if frame.is_empty else _Output(",", state.out)
-            inner = frame._replace(is_empty=False)
-            yield 0, state.to("value", at, inner, out)._replace(schema=frame.schema.items)
+        out = state.out if frame.is_empty else _Output(",", state.out)
+        inner = frame._replace(is_empty=False)
+        yield 0, state.to("value", state.at, inner, out)._replace(schema=frame.schema.items)
 
     def _after(self, state: _State) -> _Steps:
         if state.step == "item":

@@ -25,6 +25,7 @@ _QUOTE = re.compile(rf"{re.escape(STRING_MARK)}|[\"']")
 # Where a bare key and a bare value end, the latter by what closes the object or list it is in.
 _KEY_END = re.compile(f":|{re.escape(CALL_END)}")
 _VALUE_END = {closer: re.compile("|".join(map(re.escape, (",", closer, CALL_END, STRING_MARK)))) for closer in "}]"}
+_NOT_IN_KEYS = re.compile(rf"[{{}}\[\]]|{re.escape(STRING_MARK)}")
 # A key behind which the value before is over, whatever follows.
 _PLAIN_KEY = re.compile(r"[\w$@./-]+")
 # What may yet turn out not to belong to a string, if its mark is missing: braces, the next key, the end of the call.
@@ -230,7 +231,8 @@ class _Arguments:
         if end is None:
             return False
         key = self._held[: end.start()].rstrip(BLANKS)
-        if end[0] == CALL_END or not key or STRING_MARK in key:
+        is_known = key in self._open[-1].schema.names
+        if end[0] == CALL_END or not key or (_NOT_IN_KEYS.search(key) and not is_known):
             return self._break()
         self._held = self._held[end.end() :]
         return self._named(key, _PLAIN_KEY.fullmatch(key) is not None)

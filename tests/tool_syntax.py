@@ -53,7 +53,7 @@ def render(value: Any, blank: str = "") -> str:
 
 
 def render_key(key: str) -> str:
-    is_odd = not key or key != key.strip(" \t\r\n") or key.startswith(("}", QUOTE, '"', "'"))
+    is_odd = not key or key != key.strip(" \t\r\n") or key[0] in "\"'" or any(brace in key for brace in "{}[]")
     return render(key) if is_odd or ":" in key or "<tool_call|>" in key else key
 
 
