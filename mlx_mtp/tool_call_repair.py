@@ -17,6 +17,8 @@ from .call_syntax import BLANKS, STRING_MARK, bare_value, json_string, literal_t
 # Arguments that take more steps are not read; looking through this many characters is a step.
 _MOST_STEPS = 20_000
 _STEP_LENGTH = 2_000
+# With more commas and braces that are missing or too many, any text could be read somehow.
+_MOST_FAULTS = 2
 _CLOSERS = {"{": "}", "[": "]", "(": ")"}
 _QUOTES = ('"""', "'''", '"', "'")
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -26,22 +28,17 @@ _ODD_KEY = re.compile(r"[^\s\"'`{}\[\](),:=<>|](?:[^\n\"'`{}\[\](),:=<>|]*[^\s\"
 _LITERAL = re.compile(r"(?:[A-Za-z]+|-?[0-9][0-9.eE+-]*)(?=[ \t\r\n]*(?:[,}\])]|\Z))")
 # What may follow a value in an object or a list, but for what closes it.
 _NEXT_KEY = re.compile(r",[ \t\r\n]*([\w$@./-]+)[ \t\r\n]*[:=](?![=]|//)")
-_NEXT_ITEM = re.compile(r",[ \t\r\n]*(?=<\|\"\|>|[\"'])")
-_PLAIN = re.compile(r"[^,}\])]*")
-_CLOSING_RUN = re.compile(r"[ \t\r\n}\])]*\Z")
+_NEXT_ITEM = re.compile(r",[ \t\r\n]*(?=<\|\"\|>|[\"'{\[])")
+_PLAIN = re.compile(r"[^,{}\[\]()\"]*")
 NEXT_CALL = re.compile(r"[ \t\r\n,;]*(?=call:[ \t\r\n]*[^\s{}<>()]+[ \t\r\n]*[{(])")
 
 
 class Reading(NamedTuple):
-    """Arguments as JSON, where they end in the text, and how many slips are in them.
-
-    `is_open` if they end within a string, so that the text may not have ended.
-    """
+    """Arguments as JSON, where they end in the text, and how many slips are in them."""
 
     arguments: str
     end: int
     slips: int
-    is_open: bool
 
 
 class _Frame(NamedTuple):
@@ -81,7 +78,7 @@ class _State(NamedTuple):
     """How far a reading has come.
 
     `step` says what is expected: a key, a value, the end of a string, or what follows a value. `note` is what was
-    there: "," before a key or an item, the quote of a string that goes on, the kind of the value before.
+    there: "," before a key or an item, the quote of a string that goes on, "closed" after a value that cannot go on.
     """
 
     step: str
@@ -93,7 +90,12 @@ class _State(NamedTuple):
     # Of a string: where it begins, and how many quotes are inside.
     start: int = 0
     quotes: int = 0
-    is_open: bool = False
+    # Of the whole reading: commas and braces that are missing or too many.
+    faults: int = 0
+
+    def to(self, step: str, at: int, frame: _Frame | None, out: _Output | None, faults: int = 0) -> "_State":
+        """The state after this one, with more faults."""
+        return _State(step, at, frame, out, faults=self.faults + faults)
 
 
 _Steps = Iterator[tuple[int, _State]]
@@ -131,13 +133,14 @@ class _Reader:
             if best is not None and slips > best.slips:
                 return best
             if state.step == "end":
-                found = Reading(self._render(state.out), state.at, slips, state.is_open)
+                found = Reading(self._render(state.out), state.at, slips)
                 if best is not None and (found.arguments, found.end) != (best.arguments, best.end):
                     return None
                 best = found
                 continue
             for more, following in self._follow(state):
-                heapq.heappush(waiting, (slips + more, next(ticks), following))
+                if following.faults <= _MOST_FAULTS:
+                    heapq.heappush(waiting, (slips + more, next(ticks), following))
         return None
 
     def _follow(self, state: _State) -> _Steps:
@@ -150,12 +153,17 @@ class _Reader:
         at = self._skip(state.at)
         frame = state.frame
         assert frame is not None
-        if at == len(self._text) or self._text[at] in "}])":
+        if self._is_at_closer(at):
             # What comes after a value closes the object.
-            yield int(state.note == ","), state._replace(step="after", at=at, note="")
-        elif self._text[at] == "," or (self._text[at] == "{" and frame.parent is None and frame.is_empty):
+            is_trailing = state.note == ","
+            yield int(is_trailing), state.to("after", at, frame, state.out, is_trailing)
+        elif at == len(self._text):
+            return
+        elif self._text[at] == ",":
+            yield from self._comma(state, frame, at)
+        elif self._text[at] == "{" and frame.parent is None and frame.is_empty:
             # One too many.
-            yield 1, state._replace(at=at + 1)
+            yield 1, state._replace(at=at + 1, faults=state.faults + 1)
         else:
             for slips, name, end in self._names(at, frame):
                 separator = _SEPARATOR.match(self._text, end)
@@ -164,7 +172,13 @@ class _Reader:
                 out = _Output(("" if frame.is_empty else ",") + json_string(name) + ":", state.out)
                 inner = frame._replace(given=frame.given | {name}, is_empty=False)
                 schema = frame.schema.member(name)
-                yield slips, _State("value", separator.end(), inner, out, schema=schema)
+                yield slips, state.to("value", separator.end(), inner, out)._replace(schema=schema)
+
+    def _comma(self, state: _State, frame: _Frame, at: int) -> _Steps:
+        """A comma is too many, or the closer of an empty object or list is missing."""
+        yield 1, state._replace(at=at + 1, faults=state.faults + 1)
+        if frame.is_empty and frame.parent is not None:
+            yield 1 + self._missing(frame), self._pop(state, frame, at, 1)
 
     def _names(self, at: int, frame: _Frame) -> Iterator[tuple[int, str, int]]:
         """Slips, name and end of each key that may be here, with a separator behind it."""
@@ -178,6 +192,11 @@ class _Reader:
                 if end is not None and name is not None and _SEPARATOR.match(self._text, end + len(quote)):
                     yield self._slips_of(name, frame), name, end + len(quote)
                 return
+        for name in frame.schema.names:
+            if not _KEY.fullmatch(name) and self._text.startswith(name, at) and name:
+                if _SEPARATOR.match(self._text, at + len(name)):
+                    yield self._slips_of(name, frame), name, at + len(name)
+                    return
         for pattern in (_KEY, _ODD_KEY):
             found = pattern.match(self._text, at)
             if found and _SEPARATOR.match(self._text, found.end()):
@@ -201,10 +220,11 @@ class _Reader:
             kind = "object" if opener == "{" else "array"
             inner = _Frame(_CLOSERS[opener], state.schema, frame)
             step = "key" if opener == "{" else "item"
-            following = _State(step, at + 1, inner, _Output(opener, state.out))
-            yield int(not state.schema.allows(kind)), following
+            yield int(not state.schema.allows(kind)), state.to(step, at + 1, inner, _Output(opener, state.out))
         elif self._text.startswith(STRING_MARK, at):
             yield from self._open_mark(state, at + len(STRING_MARK))
+            if at > state.at:
+                yield 0, state._replace(step="bare", start=state.at)
             return
         for quote in _QUOTES:
             if self._text.startswith(quote, at):
@@ -213,14 +233,21 @@ class _Reader:
         literal = _LITERAL.match(self._text, at)
         if literal is not None:
             yield from self._literal(state, literal[0], literal.end())
-        if opener not in "}]),`" and not self._text.startswith(_QUOTES, at):
-            yield 0, state._replace(step="bare", at=at, start=at)
+        yield 0, state._replace(step="bare", at=at, start=at)
+        if at > state.at:
+            # Blanks may belong to the text.
+            yield 0, state._replace(step="bare", start=state.at)
 
     def _open_mark(self, state: _State, start: int) -> _Steps:
         string = state._replace(step="string", at=start, start=start, note=STRING_MARK)
         yield 0, string
-        if self._text.startswith(STRING_MARK, start):
-            yield from self._close_doubled(string, start + len(STRING_MARK))
+        after = start + len(STRING_MARK)
+        if self._text.startswith(STRING_MARK * 2, start):
+            # Nothing with one mark too many, or a quote.
+            for end in (start, after):
+                yield from self._closed(string, end, after + len(STRING_MARK), 1)
+        elif self._text.startswith(STRING_MARK, start):
+            yield from self._close_doubled(string, after)
 
     def _close_doubled(self, string: _State, start: int) -> _Steps:
         """A string between marks of which the first is doubled, and maybe the last."""
@@ -243,7 +270,7 @@ class _Reader:
         return int(kind is not None and not schema.allows(kind))
 
     def _after_value(self, state: _State, at: int, out: _Output, note: str = "") -> _State:
-        return _State("after", at, state.frame, out, note)
+        return state.to("after", at, state.frame, out)._replace(note=note)
 
     # Strings
 
@@ -254,6 +281,10 @@ class _Reader:
         if quote == STRING_MARK and not state.quotes:
             yield from self._unclosed(state, len(text) if end is None else end)
         if end is None:
+            mark = self._find(STRING_MARK, state.at)
+            if quote != STRING_MARK and not state.quotes and mark is not None:
+                # The mark may stand for the quote.
+                yield from self._closed(state, mark, mark + len(STRING_MARK), 1)
             return
         after = end + len(quote)
         if self._has_clear_edges(state, end):
@@ -273,7 +304,7 @@ class _Reader:
             if value is None:
                 return
             slips += self._mismatch(value, state.schema)
-        yield slips, self._after_value(state, after, _Output(found, state.out), "string")
+        yield slips, self._after_value(state, after, _Output(found, state.out), "closed")
 
     def _has_clear_edges(self, state: _State, end: int) -> bool:
         """Whether marks at the edges of a string are those of its text: nobody can say what two of them are, and one at
@@ -287,7 +318,10 @@ class _Reader:
         while text.endswith(mark, state.start, end - last * len(mark)):
             last += 1
         is_doubled = state.quotes == 2 and first == last == 1
-        return not is_doubled and {first, last} <= {0, 1, 3}
+        is_all = first * len(mark) == end - state.start
+        if is_all and first == 2 and state.frame and state.frame.is_list:
+            return True
+        return not is_doubled and not is_all and {first, last} <= {0, 1, 3}
 
     def _looks_closed(self, state: _State, after: int) -> int:
         """1 where the next key of the object follows a mark, so that a string hardly goes on behind it."""
@@ -306,9 +340,10 @@ class _Reader:
     def _unclosed(self, state: _State, limit: int) -> _Steps:
         """A string without its last mark, that ends before the next key, or before what closes all."""
         for end, slips in self._ends(state, limit):
-            if end > state.start and self._text[end - 1] not in "\"'":
-                for more, following in self._closed(state, end, end, 1 + slips):
-                    yield more, following._replace(is_open=_CLOSING_RUN.match(self._text, end) is not None)
+            yield from self._closed(state, end, end, 1 + slips)
+            if self._text[end - 1] in "\"'" and end > state.start:
+                # The quote may stand for the mark.
+                yield from self._closed(state, end - 1, end, 1 + slips)
 
     def _bare(self, state: _State) -> _Steps:
         """Text without a mark before it: it ends at a mark, or has none at all."""
@@ -319,7 +354,7 @@ class _Reader:
             if state.quotes % 2 == 0:
                 yield from self._closed(state._replace(note=STRING_MARK), mark, after, 1 + swallowed)
             yield state.quotes % 2 + swallowed, state._replace(at=after, quotes=state.quotes + 1)
-        if not state.quotes and self._text[state.start] not in "{[":
+        if not state.quotes and self._text[state.start] not in "{[(\"'`)]}, \t\r\n":
             yield from self._words(state, len(self._text) if mark is None else mark)
 
     def _words(self, state: _State, limit: int) -> _Steps:
@@ -327,7 +362,7 @@ class _Reader:
         assert state.frame is not None
         ends = [self._text.find(mark, state.start, limit) for mark in (",", state.frame.closer)]
         simple = min((end for end in ends if end >= 0), default=-1)
-        if simple > state.start:
+        if simple > state.start and '"' not in self._text[state.start : simple]:
             yield from self._word(state, simple, 1)
         wants_text = state.schema.types is not None and state.schema.allows("string") and not state.frame.is_list
         for end, slips in self._ends(state, limit):
@@ -347,19 +382,22 @@ class _Reader:
         """Where text may end that nothing closes, before `limit`, and how many known keys it would hold."""
         assert state.frame is not None
         self._steps_left -= (limit - state.start) // _STEP_LENGTH
-        swallowed = 0
-        for found in _NEXT_KEY.finditer(self._text, state.start, limit):
-            for end in self._before_closers(state.start, found.start()):
-                yield end, swallowed
-            swallowed += self._is_known(found[1], state.frame)
-        if state.frame.is_list:
-            for item in _NEXT_ITEM.finditer(self._text, state.start, min(len(self._text), limit + len(STRING_MARK))):
-                if item.end() <= limit:
-                    yield item.start(), swallowed
+        places = [(found.start(), self._is_known(found[1], state.frame)) for found in self._next_keys(state, limit)]
+        if self._is_in_list(state.frame):
+            most = min(len(self._text), limit + len(STRING_MARK))
+            items = _NEXT_ITEM.finditer(self._text, state.start, most)
+            places += [(item.start(), False) for item in items if item.end() <= limit]
         if limit == len(self._text):
-            for end in self._before_closers(state.start, limit):
-                if end < limit or self._is_ended:
+            places.append((limit, False))
+        swallowed = 0
+        for place, is_known in sorted(places):
+            for end in self._before_closers(state.start, place):
+                if end < len(self._text) or self._is_ended:
                     yield end, swallowed
+            swallowed += is_known
+
+    def _next_keys(self, state: _State, limit: int) -> "Iterator[re.Match[str]]":
+        return _NEXT_KEY.finditer(self._text, state.start, limit)
 
     def _before_closers(self, start: int, at: int) -> Iterator[int]:
         """This place, and those before each of the braces that lead to it."""
@@ -373,6 +411,12 @@ class _Reader:
         assert state.frame is not None
         found = _NEXT_KEY.finditer(self._text, start, end)
         return sum(self._is_known(match[1], state.frame) for match in found)
+
+    def _is_in_list(self, frame: _Frame) -> bool:
+        outer: _Frame | None = frame
+        while outer is not None and not outer.is_list:
+            outer = outer.parent
+        return outer is not None
 
     def _is_known(self, name: str, frame: _Frame) -> bool:
         """Whether an object that is open has a property of this name that is not given yet."""
@@ -389,14 +433,14 @@ class _Reader:
         at = self._skip(state.at)
         frame = state.frame
         assert frame is not None
-        if at == len(self._text) or self._text[at] in "}])":
-            yield int(state.note == ","), state._replace(step="after", at=at, note="")
-        elif self._text[at] == ",":
-            yield 1, state._replace(at=at + 1)
-        else:
-            out = state.out if frame.is_empty else _Output(",", state.out)
-            inner = frame._replace(is_empty=False)
-            yield 0, _State("value", at, inner, out, schema=frame.schema.items)
+        if self._is_at_closer(at):
+            is_trailing = state.note == ","
+            yield int(is_trailing), state.to("after", at, frame, state.out, is_trailing)
+        elif at < len(self._text) and self._text[at] == ",":
+            yield from self._comma(state, frame, at)
+        out = state.out if frame.is_empty else _Output(",", state.out)
+        inner = frame._replace(is_empty=False)
+        yield 0, state.to("value", state.at, inner, out)._replace(schema=frame.schema.items)
 
     def _after(self, state: _State) -> _Steps:
         if state.step == "item":
@@ -407,7 +451,7 @@ class _Reader:
         if frame is None:
             yield from self._after_all(state, at)
         elif at == len(self._text):
-            yield 1 + self._missing(frame), self._pop(state, frame, at)
+            yield 1 + self._missing(frame), self._pop(state, frame, at, 1)
         elif self._text[at] in "}])":
             yield from self._closer(state, frame, at)
         else:
@@ -419,15 +463,15 @@ class _Reader:
             end = at if found is None else found.end()
             yield 0, state._replace(step="end", at=end)
         elif self._text[at] in "}])":
-            yield 1, state._replace(at=at + 1)
+            yield 1, state._replace(at=at + 1, faults=state.faults + 1)
 
     def _closer(self, state: _State, frame: _Frame, at: int) -> _Steps:
         if self._text[at] == frame.closer:
             yield self._missing(frame), self._pop(state, frame, at + 1)
         elif frame.parent is not None:
-            yield 1 + self._missing(frame), self._pop(state, frame, at)
+            yield 1 + self._missing(frame), self._pop(state, frame, at, 1)
         # One too many.
-        yield 1, state._replace(at=at + 1, note="")
+        yield 1, state.to("after", at + 1, frame, state.out, 1)
 
     def _next(self, state: _State, frame: _Frame, at: int) -> _Steps:
         step = "item" if frame.is_list else "key"
@@ -435,20 +479,24 @@ class _Reader:
             yield 0, state._replace(step=step, at=at + 1, note=",")
             if frame.parent is not None:
                 # Its closer is missing.
-                yield 1 + self._missing(frame), self._pop(state, frame, at)
-        elif self._text.startswith(("{", "[", STRING_MARK, '"', "'"), at) if frame.is_list else state.note == "string":
+                yield 1 + self._missing(frame), self._pop(state, frame, at, 1)
+        elif self._text.startswith(("{", "[", STRING_MARK, '"', "'"), at) if frame.is_list else state.note == "closed":
             # The comma is missing.
-            yield 1, state._replace(step=step, at=at, note="")
+            yield 1, state.to(step, at, frame, state.out)
 
-    def _pop(self, state: _State, frame: _Frame, at: int) -> _State:
+    def _pop(self, state: _State, frame: _Frame, at: int, faults: int = 0) -> _State:
         closer = "]" if frame.is_list else "}"
-        return _State("after", at, frame.parent, _Output(closer, state.out), "string", is_open=state.is_open)
+        return state.to("after", at, frame.parent, _Output(closer, state.out), faults)._replace(note="closed")
 
     def _missing(self, frame: _Frame) -> int:
         """How many properties are required and not given."""
         return 0 if frame.is_list else len(frame.schema.required - frame.given)
 
     # Text
+
+    def _is_at_closer(self, at: int) -> bool:
+        """Whether no more may follow here; a model that just stopped would have gone on."""
+        return self._text[at] in "}])" if at < len(self._text) else self._is_ended
 
     def _skip(self, at: int) -> int:
         found = _BLANK.match(self._text, at)

@@ -19,10 +19,13 @@ logger = logging.getLogger(__name__)
 _END = re.compile(rf"{re.escape(CALL_END)}|{re.escape(CALL_START)}")
 _HEAD = re.compile(rf"[ \t\r\n,;]*call:[ \t\r\n]*([^\s{{}}<>()]+)[ \t\r\n]*(?=[{{(]|{_END.pattern}|\Z)")
 _HEAD_BEGINNING = re.compile(r"[ \t\r\n,;]*(?:c|ca|cal|call|call:[ \t\r\n]*(?:[^\s{}<>()]+[ \t\r\n]*)?)?")
+# So many marks of an end may be within the strings of one call.
+_MOST_ENDS = 8
 _QUOTE = re.compile(rf"{re.escape(STRING_MARK)}|[\"']")
 # Where a bare key and a bare value end, the latter by what closes the object or list it is in.
 _KEY_END = re.compile(f":|{re.escape(CALL_END)}")
 _VALUE_END = {closer: re.compile("|".join(map(re.escape, (",", closer, CALL_END, STRING_MARK)))) for closer in "}]"}
+_NOT_IN_KEYS = re.compile(rf"[{{}}\[\]]|{re.escape(STRING_MARK)}")
 # A key behind which the value before is over, whatever follows.
 _PLAIN_KEY = re.compile(r"[\w$@./-]+")
 # What may yet turn out not to belong to a string, if its mark is missing: braces, the next key, the end of the call.
@@ -170,8 +173,10 @@ class _Arguments:
         self._is_loose = False
         self._schema = self._root = schema
         self._is_over = False
-        # The arguments as they end at the first mark of an end, if that may be within a string, and where that is.
-        self._first_end: tuple[int, Reading | None] | None = None
+        # Where the call may have ended, by the mark of an end that may be within a string, with the arguments up to
+        # there; and how many such marks there are.
+        self._best_end: tuple[int, Reading | None] | None = None
+        self._ends = 0
         self.is_block_open = False
         self.is_readable = True
         # A step takes what it can from the held text; False if it needs more.
@@ -226,7 +231,8 @@ class _Arguments:
         if end is None:
             return False
         key = self._held[: end.start()].rstrip(BLANKS)
-        if end[0] == CALL_END or not key or STRING_MARK in key:
+        is_known = key in self._open[-1].schema.names
+        if end[0] == CALL_END or not key or (_NOT_IN_KEYS.search(key) and not is_known):
             return self._break()
         self._held = self._held[end.end() :]
         return self._named(key, _PLAIN_KEY.fullmatch(key) is not None)
@@ -363,34 +369,34 @@ class _Arguments:
             return False
         text = "".join(self._texts)
         at = self._length - len(self._held) + found.start()
-        is_same_end = found[0] == CALL_START and self._first_end and not text[self._first_end[0] : at].strip(BLANKS)
-        reading = None if is_same_end else read_arguments(text[:at], self._root, is_ended=True)
-        if self._first_end is not None:
-            first = self._first_end[1]
-            is_better = reading is not None and (first is None or reading.slips < first.slips)
-            self._conclude(*((at, reading) if is_better else self._first_end))
-        elif found[0] == CALL_END and (reading.is_open if reading else _QUOTE.search(text, 0, at)):
-            self._first_end = (at, reading)
-            self._held = self._held[found.end() :]
+        first = self._best_end
+        is_next_call = found[0] == CALL_START and first is not None and not text[first[0] + len(CALL_END) : at].strip()
+        reading = None if is_next_call else self._read(text[:at], is_ended=True)
+        is_better = reading is not None and (first is None or first[1] is None or reading.slips < first[1].slips)
+        best = (at, reading) if first is None or is_better else first
+        if found[0] == CALL_START or self._ends == _MOST_ENDS or not _may_go_on(text[:at], best[1]):
+            self._conclude(*best)
         else:
-            self._conclude(at, reading)
+            self._best_end = best
+            self._ends += 1
+            self._held = self._held[found.end() :]
         return True
 
     def _finish(self) -> None:
         """The model stopped before it ended the call."""
         text = "".join(self._texts)
-        if self._first_end is not None:
-            self._conclude(*self._first_end)
+        if self._best_end is not None:
+            self._conclude(*self._best_end)
         elif not text:
             self._output.append("{}")
             self._is_over = True
         else:
-            self._conclude(len(text), read_arguments(text, self._root, is_ended=False))
+            self._conclude(len(text), self._read(text, is_ended=False))
 
     def _cut(self) -> None:
         """The model had no room to finish the call."""
-        if self._first_end is not None:
-            self._conclude(*self._first_end)
+        if self._best_end is not None:
+            self._conclude(*self._best_end)
         elif self._step == self._wait:
             self._output.append("".join(self._texts)[self._emitted_length :])
         else:
@@ -401,10 +407,15 @@ class _Arguments:
             self._output += [*self._pending, json_string(self._held)[1:-1] if is_string else self._held]
         self._held = ""
 
+    def _read(self, text: str, *, is_ended: bool) -> Reading | None:
+        """The arguments in this text, if they are certain and begin with what is emitted."""
+        reading = read_arguments(text, self._root, is_ended=is_ended)
+        return reading if reading and reading.arguments.startswith("".join(self._emitted)) else None
+
     def _conclude(self, at: int, reading: Reading | None) -> None:
         """Emit the rest of what was read up to this place, or the rest of the text if it is not readable."""
         text, emitted = "".join(self._texts), "".join(self._emitted)
-        if reading is not None and reading.arguments.startswith(emitted):
+        if reading is not None:
             logger.info("a call of %s is read with %d slips in its syntax", self._name, reading.slips)
             self._output.append(reading.arguments[len(emitted) :])
             self.is_block_open = reading.end < at
@@ -453,6 +464,11 @@ class _Arguments:
     def _awaits(self, mark: str) -> bool:
         """Whether the held text may yet become this mark."""
         return len(self._held) < len(mark) and mark.startswith(self._held)
+
+
+def _may_go_on(text: str, reading: Reading | None) -> bool:
+    """Whether the mark of an end behind these arguments may be text of a string, as they are read with slips."""
+    return (reading is None or reading.slips > 0) and _QUOTE.search(text) is not None
 
 
 def _name_and_parameters(tool: Mapping[str, Any]) -> tuple[str, Any]:
