@@ -193,10 +193,10 @@ class _Reader:
                     yield self._slips_of(name, frame), name, end + len(quote)
                 return
         for name in frame.schema.names:
-            if not _KEY.fullmatch(name) and self._text.startswith(name, at) and name:
-                if _SEPARATOR.match(self._text, at + len(name)):
-                    yield self._slips_of(name, frame), name, at + len(name)
-                    return
+            is_here = name and not _KEY.fullmatch(name) and self._text.startswith(name, at)
+            if is_here and _SEPARATOR.match(self._text, at + len(name)):
+                yield self._slips_of(name, frame), name, at + len(name)
+                return
         for pattern in (_KEY, _ODD_KEY):
             found = pattern.match(self._text, at)
             if found and _SEPARATOR.match(self._text, found.end()):

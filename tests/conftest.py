@@ -20,6 +20,9 @@ from mlx_mtp.tokenizer import load_tokenizer
 # Ignored in what a shell runs in the background, and inherited by the commands under test: not when there is a handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# LiteLLM asks the network for prices otherwise.
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers take all cores: threads of PyTorch and NumPy beside them would wait for each other.
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
