@@ -42,6 +42,7 @@ from mlx_mtp.weights import (
     read_checkpoint,
     resolve_head,
     target_names,
+    token_ids,
 )
 
 from .quantization import (
@@ -332,7 +333,10 @@ def _match(
 
 
 def _check_type(source: Path, key: str, tensor: TensorInfo, is_index: bool) -> None:
-    dtypes = INTEGERS if is_index else tuple(FLOATS)
+    dtypes = (*INTEGERS, *FLOATS) if is_index else tuple(FLOATS)
+    if is_index and tensor.dtype in FLOATS:
+        arrays: dict[str, mx.array] = mx.load(str(tensor.file))  # type: ignore[assignment]
+        token_ids(source, key, arrays[key])
     if tensor.dtype not in dtypes:
         raise WeightsError(f"{source}: tensor {key} has type {tensor.dtype}, expected one of {', '.join(dtypes)}")
 

@@ -40,6 +40,7 @@ from .errors import OptionError
 from .files import read_text
 from .load import DEMO_PAIR, plan_memory
 from .shell import Parser, exit_status, read_prompt, text_argument, write_json, write_out
+from .speculative import LOWEST_LOGPROB
 from .tokenizer import encode_in_parts, encode_prompt
 
 COMPARED_RUNS = 3
@@ -272,7 +273,11 @@ def _report(seen: list[GenerationResponse], model: Model, interrupted: bool) -> 
         "per_layer_embeddings": model.per_layer_embeddings,
         "embedding_rows": None if stats.embeddings is None else stats.embeddings._asdict(),
         "logprobs": [
-            {"token": r.token, "logprob": r.logprobs.token, "top": [list(pair) for pair in r.logprobs.top]}
+            {
+                "token": r.token,
+                "logprob": max(r.logprobs.token, LOWEST_LOGPROB),
+                "top": [[token, max(logprob, LOWEST_LOGPROB)] for token, logprob in r.logprobs.top],
+            }
             for r in seen
             if r.logprobs is not None
         ],

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import mlx.core as mx
-import numpy as np
 
 from .config import (
     DrafterConfig,
@@ -25,14 +24,14 @@ from .draft_length import MAX_DRAFT_TOKENS
 from .drafter import Drafter
 from .embeddings import MappedEmbedding
 from .engine import GenerationOptions, Model
-from .errors import ConfigError, HubError, OptionError, PairError, WeightsError
+from .errors import ConfigError, HubError, OptionError, PairError
 from .exact import check_exact, make_exact
 from .gemma4 import Target, fuse_projections, lay_out_weights
 from .hub import DRAFTER_FOLDER, Downloads, is_repo, resolve_folder
 from .memory import MemoryPlan, check_memory, memory_size, planner
 from .speculative import Progress, Rounds
 from .tokenizer import load_tokenizer
-from .weights import count_bytes, drafter_names, fill_module, resolve_head, target_names
+from .weights import count_bytes, drafter_names, fill_module, resolve_head, target_names, token_ids
 from .worker import Job, Worker
 
 logger = logging.getLogger(__name__)
@@ -297,30 +296,15 @@ def load_drafter(config: DrafterConfig, dtype: mx.Dtype, on_read: Callable[[int]
     names = partial(drafter_names, config=config)
     fill_module(drafter, config.path.parent, names, config.quantization, on_read=on_read)
     # Published as int64; the ids it yields are compared with the target's int32.
-    head, vocab_size = drafter.masked_embedding, config.text.vocab_size
+    folder, vocab_size, head = config.path.parent, config.text.vocab_size, drafter.masked_embedding
     if head is not None:
-        head.token_ordering = _token_ids(config, "masked_embedding.token_ordering", head.token_ordering, vocab_size)
+        name = "masked_embedding.token_ordering"
+        head.token_ordering = token_ids(folder, name, head.token_ordering, vocab_size)
     if drafter.draft_vocab_ids is not None:
-        size = config.draft_vocab_size
-        drafter.draft_vocab_ids = _token_ids(config, "draft_vocab_ids", drafter.draft_vocab_ids, size)
+        drafter.draft_vocab_ids = token_ids(folder, "draft_vocab_ids", drafter.draft_vocab_ids, vocab_size)
     drafter.set_dtype(dtype)
     mx.eval(drafter.parameters())
     return drafter
-
-
-def _token_ids(config: DrafterConfig, name: str, values: mx.array, count: int) -> mx.array:
-    """A tensor of `count` different token ids as int32, also if it was cast to a float type that kept them.
-
-    Raises WeightsError if they are not that, as after a cast that rounds.
-    """
-    found = np.array(values.astype(mx.float32) if mx.issubdtype(values.dtype, mx.floating) else values)
-    ids = np.unique(found[np.isin(found, np.arange(config.text.vocab_size))])
-    if len(ids) != count:
-        raise WeightsError(
-            f"{config.path.parent}: tensor {name} must hold {count} different token ids, found {len(ids)} in "
-            f"{values.dtype}"
-        )
-    return mx.array(found.astype(np.int32))
 
 
 def find_drafter(path_or_repo: str | Path, folder: Path, downloads: Downloads | None = None) -> Path | None:

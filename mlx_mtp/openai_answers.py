@@ -16,6 +16,7 @@ from .call_syntax import CALL_START, beginning_at_end
 from .control_marks import ControlMarks
 from .engine import GenerationResponse, Model
 from .openai_requests import ChatRequest, CompletionRequest, ResponseRequest
+from .speculative import LOWEST_LOGPROB
 from .tool_calls import ToolCallDelta, ToolCallParser
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -166,7 +167,7 @@ class Tokens:
         text = str(self._tokenizer.decode([token]))
         # A token that is part of a character has bytes, but no text.
         data = [int(single.group(1), 16)] if single else None if "\ufffd" in text else list(text.encode())
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": data}
+        return {"token": text, "logprob": max(logprob, LOWEST_LOGPROB), "bytes": data}
 
     def logprobs(self, response: GenerationResponse) -> Fields | None:
         """Of a token of the answer, with the most likely ones; None where none are asked for or it is of a thought."""

@@ -36,6 +36,10 @@ _LEAST_CHUNK = 32
 _COMPILED_ROUNDS = 64
 
 
+# What reports write for the log probability of a token that cannot come: JSON has no infinity.
+LOWEST_LOGPROB = -9999.0
+
+
 class Logprobs(NamedTuple):
     """Natural log of the target's own probability, before any option, of a token and of the most likely ones."""
 

@@ -182,9 +182,10 @@ def encode_in_parts(
     messages = [{"role": "user", "content": _PLACEHOLDER}]
     if system_prompt is not None:
         messages.insert(0, {"role": "system", "content": system_prompt})
-    rendered = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
-    )
+    with _template_errors():
+        rendered = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
+        )
     before, _, after = rendered.rpartition(_PLACEHOLDER)
     return list(tokenizer.encode(before + text if begins else text + after, add_special_tokens=False))
 
@@ -203,8 +204,6 @@ def encode_chat(
     Raises PromptError if there is no chat template, if it cannot render the messages, if it has no switch for
     thinking that should be enabled, or no place for tools, and for an option that is no switch of a template.
     """
-    from jinja2 import TemplateError
-
     if not tokenizer.has_chat_template:
         raise PromptError("messages need a chat template: this model has none")
     switches = dict(template_options or {})
@@ -232,15 +231,24 @@ def encode_chat(
 
         return render_conversation(messages, apply)
 
-    try:
+    with _template_errors():
         text = render(enable_thinking, tools)
         if enable_thinking and text == render(False, tools):
             raise PromptError("thinking cannot be enabled: the chat template has no switch enable_thinking")
         if tools and text == render(enable_thinking, None):
             raise PromptError("tools cannot be given: the chat template has no place for them")
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+@contextmanager
+def _template_errors() -> Iterator[None]:
+    """Makes a PromptError of what a chat template raises."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
     except (TemplateError, TypeError, KeyError, RecursionError) as error:
         raise PromptError(f"the chat template cannot render the messages: {error}") from None
-    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def thought_channel(tokenizer: "TokenizerWrapper") -> Channel | None:

@@ -352,3 +352,17 @@ def check_shape(folder: Path, key: str, found: tuple[int, ...], shape: tuple[int
     expected = [*shape[:-2], shape[-2] * parts, shape[-1]] if parts > 1 else list(shape)
     if list(found) != expected:
         raise WeightsError(f"{folder}: tensor {key} has shape {list(found)}, expected {expected} from config.json")
+
+
+def token_ids(folder: Path, key: str, values: mx.array, vocab_size: int = 2**31) -> mx.array:
+    """A tensor of token ids, each there once, as int32: also if it was cast to a float type that kept them.
+
+    Raises WeightsError if they are not that, as after a cast that rounds.
+    """
+    found = np.array(values.astype(mx.float32) if mx.issubdtype(values.dtype, mx.floating) else values)
+    ids = np.unique(found[(found == np.floor(found)) & (found >= 0) & (found < vocab_size)])
+    if len(ids) != found.size:
+        raise WeightsError(
+            f"{folder}: tensor {key} must hold {found.size} different token ids, found {len(ids)} in {values.dtype}"
+        )
+    return mx.array(found.astype(np.int32))

@@ -12,6 +12,7 @@ import pytest
 from tiny import STOP_IDS, VOCAB_SIZE, make_tokenizer, random_tokens
 
 import mlx_mtp
+from mlx_mtp.convert.cli import main as convert
 from mlx_mtp.tokenizer import encode_chat, load_tokenizer
 
 TinyPair = Callable[[str], Path]
@@ -126,8 +127,10 @@ def test_token_ids_that_were_cast(folders: tuple[Path, Path], kind: mx.Dtype) ->
             mlx_mtp.WeightsError, match=r"token_ordering must hold 512 different token ids, found 38\d in"
         ):
             mlx_mtp.load(target)
+        assert convert(["--hf-path", str(target), "--mlx-path", str(target.parent / "out")]) == 1
         return
-    found = mlx_mtp.load(target).drafter
+    assert convert(["--hf-path", str(target), "--mlx-path", str(target.parent / "out")]) == 0
+    found = mlx_mtp.load(target.parent / "out").drafter
     assert found is not None
     assert expected is not None
     ordering = found.masked_embedding.token_ordering
