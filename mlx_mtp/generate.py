@@ -90,9 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     grammar = parser.add_mutually_exclusive_group()
     grammar.add_argument("--json-schema", metavar="FILE", help="Answer with JSON that follows this JSON Schema.")
-    add = grammar.add_argument
-    add("--regex", type=text_argument, help="Answer with text that matches this regular expression as a whole.")
-    add("--grammar", type=text_argument, help="Answer in this grammar's language, in Lark or llama.cpp's GBNF.")
+    constrain = grammar.add_argument
+    constrain("--regex", type=text_argument, help="Answer with text that matches this regular expression as a whole.")
+    constrain("--grammar", type=text_argument, help="Answer in this grammar's language, in Lark or llama.cpp's GBNF.")
     grammar.add_argument("--grammar-file", metavar="FILE", help="The same, read from a file.")
     add_thinking_options(parser)
     parser.add_argument(
