@@ -184,11 +184,11 @@ def _encode(model: Model, text: str, args: argparse.Namespace) -> list[int]:
 def _check_prompt_cache(args: argparse.Namespace) -> None:
     if args.prompt_cache is None:
         return
-    prompt_cache.check(Path(args.prompt_cache))
     if args.system_prompt is not None:
         raise OptionError("--system-prompt: the prompt cache begins with one, or with none; give it to cache_prompt")
     if args.num_draft_tokens != "auto" and args.num_draft_tokens > MAX_DRAFT_TOKENS:
         raise OptionError(f"--num-draft-tokens: with a prompt cache at most {MAX_DRAFT_TOKENS}")
+    prompt_cache.check(Path(args.prompt_cache))
 
 
 def _options(args: argparse.Namespace) -> GenerationOptions:
