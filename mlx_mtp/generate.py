@@ -91,9 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     grammar = parser.add_mutually_exclusive_group()
     grammar.add_argument("--json-schema", metavar="FILE", help="Answer with JSON that follows this JSON Schema.")
-    add = grammar.add_argument
-    add("--regex", type=text_argument, help="Answer with text that matches this regular expression as a whole.")
-    add("--grammar", type=text_argument, help="Answer in this grammar's language, in Lark or llama.cpp's GBNF.")
+    constrain = grammar.add_argument
+    constrain("--regex", type=text_argument, help="Answer with text that matches this regular expression as a whole.")
+    constrain("--grammar", type=text_argument, help="Answer in this grammar's language, in Lark or llama.cpp's GBNF.")
     grammar.add_argument("--grammar-file", metavar="FILE", help="The same, read from a file.")
     add_thinking_options(parser)
     parser.add_argument(
@@ -185,11 +185,11 @@ def _encode(model: Model, text: str, args: argparse.Namespace) -> list[int]:
 def _check_prompt_cache(args: argparse.Namespace) -> None:
     if args.prompt_cache is None:
         return
-    prompt_cache.check(Path(args.prompt_cache))
     if args.system_prompt is not None:
         raise OptionError("--system-prompt: the prompt cache begins with one, or with none; give it to cache_prompt")
     if args.num_draft_tokens != "auto" and args.num_draft_tokens > MAX_DRAFT_TOKENS:
         raise OptionError(f"--num-draft-tokens: with a prompt cache at most {MAX_DRAFT_TOKENS}")
+    prompt_cache.check(Path(args.prompt_cache))
 
 
 def _options(args: argparse.Namespace) -> GenerationOptions:
