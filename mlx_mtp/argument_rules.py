@@ -241,7 +241,7 @@ class ArgumentRules:
                 self._left_out.add(["format"], path)
         if not parts:
             return "string"
-        terminal = self._rules.terminal(" & ".join([*parts, "/(?s:.*)/", _NO_MARK]))
+        terminal = self._rules.terminal(" & ".join([*parts, _NO_MARK]))
         return f"{STRING_MARK} {terminal} {STRING_MARK}"
 
     def _number(self, name: str, schema: Flat, path: str) -> str:
