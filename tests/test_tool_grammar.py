@@ -193,6 +193,7 @@ def test_top_level_parameters(is_allowed: Callable[[str, str], bool]) -> None:
         ({"type": "array", "uniqueItems": True, "contains": {}}, "uniqueItems, contains"),
         ({"type": "array", "items": {"type": "array", "items": {"oneOf": []}}}, "oneOf"),
         ({"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]}, "oneOf"),
+        ({"type": "string", "anyOf": [{"oneOf": [{"maxLength": 1}, {"maxLength": 3}]}]}, "oneOf"),
         ({"type": "object", "properties": {"y": {"$ref": "#/$defs/none"}}}, r"\$ref"),
         ({"type": "object", "properties": {"y": {"$ref": "https://example.com/schema"}}}, r"\$ref"),
         ({"type": "object", "properties": {"y": {"$ref": "#/properties/x/properties/y"}}}, r"\$ref"),

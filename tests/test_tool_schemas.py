@@ -215,6 +215,23 @@ STRICT: list[tuple[str, dict[str, Any], list[Any], list[Any]]] = [
         [{"x": {"kind": "dog", "lives": 9}}, {"x": {"kind": "cow"}}],
     ),
     (
+        "one of exclusive objects that hold themselves",
+        {
+            **closed(x={"$ref": "#/$defs/node"}),
+            "$defs": {
+                "node": {
+                    "oneOf": [
+                        closed(child={"$ref": "#/$defs/node"}, kind={"const": "inner"}),
+                        closed(kind={"const": "leaf"}, other={"$ref": "#/$defs/node"}),
+                        {"type": "null"},
+                    ]
+                }
+            },
+        },
+        [{"x": {"child": {"kind": "leaf", "other": None}, "kind": "inner"}}],
+        [{"x": {"child": None, "kind": "leaf"}}],
+    ),
+    (
         "one of exclusive types",
         closed(
             x={
