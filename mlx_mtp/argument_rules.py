@@ -128,6 +128,7 @@ class ArgumentRules:
         kept = dict(kept)
         if "oneOf" in kept and not self._document.are_exclusive(kept["oneOf"]):
             self._left_out.add(["oneOf"], path)
+            kept["allOf"] = [*kept.get("allOf", []), {"anyOf": kept.pop("oneOf")}]
         while not (flats := self._flatten(kept, path)):
             pass
         return self._rules.any_of([self._flat(flat, path) for flat in flats])
@@ -241,7 +242,7 @@ class ArgumentRules:
                 self._left_out.add(["format"], path)
         if not parts:
             return "string"
-        terminal = self._rules.terminal(" & ".join([*parts, "/(?s:.*)/", _NO_MARK]))
+        terminal = self._rules.terminal(" & ".join([*parts, _NO_MARK]))
         return f"{STRING_MARK} {terminal} {STRING_MARK}"
 
     def _number(self, name: str, schema: Flat, path: str) -> str:

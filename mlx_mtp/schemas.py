@@ -170,10 +170,11 @@ class Document:
             raise NotFollowedError("$ref") from None
         return found
 
-    def flatten(self, schema: Any, seen: tuple[str, ...] = ()) -> list[Flat]:
+    def flatten(self, schema: Any, seen: tuple[str, ...] = (), level: int = 0) -> list[Flat]:
         """Flat schemas, one of which holds where the schema does. `seen` are the references that led here.
 
-        Raises NotFollowedError, and OptionError for a schema that is malformed.
+        Raises NotFollowedError, also for `oneOf` of schemas that may hold together, and OptionError for a schema that
+        is malformed.
         """
         if isinstance(schema, bool):
             return [{}] if schema else []
@@ -182,22 +183,29 @@ class Document:
         if "$ref" in kept:
             if kept["$ref"] in seen:
                 return []
-            found = _both(found, self.flatten(self.resolve(kept["$ref"]), (*seen, kept["$ref"])), "$ref")
+            target = self.resolve(kept["$ref"])
+            found = _both(found, self.flatten(target, (*seen, kept["$ref"]), level), "$ref")
         for branch in kept.get("allOf", []):
-            found = _both(found, self.flatten(branch, seen), "allOf")
+            found = _both(found, self.flatten(branch, seen, level), "allOf")
         for name in ("anyOf", "oneOf"):
             if name in kept:
-                alternatives = [flat for branch in kept[name] for flat in self.flatten(branch, seen)]
-                found = _both(found, alternatives, name)
+                branches = [self.flatten(branch, seen, level) for branch in kept[name]]
+                if name == "oneOf" and not self._are_all_disjoint(branches, level):
+                    raise NotFollowedError("oneOf")
+                found = _both(found, [flat for branch in branches for flat in branch], name)
         return [*found, {"type": ["null"]}] if kept.get("nullable") is True else found
 
     def are_exclusive(self, branches: Iterable[Any], level: int = 0) -> bool:
         """Whether no value satisfies two of the schemas, as far as their types and constants tell."""
         try:
-            flats = [self.flatten(branch) for branch in branches]
+            return self._are_all_disjoint([self.flatten(branch, (), level) for branch in branches], level)
         except NotFollowedError:
             return False
-        return all(self._are_disjoint(one, other, level) for a, b in combinations(flats, 2) for one in a for other in b)
+
+    def _are_all_disjoint(self, branches: list[list[Flat]], level: int) -> bool:
+        return all(
+            self._are_disjoint(one, other, level) for a, b in combinations(branches, 2) for one in a for other in b
+        )
 
     def _are_disjoint(self, one: Flat, other: Flat, level: int) -> bool:
         shared = _value_types(one) & _value_types(other)

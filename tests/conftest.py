@@ -97,15 +97,15 @@ def tiny_models(tiny_pair: Callable[[str], Path]) -> Callable[[str], tuple[Targe
 
 
 @pytest.fixture(scope="session")
-def is_allowed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], bool]:
-    """Whether a grammar in Lark allows a text, as a whole."""
+def is_allowed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bool]:
+    """Whether a grammar in Lark allows a text as a whole, in pieces that no token spans."""
     wrapper = load_tokenizer(make_tokenizer(tmp_path_factory.mktemp("tokenizer")), STOP_IDS)
     tokenizer: LLTokenizer = from_tokenizer(wrapper._tokenizer, n_vocab=VOCAB_SIZE, eos_token=list(STOP_IDS))
 
-    def check(grammar: str, text: str) -> bool:
+    def check(grammar: str, *pieces: str) -> bool:
         matcher = LLMatcher(tokenizer, compile_grammar(grammar=grammar), log_level=0)
         assert not matcher.is_error(), matcher.get_error()
-        tokens = wrapper.encode(text, add_special_tokens=False)
+        tokens = [token for piece in pieces for token in wrapper.encode(piece, add_special_tokens=False)]
         return bool(matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting())
 
     return check

@@ -151,6 +151,15 @@ def test_a_string_does_not_spell_the_mark_that_ends_it(is_allowed: Callable[[str
         assert not is_allowed(grammar, content)
 
 
+@pytest.mark.parametrize("bound", [{}, {"maxLength": 9}, {"pattern": "<"}, {"minLength": 1, "pattern": "<"}], ids=str)
+def test_a_string_of_ordinary_tokens_holds_no_mark(is_allowed: Callable[..., bool], bound: Any) -> None:
+    parameters = {"type": "object", "properties": {"x": {"type": "string", **bound}}}
+    grammar = tool_grammar([tool("f", parameters, strict=True)], "f").text
+    start, end = f"<|tool_call>call:f{{x:{QUOTE}", f"{QUOTE}}}<tool_call|>"
+    assert is_allowed(grammar, start, "a<|", "|>", end)
+    assert not is_allowed(grammar, start, "a<|", '"|>', end)
+
+
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(STRINGS, STRINGS, STRINGS)
 def test_any_name_and_any_string(is_allowed: Callable[[str, str], bool], name: str, value: str, other: str) -> None:
@@ -184,8 +193,10 @@ def test_top_level_parameters(is_allowed: Callable[[str, str], bool]) -> None:
         ({"type": "array", "uniqueItems": True, "contains": {}}, "uniqueItems, contains"),
         ({"type": "array", "items": {"type": "array", "items": {"oneOf": []}}}, "oneOf"),
         ({"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]}, "oneOf"),
+        ({"type": "string", "anyOf": [{"oneOf": [{"maxLength": 1}, {"maxLength": 3}]}]}, "oneOf"),
         ({"type": "object", "properties": {"y": {"$ref": "#/$defs/none"}}}, r"\$ref"),
         ({"type": "object", "properties": {"y": {"$ref": "https://example.com/schema"}}}, r"\$ref"),
+        ({"type": "object", "properties": {"y": {"$ref": "#/properties/x/properties/y"}}}, r"\$ref"),
         ({"type": "object", "patternProperties": {}}, "patternProperties"),
         ({"type": "object", "propertyNames": {"pattern": "a"}, "minProperties": 1}, "propertyNames, minProperties"),
         ({"type": "any"}, "type"),

@@ -101,6 +101,21 @@ STRICT: list[tuple[str, dict[str, Any], list[Any], list[Any]]] = [
         [{"n": 4}, {"n": 5}],
         [{"n": 3}, {"n": 6}],
     ),
+    (
+        "numbers end, whatever their bounds",
+        closed(n={"type": "integer", "minimum": 0}, x={"type": "number", "maximum": 9}),
+        [{"n": 10**15, "x": 0.25}, {"n": 0, "x": -1234.0625}],
+        [{"n": 10**20, "x": 1}, {"n": -1, "x": 1}, {"n": 1, "x": 0.01234567890123}, {"n": 1, "x": -1e20}],
+    ),
+    (
+        "a reference that holds itself beside others",
+        {
+            **closed(x={"$ref": "#/$defs/a"}),
+            "$defs": {"a": {"type": "string", "anyOf": [{"$ref": "#/$defs/a"}, {"maxLength": 1}]}},
+        },
+        [{"x": "a"}],
+        [{"x": "ab"}, {"x": 1}],
+    ),
     ("multiples", closed(n={"type": "integer", "multipleOf": 5}), [{"n": 0}, {"n": 15}, {"n": -5}], [{"n": 7}]),
     ("cents", closed(n={"type": "number", "multipleOf": 0.01}), [{"n": 1}, {"n": 0.25}], [{"n": 0.125}]),
     (
@@ -200,6 +215,23 @@ STRICT: list[tuple[str, dict[str, Any], list[Any], list[Any]]] = [
         [{"x": {"kind": "dog", "lives": 9}}, {"x": {"kind": "cow"}}],
     ),
     (
+        "one of exclusive objects that hold themselves",
+        {
+            **closed(x={"$ref": "#/$defs/node"}),
+            "$defs": {
+                "node": {
+                    "oneOf": [
+                        closed(child={"$ref": "#/$defs/node"}, kind={"const": "inner"}),
+                        closed(kind={"const": "leaf"}, other={"$ref": "#/$defs/node"}),
+                        {"type": "null"},
+                    ]
+                }
+            },
+        },
+        [{"x": {"child": {"kind": "leaf", "other": None}, "kind": "inner"}}],
+        [{"x": {"child": None, "kind": "leaf"}}],
+    ),
+    (
         "one of exclusive types",
         closed(
             x={
@@ -265,6 +297,7 @@ PATTERNS: list[tuple[str, list[str], list[str]]] = [
     (r"^(?!\.)(?!.*\.\.)[a-z.]+(?<!x)?@", [], []),
     (r"^(?!\.)(?!.*\.\.)[a-z.]+@b$", ["a.b@b"], [".a@b", "a..b@b", "a@b.c"]),
     (r"^(?=.*[0-9])(?=.{4,}$)[a-z0-9]*$", ["abc1"], ["abcd", "ab1"]),
+    (r"^[\b]$", ["\b"], ["b"]),
     (r"^\u0041\x42\.$", ["AB."], ["AB", "ABc"]),
 ]
 
