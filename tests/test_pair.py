@@ -54,6 +54,7 @@ def test_the_commands_a_user_types(converted: Convert) -> None:
         "--max-tokens",
         "200",
         "--ignore-chat-template",
+        "--ignore-eos",
         "--num-draft-tokens",
         "3",
     )
@@ -92,8 +93,8 @@ def test_speculative_greedy_is_plain_greedy_in_float32(converted: Convert, k: in
     window = model.config.text.sliding_window
     for length in (window // 2, 4 * window):
         prompt = held_out(model, length)[k % 5]
-        plain = model.generate(prompt, max_tokens=300, num_draft_tokens=0)
-        drafted = model.generate(prompt, max_tokens=300, num_draft_tokens=k)
+        plain = model.generate(prompt, max_tokens=300, num_draft_tokens=0, ignore_eos=True)
+        drafted = model.generate(prompt, max_tokens=300, num_draft_tokens=k, ignore_eos=True)
         assert drafted.tokens == plain.tokens
         assert drafted.last.stats.accepted > 0
 
@@ -102,8 +103,8 @@ def test_four_bit_with_float32_activations(converted: Convert) -> None:
     model = mlx_mtp.load(converted("-q", "--dtype", "float32", "--drafter-q-bits", "4"))
     assert model.target.embed_tokens.bits == 4
     for prompt in held_out(model, 150)[:3]:
-        plain = model.generate(prompt, max_tokens=150, num_draft_tokens=0)
-        drafted = model.generate(prompt, max_tokens=150, num_draft_tokens=3)
+        plain = model.generate(prompt, max_tokens=150, num_draft_tokens=0, ignore_eos=True)
+        drafted = model.generate(prompt, max_tokens=150, num_draft_tokens=3, ignore_eos=True)
         assert drafted.tokens == plain.tokens
         length = drafted.last.stats.acceptance_length
         assert length is not None
@@ -119,4 +120,4 @@ def test_greedy_tokens_are_those_of_transformers(pair: Path) -> None:
     for prompt in held_out(model, 100)[:2]:
         tokens = torch.tensor([prompt])
         theirs = reference.generate(tokens, max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0)
-        assert model.generate(prompt, max_tokens=200).tokens == theirs[0, len(prompt) :].tolist()
+        assert model.generate(prompt, max_tokens=200, ignore_eos=True).tokens == theirs[0, len(prompt) :].tolist()
