@@ -1,6 +1,7 @@
-"""Fixtures shared by the tests: tiny random pairs of every variant, and the small trained pair where it is present."""
+"""Fixtures shared by the tests: tiny random pairs of every variant, and the demo pair."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,16 @@ from pathlib import Path
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
-from tiny import STOP_IDS, VOCAB_SIZE, load_drafter, load_target, make_drafter, make_target, make_tokenizer
+from tiny import (
+    STOP_IDS,
+    VOCAB_SIZE,
+    load_drafter,
+    load_target,
+    make_drafter,
+    make_target,
+    make_tokenizer,
+    unpack_demo_pair,
+)
 
 from mlx_mtp import engine
 from mlx_mtp.draft_length import CostCurve
@@ -27,7 +37,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers take all cores: threads of PyTorch and NumPy beside them would wait for each other.
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
-PAIR = Path(__file__).parents[2] / "shared" / "pair"
 # Found first by the commands under test; see there.
 WITHOUT_TORCH = Path(__file__).parent / "without_torch"
 
@@ -61,11 +70,20 @@ def known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def pair() -> Path:
-    """The small trained pair in Hugging Face layout: `target/` and `assistant/`."""
-    if not PAIR.is_dir():
-        pytest.skip("the trained pair is not beside this checkout")
-    return PAIR
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo pair in Hugging Face layout, `target/` and `assistant/`. Read only."""
+    folder = tmp_path_factory.mktemp("pair")
+    unpack_demo_pair(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def switchless(tiny_pair: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny target whose chat template has no switch for thinking."""
+    folder = tmp_path_factory.mktemp("switchless") / "target"
+    shutil.copytree(tiny_pair("e2b") / "target", folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -162,9 +162,9 @@ def test_a_model_measures_once_per_kind_of_sampling(
         alone.calibrate()
 
 
-def test_auto_drafts_what_pays_and_the_text_is_the_same(pair: Path) -> None:
+def test_auto_drafts_what_pays_and_the_text_is_the_same() -> None:
     """More where the drafter is good than where it is damaged; greedy and coupled text never depends on it."""
-    model = mlx_mtp.load(pair / "target", pair / "assistant")
+    model = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
     coupled = mlx_mtp.Sampling(temperature=0.5, acceptance="coupled", seed=2)
     per_round = []
     for sampling in (mlx_mtp.Sampling(), coupled):
@@ -173,7 +173,7 @@ def test_auto_drafts_what_pays_and_the_text_is_the_same(pair: Path) -> None:
         assert auto.tokens == plain.tokens
         per_round.append(auto.last.stats.drafted / auto.last.stats.rounds)
     assert max(per_round) > 2
-    model = mlx_mtp.load(pair / "target", pair / "assistant")
+    model = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
     assert model.drafter is not None
     model.drafter.model.norm.weight = -model.drafter.model.norm.weight
     useless = model.generate("def read_config(path):\n", max_tokens=150).last.stats

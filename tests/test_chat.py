@@ -194,7 +194,7 @@ def test_editing_and_ctrl_c_at_the_prompt(tiny_pair: TinyPair) -> None:
     assert "Traceback" not in user.shown
 
 
-def test_thinking_is_a_switch_of_every_turn(tiny_pair: TinyPair, pair: Path) -> None:
+def test_thinking_is_a_switch_of_every_turn(tiny_pair: TinyPair, switchless: Path) -> None:
     target = tiny_pair("e2b") / "target"
     options = ("--model", target, "-m", "6", "--enable-thinking", "--thinking-budget", "4")
     stdout, _ = chat(*options, stdin="hello\nand then\n")
@@ -204,7 +204,5 @@ def test_thinking_is_a_switch_of_every_turn(tiny_pair: TinyPair, pair: Path) -> 
     messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "and then"}]
     assert stdout == f"{first}\n{model.generate(messages, max_tokens=6, enable_thinking=True).text}\n"
     # A template without the switch is refused before the first message.
-    _, stderr = chat(
-        "--model", pair / "target", "--drafter", "none", *AUTO, "--enable-thinking", stdin="hello\n", code=1
-    )
+    _, stderr = chat("--model", switchless, "--drafter", "none", *AUTO, "--enable-thinking", stdin="hello\n", code=1)
     assert stderr == ["error: thinking cannot be enabled: the chat template has no switch enable_thinking"]

@@ -65,8 +65,8 @@ def model(tiny_pair: TinyPair, request: pytest.FixtureRequest) -> mlx_mtp.Model:
 
 
 @pytest.fixture(scope="module")
-def trained(pair: Path) -> mlx_mtp.Model:
-    return mlx_mtp.load(pair / "target", pair / "assistant")
+def trained() -> mlx_mtp.Model:
+    return mlx_mtp.load(mlx_mtp.DEMO_PAIR)
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS, ids=["json_schema", "regex", "lark", "gbnf"])
@@ -507,10 +507,10 @@ def run(*args: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
     return result
 
 
-def test_the_command_line_answers_in_json(pair: Path, tmp_path: Path) -> None:
+def test_the_command_line_answers_in_json(tmp_path: Path) -> None:
     schema = tmp_path / "schema.json"
     schema.write_text(json.dumps(SCHEMA))
-    options = ("--model", pair / "target", "--drafter", pair / "assistant", "-p", CODE, "--json-schema", schema)
+    options = ("--model", mlx_mtp.DEMO_PAIR, "-p", CODE, "--json-schema", schema)
     result = run(*options, "--temp", "1", "--seed", "4")
     jsonschema.validate(json.loads(result.stdout), SCHEMA)
     assert "Acceptance length: " in result.stderr
@@ -545,7 +545,9 @@ def test_the_command_line_refuses_bad_grammars_in_one_line(tmp_path: Path, capsy
     )
 
 
-def test_thinking_is_the_templates_switch(tiny_pair: TinyPair, pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_thinking_is_the_templates_switch(
+    tiny_pair: TinyPair, switchless: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tiny_pair("e2b") / "target"
     model = mlx_mtp.load(folder)
     messages = [{"role": "user", "content": "hello"}]
@@ -563,10 +565,9 @@ def test_thinking_is_the_templates_switch(tiny_pair: TinyPair, pair: Path, capsy
     report = json.loads(run(*options, "--enable-thinking", "--thinking-budget", "5").stdout.splitlines()[-1])
     assert report["prompt_tokens"] == len(on)
     assert report["thought"] == ""
-    # The trained pair's template has no such switch.
-    switchless = ["--model", str(pair / "target"), "--drafter", "none", "-p", "x", "--enable-thinking"]
-    assert main(switchless) == 1
-    assert main([*switchless, "--ignore-chat-template"]) == 1
+    without = ["--model", str(switchless), "--drafter", "none", "-p", "x", "--enable-thinking"]
+    assert main(without) == 1
+    assert main([*without, "--ignore-chat-template"]) == 1
     assert capsys.readouterr().err.splitlines() == [
         "error: thinking cannot be enabled: the chat template has no switch enable_thinking",
         "error: thinking needs a chat template: this model has none, or it is ignored",

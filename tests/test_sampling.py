@@ -3,17 +3,14 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from test_distribution import chi_square
-from test_pair import held_out
 from test_speculative import LONG, SHORT, Models, Scripted, assert_same_state
 
-import mlx_mtp
 from mlx_mtp.cache import Cache
 from mlx_mtp.drafter import Drafter
 from mlx_mtp.errors import OptionError
@@ -30,9 +27,6 @@ OPTIONS = {
 }
 # At this temperature the random dense drafter and its target agree more often than not.
 HOT = Sampling(temperature=4)
-# Accepted draft tokens per round of 3 on held-out prompts at Gemma's defaults. Measured: 1.2 on the two prompts used,
-# 0.98 over eight; sampling and comparing with the likeliest draft gives 0.5.
-ACCEPTANCE_FLOOR = 0.8
 
 
 def sample(
@@ -256,14 +250,3 @@ def test_options_out_of_range(field: str, value: Any, message: str) -> None:
 def test_options_at_the_ends_of_their_ranges() -> None:
     Sampling(temperature=0, top_k=0, top_p=1, min_p=0, xtc_probability=0, xtc_threshold=0, seed=0)
     Sampling(temperature=100, top_k=10**9, top_p=1e-6, min_p=1, xtc_probability=1, xtc_threshold=0.5, seed=2**64 - 1)
-
-
-def test_acceptance_of_block_verification_on_held_out_text(pair: Path) -> None:
-    model = mlx_mtp.load(pair / "target", pair / "assistant")
-    accepted = rounds = 0
-    for seed, prompt in enumerate(held_out(model, 250)[:2]):
-        sampling = Sampling(temperature=1, top_k=64, top_p=0.95, seed=seed)
-        stats = model.generate(prompt, max_tokens=100, num_draft_tokens=3, sampling=sampling).last.stats
-        accepted, rounds = accepted + stats.accepted, rounds + stats.rounds
-    print(f"accepted draft tokens per round of 3: {accepted / rounds:.3f}, floor {ACCEPTANCE_FLOOR}")
-    assert accepted / rounds > ACCEPTANCE_FLOOR

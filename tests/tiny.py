@@ -5,15 +5,17 @@ context, so that a part left out or computed wrongly shows up in the logits and 
 """
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from mlx_mtp import DEMO_PAIR
 from mlx_mtp.config import DrafterConfig, TargetConfig, read_drafter_config, read_target_config
 from mlx_mtp.drafter import Drafter
 from mlx_mtp.gemma4 import Target
@@ -210,6 +212,19 @@ def make_gemma_tokenizer(folder: Path) -> Path:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+def unpack_demo_pair(folder: Path) -> None:
+    """Write the demo pair as Hugging Face would publish it: `target/` and `assistant/`, with its names."""
+    for source, name in ((DEMO_PAIR, "target"), (DEMO_PAIR / "drafter", "assistant")):
+        shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("drafter", "*.index.json", "README.md"))
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DEMO_PAIR / file, folder / "assistant")
+    weights = folder / "target" / "model.safetensors"
+    tensors = {
+        name.replace(MLX_PREFIX, "model.language_model.", 1): value for name, value in load_file(weights).items()
+    }
+    save_file(tensors, weights, metadata={"format": "pt"})
 
 
 def load_target(folder: Path) -> tuple[Target, TargetConfig]:
