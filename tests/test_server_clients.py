@@ -314,6 +314,9 @@ def test_calls_and_thoughts_in_items_are_one_answer() -> None:
         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "9", "logprobs": []}]},
         thought | {"content": [{"type": "reasoning_text", "text": "Cut off."}]},
         ASKED,
+        {"type": "message", "role": "assistant", "content": "Wait."},
+        thought | {"content": [{"type": "reasoning_text", "text": "Once more."}]},
+        call | {"call_id": "c4"},
     ]
     found = rendered(items)
     shape = [
@@ -329,6 +332,8 @@ def test_calls_and_thoughts_in_items_are_one_answer() -> None:
         ("tool", "9", None, 0),
         ("assistant", "9", "Now.", 0),
         ("user", ASKED["content"], None, 0),
+        ("assistant", "Wait.", None, 0),
+        ("assistant", "", "Once more.", 1),
     ]
 
 
