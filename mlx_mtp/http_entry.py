@@ -53,7 +53,7 @@ class Entry:
             return
         # GET answers HEAD as well: the server leaves the body out.
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        await self._app(scope | {"path": plain_path(scope["path"]), "method": method}, receive, send_with_id)
+        await self._app({**scope, "path": plain_path(scope["path"]), "method": method}, receive, send_with_id)
 
     def _is_known(self, host: str) -> bool:
         domains = [host[index:] for index, character in enumerate(host) if character == "."]

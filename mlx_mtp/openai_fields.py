@@ -145,13 +145,14 @@ def refuse(code: LiteralString, name: str, message: str, status: int = 400) -> P
 
 
 def check_others(others: Mapping[str, Any], declared: Collection[str], elsewhere: Collection[str]) -> None:
-    """`elsewhere` are the fields of other endpoints.
+    """`declared` are the names of the request's own fields, of which one may be given twice; `elsewhere` are those of
+    all endpoints.
 
     Raises PydanticCustomError if one of the fields beside the declared ones asks for what is not honoured, or has
     nearly the name of a field.
     """
     for name, value in others.items():
-        if name in NO_EFFECT:
+        if name in NO_EFFECT or name in declared:
             continue
         if name in NEUTRAL or name in elsewhere:
             if value not in NEUTRAL.get(name, _NOTHING):

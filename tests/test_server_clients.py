@@ -94,6 +94,7 @@ def test_an_unknown_field_is_accepted_and_named(served: Served, caplog: pytest.L
         ({"max_completion_tokens": -1.0}, {}),
         ({"n_predict": 7}, {"max_tokens": 7}),
         ({"max_new_tokens": 8}, {"max_tokens": 8}),
+        ({"max_new_tokens": 8, "max_tokens": 5}, {"max_tokens": 5}),
         ({"stop": ""}, {}),
         ({"stop": ["", "end"]}, {"stop": ["end"]}),
         ({"stop_sequences": ["halt"]}, {"stop": ["halt"]}),
