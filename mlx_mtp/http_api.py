@@ -33,6 +33,7 @@ Items = Job[GenerationResponse | Prefill]
 
 # Names, on an answer, the parts of the request that nothing is known of here.
 IGNORED_HEADER = "X-MLX-MTP-Ignored"
+_MOST_NAMED = 20
 # What the page may do: nothing but talk to this server.
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -111,14 +112,14 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
                 code="model_not_found",
                 param="model",
             )
-        for name in body.ignored:
+        for name in body.ignored[:_MOST_NAMED]:
             warn_once(name)
         asked = task(service.options)
         form = make_form(asked)
         response = await _run(http, service.submit(asked), form, body.stream, settings.keep_alive)
         if body.ignored:
             response.headers[IGNORED_HEADER] = ", ".join(
-                quote(name[:100], safe="") or '""' for name in body.ignored[:20]
+                quote(name[:100], safe="") or '""' for name in body.ignored[:_MOST_NAMED]
             )
         return response
 

@@ -80,6 +80,9 @@ def test_an_unknown_field_is_accepted_and_named(served: Served, caplog: pytest.L
     assert text_of(answer) == text_of(chat(served))
     assert answer.headers["x-mlx-mtp-ignored"] == "colour%20scheme, line%0Abreak, gr%C3%B6%C3%9Fe"
     assert "'colour scheme' of a request is ignored" in caplog.text
+    many = chat(served, **{f"{index} of many": 1 for index in range(3000)})
+    assert text_of(many) == text_of(answer)
+    assert many.headers["x-mlx-mtp-ignored"].startswith("0%20of%20many, 1%20of%20many")
     streamed = chat(served, stream=True, paint="red")
     assert streamed.headers["x-mlx-mtp-ignored"] == "paint"
     misspelt = chat(served, temprature=0.5).json()["error"]
