@@ -38,6 +38,7 @@ Items = Job[GenerationResponse | Prefill]
 
 # Names, on an answer, the parts of the request that nothing is known of here.
 IGNORED_HEADER = "X-MLX-MTP-Ignored"
+_MOST_NAMED = 20
 # Names the keywords of the request's schemas that the answer may not follow.
 _NOT_ENFORCED = "X-MLX-MTP-Not-Enforced"
 _HEADER_TEXT = " !#$&'()*+,/:;=?@[]"
@@ -128,14 +129,14 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
                 code="model_not_found",
                 param="model",
             )
-        for name in body.ignored:
+        for name in body.ignored[:_MOST_NAMED]:
             warn_once(name)
         asked = task(service.options)
         form = make_form(asked)
         response = await _run(http, service.submit(asked), form, body.stream, settings.keep_alive)
         if body.ignored:
             response.headers[IGNORED_HEADER] = ", ".join(
-                quote(name[:100], safe="") or '""' for name in body.ignored[:20]
+                quote(name[:100], safe="") or '""' for name in body.ignored[:_MOST_NAMED]
             )
         if asked.not_enforced:
             response.headers[_NOT_ENFORCED] = quote(", ".join(asked.not_enforced), safe=_HEADER_TEXT)[:_MOST_HEADER]

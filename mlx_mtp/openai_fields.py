@@ -104,6 +104,8 @@ _INSTEAD = {
 }
 # From which share of common characters on a name is taken for a misspelt field.
 _SIMILAR = 0.85
+_MOST_COMPARED = 20
+_LONGEST = 50
 
 
 def _as_whole(value: Any) -> Any:
@@ -145,19 +147,19 @@ def refuse(code: LiteralString, name: str, message: str, status: int = 400) -> P
 
 
 def check_others(others: Mapping[str, Any], declared: Collection[str], elsewhere: Collection[str]) -> None:
-    """`elsewhere` are the fields of other endpoints.
+    """`declared` are the names of the request's own fields, of which one may be given twice; `elsewhere` are those of
+    all endpoints.
 
     Raises PydanticCustomError if one of the fields beside the declared ones asks for what is not honoured, or has
     nearly the name of a field.
     """
     for name, value in others.items():
-        if name in NO_EFFECT:
-            continue
-        if name in NEUTRAL or name in elsewhere:
-            if value not in NEUTRAL.get(name, _NOTHING):
-                raise refuse("unsupported_parameter", name, _unsupported(name, value))
-            continue
-        similar = get_close_matches(name, [*declared, *NEUTRAL, *NO_EFFECT], n=1, cutoff=_SIMILAR)
+        is_other = (name in NEUTRAL or name in elsewhere) and name not in NO_EFFECT and name not in declared
+        if is_other and value not in NEUTRAL.get(name, _NOTHING):
+            raise refuse("unsupported_parameter", name, _unsupported(name, value))
+    # To compare names takes time, and the client says how many there are.
+    for name in unknown(others, {*declared, *elsewhere})[:_MOST_COMPARED]:
+        similar = get_close_matches(name[:_LONGEST], [*declared, *NEUTRAL, *NO_EFFECT], n=1, cutoff=_SIMILAR)
         if similar:
             found = f"unknown parameter: {name!r}: did you mean {similar[0]!r}?"
             raise refuse("unknown_parameter", name, found)
@@ -172,9 +174,9 @@ def _unsupported(name: str, value: Any) -> str:
     return f"{found}, which cannot be done here: leave it out{other}"
 
 
-def unknown(others: Iterable[str], elsewhere: Collection[str]) -> list[str]:
-    """Those of the names that nothing is known of."""
-    return [name for name in others if name not in NO_EFFECT and name not in NEUTRAL and name not in elsewhere]
+def unknown(others: Iterable[str], fields: Collection[str]) -> list[str]:
+    """Those of the names that nothing is known of. `fields` are those of all endpoints."""
+    return [name for name in others if name not in NO_EFFECT and name not in NEUTRAL and name not in fields]
 
 
 @lru_cache(maxsize=1000)

@@ -89,6 +89,7 @@ def check_tokenizer(folder: Path) -> None:
         if (reason := fault(file)) is not None:
             raise TokenizerError(f"{file}: {reason}")
         if file.suffix == ".json":
+            # mlx-lm brings it along, with transformers.
             from tokenizers import Tokenizer
 
             Tokenizer.from_str(read_text(file))

@@ -80,6 +80,9 @@ def test_an_unknown_field_is_accepted_and_named(served: Served, caplog: pytest.L
     assert text_of(answer) == text_of(chat(served))
     assert answer.headers["x-mlx-mtp-ignored"] == "colour%20scheme, line%0Abreak, gr%C3%B6%C3%9Fe"
     assert "'colour scheme' of a request is ignored" in caplog.text
+    many = chat(served, **{f"{index} of many": 1 for index in range(3000)})
+    assert text_of(many) == text_of(answer)
+    assert many.headers["x-mlx-mtp-ignored"].startswith("0%20of%20many, 1%20of%20many")
     streamed = chat(served, stream=True, paint="red")
     assert streamed.headers["x-mlx-mtp-ignored"] == "paint"
     misspelt = chat(served, temprature=0.5).json()["error"]
@@ -94,6 +97,7 @@ def test_an_unknown_field_is_accepted_and_named(served: Served, caplog: pytest.L
         ({"max_completion_tokens": -1.0}, {}),
         ({"n_predict": 7}, {"max_tokens": 7}),
         ({"max_new_tokens": 8}, {"max_tokens": 8}),
+        ({"max_new_tokens": 8, "max_tokens": 5}, {"max_tokens": 5}),
         ({"stop": ""}, {}),
         ({"stop": ["", "end"]}, {"stop": ["end"]}),
         ({"stop_sequences": ["halt"]}, {"stop": ["halt"]}),
@@ -314,6 +318,9 @@ def test_calls_and_thoughts_in_items_are_one_answer() -> None:
         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "9", "logprobs": []}]},
         thought | {"content": [{"type": "reasoning_text", "text": "Cut off."}]},
         ASKED,
+        {"type": "message", "role": "assistant", "content": "Wait."},
+        thought | {"content": [{"type": "reasoning_text", "text": "Once more."}]},
+        call | {"call_id": "c4"},
     ]
     found = rendered(items)
     shape = [
@@ -329,6 +336,8 @@ def test_calls_and_thoughts_in_items_are_one_answer() -> None:
         ("tool", "9", None, 0),
         ("assistant", "9", "Now.", 0),
         ("user", ASKED["content"], None, 0),
+        ("assistant", "Wait.", None, 0),
+        ("assistant", "", "Once more.", 1),
     ]
 
 

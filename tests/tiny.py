@@ -19,7 +19,7 @@ from mlx_mtp import DEMO_PAIR
 from mlx_mtp.config import DrafterConfig, TargetConfig, read_drafter_config, read_target_config
 from mlx_mtp.drafter import Drafter
 from mlx_mtp.gemma4 import Target
-from mlx_mtp.weights import drafter_names, fill_module, target_names
+from mlx_mtp.weights import MLX_PREFIX, drafter_names, fill_module, target_names
 
 VARIANTS = ("e2b", "12b", "26b", "31b")
 VOCAB_SIZE = 512
