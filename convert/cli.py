@@ -10,38 +10,31 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from mlx_mtp.errors import MTPError
+from mlx_mtp.commands import INTERRUPTED
+from mlx_mtp.shell import Parser, exit_status
 
 from .converter import Options, Part, Summary, convert
 from .quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, DRAFTER_BITS, DTYPES, MODES, RECIPES, WeightOptions
-
-# What a shell expects of a program ended by Ctrl-C.
-_INTERRUPTED = 130
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage that would hide it."""
-        self.exit(2, f"error: {message}\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 after an error, 130 after an interruption."""
     args = _parser().parse_args(argv)
+    return exit_status(lambda: _run_interruptibly(args))
+
+
+def _run_interruptibly(args: argparse.Namespace) -> int:
     try:
         with _interruptible():
             _run(args)
-    except MTPError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="mlx_mtp.convert",
         description="Convert a Gemma 4 target and its drafter from Hugging Face format to one folder of MLX weights.",
     )
@@ -160,7 +153,7 @@ def _print_summary(summary: Summary, drafter: str, target: str, seconds: float) 
     if summary.drafter is not None:
         parts.append(f"drafter {describe(summary.drafter)}")
     elif drafter == "auto":
-        print(f"no drafter found for {target}: converted alone (name one with --drafter)", file=sys.stderr)
+        print(f"no drafter found for {target}: converted alone ({summary.advice})", file=sys.stderr)
     print(f"{summary.folder}: {', '.join(parts)}, {seconds:.1f} s", file=sys.stderr)
 
 

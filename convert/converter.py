@@ -1,6 +1,7 @@
 """One conversion: read and check everything, then write a new folder, then put it in its place."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,20 +25,22 @@ from mlx_mtp.config import (
 from mlx_mtp.draft_vocab import Ids, check_draft_vocab, choose_ids
 from mlx_mtp.drafter import Drafter
 from mlx_mtp.errors import ConfigError, HubError, OptionError, OutputError, TokenizerError, WeightsError
+from mlx_mtp.files import BYTE_ORDER_MARK, fault, read_text
 from mlx_mtp.gemma4 import Target
 from mlx_mtp.hub import DRAFTER_FOLDER, resolve_folder
-from mlx_mtp.load import check_pair, find_drafter
+from mlx_mtp.load import check_pair, find_drafter, how_to_name_a_drafter
 from mlx_mtp.output import check_output, existing_parent, new_folder
-from mlx_mtp.tokenizer import load_tokenizer
+from mlx_mtp.tokenizer import check_tokenizer, load_tokenizer
 from mlx_mtp.weights import (
     INDEX_NAME,
-    MLX_PREFIX,
     TensorInfo,
     check_shape,
     drafter_names,
     lazy_parameters,
     match_tensors,
+    mlx_name,
     read_checkpoint,
+    resolve_head,
     target_names,
 )
 
@@ -61,6 +64,8 @@ from .safetensors_writer import (
     stored_bytes,
     write_shard,
 )
+
+logger = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -117,11 +122,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written: `drafter` is None where the target was converted alone."""
+    """What was written: `drafter` is None where the target was converted alone, `advice` how to name one."""
 
     folder: Path
     target: Part
     drafter: Part | None
+    advice: str
 
 
 def convert(
@@ -134,6 +140,8 @@ def convert(
     Raises MTPError kinds; OutputError for a folder that exists, cannot be written, or does not fit the disk.
     """
     check_options(options.weights)
+    if (text := options.weights.draft_vocab_text) is not None and (reason := fault(text)) is not None:
+        raise OptionError(f"--draft-vocab-text: {text}: {reason}")
     if options.upload_repo is not None:
         _check_repo_id(options.upload_repo)
     output = Path(os.path.abspath(options.mlx_path))
@@ -149,7 +157,7 @@ def convert(
             _write(new / name, part, block_bytes, lambda done: progress(done, total) if progress else None)
     if options.upload_repo is not None:
         _upload(output, options.upload_repo)
-    return Summary(output, target, drafter)
+    return Summary(output, target, drafter, how_to_name_a_drafter(read_target_config(folder)))
 
 
 def _plan(options: Options, folder: Path, output: Path) -> tuple[Part, Part | None]:
@@ -159,9 +167,10 @@ def _plan(options: Options, folder: Path, output: Path) -> tuple[Part, Part | No
         if source is not None and source.resolve().is_relative_to(output.resolve()):
             raise OutputError(f"{output}: would replace the checkpoint it is made from, {source}")
     if drafter_folder is None:
-        return _plan_target(config, options), None
+        return _plan_target(resolve_head(config), options), None
     drafter_config = read_drafter_config(drafter_folder)
     check_pair(config, drafter_config)
+    config = resolve_head(config)
     return _plan_target(config, options), _plan_drafter(drafter_config, options.weights, config)
 
 
@@ -186,12 +195,13 @@ def _plan_target(config: TargetConfig, options: Options) -> Part:
     target = Target(config.text)
     quantization = quantize_target(target, options.weights)
     dtype = options.weights.dtype or _own_dtype(config, tensors)
-    conversions = _match(target, source, tensors, partial(target_names, config=config), dtype, quantization, MLX_PREFIX)
+    conversions = _match(target, source, tensors, partial(target_names, config=config), dtype, quantization, mlx_name)
     shards = plan_shards(conversions)
     tokenizer = tuple(source / name for name in _TOKENIZER_FILES if (source / name).is_file())
     if not {"tokenizer.json", "tokenizer.model"} & {file.name for file in tokenizer}:
         raise TokenizerError(f"{source}: the folder has no tokenizer.json or tokenizer.model")
-    fields = _target_fields(config) | _weight_fields(dtype, quantization, MLX_PREFIX)
+    check_tokenizer(source)
+    fields = _target_fields(config) | _weight_fields(dtype, quantization, mlx_name)
     fields["text_config"] |= {"dtype": dtype}
     texts = {
         "config.json": json.dumps(fields, indent=4, sort_keys=True),
@@ -211,8 +221,8 @@ def _plan_drafter(config: DrafterConfig, options: WeightOptions, target: TargetC
     if dtype is None:
         by_default = config.num_centroids > 0 and options.drafter_q_bits is None
         dtype = "bfloat16" if by_default else _own_dtype(config, tensors)
-    conversions = _match(drafter, source, tensors, partial(drafter_names, config=config), dtype, quantization, "")
-    fields = read_json(config.path) | _weight_fields(dtype, quantization, "")
+    conversions = _match(drafter, source, tensors, partial(drafter_names, config=config), dtype, quantization, str)
+    fields = read_json(config.path) | _weight_fields(dtype, quantization, str)
     shards = {"model.safetensors": conversions}
     arrays = {}
     if options.draft_vocab is not None:
@@ -238,7 +248,7 @@ def _draft_vocab(config: DrafterConfig, size: int, text: Path | None, target: Ta
 def _texts(file: Path) -> Iterator[str]:
     """The lines of a file; of JSON objects, what text they hold."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_text(file).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"--draft-vocab-text: {file}: cannot be read: {error}") from None
     for line in lines:
@@ -299,9 +309,9 @@ def _match(
     names: Callable[[str], list[str]],
     dtype: str,
     quantization: Quantization | None,
-    prefix: str,
+    rename: Callable[[str], str],
 ) -> list[Conversion]:
-    """A conversion for every parameter of the module, in its order.
+    """A conversion for every parameter of the module, in its order, to the names that `rename` gives them.
 
     Raises WeightsError for a tensor that is missing, unexpected, misshapen, or of a type that cannot be converted.
     """
@@ -316,7 +326,7 @@ def _match(
             check_shape(source, key, tensors[key].shape, shapes[name], len(filled))
             _check_type(source, key, tensors[key], is_index)
             conversions[name] = Conversion(
-                prefix + name, tensors[key], shapes[name], kind, quantized.get(name), part, len(filled)
+                rename(name), tensors[key], shapes[name], kind, quantized.get(name), part, len(filled)
             )
     return [conversions[name] for name in shapes]
 
@@ -327,11 +337,11 @@ def _check_type(source: Path, key: str, tensor: TensorInfo, is_index: bool) -> N
         raise WeightsError(f"{source}: tensor {key} has type {tensor.dtype}, expected one of {', '.join(dtypes)}")
 
 
-def _weight_fields(dtype: str, quantization: Quantization | None, prefix: str) -> dict[str, Any]:
+def _weight_fields(dtype: str, quantization: Quantization | None, rename: Callable[[str], str]) -> dict[str, Any]:
     """The fields of config.json that describe the weights, as mlx-lm writes them."""
     if quantization is None:
         return {"dtype": dtype}
-    overrides = {prefix + path: _parameters(choice) for path, choice in quantization.overrides.items() if choice}
+    overrides = {rename(path): _parameters(choice) for path, choice in quantization.overrides.items() if choice}
     fields = _parameters(quantization) | overrides
     return {"dtype": dtype, "quantization": fields, "quantization_config": fields}
 
@@ -354,6 +364,9 @@ def _target_fields(config: TargetConfig) -> dict[str, Any]:
         name: value for name, value in fields["text_config"].items() if name not in ("per_layer_config", "torch_dtype")
     }
     fields["text_config"] = text | _published_fields(config)
+    # mlx-lm reads the inner one, transformers the outer.
+    for place in (fields, fields["text_config"]):
+        place["tie_word_embeddings"] = not config.text.own_head
     return fields
 
 
@@ -399,15 +412,30 @@ def _attention(config: TargetConfig, text: TextConfig, layer_type: str) -> tuple
     return shapes.pop()
 
 
-def _model_card(options: Options, source: Path) -> str:
-    from huggingface_hub import ModelCard, ModelCardData
+def _license(readme: Path) -> str | None:
+    """What the source's model card gives as its license. A card that cannot be read is no reason not to convert: None,
+    with a warning."""
+    from huggingface_hub import ModelCard
 
-    readme = source / "README.md"
-    published = ModelCard.load(readme, ignore_metadata_errors=True).data if readme.is_file() else ModelCardData()
+    if not readme.is_file():
+        return None
+    try:
+        text = readme.read_text(encoding="utf-8-sig", errors="replace")
+        found = ModelCard(text, ignore_metadata_errors=True).data.to_dict().get("license")
+    # YAML can go wrong in many ways, and hold anything.
+    except Exception as error:
+        logger.warning("%s: its license is not copied: %s", readme, " ".join(str(error).split()))
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _model_card(options: Options, source: Path) -> str:
+    from huggingface_hub import ModelCardData
+
     data = ModelCardData(
         base_model=None if Path(options.hf_path).exists() else options.hf_path,
         library_name="mlx",
-        license=published.license,
+        license=_license(source / "README.md"),
         pipeline_tag="text-generation",
         tags=["mlx"],
     )
@@ -442,7 +470,8 @@ def _write(folder: Path, part: Part, block_bytes: int, advance: Callable[[int], 
     for name, text in part.texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     for file in part.copies:
-        shutil.copyfile(file, folder / file.name)
+        # Copied without a byte order mark: other readers of JSON and templates do not expect one.
+        (folder / file.name).write_bytes(file.read_bytes().removeprefix(BYTE_ORDER_MARK))
 
 
 def _check_repo_id(repo: str) -> None:

@@ -1,30 +1,35 @@
 """Gemma 4 with its multi-token-prediction drafter, lossless, on Apple Silicon."""
 
 import logging
-from importlib.metadata import version
+import sys
+from importlib import import_module
+from types import ModuleType
 
-from .engine import GenerationOptions, GenerationResponse, GenerationResult, Model
-from .errors import (
-    BusyError,
-    CalibrationError,
-    ClosedError,
-    ConfigError,
-    HubError,
-    MemoryLimitError,
-    MTPError,
-    OptionError,
-    OutputError,
-    PairError,
-    PromptCacheError,
-    PromptError,
-    TokenizerError,
-    WeightsError,
-)
-from .load import DEMO_PAIR, aload, load, plan_memory
-from .memory import MemoryPlan
-from .sampling import Sampling
+# As in typing, which takes its time to import.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .engine import GenerationOptions, GenerationResponse, GenerationResult, Model
+    from .errors import (
+        BusyError,
+        CalibrationError,
+        ClosedError,
+        ConfigError,
+        HubError,
+        MemoryLimitError,
+        MTPError,
+        OptionError,
+        OutputError,
+        PairError,
+        PromptCacheError,
+        PromptError,
+        TokenizerError,
+        WeightsError,
+    )
+    from .load import DEMO_PAIR, aload, load, plan_memory
+    from .memory import MemoryPlan
+    from .sampling import Sampling
 
-__version__ = version("mlx-mtp")
+    __version__: str
 
 # Silent unless the program sets up logging.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
@@ -56,3 +61,34 @@ __all__ = [
     "load",
     "plan_memory",
 ]
+# The modules that hold these names.
+_HOLDERS = ("errors", "sampling", "memory", "engine", "load")
+
+
+class _Package(ModuleType):
+    """Imports what holds a public name when it is asked for: a command, for which Python imports the package first,
+    thus starts at once and can take care of Ctrl-C before it imports anything that takes time."""
+
+    def __getattr__(self, name: str) -> object:
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("mlx-mtp")
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        modules = (vars(import_module(f"{__name__}.{holder}")) for holder in _HOLDERS)
+        value = next(module[name] for module in modules if name in module)
+        self.__dict__[name] = value
+        return value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # Importing a module sets its name here: of `load`, the function is meant.
+        if name == "load" and isinstance(value, ModuleType):
+            value = value.load
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

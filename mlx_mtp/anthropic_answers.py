@@ -25,10 +25,10 @@ class MessagesForm(Form):
     until it ends, as they must be a JSON object: text that is none becomes the value of `INVALID_JSON`.
     """
 
-    def __init__(self, request: MessagesRequest, name: str, tokens: Tokens, has_tools: bool, max_tokens: int) -> None:
+    def __init__(self, request: MessagesRequest, name: str, tokens: Tokens, answer: Answer, max_tokens: int) -> None:
         super().__init__(name, tokens)
         self.request = request
-        self.answer = Answer(has_tools)
+        self.answer = answer
         self.id = new_id("msg_")
         self._max_tokens = max_tokens
         self._blocks: list[Fields] = []

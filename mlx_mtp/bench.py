@@ -4,11 +4,18 @@ Every setting of a case is run once to warm up, and then all of them in turn, ag
 slows down slows all of them; figures are medians, with their range.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Before anything that takes time is imported.
+    from mlx_mtp.commands import run_command
+
+    sys.exit(run_command("bench"))
+
 import argparse
-import json
+import math
 import platform
 import pydoc_data.topics
-import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -22,7 +29,7 @@ import mlx.core as mx
 from huggingface_hub.utils import tqdm
 from mlx.utils import tree_flatten
 
-from .cli import add_kv_options, add_model_options, calibrate, exit_status, load_or_demo, read_kv_options
+from .cli import add_kv_options, add_model_options, calibrate, load_or_demo, read_kv_options
 from .draft_length import CostCurve
 from .engine import GenerationOptions, Model
 from .errors import OptionError
@@ -30,6 +37,7 @@ from .graph import operations, round_outputs
 from .peers import PEERS, Run, load_peer
 from .plots import check_plots, write_plots
 from .sampling import Sampling
+from .shell import Parser, exit_status, write_json
 from .speculative import Stats
 
 KINDS = ("code", "prose", "chat", "copy", "list")
@@ -53,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_mtp.bench",
         description="Measure how fast a pair decodes on this machine, against plain decoding.",
     )
@@ -115,9 +123,12 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _temperatures(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in _split(text))
+        temperatures = tuple(float(part) for part in _split(text))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected temperatures, found {text!r}") from None
+        temperatures = ()
+    if not temperatures:
+        raise argparse.ArgumentTypeError(f"expected temperatures, found {text!r}")
+    return temperatures
 
 
 def _lengths(text: str) -> tuple[int | str, ...]:
@@ -158,7 +169,7 @@ class Setting:
 
 def _run(args: argparse.Namespace) -> int:
     for name, least in (("repeats", 1), ("max_tokens", 2), ("cool_down", 0)):
-        if vars(args)[name] < least:
+        if not least <= vars(args)[name] < math.inf:
             raise OptionError(f"{name} must be at least {least}, found {vars(args)[name]}")
     if args.exact and args.dtype is not None:
         raise OptionError("--exact is found out in the checkpoint's own type: leave out --dtype")
@@ -169,9 +180,13 @@ def _run(args: argparse.Namespace) -> int:
     options = GenerationOptions(
         max_tokens=args.max_tokens, ignore_eos=True, reuse_prompt=False, **read_kv_options(args)
     )
+    for temperature in args.temps:
+        Sampling(temperature=temperature, seed=args.seed)
+    for length in args.num_draft_tokens:
+        replace(options, num_draft_tokens=length)
     if args.plot is not None:
         check_plots(args.plot)
-    model = load_or_demo(args)
+    model = load_or_demo(args, options)
     if args.dtype is not None:
         for module in (model.target, model.drafter):
             if module is not None:
@@ -205,7 +220,7 @@ def _run(args: argparse.Namespace) -> int:
                     tqdm.write(table(report["cases"][-1], report["bound_tokens_per_second"]))
     if args.plot is not None:
         write_plots(report, args.plot)
-    print(json.dumps(report), flush=True)
+    write_json(report)
     return 0
 
 
@@ -427,7 +442,3 @@ def _chat(model: Model, length: int) -> list[int]:
     text = _fill(model, _prose(), length)
     over = len(encode(text)) - length
     return encode(text[: max(1, len(text) - over)])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,12 +1,20 @@
 """Command line: read a prompt ahead and keep its K/V in a file. `python -m mlx_mtp.cache_prompt --help`."""
 
-import argparse
 import sys
+
+if __name__ == "__main__":
+    # Before anything that takes time is imported.
+    from mlx_mtp.commands import run_command
+
+    sys.exit(run_command("cache_prompt"))
+
+import argparse
 from pathlib import Path
 
-from .cli import add_kv_options, add_model_options, exit_status, load_or_demo, prefill_bar, read_kv_options
+from .cli import add_kv_options, add_model_options, check_template_options, load_or_demo, prefill_bar, read_kv_options
 from .engine import DEFAULT_PREFILL_STEP, GenerationOptions
-from .errors import OutputError
+from .output import check_file
+from .shell import Parser, exit_status, read_prompt, text_argument
 from .tokenizer import encode_in_parts
 
 
@@ -17,32 +25,31 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_mtp.cache_prompt",
         description="Read the beginning of a user's turn, such as a long text, and keep its K/V in a file. "
         "mlx_mtp.generate --prompt-cache FILE --prompt TEXT goes on with TEXT in the same turn.",
     )
     add_model_options(parser, default="the demo pair in the package", lengths=False)
-    parser.add_argument("--prompt", "-p", required=True, metavar="TEXT|-", help="The text; '-' reads it from stdin.")
-    parser.add_argument(
-        "--prompt-cache", "--prompt-cache-file", required=True, metavar="FILE", help="The safetensors file to write."
+    add = parser.add_argument
+    add(
+        "--prompt", "-p", required=True, type=text_argument, metavar="TEXT|-", help="The text; '-' reads it from stdin."
     )
-    parser.add_argument("--system-prompt", help="System prompt for the chat template.")
-    parser.add_argument("--ignore-chat-template", action="store_true", help="Read the bare text.")
-    parser.add_argument(
-        "--enable-thinking", action="store_true", help="Begin as for an answer that may begin with a thought."
-    )
+    add("--prompt-cache", "--prompt-cache-file", required=True, metavar="FILE", help="The safetensors file to write.")
+    add("--system-prompt", type=text_argument, help="System prompt for the chat template.")
+    add("--ignore-chat-template", action="store_true", help="Read the bare text.")
+    add("--enable-thinking", action="store_true", help="Begin as for an answer that may begin with a thought.")
     add_kv_options(parser)
     return parser
 
 
 def _run(args: argparse.Namespace) -> int:
     file = Path(args.prompt_cache)
-    if not file.parent.is_dir() or file.is_dir():
-        raise OutputError(f"{file}: cannot be written: it is a folder, or would lie in none")
+    check_file(file)
+    check_template_options(args)
     options = GenerationOptions(**read_kv_options(args))
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
-    model = load_or_demo(args)
+    text = read_prompt(args.prompt)
+    model = load_or_demo(args, options)
     prompt = encode_in_parts(
         model.tokenizer,
         text,
@@ -55,7 +62,3 @@ def _run(args: argparse.Namespace) -> int:
         count = model.save_prompt(prompt, file, options, on_prefill=on_prefill)
     print(f"{file}: {count} tokens, {file.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -44,12 +44,19 @@ _REPETITIONS = (2, 10)
 
 
 def cache_directory() -> Path:
-    """Where measurements are kept: `MLX_MTP_CACHE`, else the platform's cache folder of the user."""
-    if "MLX_MTP_CACHE" in os.environ:
-        return Path(os.environ["MLX_MTP_CACHE"])
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mlx-mtp"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-mtp"
+    """Where measurements are kept: `MLX_MTP_CACHE`, else the platform's cache folder of the user.
+
+    Raises OSError for a user without a home folder.
+    """
+    if given := os.environ.get("MLX_MTP_CACHE"):
+        return Path(given)
+    if sys.platform != "darwin" and (caches := os.environ.get("XDG_CACHE_HOME")):
+        return Path(caches) / "mlx-mtp"
+    try:
+        home = Path.home()
+    except RuntimeError as error:
+        raise OSError(f"{error} MLX_MTP_CACHE can name a folder for it") from None
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "mlx-mtp"
 
 
 def read_or_measure(
@@ -65,16 +72,14 @@ def read_or_measure(
     """
     text = json.dumps(identity, sort_keys=True)
     name = f"rounds-{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
-    file = (folder or cache_directory()) / name
-    if file.exists() and not anew:
-        try:
-            content = json.loads(file.read_text())
-            if content["identity"] != json.loads(text):
-                raise ValueError("of another pair, device or version")
-            return _checked(CostCurve(**content["seconds"]))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            logger.warning("%s: not a usable measurement of rounds, measured again: %s", file, error)
-    logger.info("measuring what rounds cost on this machine, once; kept in %s", file)
+    file: Path | None = None
+    try:
+        file = (folder or cache_directory()) / name
+    except OSError as error:
+        logger.warning("the measurement of rounds is not kept: %s", error)
+    if file is not None and not anew and (kept := _kept(file, json.loads(text))) is not None:
+        return kept
+    logger.info("measuring what rounds cost on this machine, once; kept in %s", file or "no file")
     try:
         curve = _checked(measure())
     except ClosedError:
@@ -83,12 +88,31 @@ def read_or_measure(
         raise CalibrationError(
             f"{error}: rounds cannot be timed here; say how many draft tokens a round has with num_draft_tokens"
         ) from None
+    if file is not None:
+        _keep(file, {"identity": identity, "seconds": curve._asdict()})
+    return curve
+
+
+def _kept(file: Path, identity: dict[str, Any]) -> CostCurve | None:
+    """The curve in a file; None if there is none, with a warning if the file cannot be used."""
+    try:
+        content = json.loads(file.read_text())
+        if content["identity"] != identity:
+            raise ValueError("of another pair, device or version")
+        return _checked(CostCurve(**content["seconds"]))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        logger.warning("%s: not a usable measurement of rounds, measured again: %s", file, error)
+        return None
+
+
+def _keep(file: Path, content: dict[str, Any]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(file, json.dumps({"identity": identity, "seconds": curve._asdict()}, indent=2))
+        replace_text(file, json.dumps(content, indent=2))
     except (OSError, OutputError) as error:
         logger.warning("%s: the measurement of rounds is not kept: %s", file, error)
-    return curve
 
 
 def _checked(curve: CostCurve) -> CostCurve:

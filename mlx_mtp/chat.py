@@ -3,9 +3,16 @@
 Answers go to stdout, everything else to stderr.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Before anything that takes time is imported.
+    from mlx_mtp.commands import run_command
+
+    sys.exit(run_command("chat"))
+
 import argparse
 import io
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -18,7 +25,7 @@ from .cli import (
     add_thinking_options,
     calibrate,
     describe,
-    exit_status,
+    given_sampling,
     load_model,
     prefill_bar,
     print_stream,
@@ -28,6 +35,7 @@ from .cli import (
 )
 from .engine import DEFAULT_PREFILL_STEP, GenerationOptions, GenerationResponse, Model
 from .errors import PromptError
+from .shell import Parser, check_stdin, exit_status, text_argument
 from .speculative import Progress, Stats
 
 DEFAULT_ANSWER_TOKENS = 1024
@@ -50,12 +58,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_mtp.chat",
         description="Chat with Gemma 4: the drafter proposes, the target verifies. Reads a message per line of stdin.",
     )
     add_model_options(parser)
-    parser.add_argument("--system-prompt", help="System prompt of the conversation.")
+    parser.add_argument("--system-prompt", type=text_argument, help="System prompt of the conversation.")
     parser.add_argument(
         "--max-tokens",
         "-m",
@@ -153,8 +161,10 @@ def _mean_tps(timed: list[tuple[int, float]]) -> float:
 
 
 def _run(args: argparse.Namespace) -> int:
+    check_stdin()
     # Made first: what is wrong with the options shows before seconds of loading.
     options = GenerationOptions(
+        sampling=given_sampling(args),
         max_tokens=args.max_tokens,
         num_draft_tokens=args.num_draft_tokens,
         enable_thinking=args.enable_thinking,
@@ -251,7 +261,3 @@ def _ask(text: str, chat: _Chat, verbose: bool) -> None:
     else:
         if verbose:
             summarize(chat.answers[-1], chat.model, chat.options)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

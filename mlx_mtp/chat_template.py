@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .tool_calls import CALL_START, STRING_MARK
+from .call_syntax import CALL_START, STRING_MARK
 
 Messages = list[dict[str, Any]]
 

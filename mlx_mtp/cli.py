@@ -1,9 +1,7 @@
-"""What the command lines share: options, error handling, and what they print about a generation."""
+"""What the command lines share: options, loading, and what they print about a generation."""
 
 import argparse
 import json
-import logging
-import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +13,9 @@ from typing import Any
 import mlx.core as mx
 from huggingface_hub.utils import tqdm
 
+from .cache import check_group_size
+from .config import read_target_config
+from .draft_length import MAX_DRAFT_TOKENS
 from .engine import (
     DEFAULT_KV_GROUP_SIZE,
     DEFAULT_QUANTIZED_KV_START,
@@ -22,37 +23,13 @@ from .engine import (
     GenerationResponse,
     Model,
 )
-from .errors import MTPError, OptionError
-from .load import DEMO_PAIR, PER_LAYER_EMBEDDINGS, load, plan_memory
+from .errors import OptionError, PromptError
+from .hub import is_repo, resolve_folder
+from .load import DEMO_PAIR, PER_LAYER_EMBEDDINGS, how_to_name_a_drafter, load, plan_memory
 from .memory import parse_bytes
-from .sampling import ACCEPTANCE_RULES, Sampling
-
-# What a shell expects of a program ended by Ctrl-C.
-INTERRUPTED = 130
-
-
-def exit_status(run: Callable[[], int]) -> int:
-    """Run a command: its own exit status, 1 after an error, which is printed in one line, or 130 after Ctrl-C.
-
-    Warnings of the library go to stderr.
-    """
-    handler = logging.lastResort
-    assert handler is not None
-    library = logging.getLogger("mlx_mtp")
-    library.addHandler(handler)
-    try:
-        return run()
-    except MTPError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output is gone; what is still buffered has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    finally:
-        library.removeHandler(handler)
+from .sampling import ACCEPTANCE_RULES, Penalties, Sampling
+from .shell import lacking, write_out
+from .speculative import check_logprobs
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = None, lengths: bool = True) -> None:
@@ -74,7 +51,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = 
     add_embedding_option(parser)
     parser.add_argument(
         "--max-context",
-        type=int,
+        type=_context,
         metavar="N",
         help="Most tokens of prompt and answer together (default: the model's own).",
     )
@@ -112,7 +89,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--temp", dest="temperature", type=float, help="Sampling temperature, 0 is greedy (default: the model's own).")
     add("--top-k", type=int, help="Most likely tokens to draw from, 0 for all (default: the model's own).")
     add("--top-p", type=float, help="Probability mass to draw from, 1 for all (default: the model's own).")
-    add("--min-p", type=float, default=unset.min_p, help="Least share of the best token's probability (%(default)s).")
+    add("--min-p", type=float, help="Least share of the best token's probability (default: the model's own).")
     add(
         "--xtc-probability",
         type=float,
@@ -148,14 +125,13 @@ def _add_penalty_options(parser: argparse.ArgumentParser) -> None:
         add(
             f"--{name}-penalty",
             type=float,
-            default=vars(unset)[penalty],
-            help=f"Penalty for tokens seen before, which {effect} (default: %(default)s, none).",
+            help=f"Penalty for tokens seen before, which {effect} (default: the model's own, else "
+            f"{vars(unset)[penalty]:g}, none).",
         )
         add(
             f"--{name}-context-size",
             type=int,
-            default=vars(unset)[size],
-            help="Number of preceding tokens it looks at (default: %(default)s).",
+            help=f"Number of preceding tokens it looks at (default: {vars(unset)[size]}, or all for the model's own).",
         )
     add("--logit-bias", type=_logit_bias, default={}, metavar="JSON", help='Added to logits: {"token id": bias, ...}.')
 
@@ -204,8 +180,17 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _context(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"expected a number of tokens, at least 2, found {text!r}")
+    return int(text)
+
+
 def _draft_tokens(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number of draft tokens or auto, found {text!r}") from None
 
 
 def _logit_bias(text: str) -> dict[int, float]:
@@ -215,11 +200,21 @@ def _logit_bias(text: str) -> dict[int, float]:
         raise argparse.ArgumentTypeError(f"expected a JSON object of token ids and numbers, found {text!r}") from None
 
 
+def check_template_options(args: argparse.Namespace) -> None:
+    """Raises PromptError for what needs the chat template that is to be ignored."""
+    if args.ignore_chat_template and (args.system_prompt is not None or args.enable_thinking):
+        what = "thinking" if args.system_prompt is None else "a system prompt"
+        raise PromptError(f"{what} needs a chat template: this model has none, or it is ignored")
+
+
 def load_model(
     name: str | Path, drafter: str | Path | None, args: argparse.Namespace, options: GenerationOptions | None = None
 ) -> Model:
     """Load as the options of `add_model_options` say; `options` are those that the memory limit is checked for. What
     "auto" maps is said. On a Mac, what the device recommends as a working set stays resident, as mlx-lm has it."""
+    _check_drafting(drafter, args, options)
+    if options is not None and (options.sampling.logit_bias or options.logprobs or options.kv_bits):
+        _check_for_model(name, options)
     if mx.metal.is_available():
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     # Training has only some of the options.
@@ -240,6 +235,29 @@ def load_model(
     return model
 
 
+def _check_drafting(drafter: str | Path | None, args: argparse.Namespace, options: GenerationOptions | None) -> None:
+    """Raises OptionError for a number of draft tokens that the other options rule out, ConfigError for a drafter that
+    is not there: before the target is downloaded."""
+    requested = "auto" if options is None else options.num_draft_tokens
+    if drafter is not None and str(drafter) != "none" and not is_repo(drafter):
+        resolve_folder(drafter)
+    if requested == "auto":
+        return
+    if str(drafter) == "none" and requested != 0:
+        raise OptionError(f"num_draft_tokens is {requested}, but no drafter is loaded")
+    if args.exact and requested > MAX_DRAFT_TOKENS:
+        raise OptionError(f"num_draft_tokens is {requested}: exact passes verify at most {MAX_DRAFT_TOKENS}")
+
+
+def _check_for_model(name: str | Path, options: GenerationOptions) -> None:
+    """Raises OptionError for options that the model's config rules out: before its weights are read."""
+    text = read_target_config(resolve_folder(name)).text
+    Penalties(options.sampling, text.vocab_size)
+    check_logprobs(options.logprobs, text.vocab_size)
+    if (kv := options.kv_quantization) is not None:
+        check_group_size(text, kv)
+
+
 def load_or_demo(args: argparse.Namespace, options: GenerationOptions | None = None) -> Model:
     """The model named, else the demo pair; what is not as a user may expect is said on stderr."""
     name: str | Path | None = args.model
@@ -251,14 +269,24 @@ def load_or_demo(args: argparse.Namespace, options: GenerationOptions | None = N
         )
     model = load_model(name, args.drafter, args, options)
     if model.drafter is None and args.drafter is None:
-        print(f"no drafter found for {name}: decoding plainly (name one with --drafter)", file=sys.stderr)
+        advice = how_to_name_a_drafter(model.config)
+        print(f"no drafter found for {name}: decoding plainly ({advice})", file=sys.stderr)
     return model
+
+
+def given_sampling(args: argparse.Namespace) -> Sampling:
+    """The options given, alone: what is wrong with them shows without a model. Raises OptionError."""
+    return Sampling(**_given_sampling(args))
+
+
+def _given_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    given = {name: vars(args)[name] for name in (field.name for field in fields(Sampling))}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def read_sampling(args: argparse.Namespace, model: Model) -> Sampling:
     """The options given, else what the model's makers sample with, else none."""
-    given = {name: vars(args)[name] for name in (field.name for field in fields(Sampling))}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = _given_sampling(args)
     return replace(model.default_sampling, **{"seed": secrets.randbits(32), **given})
 
 
@@ -277,12 +305,18 @@ def print_stream(responses: Iterator[GenerationResponse]) -> tuple[list[Generati
                 if in_thought:
                     print(file=sys.stderr, flush=True)
                     in_thought = False
-                print(response.text, end="", flush=True)
+                write_out(response.text, end="")
     except KeyboardInterrupt:
         interrupted = True
     if in_thought:
         print(file=sys.stderr)
-    print(flush=True)
+    write_out("")
+    if (character := lacking("".join(response.text for response in seen))) is not None:
+        print(
+            f"stdout's encoding, {sys.stdout.encoding}, lacks characters of this text, such as {character!a}: they are "
+            "written as escape sequences (PYTHONIOENCODING=utf-8 writes all)",
+            file=sys.stderr,
+        )
     return seen, interrupted
 
 

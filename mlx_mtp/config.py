@@ -6,12 +6,17 @@ missing is an error, never a default.
 """
 
 import json
+import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ConfigError
+from .files import check_links, fault, read_text
+
+logger = logging.getLogger(__name__)
 
 LayerType = Literal["sliding_attention", "full_attention"]
 DraftPosition = Literal["bonus", "last"]
@@ -20,6 +25,40 @@ TARGET_TYPES = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"
 DRAFTER_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 LAYER_TYPES: tuple[LayerType, ...] = ("sliding_attention", "full_attention")
 DRAFT_POSITIONS: tuple[DraftPosition, ...] = ("bonus", "last")
+# The files of a checkpoint that anything here reads.
+_CHECKPOINT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors*",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
+
+# Fields of generation_config.json that would change the text if they were honoured, and values that change nothing.
+_IGNORED: dict[str, tuple[Any, ...]] = {
+    "bad_words_ids": (),
+    "begin_suppress_tokens": (),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "exponential_decay_length_penalty": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "penalty_alpha": (0,),
+    "sequence_bias": (),
+    "stop_strings": (),
+    "top_h": (),
+    "typical_p": (1,),
+    "watermarking_config": (),
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +87,11 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A text decoder: the target's, or the drafter's (whose layers own no K/V)."""
+    """A text decoder: the target's, or the drafter's (whose layers own no K/V).
+
+    `own_head` says that its output head is not the embedding. Not config.json decides, but the weights: see
+    `weights.resolve_head`.
+    """
 
     hidden_size: int
     num_attention_heads: int
@@ -64,6 +107,8 @@ class TextConfig:
     num_experts: int
     top_k_experts: int
     moe_intermediate_size: int
+    # Not in what names a model by its config: a head has a parameter of its own.
+    own_head: bool = field(default=False, repr=False)
 
     def last_kv_layer(self, layer_type: LayerType) -> int:
         """Index of the last layer of this type that owns K/V: the one whose K/V the drafter reads."""
@@ -85,17 +130,23 @@ class Quantization:
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What the model's makers sample with (`generation_config.json`): temperature 0 without `do_sample`, no filters
-    where the checkpoint names none."""
+    """How the model's makers sample (`generation_config.json`), as transformers reads it: temperature 0 without
+    `do_sample`, no filters where the checkpoint names none. `top_p` 0 leaves the most likely token alone."""
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """A target checkpoint's `config.json`, with the stop ids and sampling defaults of its `generation_config.json`."""
+    """A target checkpoint's `config.json`, with what its `generation_config.json` says: stop ids, sampling defaults and
+    `suppress_tokens`, the ids in the vocabulary that the model never generates, whatever the options are.
+
+    `is_tied` is `tie_word_embeddings`, of the top level as in transformers.
+    """
 
     path: Path
     model_type: str
@@ -104,6 +155,8 @@ class TargetConfig:
     eos_token_ids: tuple[int, ...]
     sampling: SamplingDefaults
     dtype: str | None
+    suppress_tokens: tuple[int, ...] = ()
+    is_tied: bool = True
 
 
 @dataclass(frozen=True)
@@ -185,11 +238,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.parent.is_dir():
         raise ConfigError(f"{path.parent}: no such folder")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path.parent}: the folder has no {path.name}") from None
+        value = json.loads(read_text(path))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
+        if isinstance(error, FileNotFoundError) and not path.is_symlink():
+            raise ConfigError(f"{path.parent}: the folder has no {path.name}") from None
+        raise ConfigError(f"{path}: cannot be read as JSON: {fault(path) or error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -203,8 +256,7 @@ def read_target_config(folder: Path) -> TargetConfig:
     root = _read_config(folder, TARGET_TYPES, "target")
     text = _text_fields(root)
     vocab_size = _vocab_size(root, text)
-    path = folder / "generation_config.json"
-    generation = _Fields(read_json(path) if path.is_file() else {}, path)
+    generation = _read_generation_config(folder / "generation_config.json")
     return TargetConfig(
         path=root.path,
         model_type=root.string("model_type"),
@@ -213,6 +265,8 @@ def read_target_config(folder: Path) -> TargetConfig:
         eos_token_ids=_read_eos(generation, root, text),
         sampling=_read_sampling(generation),
         dtype=_read_dtype(root, text),
+        suppress_tokens=tuple(i for i in _read_ids(generation, "suppress_tokens") if i < vocab_size),
+        is_tied=root.boolean("tie_word_embeddings") if "tie_word_embeddings" in root else True,
     )
 
 
@@ -258,6 +312,7 @@ def read_drafter_config(folder: Path) -> DrafterConfig:
 
 def _read_config(folder: Path, supported: tuple[str, ...], role: str) -> _Fields:
     path = folder / "config.json"
+    check_links(folder, _CHECKPOINT_FILES)
     root = _Fields(read_json(path), path)
     model_type = root.string("model_type")
     if model_type in supported:
@@ -283,7 +338,7 @@ def _vocab_size(root: _Fields, text: _Fields) -> int:
 
 
 def _read_text(text: _Fields, vocab_size: int, *, shares_all: bool) -> TextConfig:
-    _reject_unsupported(text)
+    _reject_unsupported(text, is_drafter=shares_all)
     # transformers' unified text config has no field for per-layer inputs or experts: a re-save loses them.
     unified = "model_type" in text and "unified" in text.string("model_type")
     per_layer = 0 if unified and "hidden_size_per_layer_input" not in text else _per_layer_size(text)
@@ -315,12 +370,13 @@ def _per_layer_size(text: _Fields) -> int:
     return 0 if text.require("hidden_size_per_layer_input") is None else text.integer("hidden_size_per_layer_input", 0)
 
 
-def _reject_unsupported(text: _Fields) -> None:
+def _reject_unsupported(text: _Fields, *, is_drafter: bool) -> None:
     """Refuse variations that no Gemma 4 checkpoint has and this runtime would silently compute wrongly."""
     supported: dict[str, tuple[Any, ...]] = {
         "hidden_activation": ("gelu_pytorch_tanh",),
         "attention_bias": (False,),
-        "tie_word_embeddings": (True,),
+        # A target's head is as its weights say.
+        "tie_word_embeddings": (True,) if is_drafter else (True, False),
         "use_bidirectional_attention": (None, "vision"),
     }
     for name, values in supported.items():
@@ -427,26 +483,77 @@ def _read_quantization_entry(fields: _Fields) -> Quantization:
     return Quantization(fields.integer("group_size"), fields.integer("bits"), mode)
 
 
+def _read_generation_config(path: Path) -> _Fields:
+    """The fields of `generation_config.json`: all optional, so that a file that cannot be read is only warned of."""
+    values: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            values = read_json(path)
+        except ConfigError as error:
+            logger.warning("%s; the defaults are used", error)
+    ignored = [name for name, neutral in _IGNORED.items() if values.get(name) not in (None, [], {}, *neutral)]
+    if ignored:
+        logger.warning("%s: not honoured: %s", path, ", ".join(f"{name} {values[name]!r:.40}" for name in ignored))
+    return _Fields(values, path)
+
+
 def _read_eos(generation: _Fields, root: _Fields, text: _Fields) -> tuple[int, ...]:
     """Stop ids: `generation_config.json` first (it alone lists all of them), then `config.json`."""
     for fields in (generation, root, text):
-        if "eos_token_id" in fields:
-            value = fields.values["eos_token_id"]
-            ids = value if isinstance(value, list) else [value]
-            if not all(isinstance(i, int) for i in ids):
-                raise fields.error("eos_token_id", f"must be an integer or a list of them, found {value!r}")
-            return tuple(ids)
-    raise root.error("eos_token_id", "is missing, and so is generation_config.json")
+        ids = _read_ids(fields, "eos_token_id")
+        if ids:
+            return ids
+    raise root.error("eos_token_id", "is missing or names no token, and so it is in generation_config.json")
 
 
 def _read_sampling(generation: _Fields) -> SamplingDefaults:
-    samples = "do_sample" in generation and generation.boolean("do_sample")
-    temperature = generation.number("temperature") if "temperature" in generation else 1.0
+    none = SamplingDefaults()
+
+    def number(name: str, default: float, is_valid: Callable[[float], bool]) -> float:
+        value = generation.values.get(name)
+        if value is None:
+            return default
+        found = _as_number(value)
+        if found is None or not is_valid(found):
+            logger.warning("%s: field %s cannot be used, found %r: %s is taken", generation.path, name, value, default)
+            return default
+        return found
+
+    samples = generation.values.get("do_sample") in (True, "true", "True")
+    temperature = number("temperature", 1.0, lambda x: x >= 0)
+    # Zero and less mean no filter.
+    top_k = number("top_k", none.top_k, float.is_integer)
     return SamplingDefaults(
         temperature=temperature if samples else 0.0,
-        top_k=generation.integer("top_k", 0) if "top_k" in generation else 0,
-        top_p=generation.number("top_p") if "top_p" in generation else 1.0,
+        top_k=max(0, int(top_k)),
+        top_p=number("top_p", none.top_p, lambda x: 0 <= x <= 1),
+        min_p=number("min_p", none.min_p, lambda x: 0 <= x <= 1),
+        repetition_penalty=number("repetition_penalty", none.repetition_penalty, lambda x: x > 0),
     )
+
+
+def _read_ids(fields: _Fields, name: str) -> tuple[int, ...]:
+    """Token ids of a field that holds one, a list of them, or nothing. What is no id is warned of and left out."""
+    value = fields.values.get(name)
+    ids = []
+    for item in value if isinstance(value, list) else [value]:
+        number = _as_number(item)
+        if number is not None and number >= 0 and number.is_integer():
+            ids.append(int(number))
+        elif item is not None:
+            logger.warning("%s: field %s must hold token ids, found %r, which is left out", fields.path, name, item)
+    return tuple(dict.fromkeys(ids))
+
+
+def _as_number(value: object) -> float | None:
+    """A finite number, also one written as a string; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _read_dtype(root: _Fields, text: _Fields) -> str | None:

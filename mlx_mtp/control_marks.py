@@ -2,7 +2,7 @@
 
 import re
 
-from .tool_calls import CALL_END, CALL_START, STRING_MARK, beginning_at_end
+from .call_syntax import CALL_END, CALL_START, STRING_MARK, beginning_at_end
 
 _CHANNEL_END = "<channel|>"
 # How a thought begins whose first token, `<|channel>`, the model left out.
@@ -11,19 +11,22 @@ _ROLES = ("model", "user", "system", "tool")
 _MARKS = (
     *(f"<|turn>{role}{end}" for role in _ROLES for end in ("\n", "")),
     *("<|turn>", "<turn|>", f"<|channel>{_THOUGHT}", "<|channel>", _CHANNEL_END, "<|think|>"),
-    *(CALL_START, CALL_END, "<|tool_response>", "<tool_response|>", "<|tool>", "<tool|>", STRING_MARK),
+    *("<|tool_response>", "<tool_response|>", "<|tool>", "<tool|>"),
 )
-_ANY_MARK = re.compile("|".join(map(re.escape, sorted(_MARKS, key=len, reverse=True))))
+_CALL_MARKS = (CALL_START, CALL_END, STRING_MARK)
 
 
 class ControlMarks:
     """Takes the marks of control tokens out of a text that comes in pieces cut anywhere.
 
-    A mark of a string becomes a quotation mark, every other one nothing. Text before a lone `<channel|>` that begins
-    like a thought is one.
+    With `has_tools`, the marks of calls are taken out, too: the ones that are left are of no call. A mark of a string
+    becomes a quotation mark, every other one nothing. Text before a lone `<channel|>` is a thought if it begins like
+    one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_tools: bool) -> None:
+        self._marks = (*_MARKS, *_CALL_MARKS) if has_tools else _MARKS
+        self._any = re.compile("|".join(map(re.escape, sorted(self._marks, key=len, reverse=True))))
         self._held = ""
         # Whether all of the text so far is held, as it may be a thought without its first mark.
         self._may_be_thought = True
@@ -34,9 +37,9 @@ class ControlMarks:
         thought = self._take_thought(is_last) if self._may_be_thought else ""
         if self._may_be_thought:
             return "", ""
-        held = 0 if is_last else max(beginning_at_end(self._held, mark) for mark in _MARKS)
+        held = 0 if is_last else beginning_at_end(self._held, *self._marks)
         ready, self._held = self._held[: len(self._held) - held], self._held[len(self._held) - held :]
-        return _ANY_MARK.sub(lambda mark: '"' if mark[0] == STRING_MARK else "", ready), thought
+        return self._any.sub(lambda mark: '"' if mark[0] == STRING_MARK else "", ready), thought
 
     def _take_thought(self, is_last: bool) -> str:
         """The thought at the beginning, once its end is there. All stays held while there may be one."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from .engine import GenerationOptions, Model
 from .errors import DataError, MTPError
+from .files import read_text
 from .tokenizer import encode_prompt
 
 
@@ -44,8 +45,7 @@ def read_data(
 
     Raises DataError naming the file and line that cannot be read, or the file without a usable text.
     """
-    files = [path / "train.jsonl", path / "valid.jsonl"] if path.is_dir() else [path]
-    lines = [list(_read_lines(file, model)) for file in files]
+    lines = [list(_read_lines(file, model)) for file in _files(path)]
     prompts = [line.text.tokens for part in lines for line in part if line.is_prompt]
     answers = iter(answer(prompts) if prompts else [])
     parts = [
@@ -66,9 +66,21 @@ def read_data(
     return Data(*cut)
 
 
-def _read_lines(file: Path, model: Model) -> Iterator[_Line]:
+def check_data(path: Path) -> None:
+    """Raises DataError for a file or line that is no JSONL: all that can be found out without a model."""
+    for file in _files(path):
+        for _ in _entries(file):
+            pass
+
+
+def _files(path: Path) -> list[Path]:
+    return [path / "train.jsonl", path / "valid.jsonl"] if path.is_dir() else [path]
+
+
+def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each object of a JSONL file, after where it is."""
     try:
-        content = file.read_text(encoding="utf-8")
+        content = read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read: {error}") from None
     for number, line in enumerate(content.splitlines(), 1):
@@ -81,6 +93,11 @@ def _read_lines(file: Path, model: Model) -> Iterator[_Line]:
             raise DataError(f"{place}: not JSON: {error}") from None
         if not isinstance(entry, dict):
             raise DataError(f"{place}: expected an object, found {type(entry).__name__}")
+        yield place, entry
+
+
+def _read_lines(file: Path, model: Model) -> Iterator[_Line]:
+    for place, entry in _entries(file):
         try:
             yield _Line(place, *_encode(entry, model, place))
         except DataError:

@@ -124,7 +124,7 @@ def _context(drafter: Drafter, lesson: Lesson, first: int, rows: int) -> DraftCo
 
 def _distributions(target: Target, drafter: Drafter, hidden: mx.array) -> _Wanted:
     """The target's distributions behind hidden states [1, rows, hidden_size]."""
-    logits = target.soft_cap(target.embed_tokens.as_linear(hidden)[0]).astype(mx.float32)
+    logits = target.soft_cap(target.head(hidden)[0]).astype(mx.float32)
     log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     best = mx.argmax(log_p, axis=-1)
     if drafter.draft_vocab_ids is not None:

@@ -5,7 +5,7 @@ layers that hold queries only and attend to the target's K/V at one constant pos
 hidden state for the next step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -14,7 +14,7 @@ import mlx.nn as nn
 from .acceptance import Draft
 from .cache import Cache, View
 from .config import DrafterConfig, LayerType
-from .gemma4 import DecoderLayer, Target
+from .gemma4 import DecoderLayer, Target, allowed_tokens
 
 # A logit below any other, of probability zero next to any.
 _LAST_RESORT = -1e9
@@ -97,6 +97,16 @@ class Drafter(nn.Module):
         self.masked_embedding = _CentroidHead(config) if config.num_centroids else None
         # Of a pruned head, the tokens its rows stand for.
         self.draft_vocab_ids = mx.zeros((config.draft_vocab_size,), mx.int32) if config.draft_vocab_size else None
+        # Bool [1, vocab], all tokens but those that the target never generates; no parameter.
+        self._unsuppressed: mx.array | None = None
+        self._has_dead_cluster = False
+
+    def suppress(self, tokens: Collection[int]) -> None:
+        """Never draft these tokens, which the target never generates. To be called when the weights are loaded."""
+        self._unsuppressed = allowed_tokens(tokens, self.config.text.vocab_size) if tokens else None
+        if self._unsuppressed is not None and self.masked_embedding is not None:
+            clusters = self._unsuppressed[0][self.masked_embedding.token_ordering]
+            self._has_dead_cluster = not clusters.reshape(self.config.num_centroids, -1).any(axis=-1).all().item()
 
     @property
     def num_candidates(self) -> int:
@@ -128,14 +138,18 @@ class Drafter(nn.Module):
         """The head's candidates: the whole vocabulary, or its draft vocabulary, for a dense head, the best centroids'
         tokens otherwise.
 
-        Those that are not `allowed`, bool [1, vocab], have the logit -inf.
+        Those that are not `allowed`, bool [1, vocab], have the logit -inf, as have suppressed ones. Where `allowed` is
+        given it must exclude those too.
         """
+        is_guided = allowed is not None
+        allowed = allowed if is_guided else self._unsuppressed
         if self.masked_embedding is None:
             logits = self.model.embed_tokens.as_linear(state)[0]
             if self.draft_vocab_ids is not None:
                 return self._pruned(logits, allowed)
             return Candidates(None, logits if allowed is None else mx.where(allowed, logits, -mx.inf))
-        ids = self.masked_embedding.candidates(state, allowed)
+        # A few suppressed tokens are no reason to look for clusters that have others.
+        ids = self.masked_embedding.candidates(state, allowed if is_guided or self._has_dead_cluster else None)
         # Calling the embedding gathers the rows, dequantizing no others.
         logits = state[0] @ self.model.embed_tokens(ids).T
         return Candidates(ids[None], logits if allowed is None else mx.where(allowed[:, ids], logits, -mx.inf))
@@ -182,9 +196,17 @@ class Drafter(nn.Module):
         )
 
 
+def ask_for_each(allow: Allow, token: mx.array, draft: Draft) -> None:
+    """Ask for the mask of each draft token after `token`, int32 [1, 1]: for a drafter that has its tokens without
+    masks."""
+    tokens = mx.concatenate([token, draft.tokens], axis=1)
+    for index in range(draft.tokens.shape[1]):
+        allow(tokens[:, index : index + 1])
+
+
 class GivenDrafter(Drafter):
     """Drafts what a function gives for the last token, int32 [1, 1], and a number of draft tokens, at no cost: what is
-    left of a round is the target's part."""
+    left of a round is the target's part. Under a guide, the tokens must be such that it allows."""
 
     def __init__(self, give: Callable[[mx.array, int], Draft]) -> None:
         nn.Module.__init__(self)
@@ -203,4 +225,7 @@ class GivenDrafter(Drafter):
         choose: Choose = choose_best,
         allow: Allow | None = None,
     ) -> Draft:
-        return self.give(token, k)
+        draft = self.give(token, k)
+        if allow is not None:
+            ask_for_each(allow, token, draft)
+        return draft

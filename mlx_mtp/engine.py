@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import mlx.core as mx
+import numpy as np
 
 from . import prompt_cache
 from .cache import KVQuantization, check_group_size
@@ -24,8 +25,9 @@ from .gemma4 import Target
 from .guide import Channel, Guide, compile_grammar
 from .lifetime import Lifetime
 from .memory import memory_size
+from .output import check_file
 from .prompt_cache import PromptCache
-from .sampling import Sampling
+from .sampling import Sampling, default_sampling
 from .speculative import LogitsProcessor, Logprobs, Progress, Round, Rounds, Stats, Stream, decode, token_budget
 from .text import TextStream
 from .tokenizer import encode_chat, encode_prompt, open_thought, thought_channel
@@ -308,7 +310,7 @@ class Model:
     @property
     def default_sampling(self) -> Sampling:
         """How the model's makers sample (`generation_config.json`): what the command lines begin with."""
-        return Sampling(**vars(self.config.sampling))
+        return default_sampling(self.config.sampling, self.max_context)
 
     def encode(
         self,
@@ -326,21 +328,32 @@ class Model:
         """
         self._life.check()
         if isinstance(prompt, str):
-            return encode_prompt(self.tokenizer, prompt, use_chat_template=False)
+            return self._in_vocabulary(encode_prompt(self.tokenizer, prompt, use_chat_template=False))
         items: list[Any] = prompt.tolist() if isinstance(prompt, mx.array) else list(prompt)  # type: ignore[assignment]
         if items and isinstance(items[0], Mapping):
-            return encode_chat(
+            tokens = encode_chat(
                 self.tokenizer,
                 items,
                 enable_thinking=enable_thinking,
                 tools=tools,
                 template_options=template_options,
             )
+            return self._in_vocabulary(tokens)
         size = self.target.config.vocab_size
         for token in items:
-            if not isinstance(token, int) or not 0 <= token < size:
+            is_id = isinstance(token, int | np.integer) and not isinstance(token, bool)
+            if not is_id or not 0 <= token < size:
                 raise PromptError(f"the prompt must hold token ids from 0 to {size - 1}, found {token!r}")
-        return items
+        return [int(token) for token in items]
+
+    def _in_vocabulary(self, tokens: list[int]) -> list[int]:
+        """The tokens themselves, if the model has an embedding for each: a fine-tune may have added some without."""
+        size = self.target.config.vocab_size
+        for token in tokens:
+            if token >= size:
+                text = self.tokenizer.convert_ids_to_tokens(token)
+                raise PromptError(f"the prompt holds {text!r}, token {token}, but the model has embeddings of {size}")
+        return tokens
 
     def stream_generate(
         self,
@@ -470,6 +483,7 @@ class Model:
         """
         with self._life:
             chosen = replace(options or GenerationOptions(), **changes)
+            check_file(Path(file))
             tokens = self.encode(prompt)
             token_budget(tokens, 1, self.max_context)
             self._check_reuse()
@@ -637,6 +651,7 @@ class Model:
             channel=self._channel if options.enable_thinking or thought is not None else None,
             thought_budget=options.thinking_budget,
             thought=thought,
+            suppressed=self.config.suppress_tokens,
         )
         # A grammar without any text is an error now rather than after the prompt.
         guide.mask()

@@ -22,7 +22,15 @@ class TokenizerError(MTPError):
 
 
 class HubError(MTPError):
-    """A model is neither a local folder nor reachable on the Hugging Face hub."""
+    """A model is neither a local folder nor reachable on the Hugging Face hub.
+
+    `is_absent` says that the hub has no such repository, or none that this token may see, or, offline, that the cache
+    has none; it is false where the hub fails or refuses one that is there.
+    """
+
+    def __init__(self, message: str, *, is_absent: bool = False) -> None:
+        super().__init__(message)
+        self.is_absent = is_absent
 
 
 class PromptError(MTPError):
@@ -47,6 +55,10 @@ class OutputError(MTPError):
 
 class OptionError(MTPError):
     """An option's value is not one this version can honour."""
+
+
+class DraftError(MTPError):
+    """A drafter does not draft as a round asks it to."""
 
 
 class CalibrationError(MTPError):

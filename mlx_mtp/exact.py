@@ -77,23 +77,25 @@ def make_exact(target: Target) -> None:
         (parent, name)
         for parent in [target, *(part for layer in target.layers for part in (layer, layer.self_attn, layer.mlp))]
         for name, module in parent.items()
-        if isinstance(module, nn.Linear | nn.QuantizedLinear | Router | Experts)
+        if isinstance(module, nn.Linear | nn.QuantizedLinear | Router | Experts) and name != "lm_head"
     ]
     for parent, name in places:
         parent[name] = _Trial(parent[name], ways)
     for layer in target.layers:
         layer.self_attn.exact_rows = MAX_ROWS
+    head = target.lm_head if target.config.own_head else target.embed_tokens
     for trial in range(_TRIALS):
         cache = Cache(target.config, target.dtype, max_block=MAX_ROWS)
         tokens = [(31 * i + 17 * trial + 5) % target.config.vocab_size for i in range(MAX_ROWS)]
-        _try_ways(ways, target.embed_tokens, target(mx.array([tokens], mx.int32), cache).hidden)
+        _try_ways(ways, head, target(mx.array([tokens], mx.int32), cache).hidden)
     for parent, name in places:
         module = parent[name].inner
         way = ways[_kind(module)][0]
         parent[name] = module if way == TOGETHER else ExactRows(module, way)
-    way = ways[_kind(target.embed_tokens)][0]
+    way = ways[_kind(head)][0]
     if way != TOGETHER:
-        target.update_modules({"embed_tokens": ExactTable(target.embed_tokens, way)})
+        exact = {"lm_head": ExactRows(head, way)} if target.config.own_head else {"embed_tokens": ExactTable(head, way)}
+        target.update_modules(exact)
 
 
 def _kind(module: nn.Module) -> str:

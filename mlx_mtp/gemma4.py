@@ -3,6 +3,7 @@
 Covers E2B, E4B, 12B, 26B-A4B and 31B. Parameter names are those of mlx-lm's Gemma 4 below `language_model.model.`.
 """
 
+from collections.abc import Collection
 from copy import copy
 from functools import partial
 from typing import NamedTuple
@@ -292,8 +293,17 @@ def _join(projections: list[nn.Module]) -> nn.Module | None:
     return joined
 
 
+def allowed_tokens(suppressed: Collection[int], vocab_size: int) -> mx.array:
+    """Bool [1, vocab]: all tokens but these."""
+    allowed = mx.ones((1, vocab_size), mx.bool_)
+    allowed[:, mx.array(sorted(suppressed))] = False
+    # What is left to be computed belongs to this thread's stream, and could not be used on another.
+    mx.eval(allowed)
+    return allowed
+
+
 class Target(nn.Module):
-    """The text decoder with its tied head."""
+    """The text decoder with its head: the embedding, or one of its own."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -306,6 +316,21 @@ class Target(nn.Module):
             self.embed_tokens_per_layer: nn.Module = nn.Embedding(config.per_layer_vocab_size, width)
             self.per_layer_model_projection = nn.Linear(config.hidden_size, width, bias=False)
             self.per_layer_projection_norm = nn.RMSNorm(config.per_layer_input_size, eps=config.rms_norm_eps)
+        if config.own_head:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Bool [vocab], true for tokens that are never generated; no parameter, for its name begins with "_".
+        self._suppressed: mx.array | None = None
+
+    def suppress(self, tokens: Collection[int]) -> None:
+        """Never generate these tokens (`suppress_tokens` of generation_config.json)."""
+        self._suppressed = None
+        if tokens:
+            self._suppressed = ~allowed_tokens(tokens, self.config.vocab_size)[0]
+            mx.eval(self._suppressed)
+
+    def without_suppressed(self, logits: mx.array) -> mx.array:
+        """Logits [..., vocab] with -inf at the tokens that are never generated."""
+        return logits if self._suppressed is None else mx.where(self._suppressed, -mx.inf, logits)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -360,7 +385,12 @@ class Target(nn.Module):
                 view = view._replace(mask=view.mask[-rows:])
             h = layer(h, queries, view, None if per_layer is None else per_layer[:, :, index])
         hidden = self.norm(h)
-        return TargetOutput(hidden, self.embed_tokens.as_linear(hidden[:, hidden.shape[1] - logit_rows :]))
+        return TargetOutput(hidden, self.head(hidden[:, hidden.shape[1] - logit_rows :]))
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Logits [1, rows, vocab], before the soft-cap, of hidden states [1, rows, hidden_size]."""
+        logits: mx.array = self.lm_head(hidden) if self.config.own_head else self.embed_tokens.as_linear(hidden)
+        return logits
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Scaled input embeddings of tokens [1, length]: [1, length, hidden_size]. The drafter uses them too."""

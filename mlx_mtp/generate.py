@@ -1,23 +1,31 @@
 """Command line: decode one prompt with a target and its drafter. `python -m mlx_mtp.generate --help`."""
 
+import sys
+
+if __name__ == "__main__":
+    # Before anything that takes time is imported.
+    from mlx_mtp.commands import run_command
+
+    sys.exit(run_command("generate"))
+
 import argparse
 import json
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from . import prompt_cache
 from .cli import (
-    INTERRUPTED,
     add_kv_options,
     add_model_options,
     add_sampling_options,
     add_thinking_options,
     calibrate,
+    check_template_options,
     describe,
-    exit_status,
+    given_sampling,
     load_or_demo,
     prefill_bar,
     print_stream,
@@ -25,13 +33,17 @@ from .cli import (
     read_sampling,
     summarize,
 )
+from .commands import INTERRUPTED
 from .draft_length import MAX_DRAFT_TOKENS
 from .engine import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, GenerationOptions, GenerationResponse, Model
 from .errors import OptionError
+from .files import read_text
 from .load import DEMO_PAIR, plan_memory
+from .shell import Parser, exit_status, read_prompt, text_argument, write_json, write_out
 from .tokenizer import encode_in_parts, encode_prompt
 
 COMPARED_RUNS = 3
+_NOT_COMPARED = "--compare needs a drafter, and a --num-draft-tokens other than 0"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,13 +56,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_mtp.generate",
         description="Decode a prompt with Gemma 4: the drafter proposes, the target verifies.",
     )
     add_model_options(parser, default="the demo pair in the package")
-    parser.add_argument("--prompt", "-p", metavar="TEXT|-", help="The prompt; '-' reads it from stdin.")
-    parser.add_argument("--system-prompt", help="System prompt for the chat template.")
+    add = parser.add_argument
+    add("--prompt", "-p", type=text_argument, metavar="TEXT|-", help="The prompt; '-' reads it from stdin.")
+    add("--system-prompt", type=text_argument, help="System prompt for the chat template.")
     parser.add_argument(
         "--max-tokens",
         "-m",
@@ -66,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         help="Prompt tokens read per pass (default: %(default)s).",
     )
     add_kv_options(parser)
-    parser.add_argument("--stop", action="append", default=[], help="End the text before this string; may be repeated.")
+    add("--stop", type=text_argument, action="append", default=[], help="End the text before this; may be repeated.")
     parser.add_argument("--ignore-eos", action="store_true", help="Go on after the model's own stop tokens.")
     parser.add_argument("--min-tokens", type=int, default=0, help="No stop token before this many (default: 0).")
     parser.add_argument(
@@ -77,8 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     grammar = parser.add_mutually_exclusive_group()
     grammar.add_argument("--json-schema", metavar="FILE", help="Answer with JSON that follows this JSON Schema.")
-    grammar.add_argument("--regex", help="Answer with text that matches this regular expression as a whole.")
-    grammar.add_argument("--grammar", help="Answer in this grammar's language, written in Lark or llama.cpp's GBNF.")
+    add = grammar.add_argument
+    add("--regex", type=text_argument, help="Answer with text that matches this regular expression as a whole.")
+    add("--grammar", type=text_argument, help="Answer in this grammar's language, in Lark or llama.cpp's GBNF.")
     grammar.add_argument("--grammar-file", metavar="FILE", help="The same, read from a file.")
     add_thinking_options(parser)
     parser.add_argument(
@@ -106,8 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     # Made first: what is wrong with the options shows before seconds of loading.
     options = _options(args)
-    _check_prompt_cache(args)
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text = read_prompt(args.prompt)
     started = time.perf_counter()
     model = load_or_demo(args, options)
     sampling = read_sampling(args, model)
@@ -115,8 +128,8 @@ def _run(args: argparse.Namespace) -> int:
         describe(model, sampling, time.perf_counter() - started)
     prompt = _encode(model, text, args)
     options = replace(options, sampling=sampling)
-    if args.compare and (model.drafter is None or options.num_draft_tokens == 0):
-        raise OptionError("--compare needs a drafter, and a --num-draft-tokens other than 0")
+    if args.compare and model.drafter is None:
+        raise OptionError(_NOT_COMPARED)
     calibrate(model, options)
     with prefill_bar(len(prompt), args.prefill_step_size) as on_prefill:
         responses = model.stream_generate(prompt, options, on_prefill=on_prefill)
@@ -135,18 +148,18 @@ def _run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
         if args.json:
-            print(json.dumps(report, ensure_ascii=False), flush=True)
+            write_json(report)
     return INTERRUPTED if interrupted else 0
 
 
 def _dry_run(args: argparse.Namespace) -> int:
     name = args.model or DEMO_PAIR
-    options = GenerationOptions(prefill_step_size=args.prefill_step_size, **read_kv_options(args))
+    options = _options(args)
     placement = {"max_context": args.max_context, "per_layer_embeddings": args.per_layer_embeddings}
     plan = plan_memory(name, args.drafter, options=options, **placement)
-    print(plan)
+    write_out(str(plan))
     if args.json:
-        print(json.dumps(vars(plan) | {"kv": plan.kv, "peak": plan.peak}), flush=True)
+        write_json(vars(plan) | {"kv": plan.kv, "peak": plan.peak})
     # Afterwards, so that the table shows what is too much.
     plan_memory(name, args.drafter, memory_limit=args.memory_limit, options=options, **placement)
     return 0
@@ -171,6 +184,7 @@ def _encode(model: Model, text: str, args: argparse.Namespace) -> list[int]:
 def _check_prompt_cache(args: argparse.Namespace) -> None:
     if args.prompt_cache is None:
         return
+    prompt_cache.check(Path(args.prompt_cache))
     if args.system_prompt is not None:
         raise OptionError("--system-prompt: the prompt cache begins with one, or with none; give it to cache_prompt")
     if args.num_draft_tokens != "auto" and args.num_draft_tokens > MAX_DRAFT_TOKENS:
@@ -178,8 +192,14 @@ def _check_prompt_cache(args: argparse.Namespace) -> None:
 
 
 def _options(args: argparse.Namespace) -> GenerationOptions:
-    """All options but sampling, for which the model has a say."""
+    """All options that are given; where none is, the model has a say in sampling. Checked as far as can be without a
+    model."""
+    _check_prompt_cache(args)
+    check_template_options(args)
+    if args.compare and (args.drafter == "none" or args.num_draft_tokens == 0):
+        raise OptionError(_NOT_COMPARED)
     return GenerationOptions(
+        sampling=given_sampling(args),
         max_tokens=args.max_tokens,
         stop=args.stop,
         ignore_eos=args.ignore_eos,
@@ -215,7 +235,7 @@ def _compare(model: Model, prompt: list[int], options: GenerationOptions) -> lis
 
 def _read_text(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return read_text(Path(path))
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"{path}: cannot be read: {error}") from None
 
@@ -257,7 +277,3 @@ def _report(seen: list[GenerationResponse], model: Model, interrupted: bool) -> 
             if r.logprobs is not None
         ],
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

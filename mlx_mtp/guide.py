@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from .errors import OptionError
+from .errors import DraftError, OptionError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 # One bit per token of the vocabulary, set where the token is allowed, in words of 32 bits, lowest first.
 Mask = npt.NDArray[np.int32]
 
+_NOTHING_LEFT = "the other options exclude every token that the grammar allows"
 # What may stand between the tokens of JSON: without a bound, a model that loops on blanks never ends.
-_JSON_WHITESPACE = r" |\n{1,2}[ \t]{0,40}"
+JSON_WHITESPACE = r" |\n{1,2}[ \t]{0,40}"
 
 
 class Channel(NamedTuple):
@@ -51,32 +52,55 @@ def compile_grammar(
         return None
     if len(names) > 1:
         raise OptionError(f"only one of json_schema, regex and grammar can be given, found {' and '.join(names)}")
-    try:
-        from llguidance import LLMatcher
-        from llguidance.gbnf_to_lark import any_to_lark
-    except ImportError:
-        raise OptionError(f"{names[0]} needs llguidance: pip install 'mlx-mtp[grammar]'") from None
+    matcher = _matcher_class(names[0])
+    from llguidance.gbnf_to_lark import any_to_lark
 
     if json_schema is not None:
-        source = LLMatcher.grammar_from_json_schema(
-            _read_schema(json_schema), defaults={"whitespace_pattern": _JSON_WHITESPACE}
+        source = matcher.grammar_from_json_schema(
+            _read_schema(json_schema), defaults={"whitespace_pattern": JSON_WHITESPACE}
         )
     elif regex is not None:
-        source = LLMatcher.grammar_from_regex(regex)
+        source = matcher.grammar_from_regex(regex)
     else:
         assert grammar is not None
         try:
-            source = LLMatcher.grammar_from_lark(any_to_lark(grammar))
+            source = matcher.grammar_from_lark(any_to_lark(grammar))
         except Exception as error:  # The converter raises Exception itself.
             raise OptionError(f"grammar is neither Lark, with a rule start, nor GBNF: {error}") from None
-    failed, messages = LLMatcher.validate_grammar_with_warnings(source)
+    problem = _problem(source)
+    if problem is not None:
+        raise OptionError(f"{names[0]} cannot be followed: {problem}")
+    return source
+
+
+def schema_problem(schema: bool | Mapping[str, Any]) -> str | None:
+    """Why no grammar follows a JSON Schema in full; None if one does. Raises OptionError without llguidance."""
+    return _problem(_matcher_class("json_schema").grammar_from_json_schema(json.dumps(schema)))
+
+
+def lark_problem(grammar: str) -> str | None:
+    """Why a grammar in llguidance's variant of Lark cannot be followed; None if it can. Raises OptionError without
+    llguidance."""
+    return _problem(_matcher_class("grammar").grammar_from_lark(grammar))
+
+
+def _matcher_class(option: str) -> "type[LLMatcher]":
+    """Raises OptionError, which says which option needs llguidance, if it is not installed."""
+    try:
+        from llguidance import LLMatcher
+    except ImportError:
+        raise OptionError(f"{option} needs llguidance: pip install 'mlx-mtp[grammar]'") from None
+    return LLMatcher
+
+
+def _problem(source: str) -> str | None:
+    """Why a grammar in llguidance's own form cannot be followed."""
+    failed, messages = _matcher_class("grammar").validate_grammar_with_warnings(source)
     if not failed:
         # Special tokens are looked up later, in the model's tokenizer.
         messages = [message for message in messages if not message.startswith("no tokenizer - can't validate <")]
     # A warning tells of a part that would not be followed, which is refused too.
-    if failed or messages:
-        raise OptionError(f"{names[0]} cannot be followed: {_reason(messages[0])}")
-    return source
+    return _reason(messages[0]) if failed or messages else None
 
 
 def _read_schema(schema: str | Mapping[str, Any]) -> str:
@@ -114,7 +138,8 @@ class Guide:
 
     The answer follows `matcher`'s grammar, if there is one, up to a stop token. Before it, if `channel` is given, there
     may be one thought, of at most `thought_budget` tokens after the channel's name; then the channel is closed.
-    `thought` is the number of tokens since the channel was opened, for a prompt that ends inside it.
+    `thought` is the number of tokens since the channel was opened, for a prompt that ends inside it. Masks leave
+    `suppressed` tokens out.
     """
 
     def __init__(
@@ -126,20 +151,33 @@ class Guide:
         channel: Channel | None = None,
         thought_budget: int | None = None,
         thought: int | None = None,
+        suppressed: Iterable[int] = (),
     ) -> None:
         self.vocab_size = vocab_size
         self._stop_ids = frozenset(stop_ids)
         self._matcher = matcher
         self._channel = channel
         self._limit = None if channel is None or thought_budget is None else channel.header + thought_budget
+        self._unsuppressed = ~self._only(suppressed)
         # A state for the text so far and for each of its beginnings, to go back to.
         self._states = [_State(_Phase.START) if thought is None else _State(_Phase.THOUGHT, thought)]
 
     def mask(self) -> Mask | None:
         """The tokens that may come next; None if all may.
 
-        Raises OptionError if the grammar cannot go on: it is then too complex, or can never end.
+        Raises OptionError if the grammar cannot go on: it is then too complex, can never end, or allows suppressed
+        tokens alone.
         """
+        mask = self._followed()
+        if mask is None:
+            return None
+        mask = mask & self._unsuppressed
+        if not mask.any():
+            raise OptionError(_NOTHING_LEFT)
+        return mask
+
+    def _followed(self) -> Mask | None:
+        """The tokens by which the text can go on, suppressed ones among them; None for all."""
         state = self._states[-1]
         if state.phase is _Phase.THOUGHT:
             assert self._channel is not None
@@ -181,7 +219,7 @@ class Guide:
             if self._matcher is not None:
                 # The matcher is not told of stop tokens: some it counts when rolling back, some it does not.
                 if not (self._matcher.is_accepting() if is_stop else self._matcher.consume_token(token)):
-                    raise OptionError("the other options exclude every token that the grammar allows")
+                    raise OptionError(_NOTHING_LEFT)
                 state = state._replace(matched=state.matched + (not is_stop))
             state = state._replace(phase=_Phase.ENDED if is_stop else _Phase.ANSWER)
         self._states.append(state)
@@ -215,6 +253,7 @@ class RowMasks:
 
     def __init__(self, guide: Guide, rows: int) -> None:
         self._guide = guide
+        self._count = rows
         self._fixed = guide.fixed_masks(rows)
         self._rows: list[mx.array | None] = []
         self.host_reads = 0
@@ -232,14 +271,24 @@ class RowMasks:
                 self._guide.consume(int(token.item()))  # type: ignore[arg-type]
             mask = self._guide.mask()
         else:
-            mask = self._fixed[index]
+            # `stack` refuses rows beyond those of the round.
+            mask = self._fixed[index] if index < self._count else None
         self._rows.append(None if mask is None else _unpack(mask, self._guide.vocab_size))
         return self._rows[-1]
 
     def stack(self) -> mx.array | None:
-        """All rows, bool [rows, vocab], None if none is masked. The guide is where it was before the first again."""
+        """All rows, bool [rows, vocab], None if none is masked. The guide is where it was before the first again.
+
+        Raises DraftError if the drafter did not ask for each row: the masks would stand at other rows than theirs.
+        """
         if self._fixed is None:
             self._guide.rollback(len(self._rows) - 1)
+        if len(self._rows) != self._count:
+            # The last row is asked for by the round itself.
+            raise DraftError(
+                "a drafter under a guide must ask for the mask of each draft token: "
+                f"expected {self._count - 1}, found {len(self._rows) - 1}"
+            )
         if all(row is None for row in self._rows):
             return None
         free = mx.ones((1, self._guide.vocab_size), mx.bool_)

@@ -27,7 +27,7 @@ from .anthropic_errors import AnthropicErrors, is_anthropic
 from .anthropic_requests import MessagesRequest
 from .engine import GenerationResponse
 from .http_entry import Entry
-from .openai_answers import ChatForm, CompletionForm, Form, ResponseForm, Tokens
+from .openai_answers import Answer, ChatForm, CompletionForm, Form, ResponseForm, Tokens
 from .openai_fields import warn_once
 from .openai_requests import ChatRequest, CompletionRequest, Request, ResponseRequest, Task
 from .service import ApiError, Prefill, Service, api_error
@@ -38,6 +38,10 @@ Items = Job[GenerationResponse | Prefill]
 
 # Names, on an answer, the parts of the request that nothing is known of here.
 IGNORED_HEADER = "X-MLX-MTP-Ignored"
+# Names the keywords of the request's schemas that the answer may not follow.
+_NOT_ENFORCED = "X-MLX-MTP-Not-Enforced"
+_HEADER_TEXT = " !#$&'()*+,/:;=?@[]"
+_MOST_HEADER = 2000
 # What the page may do: nothing but talk to this server.
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -88,10 +92,13 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     tokens = Tokens(service.model)
     responses = _ERRORS if settings.api_key is not None else {k: v for k, v in _ERRORS.items() if k != 401}
 
+    def answer(task: Task) -> Answer:
+        return Answer(task.tools, service.metrics.unreadable_calls.inc)
+
     @app.post("/v1/chat/completions", responses=responses, response_class=Response, summary="An answer to messages.")
     async def chat(body: ChatRequest, http: HttpRequest) -> Response:
         def form(task: Task) -> Form:
-            return ChatForm(body, service.name, tokens, has_tools=task.tools is not None)
+            return ChatForm(body, service.name, tokens, answer(task))
 
         return await _answer(http, body, body.task, form)
 
@@ -102,7 +109,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     @app.post("/v1/responses", responses=responses, response_class=Response, summary="An answer as a list of items.")
     async def answers(body: ResponseRequest, http: HttpRequest) -> Response:
         def form(task: Task) -> Form:
-            return ResponseForm(body, service.name, tokens, has_tools=task.tools is not None)
+            return ResponseForm(body, service.name, tokens, answer(task))
 
         return await _answer(http, body, body.task, form)
 
@@ -114,7 +121,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         *,
         takes_any_model: bool = False,
     ) -> Response:
-        if not takes_any_model and body.model not in (None, service.name):
+        if not takes_any_model and body.model not in (None, "", service.name):
             raise ApiError(
                 404,
                 f"the model {body.model!r} is not here: this server has {service.name!r}",
@@ -127,13 +134,17 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         form = make_form(asked)
         response = await _run(http, service.submit(asked), form, body.stream, settings.keep_alive)
         if body.ignored:
-            response.headers[IGNORED_HEADER] = ", ".join(quote(name[:100], safe=" ") for name in body.ignored[:20])
+            response.headers[IGNORED_HEADER] = ", ".join(
+                quote(name[:100], safe="") or '""' for name in body.ignored[:20]
+            )
+        if asked.not_enforced:
+            response.headers[_NOT_ENFORCED] = quote(", ".join(asked.not_enforced), safe=_HEADER_TEXT)[:_MOST_HEADER]
         return response
 
     @app.post("/v1/messages", responses=ANTHROPIC_ERRORS, response_class=Response, summary="Anthropic's messages.")
     async def messages(body: MessagesRequest, http: HttpRequest) -> Response:
         def form(task: Task) -> Form:
-            return MessagesForm(body, service.name, tokens, task.tools is not None, task.options.max_tokens)
+            return MessagesForm(body, service.name, tokens, answer(task), task.options.max_tokens)
 
         # Clients ask for several models of Anthropic's, each for a kind of task.
         return await _answer(http, body, body.task, form, takes_any_model=True)

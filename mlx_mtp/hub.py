@@ -11,6 +11,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -31,7 +32,16 @@ _DOWNLOADED = [
     f"{DRAFTER_FOLDER}/model*.safetensors",
 ]
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_REFUSED = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+# A connection that is cut raises HTTPError, of httpx, or RuntimeError where Xet's Rust code downloads.
+_REFUSED = (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    OSError,
+    RuntimeError,
+)
 # The name by which huggingface-hub knows its bar of the bytes written; others count files, or what the network gave.
 _BYTES_BAR = "huggingface_hub.snapshot_download"
 
@@ -117,7 +127,8 @@ def resolve_folder(path_or_repo: str | Path, revision: str | None = None, downlo
     except _REFUSED as error:
         if downloads is not None:
             downloads.check()
-        raise HubError(f"{name}: no such folder, and the hub does not give it: {_reason(error)}") from error
+        message = f"{name}: no such folder, and the hub does not give it: {_reason(error)}"
+        raise HubError(message, is_absent=_is_absent(error)) from error
     if downloads is not None:
         downloads.check()
     return Path(folder)
@@ -127,6 +138,14 @@ def is_repo(name: str | Path) -> bool:
     """Whether it is spelled like a hub repository, and no file or folder is there."""
     text = str(name)
     return not Path(text).exists() and _REPO_ID.fullmatch(text) is not None and not text.startswith(".")
+
+
+def _is_absent(error: Exception) -> bool:
+    """Whether the hub, or in offline mode the cache, has no such repository; a gated one is there."""
+    if isinstance(error, RepositoryNotFoundError):
+        return not isinstance(error, GatedRepoError)
+    is_offline = isinstance(error.__cause__, OfflineModeIsEnabled) or isinstance(error, OfflineModeIsEnabled)
+    return is_offline or isinstance(error, HFValidationError)
 
 
 def _reason(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import mlx.core as mx
+import numpy as np
 
 from .config import (
     DrafterConfig,
@@ -23,14 +25,14 @@ from .draft_length import MAX_DRAFT_TOKENS
 from .drafter import Drafter
 from .embeddings import MappedEmbedding
 from .engine import GenerationOptions, Model
-from .errors import ConfigError, HubError, OptionError, PairError
+from .errors import ConfigError, HubError, OptionError, PairError, WeightsError
 from .exact import check_exact, make_exact
 from .gemma4 import Target, fuse_projections, lay_out_weights
 from .hub import DRAFTER_FOLDER, Downloads, is_repo, resolve_folder
 from .memory import MemoryPlan, check_memory, memory_size, planner
 from .speculative import Progress, Rounds
 from .tokenizer import load_tokenizer
-from .weights import MLX_PREFIX, count_bytes, drafter_names, fill_module, target_names
+from .weights import count_bytes, drafter_names, fill_module, resolve_head, target_names
 from .worker import Job, Worker
 
 logger = logging.getLogger(__name__)
@@ -40,8 +42,14 @@ PER_LAYER_EMBEDDINGS: tuple[PerLayerEmbeddings, ...] = get_args(PerLayerEmbeddin
 # A small pair, trained on Python source, that is part of the package; its README.md says how it was made.
 DEMO_PAIR = Path(__file__).parent / "demo"
 
-# What publishers of MLX conversions append to a model's name, as in gemma-4-E2B-it-4bit.
-_CONVERSION = re.compile(r"-(\d+bit|bf16|fp16|fp32|mxfp4|mxfp8|nvfp4)(-\w+)?$", re.IGNORECASE)
+# What publishers of conversions append to a model's name, as in gemma-4-E2B-it-4bit or gemma-4-E2B-it-UD-MLX-4bit.
+_PRECISION = r"(?:\d+bit|bf16|fp16|fp32|mxfp4|mxfp8|nvfp4)"
+_KIND = r"(?:mlx|ud|qat|text|dwq|gs\d+|q\d\w*|unquantized)"
+_CONVERSION = re.compile(rf"(?:-(?:{_KIND}|{_PRECISION}))*(?:-{_PRECISION}(?:-\w+)?|-{_KIND})$", re.IGNORECASE)
+# The drafters that Google publishes, by the target's hidden size, and the sizes by which names tell them.
+_OFFICIAL = {1536: "E2B", 2560: "E4B", 3840: "12B", 2816: "26B-A4B", 5376: "31B"}
+# Share of the token ids known to both tokenizers that may stand for other tokens.
+_RENAMED_TOKENS = 0.01
 
 
 def load(
@@ -59,10 +67,10 @@ def load(
     """Load a target and its drafter from folders or the hub: our own, mlx-lm's, mlx-vlm's, or Hugging Face's layout.
 
     `drafter` is a folder or hub id, "none" for plain decoding, or None to look for one: in the folder's `drafter/`,
-    then next to the target as `<target>-assistant`. Where none is found, the model decodes plainly and `Model.drafter`
-    is None. With `exact`, verify passes have the bits of single ones, at whatever that costs on this device.
-    `max_context` is the most tokens of prompt and answer together. `memory_limit`, in bytes, is checked against the
-    weights and the K/V of such a context before anything is loaded.
+    then next to the target as `<target>-assistant`, and so on (see `find_drafter`). Where none is found, the model
+    decodes plainly and `Model.drafter` is None. With `exact`, verify passes have the bits of single ones, at whatever
+    that costs on this device. `max_context` is the most tokens of prompt and answer together. `memory_limit`, in bytes,
+    is checked against the weights and the K/V of such a context before anything is loaded.
 
     `per_layer_embeddings` is for the table of E2B and E4B: "resident" in memory, or "mapped", which leaves it in its
     files and reads a row per token, with the same tokens and one more host read in a round that drafts. "auto" maps it
@@ -95,10 +103,13 @@ def load(
     loaded = None
     if drafter_config is not None:
         loaded = load_drafter(drafter_config, target.dtype, on_read)
+        loaded.suppress(config.suppress_tokens)
         fuse_projections(loaded.model.layers)
         lay_out_weights(loaded)
     elif drafter is None:
-        logger.info("no drafter found for %s: decoding plainly", path_or_repo)
+        official = published_drafter(config)
+        advice = "" if official is None else f" ({how_to_name_a_drafter(config)})"
+        logger.info("no drafter found for %s: decoding plainly%s", path_or_repo, advice)
     if mapped and per_layer_embeddings == "auto":
         logger.info("%s would take more than half of the memory: its per-layer embeddings stay on disk", path_or_repo)
     logger.info("loaded %s in %.1f s", config.path.parent, time.perf_counter() - started)
@@ -187,10 +198,10 @@ def _read_configs(
     if downloads is not None:
         downloads.finish()
     if drafter_folder is None:
-        return config, None
+        return resolve_head(config), None
     drafter_config = read_drafter_config(drafter_folder)
     check_pair(config, drafter_config)
-    return config, drafter_config
+    return resolve_head(config), drafter_config
 
 
 def _expect(downloads: Downloads, path_or_repo: str | Path, drafter: str | Path | None, revision: str | None) -> None:
@@ -201,7 +212,8 @@ def _expect(downloads: Downloads, path_or_repo: str | Path, drafter: str | Path 
             downloads.expect(str(drafter))
     elif files and not any(file.startswith(f"{DRAFTER_FOLDER}/") for file in files):
         # The first that there is.
-        any(downloads.expect(name) for name in assistant_names(str(path_or_repo)))
+        name = str(path_or_repo)
+        any(downloads.expect(name) for name in filter(None, [*assistant_names(name), official_drafter(name)]))
 
 
 def _count(
@@ -267,9 +279,10 @@ def load_target(config: TargetConfig, *, mapped: bool = False, on_read: Callable
     Raises WeightsError if its tensors do not fit the config.
     """
     target = Target(config.text)
+    target.suppress(config.suppress_tokens)
     names = partial(target_names, config=config)
     quantization = config.quantization
-    tensors = fill_module(target, config.path.parent, names, quantization, MLX_PREFIX, _left(mapped), on_read)
+    tensors = fill_module(target, config.path.parent, names, quantization, _left(mapped), on_read)
     if mapped:
         target.embed_tokens_per_layer = MappedEmbedding(target.embed_tokens_per_layer, tensors)
     return target
@@ -283,48 +296,113 @@ def load_drafter(config: DrafterConfig, dtype: mx.Dtype, on_read: Callable[[int]
     drafter = Drafter(config)
     names = partial(drafter_names, config=config)
     fill_module(drafter, config.path.parent, names, config.quantization, on_read=on_read)
-    drafter.set_dtype(dtype)
-    if drafter.masked_embedding is not None:
-        # Published as int64; the ids it yields are compared with the target's int32.
-        drafter.masked_embedding.token_ordering = drafter.masked_embedding.token_ordering.astype(mx.int32)
+    # Published as int64; the ids it yields are compared with the target's int32.
+    head, vocab_size = drafter.masked_embedding, config.text.vocab_size
+    if head is not None:
+        head.token_ordering = _token_ids(config, "masked_embedding.token_ordering", head.token_ordering, vocab_size)
     if drafter.draft_vocab_ids is not None:
-        drafter.draft_vocab_ids = drafter.draft_vocab_ids.astype(mx.int32)
+        size = config.draft_vocab_size
+        drafter.draft_vocab_ids = _token_ids(config, "draft_vocab_ids", drafter.draft_vocab_ids, size)
+    drafter.set_dtype(dtype)
     mx.eval(drafter.parameters())
     return drafter
 
 
-def find_drafter(path_or_repo: str | Path, folder: Path, downloads: Downloads | None = None) -> Path | None:
-    """The drafter that belongs to a target: `drafter/` in its folder, else the sibling `<target>-assistant`.
+def _token_ids(config: DrafterConfig, name: str, values: mx.array, count: int) -> mx.array:
+    """A tensor of `count` different token ids as int32, also if it was cast to a float type that kept them.
 
-    The sibling of a local folder is looked for next to it, that of a hub id on the hub. None if there is none.
+    Raises WeightsError if they are not that, as after a cast that rounds.
+    """
+    found = np.array(values.astype(mx.float32) if mx.issubdtype(values.dtype, mx.floating) else values)
+    ids = np.unique(found[np.isin(found, np.arange(config.text.vocab_size))])
+    if len(ids) != count:
+        raise WeightsError(
+            f"{config.path.parent}: tensor {name} must hold {count} different token ids, found {len(ids)} in "
+            f"{values.dtype}"
+        )
+    return mx.array(found.astype(np.int32))
+
+
+def find_drafter(path_or_repo: str | Path, folder: Path, downloads: Downloads | None = None) -> Path | None:
+    """The drafter that belongs to a target, whose files are in `folder`: `drafter/` there, else one of the names that
+    `assistant_names` gives: of a local folder beside it, or beside what it links to; of a hub id on the hub.
+
+    If the hub has none, and the id names the size of a published model (a fine-tune, or another publisher's
+    conversion), the drafter that Google published for it is taken; where that cannot be had, a warning says why.
+
+    None if there is none. Raises HubError if the hub fails, or refuses a drafter that is there.
     """
     inside = folder / DRAFTER_FOLDER
     if inside.is_dir():
         return inside
-    is_local = Path(path_or_repo).is_dir()
-    for name in assistant_names(Path(path_or_repo).resolve().name if is_local else str(path_or_repo)):
-        if is_local:
-            sibling = Path(path_or_repo).resolve().parent / name
-            if sibling.is_dir():
-                return sibling
-            continue
+    if Path(path_or_repo).is_dir():
+        return _find_sibling(Path(path_or_repo))
+    for name in assistant_names(str(path_or_repo)):
         try:
             return resolve_folder(name, downloads=downloads)
-        except HubError:
-            continue
+        except HubError as error:
+            if not error.is_absent:
+                raise
+    return _find_official(str(path_or_repo), folder, downloads)
+
+
+def _find_sibling(path: Path) -> Path | None:
+    # As it is named, without following a link; then what it links to.
+    for place in (Path(os.path.abspath(path)), path.resolve()):
+        for name in assistant_names(place.name):
+            if (place.parent / name).is_dir():
+                return place.parent / name
     return None
 
 
+def _find_official(repo: str, folder: Path, downloads: Downloads | None) -> Path | None:
+    """The published drafter of a fine-tune: a guess, so that nothing fails if it is not to be had."""
+    name = official_drafter(repo)
+    if name is None:
+        return None
+    config = read_target_config(folder)
+    if name != published_drafter(config):
+        return None
+    try:
+        found = resolve_folder(name, downloads=downloads)
+        check_pair(config, read_drafter_config(found))
+    except (HubError, ConfigError, PairError) as error:
+        if not isinstance(error, HubError) or not error.is_absent:
+            logger.warning("the drafter of %s would be %s, but: %s", repo, name, error)
+        return None
+    logger.info("%s has no drafter of its own: that of the published model is taken, %s", repo, name)
+    return found
+
+
+def official_drafter(repo: str) -> str | None:
+    """The drafter that Google published for the model whose size a hub id names; None if it names none."""
+    sizes = [size for size in _OFFICIAL.values() if re.search(rf"gemma-?4-{size}(?![a-z0-9])", repo, re.IGNORECASE)]
+    return f"google/gemma-4-{sizes[0]}-it-assistant" if sizes else None
+
+
+def published_drafter(config: TargetConfig) -> str | None:
+    """The drafter that Google published for models of a target's shape; None for other shapes."""
+    size = _OFFICIAL.get(config.text.hidden_size)
+    return None if size is None else f"google/gemma-4-{size}-it-assistant"
+
+
+def how_to_name_a_drafter(config: TargetConfig) -> str:
+    """What to say where no drafter was found: "pass --drafter NAME"."""
+    official = published_drafter(config)
+    return "name one with --drafter" if official is None else f"pass --drafter {official}"
+
+
 def assistant_names(name: str) -> Iterator[str]:
-    """Names a target's drafter goes by: gemma-4-E2B-it-4bit -> gemma-4-E2B-it-assistant-4bit, then -bf16."""
+    """Names a target's drafter goes by: gemma-4-E2B-it-4bit -> gemma-4-E2B-it-assistant-4bit, then -bf16, then the
+    unconverted one."""
     conversion = _CONVERSION.search(name)
     if conversion is None:
         yield f"{name}-assistant"
         return
-    base = name[: conversion.start()]
-    yield f"{base}-assistant{conversion.group()}"
-    if conversion.group().lower() != "-bf16":
-        yield f"{base}-assistant-bf16"
+    base, suffix = name[: conversion.start()], conversion.group()
+    precision = re.search(rf"-{_PRECISION}(?![a-z0-9])", suffix, re.IGNORECASE)
+    endings = [suffix, *([] if precision is None else [precision.group()]), "-bf16", ""]
+    yield from dict.fromkeys(f"{base}-assistant{ending}" for ending in endings)
 
 
 def check_pair(target: TargetConfig, drafter: DrafterConfig) -> None:
@@ -353,17 +431,29 @@ def _value(layer: LayerConfig, name: str) -> int:
 
 
 def _check_tokenizers(target: Path, drafter: Path) -> None:
-    """Where both ship a tokenizer, every token must have the same id in both."""
+    """Where both ship a tokenizer, nearly all ids that both know must be of the same tokens.
+
+    The drafter works on ids: it can do without tokens that a fine-tune added or renamed, which is warned of.
+    """
     ours, theirs = target / "tokenizer.json", drafter / "tokenizer.json"
     if not (ours.is_file() and theirs.is_file()) or ours.read_bytes() == theirs.read_bytes():
         return
-    expected, found = _vocabulary(ours), _vocabulary(theirs)
-    for token in sorted(expected.keys() | found.keys()):
-        if expected.get(token) != found.get(token):
-            raise PairError(
-                f"{theirs}: the drafter does not belong to {ours}: its id of token {token!r} is {found.get(token)}, "
-                f"the target's {expected.get(token)}"
-            )
+    expected, found = _tokens(ours), _tokens(theirs)
+    both = expected.keys() & found.keys()
+    renamed = sorted(token for token in both if expected[token] != found[token])
+    first = f"its token {renamed[0]} is {found[renamed[0]]!r}, the target's {expected[renamed[0]]!r}" if renamed else ""
+    if len(renamed) > _RENAMED_TOKENS * len(both):
+        raise PairError(
+            f"{theirs}: the drafter does not belong to {ours}: {first} ({len(renamed)} of {len(both)} differ)"
+        )
+    added = sorted(expected.keys() ^ found.keys())
+    if renamed or added:
+        others = f"{len(renamed)} tokens differ{f' ({first})' if first else ''}, {len(added)} are in one of them alone"
+        logger.warning("%s: not the tokenizer of %s: %s; drafting goes on by ids", theirs, ours, others)
+
+
+def _tokens(path: Path) -> dict[int, str]:
+    return {index: token for token, index in _vocabulary(path).items()}
 
 
 def _vocabulary(path: Path) -> dict[str, int]:

@@ -8,10 +8,12 @@ import re
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .call_syntax import CALL_START, beginning_at_end
+from .control_marks import ControlMarks
 from .engine import GenerationResponse, Model
 from .openai_requests import ChatRequest, CompletionRequest, ResponseRequest
 from .tool_calls import ToolCallDelta, ToolCallParser
@@ -19,6 +21,7 @@ from .tool_calls import ToolCallDelta, ToolCallParser
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 Fields = dict[str, Any]
+Tools = Sequence[Mapping[str, Any]] | None
 
 
 def new_id(kind: str) -> str:
@@ -45,10 +48,24 @@ class Part:
 
 
 class Answer:
-    """All parts of a generation so far. With `has_tools`, calls are read from its text."""
+    """All parts of a generation so far. With `tools`, calls are read from its text.
 
-    def __init__(self, has_tools: bool) -> None:
-        self._parser = ToolCallParser() if has_tools else None
+    `on_unreadable` is told how many calls had arguments that could not be read, whenever there are some. With `is_raw`,
+    the text is as the model wrote it; else marks of control tokens are taken out.
+    """
+
+    def __init__(
+        self,
+        tools: Tools = None,
+        on_unreadable: Callable[[int], object] = lambda count: None,
+        *,
+        is_raw: bool = False,
+    ) -> None:
+        self._parser = None if tools is None else ToolCallParser(tools)
+        self._marks = None if is_raw else ControlMarks(has_tools=tools is not None)
+        self._on_unreadable = on_unreadable
+        # Of a thought that is not closed yet, all from its first call on: a call, unless the thought is closed.
+        self._held_thought = ""
         self.text = ""
         self.thought = ""
         self.calls: list[Call] = []
@@ -56,18 +73,43 @@ class Answer:
         self.last: GenerationResponse | None = None
 
     def add(self, response: GenerationResponse) -> Part:
-        text, calls = response.text, list[ToolCallDelta]()
-        if self._parser is not None:
-            text, calls = self._parser.add(text, is_last=response.finish_reason is not None)
+        thought, called = self._read_thought(response)
+        text, calls = self._read_calls(called + response.text, response.finish_reason)
+        if self._marks is not None:
+            text, before = self._marks.add(text, is_last=response.finish_reason is not None)
+            thought += before
         for call in calls:
             if call.name is not None:
                 self.calls.append(Call(call.name))
             self.calls[call.index].arguments += call.arguments
         self.text += text
-        self.thought += response.thought
+        self.thought += thought
         self.thought_tokens += response.in_thought
         self.last = response
-        return Part(response, text, response.thought, calls)
+        return Part(response, text, thought, calls)
+
+    def _read_calls(self, text: str, end: str | None) -> tuple[str, list[ToolCallDelta]]:
+        """The content and the calls that a text makes known. `end` is the finish reason."""
+        if self._parser is None:
+            return text, []
+        unreadable = self._parser.unreadable
+        found = self._parser.add(text, is_last=end is not None, is_cut=end == "length")
+        if self._parser.unreadable > unreadable:
+            self._on_unreadable(self._parser.unreadable - unreadable)
+        return found
+
+    def _read_thought(self, response: GenerationResponse) -> tuple[str, str]:
+        """The thought that is known to be one, and the calls of a thought that the model ended without closing it."""
+        self._held_thought, thought = "", self._held_thought + response.thought
+        if self._parser is None or not response.in_thought:
+            return thought, ""
+        start = thought.find(CALL_START)
+        if response.finish_reason == "stop" and start >= 0:
+            return thought[:start], thought[start:]
+        if response.finish_reason is None:
+            ready = start if start >= 0 else len(thought) - beginning_at_end(thought, CALL_START)
+            thought, self._held_thought = thought[:ready], thought[ready:]
+        return thought, ""
 
     @property
     def finish_reason(self) -> str | None:
@@ -177,10 +219,10 @@ def sse(data: Fields | str, event: str | None = None) -> str:
 class ChatForm(Form):
     """`/v1/chat/completions`."""
 
-    def __init__(self, request: ChatRequest, name: str, tokens: Tokens, has_tools: bool) -> None:
+    def __init__(self, request: ChatRequest, name: str, tokens: Tokens, answer: Answer) -> None:
         super().__init__(name, tokens)
         self.request = request
-        self.answer = Answer(has_tools)
+        self.answer = answer
         self.id = new_id("chatcmpl-")
         self._logprobs: list[Fields] = []
 
@@ -265,7 +307,7 @@ class CompletionForm(Form):
     def __init__(self, request: CompletionRequest, name: str, tokens: Tokens) -> None:
         super().__init__(name, tokens)
         self.request = request
-        self.answer = Answer(has_tools=False)
+        self.answer = Answer(is_raw=True)
         self.id = new_id("cmpl-")
         self._logprobs = _empty_logprobs()
 
@@ -276,10 +318,10 @@ class CompletionForm(Form):
         for name, values in (logprobs or {}).items():
             self._logprobs[name] += values
         if part.text or logprobs is not None or self.request.include_stats:
-            yield sse(self._body(part.text, logprobs, None) | self._stats(response))
+            yield sse(self._chunk(part.text, logprobs, None) | self._stats(response))
 
     def end(self) -> Iterator[str]:
-        yield sse(self._body("", None, self.answer.finish_reason) | self._stats(self.answer.last))
+        yield sse(self._chunk("", None, self.answer.finish_reason) | self._stats(self.answer.last))
         if self.request.stream_options.include_usage:
             yield sse(self._head() | {"choices": [], "usage": usage(self.answer)})
         yield sse("[DONE]")
@@ -304,6 +346,11 @@ class CompletionForm(Form):
         choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
         return self._head() | {"choices": [choice]}
 
+    def _chunk(self, text: str, logprobs: Fields | None, finish_reason: str | None) -> Fields:
+        # As in a chat: where the usage comes last, it is null before.
+        counts = self.request.stream_options.include_usage
+        return self._body(text, logprobs, finish_reason) | ({"usage": None} if counts else {})
+
     def _head(self) -> Fields:
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.name}
 
@@ -315,16 +362,34 @@ def _empty_logprobs() -> Fields:
     return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
 
+def _without_bytes(logprobs: list[Fields]) -> list[Fields]:
+    """Log probabilities as events of `/v1/responses` have them."""
+    return [
+        {
+            "token": found["token"],
+            "logprob": found["logprob"],
+            "top_logprobs": [{"token": top["token"], "logprob": top["logprob"]} for top in found["top_logprobs"]],
+        }
+        for found in logprobs
+    ]
+
+
+def _with_bytes(logprob: Fields) -> Fields:
+    """A log probability as items of `/v1/responses` have it: its bytes are always a list."""
+    tops = [top | {"bytes": top["bytes"] or []} for top in logprob["top_logprobs"]]
+    return logprob | {"bytes": logprob["bytes"] or [], "top_logprobs": tops}
+
+
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
 
 class ResponseForm(Form):
     """`/v1/responses`: an answer is a list of items, one open at a time: thoughts, messages, calls."""
 
-    def __init__(self, request: ResponseRequest, name: str, tokens: Tokens, has_tools: bool) -> None:
+    def __init__(self, request: ResponseRequest, name: str, tokens: Tokens, answer: Answer) -> None:
         super().__init__(name, tokens)
         self.request = request
-        self.answer = Answer(has_tools)
+        self.answer = answer
         self.id = new_id("resp_")
         self._output: list[Fields] = []
         # Of the item that is open: what its text is called in it.
@@ -378,8 +443,10 @@ class ResponseForm(Form):
             yield self._item_event("response.reasoning_text.delta", content_index=0, delta=text)
             return
         added = [] if logprobs is None else [logprobs]
-        content["logprobs"] += added
-        yield self._item_event("response.output_text.delta", content_index=0, delta=text, logprobs=added)
+        content["logprobs"] += [_with_bytes(found) for found in added]
+        yield self._item_event(
+            "response.output_text.delta", content_index=0, delta=text, logprobs=_without_bytes(added)
+        )
 
     def _start_text(self, kind: str) -> Iterator[str]:
         if kind == "reasoning":
@@ -413,7 +480,9 @@ class ResponseForm(Form):
         else:
             content = item["content"][0]
             is_thought = item["type"] == "reasoning"
-            done = {"text": content["text"]} if is_thought else {k: content[k] for k in ("text", "logprobs")}
+            done = {"text": content["text"]}
+            if not is_thought:
+                done["logprobs"] = _without_bytes(content["logprobs"])
             kind = "reasoning_text" if is_thought else "output_text"
             yield self._item_event(f"response.{kind}.done", content_index=0, **done)
             yield self._item_event("response.content_part.done", content_index=0, part=content)
@@ -462,7 +531,8 @@ class ResponseForm(Form):
             if counted is None
             else {
                 "input_tokens": counted["prompt_tokens"],
-                "input_tokens_details": counted["prompt_tokens_details"],
+                # OpenAI counts here the tokens it charges for keeping: none are.
+                "input_tokens_details": counted["prompt_tokens_details"] | {"cache_write_tokens": 0},
                 "output_tokens": counted["completion_tokens"],
                 "output_tokens_details": {"reasoning_tokens": answer.thought_tokens},
                 "total_tokens": counted["total_tokens"],

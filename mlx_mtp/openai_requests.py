@@ -5,20 +5,24 @@ which fields are accepted though they have no effect here.
 """
 
 import json
+import logging
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic.fields import FieldInfo
 
+from .answer_schema import answer_schema
 from .draft_length import MAX_DRAFT_TOKENS
 from .engine import GenerationOptions
 from .errors import OptionError, PromptError
 from .openai_fields import Budget, Limit, LookBack, Strings, TopK, Whole, check_others, refuse, unknown
 from .sampling import SMALLEST, AcceptanceRule, Sampling
 from .tool_grammar import tool_grammar
+
+logger = logging.getLogger(__name__)
 
 JSON_OBJECT = {"type": "object"}
 # What other servers call `max_tokens`.
@@ -254,6 +258,7 @@ class Task:
 
     `template_options` are switches of the chat template. `prefill` is the beginning of an answer to messages: the
     generation goes on after it.
+    `not_enforced` are the keywords of the request's schemas that the answer may not follow, as `PLACE: KEYWORD`.
     """
 
     prompt: str | Sequence[int] | Messages
@@ -261,6 +266,15 @@ class Task:
     tools: Sequence[Mapping[str, Any]] | None = None
     template_options: Mapping[str, Any] = field(default_factory=dict)
     prefill: str = ""
+    not_enforced: tuple[str, ...] = ()
+
+
+class AnswerForm(NamedTuple):
+    """The form that an answer must have, and the keywords that it does not hold the answer to."""
+
+    json_schema: Mapping[str, Any] | None = None
+    grammar: str | None = None
+    not_enforced: tuple[str, ...] = ()
 
 
 class ThinkingOptions(Fields):
@@ -347,16 +361,21 @@ class ChatRequest(ConversationRequest):
             raise OptionError("top_logprobs is given, but logprobs is not")
         tools = [tool.model_dump(exclude_none=True) for tool in self.tools]
         choice = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else self.tool_choice
-        schema = _schema(self.response_format)
+        form = _answer_form(tools, choice, self.parallel_tool_calls, self.response_format)
         options = self.conversation_options(
             default,
             max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            json_schema=schema,
-            grammar=_tool_grammar(tools, choice, self.parallel_tool_calls, schema),
+            json_schema=form.json_schema,
+            grammar=form.grammar,
         )
-        has_tools = choice != "none" and bool(tools)
-        return Task(chat_messages(self.messages), options, tools if has_tools else None, self.template_options())
+        return Task(
+            chat_messages(self.messages),
+            options,
+            tools if choice != "none" and tools else None,
+            self.template_options(),
+            not_enforced=form.not_enforced,
+        )
 
 
 class CompletionRequest(Request):
@@ -543,17 +562,22 @@ class ResponseRequest(ConversationRequest):
         if isinstance(self.tool_choice, OtherTool):
             raise OptionError(f"tool_choice is of type {self.tool_choice.type!r}: there are only functions here")
         choice = self.tool_choice.name if isinstance(self.tool_choice, ResponseNamedTool) else self.tool_choice
-        schema = _schema(self.text.format)
+        form = _answer_form(tools, choice, self.parallel_tool_calls, self.text.format)
         asks_logprobs = "message.output_text.logprobs" in self.include or bool(self.top_logprobs)
         options = self.conversation_options(
             default,
             max_tokens=self.max_output_tokens,
             logprobs=(self.top_logprobs or 0) if asks_logprobs else None,
-            json_schema=schema,
-            grammar=_tool_grammar(tools, choice, self.parallel_tool_calls, schema),
+            json_schema=form.json_schema,
+            grammar=form.grammar,
         )
-        has_tools = choice != "none" and bool(tools)
-        return Task(chat_messages(self._messages()), options, tools if has_tools else None, self.template_options())
+        return Task(
+            chat_messages(self._messages()),
+            options,
+            tools if choice != "none" and tools else None,
+            self.template_options(),
+            not_enforced=form.not_enforced,
+        )
 
     def _messages(self) -> list[Message]:
         messages: list[Message] = []
@@ -638,33 +662,51 @@ def _arguments_object(text: str) -> dict[str, Any] | str:
     return found if isinstance(found, dict) else text
 
 
-def _schema(wanted: TextFormat | JsonSchemaFormat | ResponseSchema) -> dict[str, Any] | None:
-    """The JSON Schema that the answer must follow, if any."""
+ResponseFormat: TypeAlias = TextFormat | JsonSchemaFormat | ResponseSchema
+
+
+def _answer_form(tools: Sequence[Mapping[str, Any]], choice: str, parallel: bool, wanted: ResponseFormat) -> AnswerForm:
+    """The form that an answer with these tools must have. What is not enforced is logged.
+
+    Raises OptionError for what cannot be done, or not in full though it is strict.
+    """
+    _check_choice(tools, choice)
+    schema, left = _schema(wanted) if choice in ("none", "auto") else (None, ())
+    if not tools or choice == "none":
+        form = AnswerForm(json_schema=schema, not_enforced=left)
+    elif choice == "auto" and parallel and schema is None and not any(_is_strict(tool) for tool in tools):
+        form = AnswerForm()
+    else:
+        grammar = tool_grammar(tools, choice, parallel=parallel, answer=schema)
+        form = AnswerForm(grammar=grammar.text, not_enforced=(*grammar.not_enforced, *left))
+    if form.not_enforced:
+        logger.warning("not enforced of the schemas of a request: %s", ascii(", ".join(form.not_enforced)))
+    return form
+
+
+def _schema(wanted: ResponseFormat) -> tuple[Mapping[str, Any] | None, tuple[str, ...]]:
+    """The JSON Schema that the answer must follow, if any, and what was left out of it."""
     if isinstance(wanted, TextFormat):
-        return JSON_OBJECT if wanted.type == "json_object" else None
-    return wanted.json_schema.schema_ if isinstance(wanted, JsonSchemaFormat) else wanted.schema_
+        return (JSON_OBJECT if wanted.type == "json_object" else None), ()
+    named = wanted.json_schema if isinstance(wanted, JsonSchemaFormat) else wanted
+    return answer_schema(named.schema_, is_strict=named.strict)
 
 
-def _tool_grammar(
-    tools: Sequence[Mapping[str, Any]], choice: str, parallel: bool, schema: Mapping[str, Any] | None
-) -> str | None:
-    """The grammar of an answer whose calls must be well-formed: where one is demanded, at most one is allowed, or a
-    tool is strict. None leaves the model free."""
+def _is_strict(tool: Mapping[str, Any]) -> bool:
+    return tool["function"].get("strict") is True
+
+
+def _check_choice(tools: Sequence[Mapping[str, Any]], choice: str) -> None:
+    """Raises OptionError for tools that are named alike, and for a choice of none of them."""
     if not tools:
         if choice not in ("none", "auto"):
             raise OptionError(f"tool_choice is {choice!r}, but no tools are given")
-        return None
+        return
     names = [tool["function"]["name"] for tool in tools]
     if len(set(names)) < len(names):
         raise OptionError(f"tools must have names of their own, found {', '.join(names)}")
     if choice not in ("none", "auto", "required", *names):
         raise OptionError(f"tool_choice names {choice!r}, the tools are {', '.join(names)}")
-    is_strict = any(tool["function"].get("strict") for tool in tools)
-    if choice == "none" or (choice == "auto" and parallel and not is_strict and schema is None):
-        return None
-    if schema is not None:
-        raise OptionError("tools cannot be combined with a response_format other than text, unless tool_choice is none")
-    return tool_grammar(tools, choice, parallel=parallel)
 
 
 def _token_id(token: str) -> int:

@@ -1,5 +1,8 @@
 """Folders that appear only when they are complete."""
 
+import fcntl
+import glob
+import logging
 import os
 import shutil
 import tempfile
@@ -9,12 +12,16 @@ from pathlib import Path
 
 from .errors import OutputError
 
+logger = logging.getLogger(__name__)
+
 
 def check_output(output: Path, option: str, overwrite: bool) -> None:
-    """Check a folder that is yet to be written, named by a command line's `option`.
+    """Check a folder that is yet to be written, named by a command line's `option`, once what is left of it by a run
+    that was killed is removed.
 
     Raises OutputError if it exists and may not be replaced, or nothing can be written next to it.
     """
+    remove_abandoned(output)
     if os.path.lexists(output):
         if not overwrite:
             raise OutputError(f"{output}: exists already; choose another {option}, or replace it with --overwrite")
@@ -40,9 +47,11 @@ def new_folder(output: Path) -> Iterator[Path]:
     """
     created = [parent for parent in output.parents if not parent.exists()]
     workspace: Path | None = None
+    lock: int | None = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        workspace = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+        workspace = Path(tempfile.mkdtemp(prefix=_workspace_prefix(output), dir=output.parent))
+        lock = _lock(workspace)
         # Inside, because the workspace itself is closed to other users.
         new = workspace / "new"
         new.mkdir()
@@ -55,6 +64,8 @@ def new_folder(output: Path) -> Iterator[Path]:
     finally:
         if workspace is not None:
             _clean_up(output, workspace)
+        if lock is not None:
+            os.close(lock)
         if not os.path.lexists(output):
             with suppress(OSError):
                 for parent in created:
@@ -69,6 +80,50 @@ def _clean_up(output: Path, workspace: Path) -> None:
     shutil.rmtree(workspace, ignore_errors=True)
 
 
+def remove_abandoned(output: Path) -> None:
+    """Remove what a run that was killed left of a folder it wrote, and name it. Where it was killed while it replaced
+    the folder, that is put back."""
+    for workspace in sorted(output.parent.glob(f"{glob.escape(_workspace_prefix(output))}*")):
+        lock = _lock(workspace)
+        if lock is None:
+            continue
+        try:
+            logger.warning("%s: left by a run that was killed, removed", workspace)
+            _clean_up(output, workspace)
+        finally:
+            os.close(lock)
+
+
+def _workspace_prefix(output: Path) -> str:
+    return f".{output.name}.partial-"
+
+
+def _lock(workspace: Path) -> int | None:
+    """An open descriptor that marks a folder as in use until it is closed, or the process ends; None if another one
+    does, or the file system has no locks."""
+    descriptor: int | None = None
+    try:
+        descriptor = os.open(workspace, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor
+
+
+def check_file(file: Path) -> None:
+    """Raise OutputError if no file can be written under this name."""
+    if file.is_dir() or not file.parent.is_dir():
+        raise OutputError(f"{file}: cannot be written: it is a folder, or would lie in none")
+    part = _part(file, ".safetensors")
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be written: {error.strerror}") from None
+
+
 def replace_text(file: Path, text: str) -> None:
     """Write a file that appears only when it is whole. Raises OutputError if it cannot be written."""
     with new_file(file) as part:
@@ -76,12 +131,12 @@ def replace_text(file: Path, text: str) -> None:
 
 
 @contextmanager
-def new_file(file: Path) -> Iterator[Path]:
-    """A name next to a file, of the same ending, for what takes its place at the end; removed if anything fails.
+def new_file(file: Path, ending: str = "") -> Iterator[Path]:
+    """A name next to a file, with this ending, for what takes its place at the end; removed if anything fails.
 
     Raises OutputError if writing fails.
     """
-    part = file.with_name(f".{file.stem}.part{file.suffix}")
+    part = _part(file, ending)
     try:
         yield part
         os.replace(part, file)
@@ -90,3 +145,7 @@ def new_file(file: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def _part(file: Path, ending: str) -> Path:
+    return file.with_name(f".{file.name}.part{ending}")

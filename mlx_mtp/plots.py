@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import OptionError, OutputError
-from .output import existing_parent, new_folder
+from .output import existing_parent, new_folder, remove_abandoned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,6 +16,7 @@ def check_plots(folder: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise OptionError(f"--plot needs matplotlib ({error}): pip install 'mlx-mtp[plot]'") from None
+    remove_abandoned(folder)
     if folder.exists():
         raise OutputError(f"{folder}: exists already; choose another --plot")
     if not existing_parent(folder).is_dir():

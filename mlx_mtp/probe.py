@@ -4,9 +4,15 @@ Devices compute several rows with other kernels than one row, and these round di
 token is another one, the text is not that of plain decoding, and a good draft is rejected.
 """
 
-import argparse
-import json
 import sys
+
+if __name__ == "__main__":
+    # Before anything that takes time is imported.
+    from mlx_mtp.commands import run_command
+
+    sys.exit(run_command("probe"))
+
+import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,11 +23,12 @@ from huggingface_hub.utils import tqdm
 
 from .bench import KINDS, environment, names, prompt
 from .cache import Cache
-from .cli import add_model_options, exit_status, load_or_demo
+from .cli import add_model_options, load_or_demo
 from .engine import Model
 from .errors import OptionError
 from .exact import MAX_ROWS, ExactRows, ExactTable
 from .gemma4 import Experts, Router, Target
+from .shell import Parser, exit_status, write_json, write_out
 
 # Tokens before those that are compared.
 _CONTEXT = 64
@@ -40,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_mtp.probe",
         description="Compare passes over several rows with passes over one, as plain decoding makes them: bits, most "
         "likely tokens, and the draft tokens rejected because of it.",
@@ -68,8 +75,8 @@ def _run(args: argparse.Namespace) -> int:
     report["rows"] = {str(n): found | {"first_difference": where[n]} for n, found in rows.items()}
     report["acceptance"] = lost
     if not args.json:
-        print(_table(report))
-    print(json.dumps(report), flush=True)
+        write_out(_table(report))
+    write_json(report)
     return 0
 
 
@@ -225,7 +232,3 @@ def _table(report: dict[str, Any]) -> str:
             f"single passes, {single - several:.3f} lost in {lost['rounds']} rounds"
         )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

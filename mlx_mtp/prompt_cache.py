@@ -137,7 +137,8 @@ def _reusable(entry: Entry, prompt: list[int]) -> Iterator[Reused]:
 
 
 def save(entry: Entry, file: Path, identity: str) -> None:
-    """Write a text's K/V to a safetensors file, which appears only when it is whole. `identity` is the model's.
+    """Write a text's K/V to a safetensors file of exactly this name, which appears only when it is whole. `identity` is
+    the model's.
 
     Raises OutputError if it cannot be written.
     """
@@ -152,12 +153,19 @@ def save(entry: Entry, file: Path, identity: str) -> None:
                 for index, part in enumerate(parts_of(rows)):
                     arrays[f"{kind}.{layer}.{name}.{index}"] = mx.contiguous(part[:, :, :count])
     header = {"format": FORMAT, "model": identity, "kind": entry.kind, "checksum": _checksum(arrays)}
-    with new_file(file) as part_file:
+    # MLX appends the ending to other names.
+    with new_file(file, ".safetensors") as part_file:
         try:
             mx.save_safetensors(str(part_file), arrays, {"mlx_mtp": json.dumps(header)})
         except RuntimeError as error:
             # What MLX raises where a file cannot be opened or written.
             raise OSError(str(error)) from None
+
+
+def check(file: Path) -> None:
+    """Raises PromptCacheError if the file is absent, or not what `save` wrote. The model's and the data's fit show when
+    it is loaded."""
+    _read_header(file)
 
 
 def load(file: Path, identity: str) -> Entry:
@@ -173,7 +181,7 @@ def load(file: Path, identity: str) -> Entry:
                 f"expected {expected!r}"
             )
     try:
-        arrays: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
+        arrays: dict[str, mx.array] = mx.load(str(file), format="safetensors")  # type: ignore[assignment]
         if header.get("checksum") != _checksum(arrays):
             raise PromptCacheError(f"{file}: a damaged prompt cache: its checksum is not that of its data")
         max_block, quantization = header["kind"]
@@ -200,8 +208,8 @@ def _rows(arrays: dict[str, mx.array], name: str, kind: Kind) -> Rows:
 def _read_header(file: Path) -> dict[str, Any]:
     """What `save` wrote beside the arrays, once the file is known to be whole."""
     try:
-        read_header(file)
         with file.open("rb") as stream:
+            read_header(file)
             content = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         header: dict[str, Any] = json.loads(content["__metadata__"]["mlx_mtp"])
         if not isinstance(header, dict):

@@ -10,12 +10,16 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import mlx.core as mx
+import numpy as np
 
+from .config import SamplingDefaults
 from .errors import OptionError
 
 AcceptanceRule = Literal["block", "coupled"]
 # Least temperature above 0, and least top_p: less leaves nothing but rounding of float32.
 SMALLEST = 1e-6
+# Above it a bias would be infinite in float32.
+_LARGEST_BIAS = float(np.finfo(np.float32).max)
 ACCEPTANCE_RULES: tuple[AcceptanceRule, ...] = ("block", "coupled")
 
 
@@ -23,9 +27,9 @@ ACCEPTANCE_RULES: tuple[AcceptanceRule, ...] = ("block", "coupled")
 class Sampling:
     """How tokens are drawn. The defaults decode greedily.
 
-    `logit_bias` and the penalties act on the logits first, as in mlx-lm: `repetition_penalty` divides (1 is none), the
-    others subtract (0 is none), each for the tokens among the last `..._context_size`, prompt included. They hold for
-    greedy decoding too.
+    `logit_bias` and the penalties act on the logits first, as in mlx-lm. A bias of -inf excludes its token.
+    `repetition_penalty` divides (1 is none), the others subtract (0 is none), each for the tokens among the last
+    `..._context_size`, prompt included. They hold for greedy decoding too.
 
     `top_k` 0, `top_p` 1, `min_p` 0 and `xtc_probability` 0 leave the distribution as it is. The same seed gives the
     same tokens; with `acceptance` "coupled" it does whatever is drafted, with "block" for the same number of draft
@@ -79,9 +83,11 @@ class Sampling:
             name = "top_p" if self.top_p < SMALLEST else "temperature"
             raise OptionError(f"{name} must be at least {SMALLEST:g}, found {vars(self)[name]:g}")
         for token, bias in self.logit_bias.items():
-            is_valid = isinstance(token, int) and isinstance(bias, int | float) and math.isfinite(bias)
-            if isinstance(token, bool) or not is_valid:
+            is_valid = isinstance(token, int) and isinstance(bias, int | float) and bias < math.inf
+            if isinstance(token, bool) or isinstance(bias, bool) or not is_valid:
                 raise OptionError(f"logit_bias must map token ids to finite numbers, found {token!r}: {bias!r}")
+            if bias != -math.inf and abs(bias) > _LARGEST_BIAS:
+                raise OptionError(f"logit_bias of token {token} must be finite in float32, found {bias:g}")
         if self.acceptance not in ACCEPTANCE_RULES:
             raise OptionError(f"acceptance must be one of {', '.join(ACCEPTANCE_RULES)}, found {self.acceptance!r}")
 
@@ -119,6 +125,19 @@ class Sampling:
         least = mx.where(above, probabilities, mx.inf).min(axis=-1, keepdims=True)
         applies = coins[:, None] < self.xtc_probability
         return mx.where(applies & (probabilities > least), -mx.inf, x)
+
+
+def default_sampling(defaults: SamplingDefaults, max_context: int) -> Sampling:
+    """How a model's makers sample, as options. Their repetition penalty looks at the whole text, as in transformers."""
+    temperature, top_p = defaults.temperature, max(defaults.top_p, SMALLEST)
+    chosen = Sampling(
+        temperature=max(temperature, SMALLEST) if temperature else 0.0,
+        top_k=defaults.top_k,
+        top_p=top_p,
+        min_p=defaults.min_p,
+        repetition_penalty=defaults.repetition_penalty,
+    )
+    return chosen if defaults.repetition_penalty == 1 else replace(chosen, repetition_context_size=max_context)
 
 
 class Penalties:

@@ -3,14 +3,22 @@
 Prints the address to stdout once it serves; everything else goes to stderr.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Before anything that takes time is imported.
+    from mlx_mtp.commands import run_command
+
+    sys.exit(run_command("server"))
+
 import argparse
 import asyncio
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +32,7 @@ from .cli import (
     add_sampling_options,
     add_thinking_options,
     calibrate,
-    exit_status,
+    given_sampling,
     load_or_demo,
     read_kv_options,
     read_sampling,
@@ -33,6 +41,7 @@ from .engine import GenerationOptions, Model
 from .errors import ClosedError, OptionError, ServerError
 from .load import DEMO_PAIR
 from .memory import parse_bytes
+from .shell import Parser, exit_status, write_out
 from .worker import Worker
 
 if TYPE_CHECKING:
@@ -52,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_mtp.server",
         description="Serve Gemma 4 with its drafter over OpenAI's API, one request after the other.",
     )
@@ -140,8 +149,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> GenerationOptions:
-    """What requests begin with, but for sampling."""
+    """What requests begin with; where no sampling is given, the model has a say in it."""
     return GenerationOptions(
+        sampling=given_sampling(args),
         max_tokens=args.max_tokens,
         num_draft_tokens=args.num_draft_tokens,
         enable_thinking=args.enable_thinking,
@@ -153,7 +163,7 @@ def _options(args: argparse.Namespace) -> GenerationOptions:
 def _check(args: argparse.Namespace) -> None:
     for name, least in (("max_queue", 0), ("max_body_size", 1), ("shutdown_timeout", 0), ("max_prompt_tokens", 1)):
         value = vars(args)[name]
-        if value is not None and value < least:
+        if value is not None and not least <= value < math.inf:
             raise OptionError(f"--{name.replace('_', '-')} must be at least {least}, found {value}")
     if not 0 <= args.port <= 65535:
         raise OptionError(f"--port must be between 0 and 65535, found {args.port}")
@@ -221,7 +231,7 @@ async def _until_stopped(app: Any, service: "Service", listener: socket.socket, 
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            print(_address(listener), flush=True)
+            write_out(_address(listener))
 
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
@@ -257,7 +267,3 @@ async def _until_stopped(app: Any, service: "Service", listener: socket.socket, 
 def _address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

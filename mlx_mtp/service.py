@@ -47,7 +47,7 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, OptionError | PromptError):
         # Messages of options begin with the option's name.
-        name = str(error).split(" ", 1)[0].split("[")[0]
+        name = str(error).split(" ", 1)[0].split("[")[0].rstrip(":")
         return ApiError(400, str(error), code="invalid_value", param=name if name.isidentifier() else None)
     if isinstance(error, BusyError):
         return ApiError(429, str(error), code="queue_full")
@@ -83,6 +83,9 @@ class Metrics:
         self.rounds = add(Counter, "rounds", "Verify passes.")
         self.drafted = add(Counter, "draft_tokens", "Draft tokens.")
         self.accepted = add(Counter, "accepted_draft_tokens", "Draft tokens accepted.")
+        self.unreadable_calls = add(
+            Counter, "unreadable_tool_calls", "Tool calls whose arguments were passed on as the model wrote them."
+        )
         self.first_token = add(Histogram, "time_to_first_token_seconds", "From the request to its first token.")
         self.duration = add(Histogram, "generation_seconds", "From the first look at a prompt to the end.")
         self.tokens_per_second = add(Gauge, "tokens_per_second", "Of the last generation.")

@@ -213,6 +213,12 @@ class Rounds:
         return run
 
 
+def check_logprobs(logprobs: int | None, vocab_size: int) -> None:
+    """Raises OptionError for more than there are tokens."""
+    if logprobs is not None and logprobs > vocab_size:
+        raise OptionError(f"logprobs is {logprobs}, more than the vocabulary of {vocab_size}")
+
+
 class Stream:
     """The state of one sequence: K/V cache, bonus token (emitted, not yet in the cache) and the hidden state behind it.
 
@@ -243,8 +249,7 @@ class Stream:
         self.guide = guide
         self.rounds = rounds
         self.exact = exact
-        if logprobs is not None and logprobs > target.config.vocab_size:
-            raise OptionError(f"logprobs is {logprobs}, more than the vocabulary of {target.config.vocab_size}")
+        check_logprobs(logprobs, target.config.vocab_size)
         self.logprobs = logprobs
         self.host_reads = 0
         # Those in the cache and, in the end, the bonus token.
@@ -486,7 +491,10 @@ class Stream:
             size = self._penalties.context_size
             text = mx.concatenate([self._context, draft.tokens[0]])
             contexts = mx.stack([text[row : row + size] for row in range(rows)])
-            logits = self._process(self._penalties(self.target.soft_cap(logits), contexts), draft.tokens[0])
+            own = self.target.without_suppressed(self.target.soft_cap(logits))
+            logits = self._process(self._penalties(own, contexts), draft.tokens[0])
+        else:
+            logits = self.target.without_suppressed(logits)
         if masks is not None:
             logits = mx.where(masks, logits, -mx.inf)
         if sampling.is_greedy:
@@ -529,7 +537,7 @@ class Stream:
         """Per row the token's log probability, then the ids and the log probabilities of the most likely: float32."""
         if self.logprobs is None:
             return mx.zeros(0)
-        capped = self.target.soft_cap(logits).astype(mx.float32)
+        capped = self.target.without_suppressed(self.target.soft_cap(logits)).astype(mx.float32)
         values = capped - mx.logsumexp(capped, axis=-1, keepdims=True)
         # Stable order: the most likely first, equal ones by id.
         top = mx.argsort(-values, axis=-1)[:, : self.logprobs]

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from .call_syntax import CALL_END, CALL_START, beginning_at_end
 from .guide import Channel
-from .tool_calls import CALL_END, CALL_START, beginning_at_end
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -98,7 +98,7 @@ class _StopStrings:
         if call >= 0:
             self._in_call = True
             return self._cut(call + len(CALL_START)), True, None
-        held = 0 if is_last else max(beginning_at_end(self._held, mark) for mark in (*self._stop, CALL_START))
+        held = 0 if is_last else beginning_at_end(self._held, *self._stop, CALL_START)
         return self._cut(len(self._held) - held), False, None
 
     def _take_call(self, is_last: bool) -> tuple[str, bool, str | None]:

@@ -1,12 +1,17 @@
 """Tokenizer of a checkpoint folder: chat template and streaming detokenizer, thin over mlx-lm's wrapper."""
 
+import json
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .chat_template import render_conversation
-from .errors import PromptError, TokenizerError
+from .config import read_json
+from .errors import ConfigError, PromptError, TokenizerError
+from .files import BYTE_ORDER_MARK, fault, read_text
 from .guide import Channel
 from .tool_schemas import usable_tools
 
@@ -22,25 +27,108 @@ _NOT_SWITCHES = {
     "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens", "tokenize",
     "tokenizer_kwargs", "tools", "truncation",
 }  # fmt: skip
+_OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
 
 
 def load_tokenizer(folder: Path, eos_token_ids: tuple[int, ...]) -> "TokenizerWrapper":
     """The folder's tokenizer, stopping at these ids. Raises TokenizerError if it has none or it cannot be read."""
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise TokenizerError(f"{folder}: the folder has no tokenizer: expected {' or '.join(_TOKENIZER_FILES)}")
+    _vocabulary_file(folder)
     # Imported here: mlx-lm brings transformers along, seconds that --help and the converter have no use for.
     from mlx_lm import tokenizer_utils
 
     try:
-        tokenizer = tokenizer_utils.load(folder, eos_token_ids=list(eos_token_ids))
-    except (ValueError, OSError, KeyError) as error:
+        with _without_marks(folder) as source:
+            tokenizer = tokenizer_utils.load(source, _chat_template_json(folder), eos_token_ids=list(eos_token_ids))
+    # Rust raises nothing but Exception, and transformers what its guesses run into.
+    except Exception as error:
+        check_tokenizer(folder)
         raise TokenizerError(f"{folder}: the tokenizer cannot be read: {error}") from error
     if not (folder / "tokenizer.json").is_file():
         # mlx-lm knows sentencepiece by tokenizer.json; its general detokenizer repeats characters split into bytes.
         tokenizer._detokenizer = tokenizer_utils.SPMStreamingDetokenizer(tokenizer, trim_space=False)
+    _name_a_default(tokenizer)
     # The context's limit is checked where decoding starts; transformers would warn of a limit of its own.
     tokenizer.model_max_length = sys.maxsize
     return tokenizer
+
+
+def _chat_template_json(folder: Path) -> dict[str, Any]:
+    """The field of tokenizer_config.json that older processors kept in a file of its own, if it is nowhere else."""
+    file, config = folder / "chat_template.json", folder / "tokenizer_config.json"
+    elsewhere = (folder / "chat_template.jinja").is_file() or (folder / "additional_chat_templates").is_dir()
+    if not file.is_file() or elsewhere or (config.is_file() and read_json(config).get("chat_template")):
+        return {}
+    template = read_json(file).get("chat_template")
+    if not isinstance(template, str | list):
+        raise TokenizerError(f"{file}: field chat_template must be a template or a list of named ones")
+    return {"chat_template": template}
+
+
+def _name_a_default(tokenizer: "TokenizerWrapper") -> None:
+    """Of several named templates, transformers takes `tool_use` for tools and `default` otherwise. Where there is no
+    default, one that is alone is taken, and several are an error when a template is needed."""
+    templates = tokenizer.chat_template
+    if not isinstance(templates, dict) or "default" in templates:
+        return
+    names = sorted(templates)
+    message = f"the model has chat templates named {', '.join(names)}, but none named default"
+    refusal = "{{ raise_exception(" + json.dumps(message) + ") }}"
+    tokenizer.chat_template = templates | {"default": templates[names[0]] if len(names) == 1 else refusal}
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise TokenizerError, naming the file, for a tokenizer that `load_tokenizer` could not load.
+
+    Without transformers: it costs a second for a vocabulary of 262144 tokens, and the memory of the vocabulary.
+    """
+    file = _vocabulary_file(folder)
+    try:
+        for name in _OBJECTS:
+            if (folder / name).is_file():
+                read_json(folder / name)
+        if (reason := fault(file)) is not None:
+            raise TokenizerError(f"{file}: {reason}")
+        if file.suffix == ".json":
+            from tokenizers import Tokenizer
+
+            Tokenizer.from_str(read_text(file))
+        else:
+            from sentencepiece import SentencePieceProcessor
+
+            SentencePieceProcessor(model_file=str(file))
+    except ConfigError as error:
+        raise TokenizerError(str(error)) from None
+    except TokenizerError:
+        raise
+    # Rust raises nothing but Exception.
+    except Exception as error:
+        raise TokenizerError(f"{file}: not a tokenizer: {error}") from None
+
+
+def _vocabulary_file(folder: Path) -> Path:
+    file = next((folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise TokenizerError(f"{folder}: the folder has no tokenizer: expected {' or '.join(_TOKENIZER_FILES)}")
+    return file
+
+
+@contextmanager
+def _without_marks(folder: Path) -> Iterator[Path]:
+    """The folder, or where a file begins with a byte order mark a copy of all of them without it: transformers takes it
+    for a part of the JSON, or of the chat template."""
+    files = [file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".model") and file.is_file()]
+    if not any(map(_begins_with_mark, files)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        for file in files:
+            Path(copy, file.name).write_bytes(file.read_bytes().removeprefix(BYTE_ORDER_MARK))
+        yield Path(copy)
+
+
+def _begins_with_mark(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK
 
 
 def encode_prompt(

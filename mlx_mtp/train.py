@@ -1,9 +1,16 @@
 """Command line: train a drafter for a target. `python -m mlx_mtp.train --help`."""
 
+import sys
+
+if __name__ == "__main__":
+    # Before anything that takes time is imported.
+    from mlx_mtp.commands import run_command
+
+    sys.exit(run_command("train"))
+
 import argparse
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -15,9 +22,9 @@ from huggingface_hub.utils import tqdm
 from mlx.utils import tree_unflatten
 
 from .centroids import build_centroids, start_from_target
-from .cli import add_embedding_option, exit_status, load_model
-from .config import DrafterConfig, read_drafter_config, read_json
-from .dataset import answer_prompts, read_data
+from .cli import add_embedding_option, load_model
+from .config import DrafterConfig, read_drafter_config, read_json, read_target_config
+from .dataset import answer_prompts, check_data, read_data
 from .draft_vocab import check_draft_vocab, choose_ids, prune
 from .drafter import Drafter
 from .engine import GenerationOptions, Model
@@ -25,6 +32,7 @@ from .errors import MTPError, OptionError, OutputError
 from .hub import DRAFTER_FOLDER, resolve_folder
 from .load import check_pair, find_drafter, load_drafter
 from .output import check_output, new_folder
+from .shell import Parser, exit_status, write_out
 from .training import OPTIMIZERS, Measure, Trainer, TrainingOptions, save_arrays
 from .weights import lazy_parameters
 
@@ -39,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_mtp.train",
         description="Train a drafter for a target: to repair one whose acceptance fell, or from scratch. The target is "
         "left as it is.",
@@ -129,11 +137,10 @@ def _run(args: argparse.Namespace) -> int:
     workspace = _workspace(output, args.resume)
     source = _source(args, folder)
     config = read_drafter_config(source)
+    check_pair(read_target_config(folder), config)
+    _check_drafter(args, config)
     # The drafter there is helps to answer prompts; a damaged one still does.
     model = load_model(args.model, "none" if args.drafter_config else source, args)
-    check_pair(model.config, config)
-    if args.draft_vocab is not None:
-        check_draft_vocab(config, args.draft_vocab)
     mx.random.seed(options.seed)
     drafter = _initial(args, model, config)
 
@@ -177,7 +184,7 @@ def _run(args: argparse.Namespace) -> int:
     shutil.rmtree(workspace)
     first = trainer.initial
     assert first is not None
-    print(
+    write_out(
         f"{output}: acceptance length, held out, {first.sampled_length:.2f} -> {best.sampled_length:.2f} sampled, "
         f"{first.greedy_length:.2f} -> {best.greedy_length:.2f} greedy"
     )
@@ -192,6 +199,7 @@ def _check(args: argparse.Namespace) -> None:
     for name, least in (("lora_rank", 1), ("max_seq_length", 32), ("max_answer_tokens", 16)):
         if vars(args)[name] < least:
             raise OptionError(f"{name} must be at least {least}, found {vars(args)[name]}")
+    check_data(args.data)
 
 
 def _workspace(output: Path, resume: bool) -> Path:
@@ -214,18 +222,25 @@ def _source(args: argparse.Namespace, folder: Path) -> Path:
     return found
 
 
-def _initial(args: argparse.Namespace, model: Model, config: DrafterConfig) -> Drafter:
-    """The drafter to begin with, in float32."""
+def _check_drafter(args: argparse.Namespace, config: DrafterConfig) -> None:
+    """Raises OptionError for what cannot be done with a drafter of this config."""
+    if args.draft_vocab is not None:
+        check_draft_vocab(config, args.draft_vocab)
     if args.rebuild_centroids and not config.num_centroids:
         raise OptionError(
             f"{config.path}: --rebuild-centroids needs a centroid head, found use_ordered_embeddings false"
         )
+    is_quantized = config.quantization is not None and args.drafter_config is None
+    if is_quantized and args.fine_tune_type == "full":
+        raise OptionError(f"{config.path}: a quantized drafter can be trained with --fine-tune-type lora only")
+
+
+def _initial(args: argparse.Namespace, model: Model, config: DrafterConfig) -> Drafter:
+    """The drafter to begin with, in float32."""
     if args.drafter_config is not None:
         drafter = Drafter(config)
         start_from_target(drafter, model.target, args.seed)
     else:
-        if config.quantization is not None and args.fine_tune_type == "full":
-            raise OptionError(f"{config.path}: a quantized drafter can be trained with --fine-tune-type lora only")
         drafter = load_drafter(config, mx.float32)
         if args.rebuild_centroids:
             build_centroids(drafter, args.seed)
@@ -276,7 +291,3 @@ def _write(output: Path, source: Path, drafter: Drafter, config: DrafterConfig, 
         for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             if (source / name).is_file():
                 shutil.copyfile(source / name, new / name)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,8 +6,9 @@ parameter names of `Target` and `Drafter`. Headers are read without the tensors,
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,11 +18,15 @@ from mlx.utils import tree_flatten
 
 from .config import DrafterConfig, Quantization, TargetConfig, read_json
 from .errors import WeightsError
+from .files import fault
+
+logger = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 # Types of weights that are not quantized, as safetensors spells them.
 FLOAT_TYPES = ("F32", "F16", "BF16")
-# What mlx-lm puts before the parameter names of a Gemma 4 target, in files and in quantization overrides.
+# What mlx-lm puts before the parameter names of a Gemma 4 target, in files and in quantization overrides, but for those
+# of its own head.
 MLX_PREFIX = "language_model.model."
 
 # Parts in which weights are read, for progress that is seen.
@@ -34,8 +39,12 @@ _OTHER_MODALITIES = (
     "vision_embedder.",
     "multi_modal_projector.",
 )
-# Bounds of the towers' clipped layers, cached rotary tables, and copies of the tied head.
-_UNUSED = ("input_min", "input_max", "output_min", "output_max", "rotary_emb", "lm_head")
+# Bounds of the towers' clipped layers, and cached rotary tables.
+_UNUSED = ("input_min", "input_max", "output_min", "output_max", "rotary_emb")
+_HEAD = "lm_head."
+_EMBEDDING = "embed_tokens."
+# Bytes of two tensors that are compared at a time.
+_COMPARED = 1 << 24
 _KV_MODULES = ("self_attn.k_proj.", "self_attn.v_proj.", "self_attn.k_norm.", "self_attn.v_norm.")
 
 
@@ -57,8 +66,8 @@ class TensorInfo:
 def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of a checkpoint folder by the name its file gives it, read from the headers alone.
 
-    Raises WeightsError if there is no safetensors file, a shard named by the index is missing, a file is truncated, or
-    a tensor the index names is in none of them.
+    Raises WeightsError if there is no safetensors file, a shard named by the index is missing, a file is truncated, a
+    tensor the index names is in none of them, or without an index two files hold the same tensor.
     """
     index = folder / INDEX_NAME
     if index.is_file():
@@ -76,7 +85,14 @@ def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
             raise WeightsError(f"{folder}: the folder has no model*.safetensors")
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        tensors |= read_header(file)
+        found = read_header(file)
+        twice = next((name for name in found if name in tensors), None)
+        if twice is not None and not weight_map:
+            raise WeightsError(
+                f"{folder}: {tensors[twice].file.name} and {file.name} both hold tensor {twice}, and there is no "
+                f"{INDEX_NAME} to say which one is meant: remove the older file"
+            )
+        tensors |= found
     for name, shard in weight_map.items():
         if name not in tensors:
             raise WeightsError(f"{index}: names tensor {name} in {shard}, which does not hold it")
@@ -85,6 +101,8 @@ def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file. Raises WeightsError if the file is truncated or no safetensors file."""
+    if (reason := fault(file)) is not None:
+        raise WeightsError(f"{file}: {reason}")
     size = file.stat().st_size
     with file.open("rb") as stream:
         header_size = int.from_bytes(stream.read(8), "little")
@@ -109,12 +127,66 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def mlx_name(name: str) -> str:
+    """The name that mlx-lm gives a parameter, or a module, of `Target`."""
+    return f"language_model.{name}" if name.startswith(_HEAD.removesuffix(".")) else MLX_PREFIX + name
+
+
+def plain_name(key: str) -> str:
+    """A tensor's or a module's name without what the layouts put before it: `model.language_model.` (Hugging Face),
+    `language_model.model.` (mlx-lm), `model.` or `language_model.` (text decoders alone)."""
+    return key.removeprefix("model.").removeprefix("language_model.").removeprefix("model.")
+
+
+def resolve_head(config: TargetConfig) -> TargetConfig:
+    """The config with `text.own_head` as the weights have it, by the rule of transformers: a head that is in the
+    checkpoint is used if it differs from the embedding, even where `tie_word_embeddings` is true, which is warned of.
+
+    Raises WeightsError where `tie_word_embeddings` is false and there is no head, or the checkpoint cannot be read.
+    """
+    folder = config.path.parent
+    named = {plain_name(key): info for key, info in read_checkpoint(folder).items()}
+    head, embedding = (
+        {name.removeprefix(part): info for name, info in named.items() if name.startswith(part)}
+        for part in (_HEAD, _EMBEDDING)
+    )
+    if not head:
+        if not config.is_tied:
+            raise WeightsError(
+                f"{folder}: tensor lm_head.weight is missing, but tie_word_embeddings is false in {config.path.name}: "
+                "expected a head of its own"
+            )
+        return config
+    own_head = head.keys() != embedding.keys() or not all(_equal(head[name], embedding[name]) for name in head)
+    if own_head and config.is_tied:
+        logger.warning(
+            "%s: tie_word_embeddings is true, but lm_head.weight is not the embedding: lm_head.weight is used", folder
+        )
+    return replace(config, text=replace(config.text, own_head=own_head))
+
+
+def _equal(left: TensorInfo, right: TensorInfo) -> bool:
+    """Whether two tensors in files have the same type, shape and bytes; read up to where they differ."""
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    with left.file.open("rb") as one, right.file.open("rb") as other:
+        one.seek(left.start)
+        other.seek(right.start)
+        for start in range(0, left.nbytes, _COMPARED):
+            size = min(_COMPARED, left.nbytes - start)
+            if one.read(size) != other.read(size):
+                return False
+    return True
+
+
 def target_names(key: str, config: TargetConfig) -> list[str]:
     """Parameter names of `Target` that a checkpoint's tensor fills; [] if the text decoder has no use for it.
 
     Two names mean that the tensor is split in halves along its last axis but one (fused expert projections).
     """
-    name = key.removeprefix("model.").removeprefix("language_model.").removeprefix("model.")
+    name = plain_name(key)
+    if name.startswith(_HEAD):
+        return [name] if config.text.own_head else []
     if name.startswith(_OTHER_MODALITIES) or any(part in name for part in _UNUSED):
         return []
     if name.startswith("layers.") and any(module in name for module in _KV_MODULES):
@@ -187,13 +259,12 @@ def fill_module(
     folder: Path,
     names: Callable[[str], list[str]],
     quantization: Quantization | None,
-    prefix: str = "",
     left: str | None = None,
     on_read: Callable[[int], None] | None = None,
 ) -> dict[str, TensorInfo]:
     """Load a checkpoint folder into a module, quantizing the modules whose scales the checkpoint holds.
 
-    `prefix` is what the quantization overrides put before the module's parameter names. `left` is a part of the module
+    `left` is a part of the module
     whose parameters stay in the files, after the same checks: where they lie is what is returned, by their names in it.
     They must never be evaluated. `on_read` is called with every number of bytes read, those of `count_bytes` in all;
     what it raises is passed on.
@@ -204,7 +275,7 @@ def fill_module(
     present = {name for key in tensors for name in names(key)}
     if quantization is not None:
         try:
-            _quantize_modules(module, quantization, present, prefix)
+            _quantize_modules(module, quantization, present)
         except ValueError as error:
             raise WeightsError(f"{folder}: config.json gives a quantization its weights cannot have: {error}") from None
     parameters = lazy_parameters(module)
@@ -263,12 +334,14 @@ def _read(
             size, group = 0, []
 
 
-def _quantize_modules(module: nn.Module, quantization: Quantization, present: set[str], prefix: str) -> None:
+def _quantize_modules(module: nn.Module, quantization: Quantization, present: set[str]) -> None:
+    # Their names follow those of the tensors, in whatever layout. One that no module has means nothing, as in mlx-lm.
+    overrides = {plain_name(name): choice for name, choice in quantization.overrides.items()}
+
     def parameters(path: str, leaf: nn.Module) -> bool | dict[str, object]:
         if f"{path}.scales" not in present:
             return False
-        override = quantization.overrides.get(prefix + path, quantization.overrides.get(path))
-        chosen = override or quantization
+        chosen = overrides.get(plain_name(path)) or quantization
         return {"group_size": chosen.group_size, "bits": chosen.bits, "mode": chosen.mode}
 
     nn.quantize(module, quantization.group_size, quantization.bits, mode=quantization.mode, class_predicate=parameters)

@@ -20,7 +20,7 @@ import mlx_mtp
 from mlx_mtp.acceptance import Draft
 from mlx_mtp.bench import prompt
 from mlx_mtp.cache import Cache
-from mlx_mtp.drafter import DraftContext, Drafter
+from mlx_mtp.drafter import Allow, Choose, DraftContext, Drafter, ask_for_each, choose_best
 from mlx_mtp.gemma4 import Target
 
 PROMPT_TOKENS, TOKENS = 128, 200
@@ -41,13 +41,23 @@ class ArtificialDrafter(Drafter):
         return self.real.context(cache)
 
     def draft(
-        self, target: Target, token: mx.array, hidden: mx.array, context: DraftContext, k: int, *others: Any
+        self,
+        target: Target,
+        token: mx.array,
+        hidden: mx.array,
+        context: DraftContext,
+        k: int,
+        choose: Choose = choose_best,
+        allow: Allow | None = None,
     ) -> Draft:
         """`context.position` is the bonus token's index in the text."""
-        real = self.real.draft(target, token, hidden, context, k, *others)
+        real = self.real.draft(target, token, hidden, context, k, choose)
         tokens = self._tokens[context.position + 1 + mx.arange(k)]
         # Nothing but a dependency: what is not used is not computed.
-        return Draft(tokens[None] + 0 * real.tokens)
+        draft = Draft(tokens[None] + 0 * real.tokens)
+        if allow is not None:
+            ask_for_each(allow, token, draft)
+        return draft
 
 
 def with_acceptance(model: mlx_mtp.Model, text: list[int], share: float, seed: int) -> mlx_mtp.Model:

@@ -6,12 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import load_drafter, load_target, make_drafter, make_target
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.hf import from_tokenizer
+from tiny import STOP_IDS, VOCAB_SIZE, load_drafter, load_target, make_drafter, make_target, make_tokenizer
 
 from mlx_mtp import engine
 from mlx_mtp.draft_length import CostCurve
 from mlx_mtp.drafter import Drafter
 from mlx_mtp.gemma4 import Target
+from mlx_mtp.guide import compile_grammar
+from mlx_mtp.tokenizer import load_tokenizer
 
 # Ignored in what a shell runs in the background, and inherited by the commands under test: not when there is a handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -87,3 +91,18 @@ def tiny_models(tiny_pair: Callable[[str], Path]) -> Callable[[str], tuple[Targe
         return models[variant]
 
     return load
+
+
+@pytest.fixture(scope="session")
+def is_allowed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], bool]:
+    """Whether a grammar in Lark allows a text, as a whole."""
+    wrapper = load_tokenizer(make_tokenizer(tmp_path_factory.mktemp("tokenizer")), STOP_IDS)
+    tokenizer: LLTokenizer = from_tokenizer(wrapper._tokenizer, n_vocab=VOCAB_SIZE, eos_token=list(STOP_IDS))
+
+    def check(grammar: str, text: str) -> bool:
+        matcher = LLMatcher(tokenizer, compile_grammar(grammar=grammar), log_level=0)
+        assert not matcher.is_error(), matcher.get_error()
+        tokens = wrapper.encode(text, add_special_tokens=False)
+        return bool(matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting())
+
+    return check

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,10 +13,17 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextmanager
-def serve(repos: dict[str, Path], token: str | None = None) -> Iterator[tuple[str, list[str]]]:
+def serve(
+    repos: dict[str, Path],
+    token: str | None = None,
+    failing: Mapping[str, int] | None = None,
+    cut: Collection[str] = (),
+) -> Iterator[tuple[str, list[str]]]:
     """Serve folders by repository id. Yields the endpoint and the list of requests seen, as "METHOD path".
 
-    With a token, requests without it get 401, as private repositories do.
+    With a token, requests without it get 401, as private repositories do. Those for repositories that are `failing` get
+    this status; 403 is that of a gated one. Downloads of the files whose names are in `cut` end in the middle, and do
+    not go on, as long as they are in it.
     """
     requests: list[str] = []
 
@@ -36,6 +43,10 @@ def serve(repos: dict[str, Path], token: str | None = None) -> Iterator[tuple[st
             if token is not None and self.headers.get("Authorization") != f"Bearer {token}":
                 self._send(401, b"{}", {"X-Error-Code": "RepoNotFound"}, with_body)
                 return
+            for repo, status in (failing or {}).items():
+                if path.startswith((f"/api/models/{repo}/", f"/{repo}/")):
+                    self._send(status, b"{}", {"X-Error-Code": "GatedRepo"} if status == 403 else {}, with_body)
+                    return
             for repo, folder in repos.items():
                 if path.startswith((f"/api/models/{repo}/revision/", f"/api/models/{repo}/tree/")):
                     self._send_json(_info(repo, folder, path), with_body)
@@ -54,16 +65,25 @@ def serve(repos: dict[str, Path], token: str | None = None) -> Iterator[tuple[st
                 return
             content = file.read_bytes()
             etag = hashlib.sha256(content).hexdigest()
-            self._send(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, with_body)
+            headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            begun = self.headers.get("Range", "")
+            start = int(begun.removeprefix("bytes=").rstrip("-")) if begun else 0
+            if begun:
+                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            stop = max(0, len(content) // 2 - start) if file.name in cut else None
+            self._send(206 if begun else 200, content[start:], headers, with_body, stop)
 
-        def _send(self, status: int, content: bytes, headers: dict[str, str], with_body: bool) -> None:
+        def _send(
+            self, status: int, content: bytes, headers: dict[str, str], with_body: bool, stop: int | None = None
+        ) -> None:
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             if with_body:
-                self.wfile.write(content)
+                self.wfile.write(content[:stop])
+                self.close_connection = stop is not None
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
+from checked_answers import Checked
 
 from mlx_mtp import GenerationOptions, Model
 from mlx_mtp.http_api import Settings, create_app
@@ -37,12 +38,12 @@ def serve(
     max_prompt_tokens: int | None = None,
     **settings: Any,
 ) -> Iterator[Served]:
-    """Serve a model, loaded on the thread that generates, from a thread of this process."""
+    """Serve a model, loaded on the thread that generates, from a thread of this process; answers are `Checked`."""
     worker = Worker("model", max_waiting)
     model = worker.run(load)
     service = Service(model, worker, name, options or GenerationOptions(), max_prompt_tokens)
     app = create_app(service, Settings(**settings))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(Checked(app), port=0, log_level="warning", timeout_graceful_shutdown=1))
     started = threading.Event()
     startup = server.startup
 

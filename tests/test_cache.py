@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
@@ -101,6 +102,24 @@ def test_the_cache_grows_in_steps_and_keeps_its_rows() -> None:
         cache.set_length(cache.length + 100)
     assert cache.capacity == 2 * CAPACITY_STEP
     assert visible(cache.draft_view("full_attention"), 0) == expected(cache.length - 1, None)
+
+
+def test_buffers_grow_seldom_and_little() -> None:
+    """By an eighth at most beyond 4096 rows, so that little memory is idle; by a sixteenth at least, so that copies and
+    compiled shapes are few."""
+    cache = Cache(config(), mx.float32, max_block=MAX_BLOCK)
+    capacities = [cache.capacity]
+    for length in range(0, 40_000, 50):
+        cache.set_length(length)
+        cache.reserve(1)
+        needed, capacity = length + 1, cache.capacity
+        assert needed <= capacity == cache.visible == cache.keys[1].shape[2]
+        assert capacity - needed < max(CAPACITY_STEP, needed / 8)
+        if capacity != capacities[-1]:
+            capacities.append(capacity)
+    steps = [(large - small, small) for small, large in pairwise(capacities)]
+    assert all(step == CAPACITY_STEP for step, small in steps if small < 4096)
+    assert all(step >= small / 16 for step, small in steps if small >= 4096)
 
 
 def test_growing_leaves_the_order_of_the_arrays() -> None:

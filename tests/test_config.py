@@ -15,6 +15,7 @@ from mlx_mtp.config import (
     DrafterConfig,
     LayerConfig,
     Quantization,
+    SamplingDefaults,
     TargetConfig,
     read_drafter_config,
     read_target_config,
@@ -116,8 +117,6 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ("text_config.attention_bias", True),
     ("text_config.tie_word_embeddings", False),
     ("text_config.use_bidirectional_attention", "all"),
-    ("eos_token_id", "1"),
-    ("eos_token_id", [1, None]),
     ("dtype", 32),
     ("quantization", 4),
     ("quantization", {"bits": 4}),
@@ -432,8 +431,6 @@ def test_stop_ids(tmp_path: Path) -> None:
     assert target(tmp_path, config).eos_token_ids == (1, 106)
     none = without(without(config, "eos_token_id"), "text_config.eos_token_id")
     refused(read_target_config, write(tmp_path, none), "eos_token_id", "missing")
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
-    refused(read_target_config, write(tmp_path, config), "generation_config.json", "eos_token_id")
 
 
 @pytest.mark.parametrize(
@@ -444,13 +441,84 @@ def test_stop_ids(tmp_path: Path) -> None:
         ({"do_sample": True, "top_k": 10}, (1.0, 10, 1.0)),
         ({"do_sample": False, "temperature": 1.0, "top_k": 64}, (0.0, 64, 1.0)),
         ({"temperature": 1.0}, (0.0, 0, 1.0)),
+        # Zero, also where it means that nothing is left out, and all spellings of a number.
+        ({"do_sample": False, "temperature": 0.0}, (0.0, 0, 1.0)),
+        ({"do_sample": True, "temperature": 0}, (0.0, 0, 1.0)),
+        ({"do_sample": True, "top_k": -1}, (1.0, 0, 1.0)),
+        ({"do_sample": True, "top_p": 0}, (1.0, 0, 0.0)),
+        ({"do_sample": True, "temperature": "0.7", "top_k": "40", "top_p": "0.9"}, (0.7, 40, 0.9)),
+        ({"do_sample": "true", "top_k": 64.0, "top_p": 1}, (1.0, 64, 1.0)),
+        ({"do_sample": True, "temperature": None, "top_k": None, "top_p": None}, (1.0, 0, 1.0)),
     ],
 )
-def test_sampling_defaults(generation: Json, expected: tuple[float, int, float], tmp_path: Path) -> None:
+def test_sampling_defaults(
+    generation: Json, expected: tuple[float, int, float], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """As Hugging Face reads them: without do_sample, greedy."""
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     sampling = target(tmp_path, published_target("E2B")).sampling
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == expected
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1),
+        ("temperature", "warm"),
+        ("top_k", 1.5),
+        ("top_k", [64]),
+        ("top_p", 2),
+        ("top_p", True),
+        ("min_p", "NaN"),
+        ("repetition_penalty", 0),
+        ("eos_token_id", "x"),
+        ("suppress_tokens", [-1]),
+    ],
+)
+def test_a_generation_config_never_makes_a_folder_unreadable(
+    field: str, value: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 7, field: value}))
+    config = target(tmp_path, published_target("E2B"))
+    assert config.sampling == SamplingDefaults(temperature=1.0, top_k=0 if field == "top_k" else 7)
+    assert (config.eos_token_ids, config.suppress_tokens) == ((1, 106), ())
+    (message,) = caplog.messages
+    assert "generation_config.json" in message
+    assert field in message
+
+
+def test_a_generation_config_that_is_no_json(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for text in ('{"top_k": ', "[1]", ""):
+        (tmp_path / "generation_config.json").write_text(text)
+        config = target(tmp_path, published_target("E2B"))
+        assert (config.sampling, config.eos_token_ids) == (SamplingDefaults(), (1, 106))
+        assert "generation_config.json" in caplog.messages.pop()
+        caplog.clear()
+
+
+def test_what_is_honoured_of_a_generation_config_and_what_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"min_p": 0.1, "repetition_penalty": "1.2", "typical_p": 1.0, "num_beams": 1}))
+    assert target(tmp_path, published_target("E2B")).sampling == SamplingDefaults(min_p=0.1, repetition_penalty=1.2)
+    assert not caplog.messages
+    path.write_text(json.dumps({"no_repeat_ngram_size": 3, "forced_eos_token_id": 1, "bad_words_ids": None}))
+    target(tmp_path, published_target("E2B"))
+    (message,) = caplog.messages
+    assert "forced_eos_token_id 1, no_repeat_ngram_size 3" in message
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"), [([2, 2.0, "3", None], (2, 3)), (5, (5,)), ([7, 10**6], (7,)), (None, ())]
+)
+def test_token_ids_in_every_spelling(written: Any, expected: tuple[int, ...], tmp_path: Path) -> None:
+    """Those that lie outside of the vocabulary are no tokens to suppress."""
+    (tmp_path / "generation_config.json").write_text(json.dumps({"suppress_tokens": written, "eos_token_id": "106"}))
+    config = target(tmp_path, published_target("E2B"))
+    assert (config.suppress_tokens, config.eos_token_ids) == (expected, (106,))
+    assert target(tmp_path, changed(published_target("E2B"), "eos_token_id", [1.0, "5"])).eos_token_ids == (106,)
 
 
 @pytest.mark.parametrize("field", ["dtype", "torch_dtype", "text_config.dtype"])

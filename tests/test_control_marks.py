@@ -8,8 +8,8 @@ from tool_syntax import cut
 from mlx_mtp.control_marks import ControlMarks
 
 
-def read(pieces: list[str]) -> tuple[str, str]:
-    marks = ControlMarks()
+def read(pieces: list[str], *, has_tools: bool = True) -> tuple[str, str]:
+    marks = ControlMarks(has_tools=has_tools)
     parts = [marks.add(piece) for piece in pieces] + [marks.add("", is_last=True)]
     return "".join(content for content, _ in parts), "".join(thought for _, thought in parts)
 
@@ -36,6 +36,11 @@ def test_marks_are_taken_out(text: str, content: str, thought: str) -> None:
     assert read(list(text)) == (content, thought)
 
 
+def test_without_tools_a_call_is_text() -> None:
+    text = '<|tool_call>call:f{a:<|"|>x<|"|>}<tool_call|>'
+    assert read([f"<|turn>model\n{text}"], has_tools=False) == (text, "")
+
+
 SCRAPS = st.sampled_from(
     ["<|turn>", "model", "\n", "<turn|>", "thought", "<channel|>", "<|", '"', "|>", "x", "<tool_call|>"]
 )
@@ -52,7 +57,7 @@ def test_however_it_is_cut(scraps: list[str], places: list[int]) -> None:
 
 
 def test_text_comes_as_it_is_written() -> None:
-    marks = ControlMarks()
+    marks = ControlMarks(has_tools=True)
     assert [marks.add(piece)[0] for piece in ("Hi", " there<", "b>", "<|turn>mo", "del", "\nyes")] == [
         *("Hi", " there", "<b>", "", "", "yes")
     ]

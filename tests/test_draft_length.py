@@ -103,6 +103,23 @@ def test_it_settles() -> None:
     assert changes < 150
 
 
+def test_drafting_ends_where_none_is_best_though_some_drafts_are_accepted() -> None:
+    """One of eight is accepted: two tokens for the price of three passes. One draft token does not pay either, so that
+    the drafter is left alone."""
+    policy = DraftLength(CostCurve([1, *[3.0] * 8], 0.0, 0.0))
+    while policy.k < 8:
+        policy.update(policy.k, policy.k)
+    drafted = []
+    for _ in range(60):
+        drafted.append(policy.k)
+        policy.update(policy.k, min(1, policy.k))
+    ended = drafted.index(0)
+    assert set(drafted[:ended]) == {8}
+    assert ended < 30
+    # Trials are of one token.
+    assert set(drafted[ended:]) <= {0, 1}
+
+
 def test_a_round_without_room_changes_nothing() -> None:
     policy = DraftLength(CURVES["stock"])
     k = policy.k

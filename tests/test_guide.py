@@ -14,13 +14,18 @@ import jsonschema
 import mlx.core as mx
 import numpy as np
 import pytest
+from test_speculative import Scripted
 from tiny import WINDOW, make_gemma_tokenizer, random_tokens
 
 import mlx_mtp
+from mlx_mtp.acceptance import Draft
 from mlx_mtp.cache import Cache
+from mlx_mtp.drafter import Drafter, GivenDrafter
+from mlx_mtp.errors import DraftError
+from mlx_mtp.gemma4 import Target
 from mlx_mtp.generate import main
-from mlx_mtp.guide import Channel
-from mlx_mtp.speculative import Rounds, Stream
+from mlx_mtp.guide import Channel, Guide
+from mlx_mtp.speculative import Rounds, Stats, Stream, decode
 
 TinyPair = Callable[[str], Path]
 PROMPT = random_tokens(2 * WINDOW, seed=5)
@@ -325,6 +330,68 @@ def test_a_thought_is_separate_and_within_its_budget(
     if grammar:
         assert re.fullmatch(grammar["regex"], plain.text)
         assert plain.last.finish_reason == "stop"
+
+
+def decoded(model: mlx_mtp.Model, drafter: Drafter | None, guide: Guide, k: int) -> tuple[list[int], Stats]:
+    """Greedy tokens after a prompt that opens a thought, and the counts of the rounds."""
+    stream = Stream(model.target, drafter, max_draft_tokens=k, guide=guide)
+    prompt, tokens, stats = [*PROMPT, guide_channel(model).start], list[int](), Stats()
+    for result in decode(stream, prompt, max_tokens=12, num_draft_tokens=k, stop_ids=frozenset(), prefill_step_size=64):
+        tokens += result.tokens
+        stats.add(result.drafted, result.accepted)
+    return tokens, stats
+
+
+def guide_channel(model: mlx_mtp.Model) -> Channel:
+    vocabulary = model.tokenizer.get_vocab()
+    return Channel(vocabulary["<|channel>"], 1, vocabulary["<channel|>"])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_a_budget_holds_to_the_token_where_every_draft_is_accepted(model: mlx_mtp.Model, k: int) -> None:
+    """Wherever the last token of the thought lies in its round: the draft is the plain text, so nothing is rejected."""
+    channel = guide_channel(model)
+    assert model.drafter is not None
+
+    def guide(budget: int) -> Guide:
+        return Guide(model.target.config.vocab_size, (), channel=channel, thought_budget=budget, thought=0)
+
+    for budget in range(1, k + 2):
+        plain, _ = decoded(model, None, guide(budget), 0)
+        assert plain.index(channel.end) == channel.header + budget
+        perfect = Scripted(model.drafter, [*PROMPT, channel.start], plain)
+        tokens, stats = decoded(model, perfect, guide(budget), k)
+        assert tokens == plain, f"a budget of {budget}"
+        assert stats.accepted == stats.drafted
+
+
+@pytest.mark.parametrize("asked", [0, 1, 3])
+def test_a_drafter_that_does_not_ask_for_each_row_is_an_error(model: mlx_mtp.Model, asked: int) -> None:
+    """Its masks would stand at other rows than theirs: one of them, at all rows."""
+
+    class Silent(GivenDrafter):
+        def draft(self, target: Target, token: mx.array, *others: Any) -> Draft:
+            allow = others[-1]
+            for _ in range(asked):
+                allow(token)
+            return Draft(mx.full((1, 2), 40, mx.int32))
+
+    channel = guide_channel(model)
+    for thought in (0, 1):
+        guide = Guide(model.target.config.vocab_size, (), channel=channel, thought_budget=9, thought=thought)
+        with pytest.raises(DraftError, match=f"the mask of each draft token: expected 2, found {asked}"):
+            decoded(model, Silent(lambda *_: Draft(mx.zeros((1, 0), mx.int32))), guide, 2)
+
+
+def test_a_drafter_of_given_tokens_asks_for_each_row(model: mlx_mtp.Model) -> None:
+    """As the drafters that time and compare rounds do."""
+    channel = guide_channel(model)
+
+    def guide() -> Guide:
+        return Guide(model.target.config.vocab_size, (), channel=channel, thought_budget=4, thought=0)
+
+    drafter = GivenDrafter(lambda token, k: Draft(mx.broadcast_to(token + 1, (1, k)).astype(mx.int32) % 512))
+    assert decoded(model, drafter, guide(), 3)[0] == decoded(model, None, guide(), 0)[0]
 
 
 def test_no_budget_leaves_a_thought_alone(model: mlx_mtp.Model, channel: Channel) -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from fake_hub import serve
 from tiny import make_drafter, make_target, random_tokens
 
 import mlx_mtp
-from mlx_mtp.load import assistant_names, find_drafter
+from mlx_mtp.config import read_target_config
+from mlx_mtp.load import assistant_names, find_drafter, how_to_name_a_drafter, official_drafter
 from mlx_mtp.weights import INDEX_NAME, MLX_PREFIX
 
 TinyPair = Callable[[str], Path]
@@ -213,17 +215,110 @@ def test_the_drafter_computes_in_the_targets_type(folders: tuple[Path, Path]) ->
         ("google/gemma-4-E2B-it", ["google/gemma-4-E2B-it-assistant"]),
         (
             "mlx-community/gemma-4-E2B-it-4bit",
-            ["mlx-community/gemma-4-E2B-it-assistant-4bit", "mlx-community/gemma-4-E2B-it-assistant-bf16"],
+            [f"mlx-community/gemma-4-E2B-it-assistant{ending}" for ending in ("-4bit", "-bf16", "")],
         ),
-        ("mlx-community/gemma-4-31B-it-bf16", ["mlx-community/gemma-4-31B-it-assistant-bf16"]),
+        (
+            "mlx-community/gemma-4-31B-it-bf16",
+            ["mlx-community/gemma-4-31B-it-assistant-bf16", "mlx-community/gemma-4-31B-it-assistant"],
+        ),
         (
             "mlx-community/gemma-4-12B-it-mxfp4",
-            ["mlx-community/gemma-4-12B-it-assistant-mxfp4", "mlx-community/gemma-4-12B-it-assistant-bf16"],
+            [f"mlx-community/gemma-4-12B-it-assistant{ending}" for ending in ("-mxfp4", "-bf16", "")],
         ),
+        (
+            "unsloth/gemma-4-E4B-it-UD-MLX-4bit",
+            [f"unsloth/gemma-4-E4B-it-assistant{ending}" for ending in ("-UD-MLX-4bit", "-4bit", "-bf16", "")],
+        ),
+        ("a/gemma-4-31B-it-4bit-DWQ", [f"a/gemma-4-31B-it-assistant{e}" for e in ("-4bit-DWQ", "-4bit", "-bf16", "")]),
+        ("a/my-tune-qat-MXFP4", [f"a/my-tune-assistant{e}" for e in ("-qat-MXFP4", "-MXFP4", "-bf16", "")]),
+        ("a/my-tune-mlx", [f"a/my-tune-assistant{ending}" for ending in ("-mlx", "-bf16", "")]),
+        ("a/texts-8bits", ["a/texts-8bits-assistant"]),
     ],
 )
 def test_names_a_drafter_goes_by(target: str, drafters: list[str]) -> None:
     assert list(assistant_names(target)) == drafters
+
+
+@pytest.mark.parametrize(
+    ("repo", "official"),
+    [
+        ("lmstudio-community/gemma-4-E2B-it-MLX-4bit", "google/gemma-4-E2B-it-assistant"),
+        ("someone/Poems-gemma-4-26b-a4b-it", "google/gemma-4-26B-A4B-it-assistant"),
+        ("someone/gemma-4-12b", "google/gemma-4-12B-it-assistant"),
+        ("someone/gemma-4-120B-it", None),
+        ("someone/poems", None),
+    ],
+)
+def test_the_published_drafter_of_a_name(repo: str, official: str | None) -> None:
+    assert official_drafter(repo) == official
+
+
+FIND = """
+import importlib, json, logging, sys, mlx_mtp
+from mlx_mtp.hub import resolve_folder
+load = importlib.import_module("mlx_mtp.load")
+load._OFFICIAL = {64: "E2B"}
+logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+for repo in json.loads(sys.argv[1]):
+    try:
+        found = load.find_drafter(repo, resolve_folder(repo))
+        print(repo, None if found is None else found.parents[1].name)
+    except mlx_mtp.MTPError as error:
+        print(repo, f"{type(error).__name__}: {error}")
+"""
+
+
+def test_a_hub_that_fails_is_no_missing_drafter(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    """It is an error, which names the drafter's repository; that of another publisher's guess is only warned of."""
+    target, drafter = tiny_pair("e2b") / "target", tiny_pair("e2b") / "target-assistant"
+    failing = {"a/broken-it-assistant": 500, "a/busy-it-assistant": 429, "a/gated-it-assistant": 403}
+    names = ["a/broken-it", "a/busy-it", "a/gated-it", "a/gemma-4-E2B-it-tuned", "a/gemma-4-E2B-other"]
+    official = "google/gemma-4-E2B-it-assistant"
+    arguments = json.dumps(names)
+    with serve(dict.fromkeys(names, target), failing=failing | {official: 403}) as (endpoint, _):
+        result = hub_run(FIND, endpoint, tmp_path / "one", arguments)
+        lines = result.stdout.splitlines()
+        assert len(lines) == len(names), result.stderr
+        for line, reason in zip(lines[:3], ("500", "429", "a gated repository"), strict=True):
+            repo, message = line.split(" ", 1)
+            assert message.startswith(f"HubError: {repo}-assistant: no such folder, and the hub does not give it: ")
+            assert reason in message
+        assert lines[3:] == [f"{name} None" for name in names[3:]]
+        assert f"the drafter of {names[3]} would be {official}, but: {official}: no such folder" in result.stderr
+        convert = "import sys; from mlx_mtp.convert.cli import main; sys.exit(main())"
+        output = tmp_path / "out"
+        result = hub_run(convert, endpoint, tmp_path / "one", "--hf-path", names[0], "--mlx-path", str(output))
+        assert result.returncode == 1
+        assert result.stderr.startswith("error: a/broken-it-assistant: ")
+        assert not output.exists()
+        # Offline, what is in the cache is all there is.
+        result = hub_run(FIND, endpoint, tmp_path / "one", arguments, HF_HUB_OFFLINE="1")
+        assert result.stdout.splitlines() == [f"{name} None" for name in names], result.stderr
+    with serve(dict.fromkeys(names, target) | {official: drafter}) as (endpoint, requests):
+        result = hub_run(FIND, endpoint, tmp_path / "two", json.dumps(names[3:4]))
+        assert result.stdout.split() == [names[3], "models--google--gemma-4-E2B-it-assistant"], result.stderr
+        assert len({request for request in requests if "-assistant/revision/" in request}) == 2
+
+
+@pytest.mark.parametrize("linked", ["both", "beside the target"])
+def test_linked_folders(folders: tuple[Path, Path], tmp_path: Path, linked: str) -> None:
+    """Models linked from elsewhere: the drafter is beside the link, or else beside the folder it leads to."""
+    target, drafter = folders
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "gemma-it").symlink_to(target)
+    if linked == "both":
+        (models / "gemma-it-assistant").symlink_to(drafter)
+    expected = models / "gemma-it-assistant" if linked == "both" else drafter
+    assert find_drafter(models / "gemma-it", models / "gemma-it") == expected
+
+
+def test_what_is_said_where_no_drafter_is_found(tiny_pair: TinyPair) -> None:
+    config = read_target_config(tiny_pair("e2b") / "target")
+    assert how_to_name_a_drafter(config) == "name one with --drafter"
+    for size, name in ((1536, "E2B"), (2560, "E4B"), (3840, "12B"), (2816, "26B-A4B"), (5376, "31B")):
+        published = replace(config, text=replace(config.text, hidden_size=size))
+        assert how_to_name_a_drafter(published) == f"pass --drafter google/gemma-4-{name}-it-assistant"
 
 
 def hub_run(code: str, endpoint: str, home: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -267,6 +362,21 @@ def test_hub_download_sibling_cache_and_offline_mode(tiny_pair: TinyPair, tmp_pa
         assert result.stderr.startswith("HubError: some/absent: no such folder, and the hub does not give it: no such")
         result = hub_run(LOAD.format(repo="some/absent"), endpoint, tmp_path, HF_HUB_OFFLINE="1")
         assert result.stderr.startswith("HubError: some/absent: no such folder, and the hub does not give it: ")
+
+
+def test_a_download_that_is_cut_is_an_error_and_goes_on(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    code = LOAD.format(repo="some/gemma-it")
+    cut = {"model.safetensors"}
+    with serve({"some/gemma-it": tiny_pair("e2b") / "target"}, cut=cut) as (endpoint, requests):
+        result = hub_run(code, endpoint, tmp_path)
+        # The hub's client says on lines of its own how often it tries again.
+        error = result.stderr.splitlines()[-1]
+        assert error.startswith("HubError: some/gemma-it: no such folder, and the hub does not give it: ")
+        assert "Traceback" not in result.stderr
+        before = len(requests)
+        cut.clear()
+        assert hub_run(code, endpoint, tmp_path).stdout.strip() == "None"
+        assert not any("tokenizer.json" in request for request in requests[before:] if request.startswith("GET"))
 
 
 def test_hub_tokens(tiny_pair: TinyPair, tmp_path: Path) -> None:
@@ -490,8 +600,30 @@ def test_drafter_of_another_target(folders: tuple[Path, Path], fields: dict[str,
 
 def test_drafter_of_another_tokenizer(folders: tuple[Path, Path]) -> None:
     file = folders[1] / "tokenizer.json"
-    file.write_text(file.read_text().replace('"<|tool_response>"', '"<|other>"'))
-    check(mlx_mtp.PairError, r"its id of token '<\|other>' is 7, the target's None", folders[0])
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    # The letters of the pairs in another order.
+    content["model"]["vocab"] = vocabulary | dict(zip(list(vocabulary)[300:], range(511, 299, -1), strict=True))
+    content["model"]["merges"] = []
+    file.write_text(json.dumps(content))
+    message = r"the drafter does not belong to .*: its token 300 is '.*', the target's '.*' \(212 of 512 differ\)"
+    check(mlx_mtp.PairError, message, folders[0])
+
+
+def test_a_fine_tune_that_renamed_and_added_tokens(
+    folders: tuple[Path, Path], reference: Callable[[str], list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The drafter works on ids: it drafts, and what differs is said."""
+    file = folders[0] / "tokenizer.json"
+    content = json.loads(file.read_text().replace('"<|tool_response>"', '"<|role>"'))
+    content["added_tokens"].append(content["added_tokens"][-1] | {"id": 600, "content": "<|mine|>"})
+    file.write_text(json.dumps(content))
+    model = mlx_mtp.load(folders[0])
+    assert model.drafter is not None
+    assert decode(model) == reference("e2b")
+    (message,) = caplog.messages
+    expected = "1 tokens differ (its token 7 is '<|tool_response>', the target's '<|role>'), 1 are in one of them alone"
+    assert expected in message
 
 
 def test_drafter_of_another_variant(tiny_pair: TinyPair) -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx_lm.sample_utils import make_logits_processors
 from tiny import WINDOW, random_tokens
 
 import mlx_mtp
 from mlx_mtp.cache import Cache
+from mlx_mtp.sampling import Penalties
 
 TinyPair = Callable[[str], Path]
 PROMPT = random_tokens(2 * WINDOW, seed=5)
@@ -57,6 +59,31 @@ def test_penalties_are_mlx_lms_with_and_without_drafts(model: mlx_mtp.Model, opt
     assert expected != generate(model, 0).tokens, "the penalty changes nothing: the test proves nothing"
     for k in (0, 4):
         assert generate(model, k, sampling=mlx_mtp.Sampling(**options)).tokens == expected
+
+
+@pytest.mark.parametrize("candidates", [None, [[5, 0, 3], [0, 1, 2], [7, 6, 0]]])
+def test_penalties_by_hand(candidates: list[list[int]] | None) -> None:
+    """Of contexts that are shorter than the window: what pads them is no token, not token 0 either."""
+    sampling = mlx_mtp.Sampling(
+        repetition_penalty=2.0, repetition_context_size=4, presence_penalty=0.5, presence_context_size=2,
+        frequency_penalty=0.25, frequency_context_size=3, logit_bias={3: 1.5},
+    )  # fmt: skip
+    penalties = Penalties(sampling, 8)
+    contexts = [[-1, -1, -1, 3], [-1, 5, 5, 1], [0, 7, 0, 7]]
+    logits = np.array([[1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 0.5, 4.0]] * 3)
+    expected = logits.copy()
+    for row, context in enumerate(contexts):
+        for token in range(8):
+            value = expected[row, token] + (1.5 if token == 3 else 0)
+            if token in context:
+                value = value / 2 if value > 0 else value * 2
+            value -= 0.5 * (token in context[-2:]) + 0.25 * context[-3:].count(token)
+            expected[row, token] = value
+    ids = None if candidates is None else mx.array(candidates)
+    given = logits if candidates is None else np.take_along_axis(logits, np.array(candidates), axis=1)
+    wanted = expected if candidates is None else np.take_along_axis(expected, np.array(candidates), axis=1)
+    found = penalties(mx.array(given, mx.float32), mx.array(contexts), ids)
+    np.testing.assert_allclose(np.array(found), wanted, rtol=1e-6)
 
 
 def test_penalties_when_sampling_do_not_depend_on_drafts(model: mlx_mtp.Model) -> None:
@@ -190,6 +217,10 @@ def test_stop_tokens_and_ignore_eos(model: mlx_mtp.Model) -> None:
         ({"presence_penalty": float("inf")}, "presence_penalty must be finite, found inf"),
         ({"frequency_context_size": 0}, "frequency_context_size must be at least 1, found 0"),
         ({"logit_bias": {"a": 1.0}}, "logit_bias must map token ids to finite numbers, found 'a': 1.0"),
+        ({"logit_bias": {5: float("inf")}}, "logit_bias must map token ids to finite numbers, found 5: inf"),
+        ({"logit_bias": {5: float("nan")}}, "logit_bias must map token ids to finite numbers, found 5: nan"),
+        ({"logit_bias": {5: 1e39}}, r"logit_bias of token 5 must be finite in float32, found 1e\+39"),
+        ({"logit_bias": {5: -(10**50)}}, r"logit_bias of token 5 must be finite in float32, found -1e\+50"),
     ],
 )
 def test_penalties_and_extremes_out_of_range(options: dict[str, Any], message: str) -> None:

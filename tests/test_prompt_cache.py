@@ -103,6 +103,42 @@ def test_any_history_of_a_chat_gives_the_tokens_of_a_fresh_prefill(tiny_pair: Ti
     assert reused > 0
 
 
+def positions(model: mlx_mtp.Model) -> list[int]:
+    """Where the snapshots of the text used last lie."""
+    return [snapshot.position for snapshot in model.prompt_cache.entries[-1].snapshots]
+
+
+def test_snapshots_lie_at_their_positions_once_each(model: mlx_mtp.Model) -> None:
+    """A prompt that ends where a snapshot is due, and an answer that ends with it, or begins there again."""
+    every = 2 * WINDOW
+    prompt = random_tokens(3 * every, seed=6)
+    chunks: dict[str, Any] = {"prefill_step_size": every}
+    model.generate(prompt, GREEDY, max_tokens=1, **chunks)
+    assert positions(model) == [every, 2 * every, 3 * every]
+    # The last token of all must be read, so the snapshot at the end serves up to there.
+    again = model.generate(prompt, GREEDY, max_tokens=1, **chunks)
+    assert again.last.cached_tokens == 3 * every - 1
+    assert positions(model) == [every, 2 * every, 3 * every]
+    # One token read after it is a place of its own.
+    model.generate(prompt, GREEDY, max_tokens=2, **chunks)
+    assert positions(model) == [every, 2 * every, 3 * every, 3 * every + 1]
+    # One that goes on at the snapshot keeps it, and the text that branches off there begins with it.
+    longer = prompt + random_tokens(every + 1, seed=7)[1:]
+    result = model.generate(longer, GREEDY, max_tokens=1, **chunks)
+    assert result.last.cached_tokens == 3 * every
+    assert result.tokens == fresh(model, longer, max_tokens=1).tokens
+    assert positions(model) == [every, 2 * every, 3 * every, 4 * every]
+    branch = prompt + random_tokens(9, seed=8)[1:]
+    result = model.generate(branch, GREEDY, **chunks)
+    assert result.last.cached_tokens == 3 * every
+    assert result.tokens == fresh(model, branch).tokens
+    # The answer's last token is emitted, not read.
+    assert positions(model) == [every, 2 * every, 3 * every, len(branch), len(branch) + 23]
+    # Between two snapshots, a chunk that passes one by takes it at the chunk's end, and none twice.
+    model.generate(random_tokens(3 * every, seed=9)[1:], GREEDY, max_tokens=1, prefill_step_size=every // 2 + 4)
+    assert positions(model) == [40, 80, 95]
+
+
 def test_old_texts_go_first_and_snapshots_where_they_are_missed_least(model: mlx_mtp.Model) -> None:
     prompts = [random_tokens(4 * WINDOW, seed=seed) for seed in (10, 11, 12)]
     for prompt in prompts[:2]:

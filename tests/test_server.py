@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from datetime import date
+from typing import Annotated, Any, Literal
 
 import httpx
 import jsonschema
@@ -13,11 +15,12 @@ import pytest
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
 from prometheus_client.parser import text_string_to_metric_families
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel, Field, SecretStr
 from serving import Served, serve
 
 import mlx_mtp
 from mlx_mtp import DEMO_PAIR, GenerationOptions, GenerationResponse, Model, Sampling
+from mlx_mtp.speculative import Logprobs
 from mlx_mtp.text import TextStream
 
 K = 3
@@ -188,7 +191,9 @@ def test_completions(client: openai.OpenAI, model: Model) -> None:
     assert whole is not None
     assert whole.tokens is not None
     assert "".join(whole.tokens) == expected.text
+    assert whole.text_offset == [len("".join(whole.tokens[:index])) for index in range(20)]
     streamed = [chunk.choices[0].logprobs for chunk in chunks]
+    assert [offset for part in streamed if part for offset in part.text_offset or []] == whole.text_offset
     assert [value for part in streamed if part for value in part.token_logprobs or []] == whole.token_logprobs
 
 
@@ -313,6 +318,170 @@ def test_responses_call_tools(client: openai.OpenAI) -> None:
     assert after.usage.input_tokens > answer.usage.input_tokens
 
 
+class Animal(BaseModel):
+    """As people write models: each keyword of these is one of the schema that OpenAI's client makes of it."""
+
+    kind: Literal["cat"]
+    lives: int = Field(ge=1, le=9, description="Left.")
+    born: date
+    parent: "Animal | None" = None
+
+
+class Robot(BaseModel):
+    kind: Literal["robot"]
+    model: str = Field(pattern="^[A-Z]{2}$")
+
+
+class Adopt(BaseModel):
+    pet: Animal | Robot
+    tags: list[Literal["a", "b"]] = Field(min_length=1, max_length=2)
+
+
+def test_strict_tools_of_pydantic_models(client: openai.OpenAI) -> None:
+    """References to themselves, bounds, patterns and formats are held to."""
+    tools: Any = [openai.pydantic_function_tool(Adopt)]
+    assert tools[0]["function"]["strict"] is True
+    for seed in range(3):
+        answer: Any = client.chat.completions.parse(
+            model="pair", messages=MESSAGES, tools=tools, tool_choice="required", seed=seed, max_tokens=400
+        )
+        if answer.choices[0].finish_reason == "tool_calls":
+            for call in answer.choices[0].message.tool_calls:
+                assert isinstance(call.function.parsed_arguments, Adopt)
+            return
+    raise AssertionError("no answer ended")
+
+
+def test_strict_output_of_pydantic_models(client: openai.OpenAI) -> None:
+    class Chip(BaseModel):
+        kind: Literal["chip"]
+        volts: float = Field(ge=0, le=5)
+
+    class Pets(BaseModel):
+        first: Annotated[Chip | Robot, Field(discriminator="kind")]
+        count: int = Field(gt=0, lt=4)
+
+    for seed in range(3):
+        more: Any = {"text_format": Pets, "max_output_tokens": 400, "extra_body": {"seed": seed}}
+        answer = client.responses.parse(model="pair", input=PROMPT, **more)
+        if answer.status == "completed":
+            assert isinstance(answer.output_parsed, Pets)
+            return
+    raise AssertionError("no answer ended")
+
+
+LOOSE = {
+    "type": "object",
+    "properties": {"m": {"propertyNames": {"pattern": "a"}}, "s": {"type": "array", "uniqueItems": True}},
+    "required": ["m", "s"],
+}
+
+
+def test_what_is_not_enforced_is_named(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    header = "x-mlx-mtp-not-enforced"
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": LOOSE}}
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "o", "schema": LOOSE}}
+    request: Any = {"messages": MESSAGES, "max_tokens": 2}
+    with caplog.at_level("WARNING"):
+        for body, expected in (
+            ({"response_format": wanted}, "response_format.m: propertyNames, response_format.s: uniqueItems"),
+            ({"tools": [tool], "tool_choice": "required"}, "f.m: propertyNames, f.s: uniqueItems"),
+            ({"tools": [tool]}, None),
+        ):
+            for stream in (False, True):
+                caplog.clear()
+                answer = httpx.post(f"{served.v1}/chat/completions", json=request | body | {"stream": stream})
+                assert answer.status_code == 200, answer.text
+                assert answer.headers.get(header) == expected
+                logged = [found for found in caplog.messages if "not enforced" in found]
+                assert len(logged) == (expected is not None)
+                assert all(expected in found for found in logged if expected)
+    name = {"type": "object", "properties": {"é\r\nx: y": {"not": {}}}}
+    body = request | {"response_format": {"type": "json_schema", "json_schema": {"name": "o", "schema": name}}}
+    answer = httpx.post(f"{served.v1}/chat/completions", json=body)
+    assert answer.headers[header] == "response_format.%C3%A9%0D%0Ax: y: not"
+    strict: Any = [{"type": "function", "function": tool["function"] | {"strict": True}}]
+    for body, message in (
+        (
+            {"response_format": wanted | {"json_schema": {"name": "o", "schema": LOOSE, "strict": True}}},
+            "response_format: it is strict, but propertyNames cannot be followed, at m",
+        ),
+        ({"tools": strict}, "tools: parameters of f: it is strict, but uniqueItems cannot be followed, at s"),
+    ):
+        answer = httpx.post(f"{served.v1}/chat/completions", json=request | body)
+        assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
+
+
+def test_tools_beside_a_response_format(client: openai.OpenAI, model: Model) -> None:
+    """The answer is a call, or JSON by the schema, and nothing else; the model chooses."""
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
+    (start,) = model.encode("<|tool_call>")[-1:]
+    strict: Any = [{"type": "function", "function": tool["function"] | {"strict": True}} for tool in TOOLS]
+    for bias, tools in ((-100, TOOLS), (100, TOOLS), (100, strict)):
+        options: Any = {"tools": tools, "logit_bias": {str(start): bias}, "parallel_tool_calls": False}
+        whole = chat(client, response_format=wanted, **options)
+        message = whole.choices[0].message
+        if bias < 0:
+            assert whole.choices[0].finish_reason == "stop"
+            jsonschema.validate(json.loads(message.content), SCHEMA)
+            assert message.tool_calls is None
+        else:
+            assert whole.choices[0].finish_reason == "tool_calls"
+            assert message.content is None
+            (call,) = message.tool_calls
+            jsonschema.validate(
+                json.loads(call.function.arguments), {"get_weather": WEATHER, "stop": {}}[call.function.name]
+            )
+        parts = joined(chat(client, response_format=wanted, stream=True, **options))
+        assert parts["content"] == (message.content or "")
+        assert len(parts["calls"]) == len(message.tool_calls or [])
+    required = chat(client, response_format=wanted, tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
+    assert required.choices[0].message.tool_calls
+    free = chat(client, response_format=wanted, tools=TOOLS, tool_choice="none")
+    jsonschema.validate(json.loads(free.choices[0].message.content), SCHEMA)
+    text: Any = {"format": {"type": "json_object"}}
+    flat: Any = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    answer = client.responses.create(model="pair", input=PROMPT, tools=flat, text=text, max_output_tokens=4)
+    assert answer.output_text.startswith("{") or answer.output[0].type == "function_call"
+
+
+def test_a_call_that_is_cut_says_length(client: openai.OpenAI) -> None:
+    """Though the call has begun, and its name is known: its arguments are not whole."""
+    options: Any = {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "get_weather"}}}
+    length = chat(client, **options).usage.completion_tokens - 3
+    whole = chat(client, max_tokens=length, **options)
+    (call,) = whole.choices[0].message.tool_calls
+    assert (whole.choices[0].finish_reason, call.function.name) == ("length", "get_weather")
+    with pytest.raises(ValueError, match=r"Expecting|Unterminated"):
+        json.loads(call.function.arguments)
+    parts = joined(chat(client, stream=True, max_tokens=length, **options))
+    assert (parts["finish"], parts["calls"][0]["arguments"]) == ("length", call.function.arguments)
+    answer = client.responses.create(
+        model="pair",
+        input=PROMPT,
+        temperature=0,
+        max_output_tokens=max(16, length),
+        tool_choice="required",
+        tools=[{"type": "function", **TOOLS[0]["function"]}],
+    )
+    assert (answer.status, answer.output[0].type) == ("incomplete", "function_call")
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+@pytest.mark.parametrize("options", [{}, {"stream_options": {"include_usage": True}}])
+def test_usage_is_null_until_the_end_where_it_is_asked_for(served: Served, path: str, options: Any) -> None:
+    given = {"messages": MESSAGES} if path == "chat/completions" else {"prompt": PROMPT}
+    body = {"stream": True, "max_tokens": 4, "temperature": 0} | given | options
+    lines = httpx.post(f"{served.v1}/{path}", json=body).text.split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    assert len(chunks) > 2
+    if not options:
+        assert not any("usage" in chunk for chunk in chunks)
+        return
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    assert (chunks[-1]["choices"], chunks[-1]["usage"]["completion_tokens"]) == ([], 4)
+
+
 class Person(BaseModel):
     adult: bool
     kind: str
@@ -347,8 +516,9 @@ def test_structured_output(client: openai.OpenAI) -> None:
 class Scripted:
     """A model that says what it is told to: for what a small one would not say."""
 
-    def __init__(self, model: Model, text: str) -> None:
+    def __init__(self, model: Model, text: str, logprobs: Logprobs | None = None) -> None:
         self._model = model
+        self._logprobs = logprobs
         self._tokens = model.tokenizer.encode(text, add_special_tokens=False)
 
     def __getattr__(self, name: str) -> Any:
@@ -376,13 +546,16 @@ class Scripted:
                 stats=mlx_mtp.speculative.Stats(),
                 thought=piece.thought,
                 in_thought=piece.in_thought,
+                logprobs=self._logprobs,
             )
 
 
 @contextmanager
-def scripted(served: Served, monkeypatch: pytest.MonkeyPatch, text: str) -> Iterator[None]:
+def scripted(
+    served: Served, monkeypatch: pytest.MonkeyPatch, text: str, logprobs: Logprobs | None = None
+) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(served.service, "model", Scripted(served.service.model, text))
+        patch.setattr(served.service, "model", Scripted(served.service.model, text, logprobs))
         yield
 
 
@@ -410,6 +583,38 @@ def test_text_thoughts_and_several_calls(
     assert [item.type for item in answer.output] == ["reasoning", "message", "function_call", "function_call"]
     # Where no tools are given, nothing is taken for a call.
     assert (without.content, without.tool_calls) == (script.partition("<channel|>")[2], None)
+
+
+def test_logprobs_of_responses_are_the_same_in_every_event(client: openai.OpenAI) -> None:
+    options: Any = {"model": "pair", "input": PROMPT, "temperature": 0, "max_output_tokens": 6, "top_logprobs": 2}
+    options["include"] = ["message.output_text.logprobs"]
+    (message,) = client.responses.create(**options).output
+    assert message.type == "message"
+    (content,) = message.content
+    assert content.type == "output_text"
+    expected = [(found.token, found.logprob) for found in content.logprobs or []]
+    assert len(expected) == 6
+    events = list(client.responses.create(stream=True, **options))
+    deltas = [found for event in events if event.type == "response.output_text.delta" for found in event.logprobs]
+    (done,) = [event for event in events if event.type == "response.output_text.done"]
+    for parts in (deltas, done.logprobs):
+        assert [(part.token, part.logprob) for part in parts] == expected
+        assert all(len(part.top_logprobs or []) == 2 for part in parts)
+
+
+def test_log_probabilities_that_json_lacks_are_clamped(
+    served: Served, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As OpenAI's: a token that cannot come has -9999, not minus infinity."""
+    options: Any = {"max_tokens": 4, "logprobs": True, "top_logprobs": 1}
+    with scripted(served, monkeypatch, "x = 1", Logprobs(-math.inf, [(40, -math.inf)])):
+        whole = chat(client, **options).choices[0].logprobs.content
+        streamed = joined(chat(client, stream=True, **options))["logprobs"]
+        text = client.completions.create(model="pair", prompt="x", logprobs=1).choices[0].logprobs
+    for found in (whole, streamed):
+        assert {token.logprob for token in found} == {token.top_logprobs[0].logprob for token in found} == {-9999.0}
+    assert text is not None
+    assert set(text.token_logprobs or []) == {-9999.0}
 
 
 def test_thinking_reaches_the_template(client: openai.OpenAI) -> None:
@@ -456,20 +661,51 @@ BAD_BODIES: list[tuple[str, Any, str | None, str]] = [
     ("chat/completions", {"top_p": 2}, "top_p", "invalid_value"),
     ("chat/completions", {"n": 2}, "n", "invalid_value"),
     ("chat/completions", {"top_logprobs": 2}, "top_logprobs", "invalid_value"),
-    ("chat/completions", {"stop": [""]}, "stop[0]", "invalid_value"),
-    ("chat/completions", {"surprise": 1}, "surprise", "unknown_parameter"),
+    ("chat/completions", {"stop": [1]}, "stop[0]", "invalid_value"),
+    ("chat/completions", {"temprature": 1}, "temprature", "unknown_parameter"),
+    ("chat/completions", {"max_token": 5}, "max_token", "unknown_parameter"),
     ("chat/completions", {"audio": {"voice": "x"}}, "audio", "unsupported_parameter"),
+    ("chat/completions", {"mirostat": 2}, "mirostat", "unsupported_parameter"),
+    ("chat/completions", {"typical_p": 0.5}, "typical_p", "unsupported_parameter"),
+    ("chat/completions", {"dynatemp_range": 1}, "dynatemp_range", "unsupported_parameter"),
+    ("chat/completions", {"stop_token_ids": [5]}, "stop_token_ids", "unsupported_parameter"),
+    ("chat/completions", {"add_generation_prompt": False}, "add_generation_prompt", "unsupported_parameter"),
+    ("chat/completions", {"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
+    ("chat/completions", {"input": "x"}, "input", "unsupported_parameter"),
+    ("chat/completions", {"repeat_penalty": -1}, "repeat_penalty", "invalid_value"),
+    ("chat/completions", {"max_tokens": 2.5}, "max_tokens", "invalid_value"),
+    ("chat/completions", {"top_k": -2}, "top_k", "invalid_value"),
+    ("chat/completions", {"thinking": {"type": "loud"}}, "thinking.type", "invalid_value"),
+    ("chat/completions", {"reasoning": {"exclude": True}}, "reasoning.exclude", "invalid_value"),
+    (
+        "chat/completions",
+        {"chat_template_kwargs": {"tokenize": False}},
+        "chat_template_kwargs.tokenize",
+        "unsupported_parameter",
+    ),
+    (
+        "chat/completions",
+        {"messages": [{"role": "assistant", "content": None, "audio": {"id": "a"}}]},
+        "messages[0].audio",
+        "invalid_value",
+    ),
+    ("chat/completions", {"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type", "invalid_value"),
     ("chat/completions", {"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
     ("chat/completions", {"logit_bias": {"99999999": 1}}, "logit_bias", "invalid_value"),
     ("chat/completions", {"num_draft_tokens": -1}, "num_draft_tokens", "invalid_value"),
     ("chat/completions", {"tool_choice": "required"}, "tool_choice", "invalid_value"),
     ("chat/completions", {"tools": [{"type": "function", "function": {"name": "a b"}}]}, None, "invalid_value"),
-    ("chat/completions", {"tools": TOOLS, "response_format": {"type": "json_object"}}, "tools", "invalid_value"),
+    ("chat/completions", {"tools": TOOLS, "regex": "a", "tool_choice": "required"}, None, "invalid_value"),
     ("chat/completions", {"response_format": {"type": "xml"}}, "response_format", "invalid_value"),
     (
         "chat/completions",
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}},
-        "json_schema",
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"not": {}}, "strict": True},
+            }
+        },
+        "response_format",
         "invalid_value",
     ),
     ("chat/completions", {"regex": "("}, "regex", "invalid_value"),
@@ -505,10 +741,28 @@ BAD_BODIES: list[tuple[str, Any, str | None, str]] = [
     ("completions", {"prompt": ""}, None, "invalid_value"),
     ("completions", {"prompt": [-1]}, None, "invalid_value"),
     ("completions", {"prompt": "a", "suffix": "b"}, "suffix", "unsupported_parameter"),
+    ("completions", {"prompt": "a", "max_new_tokens": 0}, "max_new_tokens", "invalid_value"),
+    ("completions", {"prompt": "a", "echo": True}, "echo", "unsupported_parameter"),
+    ("completions", {"prompt": "a", "best_of": 2}, "best_of", "unsupported_parameter"),
+    ("completions", {"prompt": "a", "tools": TOOLS}, "tools", "unsupported_parameter"),
     ("responses", {"input": []}, "input", "invalid_value"),
     ("responses", {"input": [{"type": "computer_call"}]}, "input[0]", "invalid_value"),
     ("responses", {"input": "x", "previous_response_id": "r"}, "previous_response_id", "unsupported_parameter"),
-    ("responses", {"input": "x", "tools": [{"type": "web_search", "name": "x"}]}, "tools[0].type", "invalid_value"),
+    ("responses", {"input": "x", "background": True}, "background", "unsupported_parameter"),
+    ("responses", {"input": "x", "response_format": {"type": "text"}}, "response_format", "unsupported_parameter"),
+    ("responses", {"input": "x", "tools": [{"type": "function"}]}, "tools[0].name", "missing_required_parameter"),
+    (
+        "responses",
+        {"input": "x", "tool_choice": "required", "tools": [{"type": "mcp"}]},
+        "tool_choice",
+        "invalid_value",
+    ),
+    (
+        "responses",
+        {"input": "x", "tool_choice": {"type": "web_search"}, "tools": [{"type": "web_search"}]},
+        "tool_choice",
+        "invalid_value",
+    ),
 ]
 
 
@@ -566,6 +820,8 @@ def test_other_paths_models_and_methods(served: Served, client: openai.OpenAI) -
         ("GET", "/v1/models/other", 404),
         ("GET", "/v1/nothing", 404),
         ("GET", "/v1/chat/completions", 405),
+        ("GET", "/v2/models", 404),
+        ("GET", "/chat", 404),
         ("GET", "/../../etc/passwd", 404),
         ("GET", "/v1/models/..%2f..%2fetc%2fpasswd", 404),
     ):
@@ -636,3 +892,34 @@ def test_metrics(served: Served, client: openai.OpenAI) -> None:
     assert after["mlx_mtp_tokens_per_second"] > 0
     assert after["mlx_mtp_memory_active_bytes"] > 1e6
     assert after["mlx_mtp_requests_running"] == after["mlx_mtp_requests_waiting"] == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "content", "thought", "call"),
+    [
+        ("thought\nhm<channel|>Hi", "Hi", "hm", None),
+        ("<|channel>thought\nhm<channel|>Hi<channel|><channel|>", "Hi", "hm", None),
+        ("<|turn>model\nHi", "Hi", None, None),
+        ("<tool_call|>", "", None, None),
+        ("Yes<tool_call|> and no", "Yes and no", None, None),
+        # A call in a thought that is not closed is one; in a thought that is closed it is a part of it.
+        ("<|channel>thought\nGo.<|tool_call>call:stop{}<tool_call|>", None, "Go.", "stop"),
+        ("<|channel>thought\nA <|tool_call>call:stop{} b.<channel|>No.", "No.", "A <|tool_call>call:stop{} b.", None),
+    ],
+)
+def test_control_tokens_never_reach_the_content(
+    served: Served,
+    client: openai.OpenAI,
+    monkeypatch: pytest.MonkeyPatch,
+    script: str,
+    content: str | None,
+    thought: str | None,
+    call: str | None,
+) -> None:
+    with scripted(served, monkeypatch, script):
+        message = chat(client, tools=TOOLS).choices[0].message
+        parts = joined(chat(client, tools=TOOLS, stream=True))
+    assert (message.content, getattr(message, "reasoning_content", None)) == (content, thought)
+    assert [found.function.name for found in message.tool_calls or []] == ([call] if call else [])
+    assert (parts["content"], parts["reasoning"] or None) == (content or "", thought)
+    assert [found["name"] for found in parts["calls"].values()] == ([call] if call else [])

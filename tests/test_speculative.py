@@ -16,7 +16,7 @@ from tiny import VARIANTS, WINDOW, load_drafter, load_target, random_tokens
 
 from mlx_mtp.acceptance import Draft
 from mlx_mtp.cache import Cache
-from mlx_mtp.drafter import Allow, Choose, DraftContext, Drafter, choose_best
+from mlx_mtp.drafter import Allow, Choose, DraftContext, Drafter, ask_for_each, choose_best
 from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.gemma4 import Target
 from mlx_mtp.graph import operations, round_outputs
@@ -53,7 +53,10 @@ class Scripted(Drafter):
         # The bonus token's index is context.position; the continuation begins at the prompt's end.
         start = context.position - self.prompt_length + 1
         wrong = mx.array([[int(i in self.wrong_at) for i in range(k)]], mx.int32)
-        return Draft((self.plain[start + mx.arange(k)] + wrong) % 512)
+        draft = Draft((self.plain[start + mx.arange(k)] + wrong) % 512)
+        if allow is not None:
+            ask_for_each(allow, token, draft)
+        return draft
 
 
 def run(

@@ -9,14 +9,10 @@ from typing import Any
 import jsonschema
 import pytest
 from hypothesis import given, settings
-from llguidance import LLMatcher, LLTokenizer
-from llguidance.hf import from_tokenizer
-from tiny import STOP_IDS, VOCAB_SIZE, WINDOW, make_gemma_tokenizer, make_tokenizer, random_tokens
+from tiny import WINDOW, make_gemma_tokenizer, random_tokens
 from tool_syntax import QUOTE, STRINGS, parse, render_call
 
 import mlx_mtp
-from mlx_mtp.guide import compile_grammar
-from mlx_mtp.tokenizer import load_tokenizer
 from mlx_mtp.tool_grammar import tool_grammar
 
 Tool = dict[str, Any]
@@ -24,21 +20,6 @@ Tool = dict[str, Any]
 
 def tool(name: str, parameters: Any = None, **fields: Any) -> Tool:
     return {"type": "function", "function": {"name": name, "parameters": parameters, **fields}}
-
-
-@pytest.fixture(scope="module")
-def is_allowed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], bool]:
-    """Whether a grammar allows a text, as a whole."""
-    wrapper = load_tokenizer(make_tokenizer(tmp_path_factory.mktemp("tokenizer")), STOP_IDS)
-    tokenizer: LLTokenizer = from_tokenizer(wrapper._tokenizer, n_vocab=VOCAB_SIZE, eos_token=list(STOP_IDS))
-
-    def check(grammar: str, text: str) -> bool:
-        matcher = LLMatcher(tokenizer, compile_grammar(grammar=grammar), log_level=0)
-        assert not matcher.is_error(), matcher.get_error()
-        tokens = wrapper.encode(text, add_special_tokens=False)
-        return bool(matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting())
-
-    return check
 
 
 TWO = [tool("a"), tool("a.b", {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"]})]
@@ -58,13 +39,42 @@ A, B = "<|tool_call>call:a{}<tool_call|>", "<|tool_call>call:a.b{x:true}<tool_ca
 def test_choices(
     is_allowed: Callable[[str, str], bool], choice: str, parallel: bool, allowed: list[str], forbidden: list[str]
 ) -> None:
-    grammar = tool_grammar(TWO, choice, parallel=parallel)
+    grammar = tool_grammar(TWO, choice, parallel=parallel).text
     assert [text for text in allowed if not is_allowed(grammar, text)] == []
     assert [text for text in forbidden if is_allowed(grammar, text)] == []
 
 
+CITY = {"type": "object", "properties": {"city": {"$ref": "#/$defs/name"}}, "required": ["city"]}
+CITY |= {"additionalProperties": False, "$defs": {"name": {"type": "string", "minLength": 1}}}
+ANSWER = '{"city": "start: ::= a"}'
+
+
+@pytest.mark.parametrize(
+    ("choice", "parallel", "allowed", "forbidden"),
+    [
+        ("auto", True, [A, B + A, ANSWER], ["", "hi", "hi" + A, ANSWER + A, A + ANSWER, '{"city": ""}', "{}"]),
+        ("auto", False, [A, B, ANSWER], ["", A + B, "hi"]),
+        ("required", True, [A, B + A], ["", ANSWER]),
+        ("a.b", True, [B], [A, ANSWER]),
+    ],
+)
+def test_an_answer_by_a_schema_instead_of_calls(
+    is_allowed: Callable[[str, str], bool], choice: str, parallel: bool, allowed: list[str], forbidden: list[str]
+) -> None:
+    grammar = tool_grammar(TWO, choice, parallel=parallel, answer=CITY).text
+    assert [text for text in allowed if not is_allowed(grammar, text)] == []
+    assert [text for text in forbidden if is_allowed(grammar, text)] == []
+
+
+def test_blanks_in_an_answer_beside_tools_are_bounded(is_allowed: Callable[[str, str], bool]) -> None:
+    """As in one without tools."""
+    grammar = tool_grammar(TWO, "auto", answer=CITY).text
+    assert is_allowed(grammar, '{\n  "city": "a"}')
+    assert not is_allowed(grammar, '{\n\n\n"city": "a"}')
+
+
 def test_without_tools_there_is_text_only(is_allowed: Callable[[str, str], bool]) -> None:
-    grammar = tool_grammar([], "auto")
+    grammar = tool_grammar([], "auto").text
     assert is_allowed(grammar, "hi")
     assert not is_allowed(grammar, A)
 
@@ -107,13 +117,17 @@ SCHEMAS: list[tuple[Any, list[Any], list[Any]]] = [
         [{"a": 1}, {"a": 2}, {"ab": 1}, {}],
         [1],
     ),
+    ({"oneOf": [{"type": "string"}]}, ["a"], [1]),
+    ({"type": "integer", "minimum": 3}, [3], [1, "a"]),
+    ({"type": "array", "items": [{"type": "string"}]}, [[], ["a"], ["a", 1]], [[1], 1]),
+    (
+        {"type": "object", "properties": {"a": {}}, "anyOf": [{"required": ["a"]}]},
+        [{"a": 1}],
+        [{}, {"b": 1}],
+    ),
     # What is not followed.
-    ({"oneOf": [{"type": "string"}]}, [1, "a"], []),
     ({"$ref": "#/$defs/a"}, [1, "a"], []),
-    ({"type": "integer", "minimum": 3}, [1], ["a"]),
     ({"type": "file", "enum": ["a"]}, ["a"], [1]),
-    ({"type": "array", "items": [{"type": "string"}]}, [[1]], [1]),
-    ({"type": "object", "properties": {"a": {}}, "anyOf": [{"required": ["a"]}]}, [{"a": 1}, {}], [{"b": 1}]),
     ({"type": ["string", "null"], "anyOf": [{"type": "integer"}]}, ["a", None], [1]),
 ]
 
@@ -123,14 +137,14 @@ def test_arguments_follow_the_schema(
     is_allowed: Callable[[str, str], bool], schema: Any, allowed: list[Any], forbidden: list[Any]
 ) -> None:
     parameters = {"type": "object", "properties": {"x": schema}, "required": ["x"]}
-    grammar = tool_grammar([tool("f", parameters)], "f")
+    grammar = tool_grammar([tool("f", parameters)], "f").text
     assert [value for value in allowed if not is_allowed(grammar, render_call("f", {"x": value}))] == []
     assert [value for value in forbidden if is_allowed(grammar, render_call("f", {"x": value}))] == []
 
 
 def test_a_string_does_not_spell_the_mark_that_ends_it(is_allowed: Callable[[str, str], bool]) -> None:
     """The text would be the same as with the special token."""
-    grammar = tool_grammar([tool("f", {"properties": {"x": {"type": "string"}}})], "auto")
+    grammar = tool_grammar([tool("f", {"properties": {"x": {"type": "string"}}})], "auto").text
     for mark in (QUOTE, "<|tool_call>"):
         assert mark not in grammar.replace(f" {mark}", "")
         content = mark if mark != QUOTE else f"<|tool_call>call:f{{x:{QUOTE}{mark}{QUOTE}}}<tool_call|>"
@@ -141,7 +155,7 @@ def test_a_string_does_not_spell_the_mark_that_ends_it(is_allowed: Callable[[str
 @given(STRINGS, STRINGS, STRINGS)
 def test_any_name_and_any_string(is_allowed: Callable[[str, str], bool], name: str, value: str, other: str) -> None:
     parameters = {"type": "object", "properties": {name: {"enum": [value, 7]}}, "required": [name]}
-    grammar = tool_grammar([tool("f", parameters, strict=True)], "required", parallel=False)
+    grammar = tool_grammar([tool("f", parameters, strict=True)], "required", parallel=False).text
     text = render_call("f", {name: value})
     assert is_allowed(grammar, text)
     assert is_allowed(grammar, render_call("f", {name: other})) is (other == value)
@@ -157,31 +171,37 @@ def test_top_level_parameters(is_allowed: Callable[[str, str], bool]) -> None:
         ({"$ref": "#/$defs/a"}, {"a": 1}),
         ({"anyOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}, {"b": 1}),
     ):
-        assert is_allowed(tool_grammar([tool("f", parameters)], "f"), render_call("f", arguments))
+        assert is_allowed(tool_grammar([tool("f", parameters)], "f").text, render_call("f", arguments))
 
 
 @pytest.mark.parametrize(
     ("schema", "keyword"),
     [
-        ({"type": "string", "pattern": "a", "minLength": 1}, "pattern, minLength"),
-        ({"type": "integer", "minimum": 3}, "minimum"),
-        ({"type": "array", "minItems": 1}, "minItems"),
-        ({"type": "array", "items": [{}]}, "items"),
+        ({"type": "string", "pattern": "a(?=b)", "minLength": 1}, "pattern"),
+        ({"type": "string", "pattern": "("}, "pattern"),
+        ({"type": "string", "format": "binary"}, "format"),
+        ({"type": "number", "multipleOf": 1e-20}, "multipleOf"),
+        ({"type": "array", "uniqueItems": True, "contains": {}}, "uniqueItems, contains"),
         ({"type": "array", "items": {"type": "array", "items": {"oneOf": []}}}, "oneOf"),
-        ({"type": "object", "properties": {"y": {"$ref": "#"}}}, r"\$ref"),
+        ({"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]}, "oneOf"),
+        ({"type": "object", "properties": {"y": {"$ref": "#/$defs/none"}}}, r"\$ref"),
+        ({"type": "object", "properties": {"y": {"$ref": "https://example.com/schema"}}}, r"\$ref"),
         ({"type": "object", "patternProperties": {}}, "patternProperties"),
+        ({"type": "object", "propertyNames": {"pattern": "a"}, "minProperties": 1}, "propertyNames, minProperties"),
         ({"type": "any"}, "type"),
         ({"type": "any", "enum": [1]}, "type"),
         ({"enum": ["a"], "maxLength": 3}, "maxLength"),
-        ({"enum": ["a"], "const": "a"}, "enum"),
-        ({"type": "object", "properties": {"a": {}}, "anyOf": [{}]}, "anyOf"),
+        ({"type": "string", "not": {"const": "a"}}, "not"),
+        ({"if": {"type": "string"}, "then": {"minLength": 3}}, "if, then"),
+        ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "allOf"),
+        ({"anyOf": [{"type": "string"}], "type": "integer"}, "anyOf"),
     ],
 )
 def test_what_a_strict_tool_asks_for_is_followed_or_refused(schema: Any, keyword: str) -> None:
     parameters = {"type": "object", "properties": {"x": schema}, "additionalProperties": False}
     tool_grammar([tool("f", parameters)], "auto")
     tool_grammar([tool("f", parameters, strict=False)], "auto")
-    message = f"tools: parameters of f: it is strict, but {keyword} cannot be followed"
+    message = f"tools: parameters of f: it is strict, but {keyword} cannot be followed, at x"
     with pytest.raises(mlx_mtp.OptionError, match=message):
         tool_grammar([tool("g"), tool("f", parameters, strict=True)], "auto")
 
@@ -215,6 +235,22 @@ def nested(depth: int) -> Any:
         ([tool("f", {"properties": {"a": {"enum": [f"a{QUOTE}"]}}})], "auto", "holds the mark that ends a string"),
         ([tool("f", {"properties": {f"a{QUOTE}": {}}})], "auto", "holds the mark that ends a string"),
         ([tool("f", {"properties": {"a": {"const": float("nan")}}})], "auto", "nan is not JSON"),
+        ([tool("f", {"properties": {"a": {"enum": [1], "const": 2}}})], "auto", "no value satisfies"),
+        ([tool("f", {"properties": {"a": {"minItems": 2, "maxItems": 1}}})], "auto", "no list has at least 2 and at m"),
+        ([tool("f", {"properties": {"a": {"minLength": 2, "maxLength": 1}}})], "auto", "no string has at least 2 and"),
+        (
+            [tool("f", {"properties": {"a": {"type": "integer", "minimum": 2, "maximum": 1}}})],
+            "auto",
+            "no integer satis",
+        ),
+        ([tool("f", {"properties": {"a": {"minimum": "3"}}})], "auto", "minimum must be a number, found '3'"),
+        ([tool("f", {"properties": {"a": {"pattern": 3}}})], "auto", "pattern must be a string, found 3"),
+        ([tool("f", {"properties": {"a": {"anyOf": {}}}})], "auto", "anyOf must be a list, found {}"),
+        (
+            [tool("f", {"properties": {"a": {"allOf": [{"minimum": 1}, 3]}}})],
+            "auto",
+            "a schema must be an object, found 3",
+        ),
         ([tool("f", {"properties": {"a": nested(600)}})], "auto", "tools: a schema is nested too deep"),
     ],
 )
@@ -239,6 +275,31 @@ TOOLS = [
         strict=True,
     ),
     tool(
+        "plan",
+        {
+            "type": "object",
+            "properties": {"root": {"$ref": "#/$defs/Step"}},
+            "required": ["root"],
+            "additionalProperties": False,
+            "$defs": {
+                "Step": {
+                    "type": "object",
+                    "properties": {
+                        "at": {"type": "string", "format": "date"},
+                        "code": {"type": "string", "pattern": "^[A-F]{2}[0-9]$"},
+                        "level": {"type": "number", "exclusiveMinimum": 0, "maximum": 1.5},
+                        "next": {"type": "array", "items": {"$ref": "#/$defs/Step"}, "maxItems": 1},
+                        "note": {"type": "string", "maxLength": 5},
+                        "times": {"type": "integer", "minimum": 2, "maximum": 12, "multipleOf": 2},
+                    },
+                    "required": ["at", "code", "level", "next", "note", "times"],
+                    "additionalProperties": False,
+                }
+            },
+        },
+        strict=True,
+    ),
+    tool(
         "blinds.close",
         {"type": "object", "properties": {"which": {"type": "array", "items": {"const": "left"}}, "at": {"enum": [1]}}},
     ),
@@ -256,12 +317,14 @@ def model(tiny_pair: Callable[[str], Path], request: pytest.FixtureRequest, tmp_
     return mlx_mtp.load(folder / "target")
 
 
-@pytest.mark.parametrize(("choice", "parallel"), [("auto", True), ("required", True), ("light", False)])
+@pytest.mark.parametrize(
+    ("choice", "parallel"), [("auto", True), ("required", True), ("light", False), ("plan", False)]
+)
 def test_generated_calls_are_valid(model: mlx_mtp.Model, choice: str, parallel: bool) -> None:
     """Of random models, which are urged to call and to end, drafted."""
     tokens = ("<|tool_call>", 6.5), ("<|tool_response>", 6.0), ("}", 3.0)
     bias = {model.tokenizer.encode(text, add_special_tokens=False)[0]: value for text, value in tokens}
-    grammar = tool_grammar(TOOLS, choice, parallel=parallel)
+    grammar = tool_grammar(TOOLS, choice, parallel=parallel).text
     names = []
     for seed in range(4):
         sampling = mlx_mtp.Sampling(temperature=1.0, seed=seed, logit_bias=bias)
@@ -273,9 +336,9 @@ def test_generated_calls_are_valid(model: mlx_mtp.Model, choice: str, parallel: 
         content, calls = parse([result.text])
         if choice != "auto":
             assert content == ""
-            assert len(calls) == 1 if choice == "light" else calls
+            assert len(calls) == 1 if choice in SCHEMA_OF else calls
         for name, arguments in calls:
-            jsonschema.validate(json.loads(arguments), SCHEMA_OF[name])
+            jsonschema.validate(json.loads(arguments), SCHEMA_OF[name], format_checker=jsonschema.FormatChecker())
         names += [name for name, _ in calls]
     assert len(names) >= 3, "few answers call and end: the test proves little"
-    assert choice != "light" or set(names) == {"light"}
+    assert choice not in SCHEMA_OF or set(names) == {choice}

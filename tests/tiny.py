@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from mlx_mtp.config import DrafterConfig, TargetConfig, read_drafter_config, read_target_config
 from mlx_mtp.drafter import Drafter
 from mlx_mtp.gemma4 import Target
-from mlx_mtp.weights import MLX_PREFIX, drafter_names, fill_module, target_names
+from mlx_mtp.weights import drafter_names, fill_module, target_names
 
 VARIANTS = ("e2b", "12b", "26b", "31b")
 VOCAB_SIZE = 512
@@ -216,7 +216,7 @@ def load_target(folder: Path) -> tuple[Target, TargetConfig]:
     """The target of a checkpoint folder, quantized where the checkpoint is."""
     config = read_target_config(folder)
     target = Target(config.text)
-    fill_module(target, folder, partial(target_names, config=config), config.quantization, MLX_PREFIX)
+    fill_module(target, folder, partial(target_names, config=config), config.quantization)
     return target, config
 
 

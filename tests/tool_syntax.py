@@ -1,9 +1,11 @@
 """Gemma's syntax of tool calls for the tests: written, cut into pieces, and read back."""
 
 import json
-from collections.abc import Iterable
+import random
+import re
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from hypothesis import strategies as st
 
@@ -11,17 +13,23 @@ from mlx_mtp.tool_calls import ToolCallParser
 
 QUOTE = '<|"|>'
 Call = tuple[str, str]
-
-Call = tuple[str, str]
 Tool = dict[str, Any]
+End = Literal["stop", "length"] | None
 
 
-def parse(pieces: Iterable[str], *, is_cut: bool = True) -> tuple[str, list[Call]]:
-    """The content, and name and arguments of each call, of an answer in pieces; then comes its end, if `is_cut`."""
-    parser = ToolCallParser()
+def tool(name: str, **properties: Any) -> Tool:
+    """A function tool as OpenAI has it, with these properties for parameters."""
+    parameters = {"type": "object", "properties": properties}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def parse(pieces: Iterable[str], *, tools: Sequence[Tool] = (), end: End = "stop") -> tuple[str, list[Call]]:
+    """The content, and name and arguments of each call, of an answer in pieces that ends for this reason, or goes on
+    if it is None."""
+    parser = ToolCallParser(tools)
     content, calls = "", list[Call]()
-    for text, is_last in [*((piece, False) for piece in pieces), *([("", True)] if is_cut else [])]:
-        more, deltas = parser.add(text, is_last=is_last)
+    for text, is_last in [*((piece, False) for piece in pieces), *([("", True)] if end else [])]:
+        more, deltas = parser.add(text, is_last=is_last, is_cut=is_last and end == "length")
         content += more
         for index, name, arguments in deltas:
             if name is not None:
@@ -45,12 +53,51 @@ def render(value: Any, blank: str = "") -> str:
 
 
 def render_key(key: str) -> str:
-    is_odd = not key or key != key.strip(" \t\r\n") or key.startswith(("}", QUOTE))
+    is_odd = not key or key != key.strip(" \t\r\n") or key[0] in "\"'" or any(brace in key for brace in "{}[]")
     return render(key) if is_odd or ":" in key or "<tool_call|>" in key else key
 
 
 def render_call(name: str, arguments: dict[str, Any], blank: str = "") -> str:
     return f"<|tool_call>{blank}call:{blank}{name}{blank}{render(arguments, blank)}{blank}<tool_call|>"
+
+
+class Writer:
+    """Writes values in the syntaxes that models mix: Gemma's, JSON's and Python's, another for each value."""
+
+    def __init__(self, choices: random.Random, styles: Sequence[str]) -> None:
+        self._choices = choices
+        self._styles = styles
+
+    def call(self, name: str, arguments: dict[str, Any]) -> str:
+        """In braces, or with parentheses as Python's calls if the style is "call" and all names can be."""
+        if "call" in self._styles and all(re.fullmatch("[a-z_]+", key) for key in arguments):
+            pairs = ", ".join(f"{key}={self.value(value)}" for key, value in arguments.items())
+            return f"<|tool_call>call:{name}({pairs})<tool_call|>"
+        return f"<|tool_call>call:{name}{self.value(arguments)}<tool_call|>"
+
+    def value(self, value: Any) -> str:
+        blank = self._choices.choice(["", " ", "\n  "])
+        if isinstance(value, dict):
+            pairs = (f"{self._key(key)}:{blank}{self.value(item)}" for key, item in value.items())
+            return "{" + f",{blank}".join(pairs) + "}"
+        if isinstance(value, list):
+            return "[" + f",{blank}".join(self.value(item) for item in value) + "]"
+        return self._scalar(value)
+
+    def _key(self, key: str) -> str:
+        is_plain = re.fullmatch(r"\w+", key) is not None
+        return key if is_plain and self._style() != "json" else self._scalar(key)
+
+    def _scalar(self, value: Any) -> str:
+        style = self._style()
+        if style in ("python", "call"):
+            return repr(value)
+        if style == "json":
+            return json.dumps(value, ensure_ascii=self._choices.choice([True, False]))
+        return render(value)
+
+    def _style(self) -> str:
+        return self._choices.choice(self._styles)
 
 
 # The characters of the syntax, and some that take several bytes or an escape.

@@ -1,0 +1,534 @@
+"""Arguments of a tool call that are not in Gemma's own syntax, read as they are meant.
+
+JSON's and Python's quotes, words and call form are read as they are. Beside them, slips are put up with: a mark, a
+comma or a brace that is missing or too many, quotes that are written as marks, text without any quotes. The reading
+with the fewest slips is meant. Where two readings have equally few, none is: then a wrong command could result.
+"""
+
+import heapq
+import re
+from collections.abc import Iterator
+from itertools import count
+from typing import NamedTuple
+
+from .argument_schema import ANYTHING, ArgumentSchema
+from .call_syntax import BLANKS, STRING_MARK, bare_value, json_string, literal_type, quoted_value, unescape
+
+# Arguments that take more steps are not read; looking through this many characters is a step.
+_MOST_STEPS = 20_000
+_STEP_LENGTH = 2_000
+# With more commas and braces that are missing or too many, any text could be read somehow.
+_MOST_FAULTS = 2
+_CLOSERS = {"{": "}", "[": "]", "(": ")"}
+_QUOTES = ('"""', "'''", '"', "'")
+_BLANK = re.compile(r"[ \t\r\n]*")
+_SEPARATOR = re.compile(r"[ \t\r\n]*([:=])(?![=]|//)")
+_KEY = re.compile(r"[\w$@./-]+")
+_ODD_KEY = re.compile(r"[^\s\"'`{}\[\](),:=<>|](?:[^\n\"'`{}\[\](),:=<>|]*[^\s\"'`{}\[\](),:=<>|])?")
+_LITERAL = re.compile(r"(?:[A-Za-z]+|-?[0-9][0-9.eE+-]*)(?=[ \t\r\n]*(?:[,}\])]|\Z))")
+# What may follow a value in an object or a list, but for what closes it.
+_NEXT_KEY = re.compile(r",[ \t\r\n]*([\w$@./-]+)[ \t\r\n]*[:=](?![=]|//)")
+_NEXT_ITEM = re.compile(r",[ \t\r\n]*(?=<\|\"\|>|[\"'{\[])")
+_PLAIN = re.compile(r"[^,{}\[\]()\"]*")
+NEXT_CALL = re.compile(r"[ \t\r\n,;]*(?=call:[ \t\r\n]*[^\s{}<>()]+[ \t\r\n]*[{(])")
+
+
+class Reading(NamedTuple):
+    """Arguments as JSON, where they end in the text, and how many slips are in them."""
+
+    arguments: str
+    end: int
+    slips: int
+
+
+class _Frame(NamedTuple):
+    """An object or a list that is open: its closer, its schema, and the names that are given."""
+
+    closer: str
+    schema: ArgumentSchema
+    parent: "_Frame | None"
+    given: frozenset[str] = frozenset()
+    is_empty: bool = True
+
+    def value(self, name: str | None) -> ArgumentSchema:
+        return self.schema.items if name is None else self.schema.member(name)
+
+    @property
+    def is_list(self) -> bool:
+        return self.closer == "]"
+
+
+class _Text(NamedTuple):
+    """A string within the arguments; `quote` is what it is between, empty if it has no quotes."""
+
+    start: int
+    end: int
+    quote: str
+    schema: ArgumentSchema
+
+
+class _Output(NamedTuple):
+    """The JSON so far, its end first."""
+
+    part: "str | _Text"
+    before: "_Output | None"
+
+
+class _State(NamedTuple):
+    """How far a reading has come.
+
+    `step` says what is expected: a key, a value, the end of a string, or what follows a value. `note` is what was
+    there: "," before a key or an item, the quote of a string that goes on, "closed" after a value that cannot go on.
+    """
+
+    step: str
+    at: int
+    frame: _Frame | None
+    out: _Output | None
+    note: str = ""
+    schema: ArgumentSchema = ANYTHING
+    # Of a string: where it begins, and how many quotes are inside.
+    start: int = 0
+    quotes: int = 0
+    # Of the whole reading: commas and braces that are missing or too many.
+    faults: int = 0
+
+    def to(self, step: str, at: int, frame: _Frame | None, out: _Output | None, faults: int = 0) -> "_State":
+        """The state after this one, with more faults."""
+        return _State(step, at, frame, out, faults=self.faults + faults)
+
+
+_Steps = Iterator[tuple[int, _State]]
+
+
+def read_arguments(text: str, schema: ArgumentSchema, *, is_ended: bool) -> Reading | None:
+    """Read the arguments of one call, from the brace or parenthesis on that opens them.
+
+    `is_ended` says that the mark of a call's end follows the text; else the model just stopped. None if the reading is
+    not certain.
+    """
+    return _Reader(text, schema, is_ended).read()
+
+
+class _Reader:
+    """A search for the readings with the fewest slips."""
+
+    def __init__(self, text: str, schema: ArgumentSchema, is_ended: bool) -> None:
+        self._text = text
+        self._is_ended = is_ended
+        self._is_python = text.startswith("(")
+        self._steps_left = _MOST_STEPS
+        self._root = _Frame(_CLOSERS[text[0]], schema, None)
+
+    def read(self) -> Reading | None:
+        """The only reading with the fewest slips."""
+        ticks = count()
+        waiting = [(0, next(ticks), _State("key", 1, self._root, _Output("{", None)))]
+        best: Reading | None = None
+        while self._steps_left > 0:
+            if not waiting:
+                return best
+            self._steps_left -= 1
+            slips, _, state = heapq.heappop(waiting)
+            if best is not None and slips > best.slips:
+                return best
+            if state.step == "end":
+                found = Reading(self._render(state.out), state.at, slips)
+                if best is not None and (found.arguments, found.end) != (best.arguments, best.end):
+                    return None
+                best = found
+                continue
+            for more, following in self._follow(state):
+                if following.faults <= _MOST_FAULTS:
+                    heapq.heappush(waiting, (slips + more, next(ticks), following))
+        return None
+
+    def _follow(self, state: _State) -> _Steps:
+        steps = {"key": self._key, "value": self._value, "string": self._string, "bare": self._bare}
+        return steps.get(state.step, self._after)(state)
+
+    # Keys
+
+    def _key(self, state: _State) -> _Steps:
+        at = self._skip(state.at)
+        frame = state.frame
+        assert frame is not None
+        if self._is_at_closer(at):
+            # What comes after a value closes the object.
+            is_trailing = state.note == ","
+            yield int(is_trailing), state.to("after", at, frame, state.out, is_trailing)
+        elif at == len(self._text):
+            return
+        elif self._text[at] == ",":
+            yield from self._comma(state, frame, at)
+        elif self._text[at] == "{" and frame.parent is None and frame.is_empty:
+            # One too many.
+            yield 1, state._replace(at=at + 1, faults=state.faults + 1)
+        else:
+            for slips, name, end in self._names(at, frame):
+                separator = _SEPARATOR.match(self._text, end)
+                assert separator is not None
+                slips += separator[1] == "=" and not (self._is_python and frame.parent is None)
+                out = _Output(("" if frame.is_empty else ",") + json_string(name) + ":", state.out)
+                inner = frame._replace(given=frame.given | {name}, is_empty=False)
+                schema = frame.schema.member(name)
+                yield slips, state.to("value", separator.end(), inner, out)._replace(schema=schema)
+
+    def _comma(self, state: _State, frame: _Frame, at: int) -> _Steps:
+        """A comma is too many, or the closer of an empty object or list is missing."""
+        yield 1, state._replace(at=at + 1, faults=state.faults + 1)
+        if frame.is_empty and frame.parent is not None:
+            yield 1 + self._missing(frame), self._pop(state, frame, at, 1)
+
+    def _names(self, at: int, frame: _Frame) -> Iterator[tuple[int, str, int]]:
+        """Slips, name and end of each key that may be here, with a separator behind it."""
+        for quote in (STRING_MARK, '"', "'"):
+            if self._text.startswith(quote, at):
+                start = at + len(quote)
+                end = self._find(quote, start)
+                name = None if end is None else self._text[start:end]
+                if name is not None and quote != STRING_MARK:
+                    name = unescape(name)
+                if end is not None and name is not None and _SEPARATOR.match(self._text, end + len(quote)):
+                    yield self._slips_of(name, frame), name, end + len(quote)
+                return
+        for name in frame.schema.names:
+            if not _KEY.fullmatch(name) and self._text.startswith(name, at) and name:
+                if _SEPARATOR.match(self._text, at + len(name)):
+                    yield self._slips_of(name, frame), name, at + len(name)
+                    return
+        for pattern in (_KEY, _ODD_KEY):
+            found = pattern.match(self._text, at)
+            if found and _SEPARATOR.match(self._text, found.end()):
+                is_odd = pattern is _ODD_KEY and found[0] not in frame.schema.names
+                yield self._slips_of(found[0], frame) + is_odd, found[0], found.end()
+                return
+
+    def _slips_of(self, name: str, frame: _Frame) -> int:
+        return 2 * (name in frame.given) + 2 * (bool(frame.schema.names) and name not in frame.schema.names)
+
+    # Values
+
+    def _value(self, state: _State) -> _Steps:
+        at = self._skip(state.at)
+        frame = state.frame
+        assert frame is not None
+        if at == len(self._text):
+            return
+        opener = self._text[at]
+        if opener in "{[":
+            kind = "object" if opener == "{" else "array"
+            inner = _Frame(_CLOSERS[opener], state.schema, frame)
+            step = "key" if opener == "{" else "item"
+            yield int(not state.schema.allows(kind)), state.to(step, at + 1, inner, _Output(opener, state.out))
+        elif self._text.startswith(STRING_MARK, at):
+            yield from self._open_mark(state, at + len(STRING_MARK))
+            if at > state.at:
+                yield 0, state._replace(step="bare", start=state.at)
+            return
+        for quote in _QUOTES:
+            if self._text.startswith(quote, at):
+                start = at + len(quote)
+                yield 0, state._replace(step="string", at=start, start=start, note=quote)
+        literal = _LITERAL.match(self._text, at)
+        if literal is not None:
+            yield from self._literal(state, literal[0], literal.end())
+        yield 0, state._replace(step="bare", at=at, start=at)
+        if at > state.at:
+            # Blanks may belong to the text.
+            yield 0, state._replace(step="bare", start=state.at)
+
+    def _open_mark(self, state: _State, start: int) -> _Steps:
+        string = state._replace(step="string", at=start, start=start, note=STRING_MARK)
+        yield 0, string
+        after = start + len(STRING_MARK)
+        if self._text.startswith(STRING_MARK * 2, start):
+            # Nothing with one mark too many, or a quote.
+            for end in (start, after):
+                yield from self._closed(string, end, after + len(STRING_MARK), 1)
+        elif self._text.startswith(STRING_MARK, start):
+            yield from self._close_doubled(string, after)
+
+    def _close_doubled(self, string: _State, start: int) -> _Steps:
+        """A string between marks of which the first is doubled, and maybe the last."""
+        end = self._find(STRING_MARK, start)
+        if end is None or end == start:
+            return
+        after = end + len(STRING_MARK)
+        yield from self._closed(string._replace(start=start), end, after, 1)
+        if self._text.startswith(STRING_MARK, after):
+            yield from self._closed(string._replace(start=start), end, after + len(STRING_MARK), 1)
+
+    def _literal(self, state: _State, text: str, end: int) -> _Steps:
+        found = bare_value(text, state.schema)
+        if found.startswith('"') and literal_type({"True": "true", "False": "false"}.get(text, text)) is None:
+            return
+        yield self._mismatch(found, state.schema), self._after_value(state, end, _Output(found, state.out))
+
+    def _mismatch(self, value: str, schema: ArgumentSchema) -> int:
+        kind = "string" if value.startswith('"') else literal_type(value)
+        return int(kind is not None and not schema.allows(kind))
+
+    def _after_value(self, state: _State, at: int, out: _Output, note: str = "") -> _State:
+        return state.to("after", at, state.frame, out)._replace(note=note)
+
+    # Strings
+
+    def _string(self, state: _State) -> _Steps:
+        """A string ends at the next of its quotes, or at one behind, or is not closed."""
+        quote, text = state.note, self._text
+        end = self._find(quote, state.at)
+        if quote == STRING_MARK and not state.quotes:
+            yield from self._unclosed(state, len(text) if end is None else end)
+        if end is None:
+            mark = self._find(STRING_MARK, state.at)
+            if quote != STRING_MARK and not state.quotes and mark is not None:
+                # The mark may stand for the quote.
+                yield from self._closed(state, mark, mark + len(STRING_MARK), 1)
+            return
+        after = end + len(quote)
+        if self._has_clear_edges(state, end):
+            yield from self._closed(state, end, after, 2 * (state.quotes % 2))
+        if quote == STRING_MARK and not state.quotes and text.startswith(quote, after) and end > state.start:
+            yield from self._closed(state, end, after + len(quote), 1)
+        # Quotes inside come in pairs, each a slip that counts at its second quote.
+        slips = state.quotes % 2 + self._looks_closed(state, after)
+        yield slips, state._replace(at=after, quotes=state.quotes + 1)
+
+    def _closed(self, state: _State, end: int, after: int, slips: int = 0) -> _Steps:
+        """The string that ends here; what follows it begins at `after`."""
+        found = _Text(state.start, end, state.note, state.schema)
+        has_escapes = state.note != STRING_MARK and self._text.find("\\", state.start, end) >= 0
+        if has_escapes or not state.schema.allows("string"):
+            value = self._json(found)
+            if value is None:
+                return
+            slips += self._mismatch(value, state.schema)
+        yield slips, self._after_value(state, after, _Output(found, state.out), "closed")
+
+    def _has_clear_edges(self, state: _State, end: int) -> bool:
+        """Whether marks at the edges of a string are those of its text: nobody can say what two of them are, and one at
+        each edge just doubles the string's own."""
+        mark, text = STRING_MARK, self._text
+        if state.note != mark or not state.quotes:
+            return True
+        first = last = 0
+        while text.startswith(mark, state.start + first * len(mark), end):
+            first += 1
+        while text.endswith(mark, state.start, end - last * len(mark)):
+            last += 1
+        is_doubled = state.quotes == 2 and first == last == 1
+        is_all = first * len(mark) == end - state.start
+        if is_all and first == 2 and state.frame and state.frame.is_list:
+            return True
+        return not is_doubled and not is_all and {first, last} <= {0, 1, 3}
+
+    def _looks_closed(self, state: _State, after: int) -> int:
+        """1 where the next key of the object follows a mark, so that a string hardly goes on behind it."""
+        frame = state.frame
+        if state.note != STRING_MARK or frame is None or frame.is_list:
+            return 0
+        at = self._skip(after)
+        found = _KEY.match(self._text, at)
+        separator = found and _SEPARATOR.match(self._text, found.end())
+        if not found or not separator or found[0] in frame.given:
+            return 0
+        if frame.schema.names:
+            return int(found[0] in frame.schema.names)
+        return int(self._text.startswith(STRING_MARK, self._skip(separator.end())))
+
+    def _unclosed(self, state: _State, limit: int) -> _Steps:
+        """A string without its last mark, that ends before the next key, or before what closes all."""
+        for end, slips in self._ends(state, limit):
+            yield from self._closed(state, end, end, 1 + slips)
+            if self._text[end - 1] in "\"'" and end > state.start:
+                # The quote may stand for the mark.
+                yield from self._closed(state, end - 1, end, 1 + slips)
+
+    def _bare(self, state: _State) -> _Steps:
+        """Text without a mark before it: it ends at a mark, or has none at all."""
+        mark = self._find(STRING_MARK, state.at)
+        if mark is not None:
+            after = mark + len(STRING_MARK)
+            swallowed = self._swallowed(state, state.at, mark)
+            if state.quotes % 2 == 0:
+                yield from self._closed(state._replace(note=STRING_MARK), mark, after, 1 + swallowed)
+            yield state.quotes % 2 + swallowed, state._replace(at=after, quotes=state.quotes + 1)
+        if not state.quotes and self._text[state.start] not in "{[(\"'`)]}, \t\r\n":
+            yield from self._words(state, len(self._text) if mark is None else mark)
+
+    def _words(self, state: _State, limit: int) -> _Steps:
+        """Text without marks. Only where the schema wants a string it may hold commas and braces."""
+        assert state.frame is not None
+        ends = [self._text.find(mark, state.start, limit) for mark in (",", state.frame.closer)]
+        simple = min((end for end in ends if end >= 0), default=-1)
+        if simple > state.start and '"' not in self._text[state.start : simple]:
+            yield from self._word(state, simple, 1)
+        wants_text = state.schema.types is not None and state.schema.allows("string") and not state.frame.is_list
+        for end, slips in self._ends(state, limit):
+            if end != simple and end > state.start:
+                is_plain = _PLAIN.fullmatch(self._text, state.start, end) is not None
+                if wants_text or is_plain:
+                    yield from self._word(state, end, 2 - is_plain + slips)
+
+    def _word(self, state: _State, end: int, slips: int) -> _Steps:
+        text = self._text[state.start : end].rstrip(BLANKS)
+        value = bare_value(text, state.schema)
+        if value.startswith('"'):
+            slips += self._mismatch(value, state.schema)
+            yield slips, self._after_value(state, end, _Output(value, state.out))
+
+    def _ends(self, state: _State, limit: int) -> Iterator[tuple[int, int]]:
+        """Where text may end that nothing closes, before `limit`, and how many known keys it would hold."""
+        assert state.frame is not None
+        self._steps_left -= (limit - state.start) // _STEP_LENGTH
+        places = [(found.start(), self._is_known(found[1], state.frame)) for found in self._next_keys(state, limit)]
+        if self._is_in_list(state.frame):
+            most = min(len(self._text), limit + len(STRING_MARK))
+            items = _NEXT_ITEM.finditer(self._text, state.start, most)
+            places += [(item.start(), False) for item in items if item.end() <= limit]
+        if limit == len(self._text):
+            places.append((limit, False))
+        swallowed = 0
+        for place, is_known in sorted(places):
+            for end in self._before_closers(state.start, place):
+                if end < len(self._text) or self._is_ended:
+                    yield end, swallowed
+            swallowed += is_known
+
+    def _next_keys(self, state: _State, limit: int) -> "Iterator[re.Match[str]]":
+        return _NEXT_KEY.finditer(self._text, state.start, limit)
+
+    def _before_closers(self, start: int, at: int) -> Iterator[int]:
+        """This place, and those before each of the braces that lead to it."""
+        yield at
+        while at > start and self._text[at - 1] in "}]) \t\r\n":
+            at -= 1
+            if self._text[at] in "}])":
+                yield at
+
+    def _swallowed(self, state: _State, start: int, end: int) -> int:
+        assert state.frame is not None
+        found = _NEXT_KEY.finditer(self._text, start, end)
+        return sum(self._is_known(match[1], state.frame) for match in found)
+
+    def _is_in_list(self, frame: _Frame) -> bool:
+        outer: _Frame | None = frame
+        while outer is not None and not outer.is_list:
+            outer = outer.parent
+        return outer is not None
+
+    def _is_known(self, name: str, frame: _Frame) -> bool:
+        """Whether an object that is open has a property of this name that is not given yet."""
+        outer: _Frame | None = frame
+        while outer is not None:
+            if name in outer.schema.names and name not in outer.given:
+                return True
+            outer = outer.parent
+        return False
+
+    # What follows a value
+
+    def _item(self, state: _State) -> _Steps:
+        at = self._skip(state.at)
+        frame = state.frame
+        assert frame is not None
+        if self._is_at_closer(at):
+            is_trailing = state.note == ","
+            yield int(is_trailing), state.to("after", at, frame, state.out, is_trailing)
+        elif at < len(self._text) and self._text[at] == ",":
+            yield from self._comma(state, frame, at)
+        out = state.out if frame.is_empty else _Output(",", state.out)
+        inner = frame._replace(is_empty=False)
+        yield 0, state.to("value", state.at, inner, out)._replace(schema=frame.schema.items)
+
+    def _after(self, state: _State) -> _Steps:
+        if state.step == "item":
+            yield from self._item(state)
+            return
+        at = self._skip(state.at)
+        frame = state.frame
+        if frame is None:
+            yield from self._after_all(state, at)
+        elif at == len(self._text):
+            yield 1 + self._missing(frame), self._pop(state, frame, at, 1)
+        elif self._text[at] in "}])":
+            yield from self._closer(state, frame, at)
+        else:
+            yield from self._next(state, frame, at)
+
+    def _after_all(self, state: _State, at: int) -> _Steps:
+        found = NEXT_CALL.match(self._text, at)
+        if at == len(self._text) or found:
+            end = at if found is None else found.end()
+            yield 0, state._replace(step="end", at=end)
+        elif self._text[at] in "}])":
+            yield 1, state._replace(at=at + 1, faults=state.faults + 1)
+
+    def _closer(self, state: _State, frame: _Frame, at: int) -> _Steps:
+        if self._text[at] == frame.closer:
+            yield self._missing(frame), self._pop(state, frame, at + 1)
+        elif frame.parent is not None:
+            yield 1 + self._missing(frame), self._pop(state, frame, at, 1)
+        # One too many.
+        yield 1, state.to("after", at + 1, frame, state.out, 1)
+
+    def _next(self, state: _State, frame: _Frame, at: int) -> _Steps:
+        step = "item" if frame.is_list else "key"
+        if self._text[at] == ",":
+            yield 0, state._replace(step=step, at=at + 1, note=",")
+            if frame.parent is not None:
+                # Its closer is missing.
+                yield 1 + self._missing(frame), self._pop(state, frame, at, 1)
+        elif self._text.startswith(("{", "[", STRING_MARK, '"', "'"), at) if frame.is_list else state.note == "closed":
+            # The comma is missing.
+            yield 1, state.to(step, at, frame, state.out)
+
+    def _pop(self, state: _State, frame: _Frame, at: int, faults: int = 0) -> _State:
+        closer = "]" if frame.is_list else "}"
+        return state.to("after", at, frame.parent, _Output(closer, state.out), faults)._replace(note="closed")
+
+    def _missing(self, frame: _Frame) -> int:
+        """How many properties are required and not given."""
+        return 0 if frame.is_list else len(frame.schema.required - frame.given)
+
+    # Text
+
+    def _is_at_closer(self, at: int) -> bool:
+        """Whether no more may follow here; a model that just stopped would have gone on."""
+        return self._text[at] in "}])" if at < len(self._text) else self._is_ended
+
+    def _skip(self, at: int) -> int:
+        found = _BLANK.match(self._text, at)
+        return at if found is None else found.end()
+
+    def _find(self, quote: str, at: int) -> int | None:
+        """Where the next quote is that is not escaped; between other quotes than marks there are none of these."""
+        if quote == STRING_MARK:
+            end = self._text.find(quote, at)
+            self._steps_left -= ((len(self._text) if end < 0 else end) - at) // _STEP_LENGTH
+            return None if end < 0 else end
+        pattern = re.compile(rf"(?s:\\.)|{re.escape(STRING_MARK)}|{quote}")
+        for found in pattern.finditer(self._text, at):
+            if found[0] == STRING_MARK:
+                return None
+            if found[0] == quote:
+                return found.start()
+        return None
+
+    def _json(self, text: _Text) -> str | None:
+        found: str | None = self._text[text.start : text.end]
+        assert found is not None
+        if text.quote == STRING_MARK:
+            found = found.replace(STRING_MARK, '"')
+        elif text.quote:
+            found = unescape(found)
+        return None if found is None else quoted_value(found, text.schema)
+
+    def _render(self, out: _Output | None) -> str:
+        parts: list[str] = []
+        while out is not None:
+            part = out.part if isinstance(out.part, str) else self._json(out.part)
+            parts.append("null" if part is None else part)
+            out = out.before
+        return "".join(reversed(parts))

@@ -1,0 +1,226 @@
+"""Every answer of a server under test, held to the official client's own models: no field missing, mistyped or more.
+
+An application wrapped in `Checked` sends no wrong answer: instead of one it sends status 500 that says what is wrong,
+and a stream breaks off with the same as its last event, so that the client under test fails there.
+"""
+
+import json
+from collections.abc import Iterator, MutableMapping
+from typing import Any, Literal, get_args
+
+from openai.types import Completion, CompletionChoice, ErrorObject, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import BaseModel
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+WHOLE: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatCompletion,
+    "/v1/completions": Completion,
+    "/v1/responses": Response,
+}
+EVENTS: dict[str, type[BaseModel]] = {
+    get_args(event.model_fields["type"].annotation)[0]: event for event in get_args(get_args(ResponseStreamEvent)[0])
+}
+
+
+class CompletionChunkChoice(CompletionChoice):
+    """As OpenAI sends it: without a reason before the end, which the client's model of whole answers does not say."""
+
+    finish_reason: Literal["stop", "length", "content_filter"] | None  # type: ignore[assignment]
+
+
+class CompletionChunk(Completion):
+    choices: list[CompletionChunkChoice]  # type: ignore[assignment]
+
+
+# What this server adds to the fields of the client's models: thoughts as others do, and what OpenAI itself sends.
+ADDED = {"reasoning_content", "store"}
+
+
+class AnswerError(Exception):
+    """An answer is not one that OpenAI's client knows."""
+
+
+def check(data: Any, model: type[BaseModel], *, added: frozenset[str] = frozenset()) -> None:
+    """Hold parsed JSON to a model, strictly. `added` are fields allowed at the top level besides."""
+    if not isinstance(data, dict):
+        raise AnswerError(f"expected an object, found {data!r}")
+    try:
+        found = model.model_validate_json(json.dumps(data, allow_nan=False), strict=True)
+    except ValueError as error:
+        raise AnswerError(f"not a {model.__name__}: {error}") from None
+    more = [place for place in _extra(found, model.__name__) if place.split(".", 1)[1] not in added]
+    if more:
+        raise AnswerError(f"fields that {model.__name__} does not have: {', '.join(more)}")
+
+
+def _extra(value: Any, place: str) -> Iterator[str]:
+    """Where fields are that the models do not name. What a model leaves open, as metadata and schemas, is not looked
+    at."""
+    if isinstance(value, BaseModel):
+        yield from (f"{place}.{name}" for name in value.model_extra or {} if name not in ADDED)
+        for name in type(value).model_fields:
+            yield from _extra(vars(value)[name], f"{place}.{name}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _extra(item, f"{place}[{index}]")
+
+
+class Conversation:
+    """One request, and the checks of what answers it."""
+
+    def __init__(self, path: str, body: dict[str, Any]) -> None:
+        self.path = path
+        self.stats = frozenset({"stats"} if body.get("include_stats") else ())
+        options = body.get("stream_options")
+        self.counts = isinstance(options, dict) and options.get("include_usage") is True
+        self._finished = False
+        self._ended = False
+        self._number = 0
+
+    def whole(self, data: Any) -> None:
+        check(data, WHOLE[self.path], added=self.stats)
+        if self.path != "/v1/responses" and (data.get("usage") is None or data["choices"][0]["finish_reason"] is None):
+            raise AnswerError("a whole answer has no usage or no finish_reason")
+
+    def event(self, text: str) -> None:
+        """One server-sent event; comments keep the connection alive."""
+        lines = [line for line in text.split("\n") if line and not line.startswith(":")]
+        if not lines:
+            return
+        kind = lines[0].removeprefix("event: ") if lines[0].startswith("event: ") else None
+        (line,) = lines if kind is None else lines[1:]
+        content = line.removeprefix("data: ")
+        if self._ended:
+            raise AnswerError(f"an event after the end: {text}")
+        if content == "[DONE]":
+            if not self._finished:
+                raise AnswerError("the stream ends without a finish_reason")
+            self._ended = True
+            return
+        data = json.loads(content, parse_constant=_refuse)
+        if "error" in data and "type" not in data:
+            error(data)
+            self._ended = True
+        elif self.path == "/v1/responses":
+            self._response_event(kind, data)
+        else:
+            self._chunk(data)
+
+    def _response_event(self, kind: str | None, data: Any) -> None:
+        if kind != data.get("type") or kind not in EVENTS:
+            raise AnswerError(f"an event {kind} of type {data.get('type')}")
+        check(data, EVENTS[kind], added=self.stats)
+        if data["sequence_number"] != self._number:
+            raise AnswerError(f"event {self._number} has the number {data['sequence_number']}")
+        self._number += 1
+        self._ended = kind in ("response.completed", "response.incomplete", "response.failed")
+
+    def _chunk(self, data: Any) -> None:
+        check(data, CompletionChunk if self.path == "/v1/completions" else ChatCompletionChunk, added=self.stats)
+        is_last = not data["choices"]
+        if ("usage" in data) != self.counts or (data.get("usage") is None) == is_last:
+            raise AnswerError(f"usage must be {'null but in the last chunk' if self.counts else 'absent'}: {data}")
+        for choice in data["choices"]:
+            if self._finished:
+                raise AnswerError(f"a choice after the finish_reason: {data}")
+            self._finished = choice["finish_reason"] is not None
+
+
+def error(data: Any) -> None:
+    """Hold an answer to OpenAI's error object."""
+    if not isinstance(data, dict) or set(data) != {"error"}:
+        raise AnswerError(f"expected an error object, found {data!r}")
+    check(data["error"], ErrorObject)
+    if set(data["error"]) != {"message", "type", "param", "code"} or not data["error"]["message"]:
+        raise AnswerError(f"an error without a field or a message: {data!r}")
+
+
+def _refuse(constant: str) -> None:
+    raise AnswerError(f"{constant} is no JSON")
+
+
+class Checked:
+    """An application whose answers on OpenAI's paths are checked before they are sent."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_checked = (scope["type"] == "http" and scope["path"] in WHOLE) or scope.get("path", "").startswith(
+            "/v1/models"
+        )
+        if not is_checked:
+            await self.app(scope, receive, send)
+            return
+        answer = _Answer(scope, send)
+
+        async def receive_and_keep() -> Message:
+            message = await receive()
+            answer.request += message.get("body", b"")
+            return message
+
+        await self.app(scope, receive_and_keep, answer.send)
+
+
+class _Answer:
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self.request = b""
+        self._path = scope["path"]
+        self._send = send
+        self._start: MutableMapping[str, Any] = {}
+        self._body = b""
+        self._conversation: Conversation | None = None
+        self._is_broken = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._start = message
+            headers = dict(message["headers"])
+            if headers.get(b"content-type", b"").startswith(b"text/event-stream"):
+                self._conversation = Conversation(self._path, json.loads(self.request))
+                await self._send(message)
+        elif self._is_broken:
+            return
+        elif self._conversation is not None:
+            await self._send_events(self._conversation, message)
+        else:
+            self._body += message.get("body", b"")
+            if not message.get("more_body"):
+                await self._send_whole()
+
+    async def _send_events(self, conversation: Conversation, message: Message) -> None:
+        *events, self._body = (self._body + message.get("body", b"")).split(b"\n\n")
+        try:
+            for event in events:
+                conversation.event(event.decode())
+            if not message.get("more_body") and self._body:
+                raise AnswerError(f"half an event at the end: {self._body!r}")
+        except (AnswerError, ValueError) as problem:
+            self._is_broken = True
+            text = json.dumps({"error": {"message": f"wrong answer: {problem}"}})
+            await self._send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": False})
+            return
+        await self._send(message)
+
+    async def _send_whole(self) -> None:
+        try:
+            data = json.loads(self._body, parse_constant=_refuse) if self._body else None
+            if self._start["status"] >= 400:
+                error(data)
+            elif self._path in WHOLE:
+                Conversation(self._path, json.loads(self.request)).whole(data)
+            elif self._path == "/v1/models":
+                for model in data["data"]:
+                    check(model, Model)
+            else:
+                check(data, Model)
+        except (AnswerError, ValueError) as problem:
+            body = json.dumps({"error": {"message": f"wrong answer: {problem}"}}).encode()
+            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+            await self._send({"type": "http.response.start", "status": 500, "headers": headers})
+            await self._send({"type": "http.response.body", "body": body})
+            return
+        await self._send(self._start)
+        await self._send({"type": "http.response.body", "body": self._body})
