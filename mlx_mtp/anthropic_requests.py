@@ -81,8 +81,8 @@ _BLOCKS = (*_RESULT_BLOCKS, "thinking", "tool_use", "tool_result")
 
 
 def _tag(known: Sequence[str], block: Any) -> str:
-    kind: str = block.get("type", "") if isinstance(block, dict) else block.type
-    return kind if kind in known else "other"
+    kind = block.get("type") if isinstance(block, dict) else getattr(block, "type", None)
+    return kind if isinstance(kind, str) and kind in known else "other"
 
 
 ResultBlock: TypeAlias = Annotated[

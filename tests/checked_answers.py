@@ -151,7 +151,8 @@ class Checked:
         is_checked = (scope["type"] == "http" and scope["path"] in WHOLE) or scope.get("path", "").startswith(
             "/v1/models"
         )
-        if not is_checked:
+        # test_anthropic.py checks what Anthropic's clients get.
+        if not is_checked or b"anthropic-version" in dict(scope["headers"]):
             await self.app(scope, receive, send)
             return
         answer = _Answer(scope, send)

@@ -444,7 +444,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"mcp_servers": [{"url": "http://x"}]}, "'mcp_servers' is"),
     ({"container": "c1"}, "'container' is"),
     ({"thinking": {"type": "maybe"}}, "thinking.type: "),
-    ({"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "cannot be followed"),
+    (
+        {"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}},
+        "it is strict, but not cannot be followed",
+    ),
     ({"messages": [{"role": "user", "content": "x " * 30_000}]}, "prompt is too long: the prompt has "),
 ]
 

@@ -43,6 +43,7 @@ USUAL: dict[str, tuple[str, Any]] = {
     "/v1/chat/completions": ("messages", [{"role": "user", "content": "def f("}]),
     "/v1/completions": ("prompt", "def f("),
     "/v1/responses": ("input", "def f("),
+    "/v1/messages": ("messages", [{"role": "user", "content": "def f("}]),
 }
 
 
