@@ -193,10 +193,11 @@ class _Reader:
                     yield self._slips_of(name, frame), name, end + len(quote)
                 return
         for name in frame.schema.names:
-            if not _KEY.fullmatch(name) and self._text.startswith(name, at) and name:
-                if _SEPARATOR.match(self._text, at + len(name)):
-                    yield self._slips_of(name, frame), name, at + len(name)
-                    return
+            end = at + len(name)
+            is_odd = not _KEY.fullmatch(name)
+            if is_odd and name and self._text.startswith(name, at) and _SEPARATOR.match(self._text, end):
+                yield self._slips_of(name, frame), name, end
+                return
         for pattern in (_KEY, _ODD_KEY):
             found = pattern.match(self._text, at)
             if found and _SEPARATOR.match(self._text, found.end()):
