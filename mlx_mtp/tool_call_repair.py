@@ -156,7 +156,7 @@ class _Reader:
         if self._is_at_closer(at):
             # What comes after a value closes the object.
             is_trailing = state.note == ","
-            yield int(is_trailing), state.to("after", at, frame, state.out, is_trailing)
+            yield int(is_trailing), state.to("after", at, frame, state.out)
         elif at == len(self._text):
             return
         elif self._text[at] == ",":
@@ -206,7 +206,7 @@ class _Reader:
                 return
 
     def _slips_of(self, name: str, frame: _Frame) -> int:
-        return 2 * (name in frame.given) + 2 * (bool(frame.schema.names) and name not in frame.schema.names)
+        return 2 * (name in frame.given) + (bool(frame.schema.names) and name not in frame.schema.names)
 
     # Values
 
@@ -436,7 +436,7 @@ class _Reader:
         assert frame is not None
         if self._is_at_closer(at):
             is_trailing = state.note == ","
-            yield int(is_trailing), state.to("after", at, frame, state.out, is_trailing)
+            yield int(is_trailing), state.to("after", at, frame, state.out)
         elif at < len(self._text) and self._text[at] == ",":
             yield from self._comma(state, frame, at)
         out = state.out if frame.is_empty else _Output(",", state.out)

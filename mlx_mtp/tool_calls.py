@@ -194,6 +194,11 @@ class _Arguments:
         self._length += len(text)
         while not self._is_over and self._step():
             pass
+        if is_last and self._is_loose:
+            # The end of the call is within a string that is not closed.
+            self._break()
+            while not self._is_over and self._step():
+                pass
         if is_last and not self._is_over:
             if is_cut:
                 self._cut()
@@ -364,6 +369,7 @@ class _Arguments:
     def _break(self) -> bool:
         """Give up these steps: all of the arguments is looked through for the end of the call."""
         self._pending = []
+        self._is_loose = False
         self._held = "".join(self._texts)
         self._step = self._wait
         return True
