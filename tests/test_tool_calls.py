@@ -4,6 +4,7 @@ import json
 import logging
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from tool_syntax import (
 )
 
 import mlx_mtp
+from mlx_mtp.openai_answers import Answer
 from mlx_mtp.text import TextStream
 from mlx_mtp.tokenizer import load_tokenizer, thought_channel
 from mlx_mtp.tool_calls import ToolCallParser
@@ -371,6 +373,19 @@ def test_unreadable_calls_are_counted() -> None:
         "<|tool_call>call:f{a 1}<tool_call|><|tool_call>call:f{a:1,}<tool_call|><|tool_call>call:g{b 2}<tool_call|>"
     )
     assert parser.unreadable == 2
+
+
+@pytest.mark.parametrize(
+    ("end", "arguments", "count"), [("stop", '{"a":1}', []), ("length", '{"a":1', []), ("stop", "{a 1", [1])]
+)
+def test_an_answer_reads_calls_by_its_tools_and_its_end(end: str, arguments: str, count: list[int]) -> None:
+    unreadable: list[int] = []
+    answer = Answer([tool("f", a=NUMBER)], unreadable.append)
+    text = "<|tool_call>call:f{a 1" if count else "<|tool_call>call:f{a:1"
+    response: Any = SimpleNamespace(text=text, thought="", in_thought=False, finish_reason=end)
+    answer.add(response)
+    assert [call.arguments for call in answer.calls] == [arguments]
+    assert unreadable == count
 
 
 NAMES = st.sampled_from(["a", "key"]) | STRINGS
