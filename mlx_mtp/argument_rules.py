@@ -299,8 +299,8 @@ class ArgumentRules:
 
     def _key(self, name: str) -> str:
         """A property's name, bare where that is read back as the same name."""
-        is_bare = name == name.strip(BLANKS) and not name.startswith("}")
-        if not name or not is_bare or any(mark in name for mark in (":", CALL_END, STRING_MARK)):
+        is_bare = name == name.strip(BLANKS) and not name.startswith(('"', "'"))
+        if not name or not is_bare or any(mark in name for mark in (*":{}[]", CALL_END, STRING_MARK)):
             return self._quoted(name)
         return _text(name)
 

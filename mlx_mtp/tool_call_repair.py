@@ -156,7 +156,7 @@ class _Reader:
         if self._is_at_closer(at):
             # What comes after a value closes the object.
             is_trailing = state.note == ","
-            yield int(is_trailing), state.to("after", at, frame, state.out, is_trailing)
+            yield int(is_trailing), state.to("after", at, frame, state.out)
         elif at == len(self._text):
             return
         elif self._text[at] == ",":
@@ -193,9 +193,10 @@ class _Reader:
                     yield self._slips_of(name, frame), name, end + len(quote)
                 return
         for name in frame.schema.names:
-            is_here = name and not _KEY.fullmatch(name) and self._text.startswith(name, at)
-            if is_here and _SEPARATOR.match(self._text, at + len(name)):
-                yield self._slips_of(name, frame), name, at + len(name)
+            end = at + len(name)
+            is_odd = not _KEY.fullmatch(name)
+            if is_odd and name and self._text.startswith(name, at) and _SEPARATOR.match(self._text, end):
+                yield self._slips_of(name, frame), name, end
                 return
         for pattern in (_KEY, _ODD_KEY):
             found = pattern.match(self._text, at)
@@ -205,7 +206,7 @@ class _Reader:
                 return
 
     def _slips_of(self, name: str, frame: _Frame) -> int:
-        return 2 * (name in frame.given) + 2 * (bool(frame.schema.names) and name not in frame.schema.names)
+        return 2 * (name in frame.given) + (bool(frame.schema.names) and name not in frame.schema.names)
 
     # Values
 
@@ -435,7 +436,7 @@ class _Reader:
         assert frame is not None
         if self._is_at_closer(at):
             is_trailing = state.note == ","
-            yield int(is_trailing), state.to("after", at, frame, state.out, is_trailing)
+            yield int(is_trailing), state.to("after", at, frame, state.out)
         elif at < len(self._text) and self._text[at] == ",":
             yield from self._comma(state, frame, at)
         out = state.out if frame.is_empty else _Output(",", state.out)

@@ -29,13 +29,16 @@ _NOT_IN_KEYS = re.compile(rf"[{{}}\[\]]|{re.escape(STRING_MARK)}")
 # A key behind which the value before is over, whatever follows.
 _PLAIN_KEY = re.compile(r"[\w$@./-]+")
 # What may yet turn out not to belong to a string, if its mark is missing: braces, the next key, the end of the call.
-_CLOSERS = r"(?<![ \t\r\n}\])])[ \t\r\n}\])]+"
+# All of it is bounded, so that a long text is not looked through again and again.
+_CLOSERS = r"(?<![ \t\r\n}\])])[ \t\r\n}\])]{1,200}(?![ \t\r\n}\])])"
+_NEXT_KEY = r",[ \t\r\n]{0,40}([\w$@./-]{1,64})[ \t\r\n]{0,40}[:=]"
 _MARKS = sorted({mark[:length] for mark in (STRING_MARK, CALL_END, CALL_START) for length in range(1, len(mark) + 1)})
 _UNCERTAIN_END = re.compile(
-    rf"(?:{_CLOSERS}|(?=[,<]))(?:,[ \t\r\n]*(?:[\w$@./-]+[ \t\r\n]*(?:[:=][ \t\r\n]*)?)?)?"
+    rf"(?:{_CLOSERS}|(?=[,<]))"
+    r"(?:,[ \t\r\n]{0,40}(?:[\w$@./-]{1,64}[ \t\r\n]{0,40}(?:[:=][ \t\r\n]{0,40})?)?)?"
     rf"(?:{'|'.join(map(re.escape, reversed(_MARKS)))})?\Z"
 )
-_NEXT_KEY_OR_END = re.compile(rf"(?:{_CLOSERS})?(?:,[ \t\r\n]*([\w$@./-]+)[ \t\r\n]*[:=]|{_END.pattern})")
+_NEXT_KEY_OR_END = re.compile(rf"(?:{_CLOSERS})?(?:{_NEXT_KEY}|{_END.pattern})")
 
 
 class ToolCallDelta(NamedTuple):
@@ -171,6 +174,8 @@ class _Arguments:
         self._open: list[_Open] = []
         # Whether the rest of the string that is open may not belong to it.
         self._is_loose = False
+        # The last character of its text before the held one.
+        self._before = ""
         self._schema = self._root = schema
         self._is_over = False
         # Where the call may have ended, by the mark of an end that may be within a string, with the arguments up to
@@ -189,6 +194,11 @@ class _Arguments:
         self._length += len(text)
         while not self._is_over and self._step():
             pass
+        if is_last and self._is_loose:
+            # The end of the call is within a string that is not closed.
+            self._break()
+            while not self._is_over and self._step():
+                pass
         if is_last and not self._is_over:
             if is_cut:
                 self._cut()
@@ -283,6 +293,7 @@ class _Arguments:
                     return self._break()
                 if closer:
                     return self._take_opener(opener, closer, step)
+                self._before = ""
                 self._take(opener, '"', step)
                 self._flush()
                 return True
@@ -307,8 +318,7 @@ class _Arguments:
         """
         end = self._held.find(STRING_MARK)
         if not self._is_loose:
-            text = self._held if end < 0 else self._held[: end + len(STRING_MARK)]
-            certain = self._certain_length(text)
+            certain = self._certain_length(self._held if end < 0 else self._held[: end + len(STRING_MARK)])
             self._take_text(certain)
             self._flush()
             end -= certain if end >= 0 else 0
@@ -322,13 +332,15 @@ class _Arguments:
 
     def _certain_length(self, text: str) -> int:
         """How much of a string's text, up to its mark, belongs to it whatever follows."""
-        uncertain = _UNCERTAIN_END.search(text)
+        start = len(self._before)
+        text = self._before + text
+        uncertain = _UNCERTAIN_END.search(text, start)
         certain = len(text) if uncertain is None else uncertain.start()
-        for found in _NEXT_KEY_OR_END.finditer(text):
+        for found in _NEXT_KEY_OR_END.finditer(text, start):
             if found[1] is None or any(found[1] in frame.schema.names.keys() - frame.given for frame in self._open):
                 self._is_loose = True
-                return min(certain, found.start())
-        return certain
+                return min(certain, found.start()) - start
+        return certain - start
 
     def _after_value(self) -> bool:
         self._skip_blanks()
@@ -357,6 +369,7 @@ class _Arguments:
     def _break(self) -> bool:
         """Give up these steps: all of the arguments is looked through for the end of the call."""
         self._pending = []
+        self._is_loose = False
         self._held = "".join(self._texts)
         self._step = self._wait
         return True
@@ -441,7 +454,9 @@ class _Arguments:
 
     def _take_text(self, length: int) -> None:
         """Take text of a string."""
-        self._take(self._held[:length], json_string(self._held[:length])[1:-1], self._step)
+        text = self._held[:length]
+        self._before = text[-1:] or self._before
+        self._take(text, json_string(text)[1:-1], self._step)
 
     def _take(self, mark: str, json: str, step: Callable[[], bool]) -> bool:
         """Take this from the held text, for which the JSON is pending."""

@@ -1,17 +1,35 @@
-"""Tool calls: the same however the answer is cut, and nothing lost of malformed ones."""
+"""Tool calls: the same however the answer is cut, read as they are meant or passed on as they are."""
 
 import json
 import logging
+import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import STOP_IDS, make_gemma_tokenizer, make_tokenizer
-from tool_syntax import CALLS, CONTENTS, QUOTE, Call, cut, parse, render_call
+from tool_syntax import (
+    CALLS,
+    CONTENTS,
+    QUOTE,
+    SCALARS,
+    STRINGS,
+    TEXTS,
+    Call,
+    Tool,
+    Writer,
+    cut,
+    parse,
+    render,
+    render_call,
+    tool,
+)
 
 import mlx_mtp
+from mlx_mtp.openai_answers import Answer
 from mlx_mtp.text import TextStream
 from mlx_mtp.tokenizer import load_tokenizer, thought_channel
 from mlx_mtp.tool_calls import ToolCallParser
@@ -53,6 +71,10 @@ SCRAPS = st.sampled_from(
         "<",
         '|"',
         "true",
+        '"',
+        "(",
+        ")",
+        "=",
     ]
 )
 
@@ -61,7 +83,8 @@ SCRAPS = st.sampled_from(
 @given(st.lists(SCRAPS, max_size=25), st.lists(st.integers(0, 1000), max_size=12))
 def test_whatever_the_text_it_is_read_the_same_however_it_is_cut(scraps: list[str], places: list[int]) -> None:
     text = "".join(scraps)
-    assert parse(text) == parse([text]) == parse(cut(text, places))
+    for end in ("stop", "length"):
+        assert parse(text, end=end) == parse([text], end=end) == parse(cut(text, places), end=end)
 
 
 def test_arguments_come_as_they_are_written() -> None:
@@ -73,10 +96,11 @@ def test_arguments_come_as_they_are_written() -> None:
         ("ci", "", []),
         ("ty:" + QUOTE + 'San "F', "", [(0, None, '"city":"San \\"F')]),
         ("ran<|", "", [(0, None, "ran")]),
-        ("cisco" + QUOTE, "", [(0, None, '<|cisco"')]),
-        (",days:1", "", [(0, None, ',"days":')]),
-        ("2}", "", [(0, None, "12}")]),
-        ("<tool_call|><|tool_call>call:b{}<tool_call|>ok", "ok", [(1, "b", "{}")]),
+        # A mark ends a string if what follows begins the next value, or ends the call.
+        ("cisco" + QUOTE, "", [(0, None, "<|cisco")]),
+        (",days:1", "", [(0, None, '","days":')]),
+        ("2}", "", []),
+        ("<tool_call|><|tool_call>call:b{}<tool_call|>ok", "ok", [(0, None, "12}"), (1, "b", "{}")]),
         ("", "", []),
     ]
     for text, content, deltas in steps:
@@ -91,15 +115,15 @@ def test_arguments_come_as_they_are_written() -> None:
         ("null", None),
         ("-0.5e-3", -0.0005),
         ("-7", -7),
-        ("None", "None"),
-        ("True", "True"),
+        ("None", None),
+        ("True", True),
         ("007", "007"),
         ("+1", "+1"),
         ("1.", "1."),
         ("NaN", "NaN"),
         ("１", "１"),  # noqa: RUF001
         ("two words", "two words"),
-        ('"a"', '"a"'),
+        ('"a"', "a"),
         ("a:b", "a:b"),
         ("a]", "a]"),
         ("<b>", "<b>"),
@@ -114,7 +138,8 @@ def test_bare_values(bare: str, expected: Any) -> None:
 
 def test_keys_are_passed_on() -> None:
     _, [(_, arguments)] = parse(
-        f"<|tool_call>call:f{{x-y.z:1,a b:2,a b:3,{QUOTE} :{QUOTE}:4,{{,:5,{QUOTE}{QUOTE} :6}}<tool_call|>"
+        f"<|tool_call>call:f{{x-y.z:1,a b:2,a b:3,{QUOTE} :{QUOTE}:4,{{,:5,{QUOTE}{QUOTE} :6}}<tool_call|>",
+        tools=[tool("f", **{"{,": {"type": "integer"}})],
     )
     assert arguments == '{"x-y.z":1,"a b":2,"a b":3," :":4,"{,":5,"":6}'
 
@@ -128,19 +153,15 @@ def test_keys_are_passed_on() -> None:
         ("<|tool_call>call:a b{}", "<|tool_call>call:a b{}", []),
         ("<|tool_call>call<|tool_call>call:f{}<tool_call|>", "<|tool_call>call", [("f", "{}")]),
         ("<|tool_call><|tool_call>call:f{}<tool_call|>", "<|tool_call>", [("f", "{}")]),
-        ("<|tool_call>call:f", "<|tool_call>call:f", []),
+        ("<|tool_call>call", "<|tool_call>call", []),
         ("<tool_call|>", "<tool_call|>", []),
         # The syntax breaks inside.
-        (f"<|tool_call>call:f{{a:{QUOTE}b{QUOTE} c<tool}}<tool_call|>d", "d", [("f", '{"a":"b"c<tool}')]),
+        (f"<|tool_call>call:f{{a:{QUOTE}b{QUOTE} c<tool}}<tool_call|>d", "d", [("f", f'{{"a":"b{QUOTE} c<tool}}')]),
         ("<|tool_call>call:f{a:1,b<tool_call|>d", "d", [("f", '{"a":1,b')]),
-        ("<|tool_call>call:f{a:[1,2}<tool_call|>", "", [("f", '{"a":[1,2}')]),
         ("<|tool_call>call:f{a:,b:1}<tool_call|>", "", [("f", '{"a":,b:1}')]),
-        ("<|tool_call>call:f{a:1,}<tool_call|>", "", [("f", '{"a":1,}')]),
         ("<|tool_call>call:f{a:1,}:2}<tool_call|>", "", [("f", '{"a":1,}:2}')]),
         (f"<|tool_call>call:f{{a:b{QUOTE}c{QUOTE}}}<tool_call|>", "", [("f", f'{{"a":b{QUOTE}c{QUOTE}}}')]),
-        (f"<|tool_call>call:f{{{QUOTE}a{QUOTE} 1}}<tool_call|>", "", [("f", '{"a"1}')]),
-        ("<|tool_call>call:f{a:1}}<tool_call|>d", "d", [("f", '{"a":1}}')]),
-        ("<|tool_call>call:f{a:1<tool_call|>d", "d", [("f", '{"a":1')]),
+        (f"<|tool_call>call:f{{{QUOTE}a{QUOTE} 1}}<tool_call|>", "", [("f", f"{{{QUOTE}a{QUOTE} 1}}")]),
         (
             "<|tool_call>call:f{a 1}<tool_call|> <|tool_call>call:g{}<tool_call|>",
             " ",
@@ -170,19 +191,303 @@ def test_nothing_of_a_malformed_call_is_lost(
         ("a:[{b:true},", '{"a":[{"b":true},'),
         ("}", "{}"),
         ("} ", "{}"),
+        ('a:"b', '{"a":"b'),
+        ('a:"b",c:', '{"a":"b",c:'),
     ],
 )
 def test_arguments_that_are_cut_off_are_incomplete(text: str, arguments: str, caplog: pytest.LogCaptureFixture) -> None:
     text = "<|tool_call>call:f{" + text
-    assert parse(text) == parse([text]) == ("", [("f", arguments)])
+    assert parse(text, end="length") == parse([text], end="length") == ("", [("f", arguments)])
     parser = ToolCallParser()
-    assert parser.add(text, is_last=True) == ("", [(0, "f", arguments)])
+    assert parser.add(text, is_last=True, is_cut=True) == ("", [(0, "f", arguments)])
     assert not caplog.records
 
 
 def test_a_call_without_its_end_ends_where_the_next_begins() -> None:
     text = "<|tool_call>call:f{a:1} <|tool_call>call:g{}<tool_call|>"
     assert parse(text) == parse([text]) == ("", [("f", '{"a":1}'), ("g", "{}")])
+
+
+def arguments_of(written: str, *tools: Tool, end: str = "<tool_call|>") -> str:
+    """The text of the arguments of one call, however it is cut."""
+    text = f"<|tool_call>call:f{written}{end}"
+    found = parse([text], tools=tools)
+    assert found == parse(text, tools=tools)
+    content, [(name, arguments)] = found
+    assert (content, name) == ("", "f")
+    return arguments
+
+
+M = QUOTE
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        # JSON's and Python's quotes, with commas, braces and escapes inside.
+        ('{ids:["k1","k2"],on:\'x\'}', {"ids": ["k1", "k2"], "on": "x"}),
+        ('{"cmd": "ls -l, now", "to": {"dir": "a}b"}}', {"cmd": "ls -l, now", "to": {"dir": "a}b"}}),
+        (r'{a:"say \"hi\"\n\u00e9\ud83d\ude00",b:"C:\\x"}', {"a": 'say "hi"\né😀', "b": "C:\\x"}),
+        (r"{a:'it\'s',b:'\x41\U0001f600'}", {"a": "it's", "b": "A😀"}),
+        ("{a:'it's',b:'x'}", {"a": "it's", "b": "x"}),
+        ('{a:"say "hi" now",b:1}', {"a": 'say "hi" now', "b": 1}),
+        # Words.
+        ("{all:False,some:True,x:None,y:[None]}", {"all": False, "some": True, "x": None, "y": [None]}),
+        # Marks: doubled, inside, missing.
+        (f"{{a:{M}{M}x{M}{M},b:{M}{M}y{M}}}", {"a": "x", "b": "y"}),
+        (f"{{a:{M}x{M}{M},b:1}}", {"a": "x", "b": 1}),
+        (f"{{a:{M}say {M}hi{M} now{M},b:1}}", {"a": 'say "hi" now', "b": 1}),
+        (
+            f"{{a:{M}sql({M}{M}{M}SELECT 1{M}{M}{M}).df(){M},l:[{M}x{M}]}}",
+            {"a": 'sql("""SELECT 1""").df()', "l": ["x"]},
+        ),
+        (f"{{a:{M}ls -l}}", {"a": "ls -l"}),
+        (f"{{a:{M}if (x) }}],b:{M}y{M}}}", {"a": "if (x) }]", "b": "y"}),
+        (f"{{a:<b>x, y</b>{M},b:{M}y{M}}}", {"a": "<b>x, y</b>", "b": "y"}),
+        (f"{{a:Paris, France{M},n:5}}", {"a": "Paris, France", "n": 5}),
+        # Commas and braces.
+        (f"{{a:{M}left{M}n:90}}", {"a": "left", "n": 90}),
+        (f"{{a:{M}left{M} b:{M}x{M}}}", {"a": "left", "b": "x"}),
+        ('{a:"left" b:1}', {"a": "left", "b": 1}),
+        ("{a:[1,2,],b:{c:1,},}", {"a": [1, 2], "b": {"c": 1}}),
+        ("{a:1}}", {"a": 1}),
+        ("{a:{b:1}},c:2}", {"a": {"b": 1}, "c": 2}),
+        ("{a:[1,2}", {"a": [1, 2]}),
+        (f"{{a:[{{b:{M}x{M},c:1]}}", {"a": [{"b": "x", "c": 1}]}),
+        ("{a:1", {"a": 1}),
+        # Python's call form, and a bare name.
+        ("(a=1, b=\"x, y\", c={'k': [True, None]})", {"a": 1, "b": "x, y", "c": {"k": [True, None]}}),
+        ('(a: "x")', {"a": "x"}),
+        ("()", {}),
+        ("", {}),
+        ("{a='x'}", {"a": "x"}),
+    ],
+)
+def test_slips_are_read_as_they_are_meant(written: str, expected: Any, caplog: pytest.LogCaptureFixture) -> None:
+    assert json.loads(arguments_of(written)) == expected
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+TEXT, NUMBER = {"type": "string"}, {"type": "integer"}
+WITH_SCHEMA = tool("f", a=TEXT, b=TEXT, n=NUMBER, on={"type": "boolean"}, l={"type": "array", "items": TEXT})
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("{a:90210,b:true}", {"a": "90210", "b": "true"}),
+        (f"{{n:{M}30{M},on:{M}True{M}}}", {"n": 30, "on": True}),
+        (f"{{n:{M}thirty{M}}}", {"n": "thirty"}),
+        (f'{{l:{M}["x","y"]{M}}}', {"l": ["x", "y"]}),
+        (f"{{l:{M}x, y{M}}}", {"l": "x, y"}),
+        # Where a broken string ends, and that it is not cut at its commas.
+        ("{a:look, at, me,n:1}", {"a": "look, at, me", "n": 1}),
+        ("{a:see, note: this,n:1}", {"a": "see, note: this", "n": 1}),
+        (f"{{a:{M}see, note: this,n:1}}", {"a": "see, note: this", "n": 1}),
+        ("{a:San Francisco, b:celsius}", {"a": "San Francisco", "b": "celsius"}),
+        (f"{{a:12, rue X{M},n:1}}", {"a": "12, rue X", "n": 1}),
+        # Not of the schema, but written well.
+        (f"{{a:{{x:1}},z:{M}y{M}}}", {"a": {"x": 1}, "z": "y"}),
+    ],
+)
+def test_the_schema_helps_to_read(written: str, expected: Any) -> None:
+    assert json.loads(arguments_of(written, WITH_SCHEMA)) == expected
+
+
+@pytest.mark.parametrize(
+    ("schema", "written", "expected"),
+    [
+        ({"type": ["string", "integer"]}, f"{M}3{M}", "3"),
+        ({"type": ["string", "integer"]}, "3", 3),
+        ({"type": ["integer", "null"]}, f"{M}null{M}", None),
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, f"{M}3{M}", 3),
+        ({"anyOf": [{"type": "integer"}, {}]}, f"{M}3{M}", "3"),
+        ({"$ref": "#/$defs/count"}, f"{M}3{M}", 3),
+        ({"allOf": [{"$ref": "#/$defs/count"}], "description": "how many"}, f"{M}3{M}", 3),
+        ({"$ref": "#/$defs/loop"}, f"{M}3{M}", "3"),
+        ({"enum": [1, 2]}, f"{M}2{M}", 2),
+        ({"type": "integer", "nullable": True}, f"{M}None{M}", None),
+        ({"type": "number"}, f"{M}1.5{M}", 1.5),
+        ({"type": "integer"}, f"{M}1.5{M}", "1.5"),
+        ({"type": "unknown"}, f"{M}3{M}", "3"),
+    ],
+)
+def test_types_of_the_schema(schema: Any, written: str, expected: Any) -> None:
+    found = tool("f", x=schema)
+    found["function"]["parameters"]["$defs"] = {"count": NUMBER, "loop": {"$ref": "#/$defs/loop"}}
+    assert json.loads(arguments_of(f"{{x:{written}}}", found)) == {"x": expected}
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        f"{{a:{M}x,b:90}}",
+        "{a:{b:1,c:2}",
+        "{a:`x`}",
+        f'{{a:"x{M}}}',
+        f'{{a:{M}x"}}',
+        f"{{a: {M}x{M}{M}{M},b:1}}",
+        f"{{a:{M}{M}{M}}}",
+        f"{{a: x{M}}}",
+        "(1, 2)",
+    ],
+)
+def test_two_meanings_are_none(written: str, caplog: pytest.LogCaptureFixture) -> None:
+    arguments = arguments_of(written)
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(arguments)
+    assert "a call of f cannot be read" in caplog.text
+
+
+def test_calls_in_one_block() -> None:
+    text = f"<|tool_call>call:a{{x:1}}call:b{{y:{M}call:c{{}}{M}}},\ncall:c(z='}}call:d{{')<tool_call|>ok call:e{{}}"
+    calls = [("a", '{"x":1}'), ("b", '{"y":"call:c{}"}'), ("c", '{"z":"}call:d{"}')]
+    assert parse(text) == parse([text]) == ("ok call:e{}", calls)
+
+
+def test_a_call_ends_behind_its_strings() -> None:
+    end = "<tool_call|>"
+    for written in (f"{{a:{M}x{end}y{M},b:1}}", f'{{a:"x{end}y",b:1}}', f'{{a:"x{end}y", b: {M}{end}{M}}}'):
+        assert json.loads(arguments_of(written))["a"] == f"x{end}y"
+    text = f"<|tool_call>call:f{{a:{M}ls}}{end}\n<|tool_call>call:g{{a:{M}x{M}}}{end}"
+    assert parse(text) == parse([text]) == ("\n", [("f", '{"a":"ls"}'), ("g", '{"a":"x"}')])
+
+
+def test_a_namespace_before_the_name() -> None:
+    text = "<|tool_call>call:google:mcp:f{}<tool_call|>"
+    assert parse([text], tools=[tool("f")]) == ("", [("f", "{}")])
+    assert parse([text], tools=[tool("g")]) == ("", [("google:mcp:f", "{}")])
+
+
+def test_a_model_that_stops_has_finished() -> None:
+    """As far as it can be told: a value that is not closed may have gone on."""
+    assert arguments_of(f"{{a:[{M}x{M}", end="") == '{"a":["x"]}'
+    for written in (f"{{a:{M}rm -rf /tmp", "{a:1,", "{a:", "{"):
+        with pytest.raises(json.JSONDecodeError):
+            json.loads(arguments_of(written, end=""))
+
+
+def test_unreadable_calls_are_counted() -> None:
+    parser = ToolCallParser()
+    parser.add(
+        "<|tool_call>call:f{a 1}<tool_call|><|tool_call>call:f{a:1,}<tool_call|><|tool_call>call:g{b 2}<tool_call|>"
+    )
+    assert parser.unreadable == 2
+
+
+@pytest.mark.parametrize(
+    ("end", "arguments", "count"), [("stop", '{"a":1}', []), ("length", '{"a":1', []), ("stop", "{a 1", [1])]
+)
+def test_an_answer_reads_calls_by_its_tools_and_its_end(end: str, arguments: str, count: list[int]) -> None:
+    unreadable: list[int] = []
+    answer = Answer([tool("f", a=NUMBER)], unreadable.append)
+    text = "<|tool_call>call:f{a 1" if count else "<|tool_call>call:f{a:1"
+    response: Any = SimpleNamespace(text=text, thought="", in_thought=False, finish_reason=end)
+    answer.add(response)
+    assert [call.arguments for call in answer.calls] == [arguments]
+    assert unreadable == count
+
+
+NAMES = st.sampled_from(["a", "key"]) | STRINGS
+MARKED = STRINGS | st.sampled_from(["a<tool_call|>b", "x, y: 1}", "it's", "}call:b{"])
+MIXED = st.recursive(
+    SCALARS | MARKED,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(
+    st.dictionaries(NAMES, MIXED, max_size=3),
+    st.lists(st.sampled_from(["strict", "json", "python", "call"]), min_size=1, max_size=4),
+    st.integers(0, 1000),
+    st.lists(st.integers(0, 1000), max_size=6),
+)
+def test_any_object_in_any_syntax_comes_back_equal(
+    arguments: dict[str, Any], styles: list[str], seed: int, places: list[int]
+) -> None:
+    text = Writer(random.Random(seed), styles).call("f", arguments) + "ok"
+    content, [(name, found)] = parse([text])
+    assert (content, name) == ("ok", "f")
+    assert json.loads(found) == arguments
+    assert parse(cut(text, places)) == (content, [(name, found)])
+
+
+OPTIONS = {"type": "object", "properties": {"depth": NUMBER, "name": TEXT}}
+DAMAGED = tool("f", path=TEXT, text=TEXT, n=NUMBER, tags={"type": "array", "items": TEXT}, options=OPTIONS)
+DAMAGED["function"]["parameters"]["properties"]["edits"] = {"type": "array", "items": OPTIONS}
+CODES = st.sampled_from(['echo "a", b', 'x = {"k": 1}', "f(a, b: 1)", 'say "hi" now, c: d', '"""doc"""\nx']) | TEXTS
+DAMAGED_TEXTS = CODES.filter(lambda text: QUOTE not in text)
+DAMAGED_OPTIONS = st.fixed_dictionaries({}, optional={"depth": st.integers(), "name": DAMAGED_TEXTS})
+DAMAGED_ARGUMENTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "path": DAMAGED_TEXTS,
+        "text": DAMAGED_TEXTS,
+        "n": st.integers(),
+        "tags": st.lists(DAMAGED_TEXTS, max_size=3),
+        "options": DAMAGED_OPTIONS,
+        "edits": st.lists(DAMAGED_OPTIONS, max_size=2),
+    },
+)
+
+
+def tokens_of(value: Any) -> list[str]:
+    """The tokens of a value in Gemma's syntax."""
+    if isinstance(value, str):
+        return [QUOTE, value, QUOTE]
+    if not isinstance(value, dict | list):
+        return [render(value)]
+    pairs = value.items() if isinstance(value, dict) else ((None, item) for item in value)
+    parts = [[*([f"{key}:"] if key is not None else []), *tokens_of(item)] for key, item in pairs]
+    inner = [token for index, part in enumerate(parts) for token in ([","] if index else []) + part]
+    return ["{", *inner, "}"] if isinstance(value, dict) else ["[", *inner, "]"]
+
+
+def damaged(tokens: list[str], kind: str, pick: int) -> str:
+    """The text of the tokens with one slip of this kind, if there is room for it."""
+    wanted = {"comma": (",",), "trailing": ("}", "]"), "brace": ("}", "]"), "more": ("}", "]")}.get(kind, (QUOTE,))
+    places = [index for index, token in enumerate(tokens) if token in wanted]
+    if kind == "comma":
+        places = [index for index in places if tokens[index - 1] == QUOTE]
+    if kind == "trailing":
+        places = [index for index in places if tokens[index - 1] not in ("{", "[")]
+    changed = list(tokens)
+    if places:
+        at = places[pick % len(places)]
+        changed[at] = {"double": tokens[at] * 2, "more": tokens[at] * 2, "trailing": "," + tokens[at]}.get(kind, "")
+    return "".join(changed)
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(
+    DAMAGED_ARGUMENTS,
+    st.sampled_from(["mark", "mark", "double", "comma", "trailing", "brace", "more"]),
+    st.integers(0, 100),
+    st.booleans(),
+    st.integers(0, 1000),
+)
+def test_a_damaged_call_is_repaired_or_passed_on_but_never_altered(
+    arguments: dict[str, Any], kind: str, pick: int, with_schema: bool, place: int
+) -> None:
+    text = f"<|tool_call>call:f{damaged(tokens_of(arguments), kind, pick)}<tool_call|>"
+    tools = [DAMAGED] if with_schema else []
+    content, calls = parse([text], tools=tools)
+    assert parse(cut(text, [place]), tools=tools) == (content, calls)
+    try:
+        found = [json.loads(written) for _, written in calls]
+    except ValueError:
+        return
+    assert (content, found) == ("", [arguments])
+
+
+def test_long_arguments_are_read_in_one_go() -> None:
+    """A step per character of text that is held back would take minutes."""
+    for text in ("x = {'a': 1}, y: 2\n" * 5000, " " * 100_000, "," * 100_000, "}" * 100_000):
+        written = f"<|tool_call>call:f{{a:{M}{text}z{M},b:True}}<tool_call|>"
+        _, [(_, arguments)] = parse(written[start : start + 9] for start in range(0, len(written), 9))
+        assert json.loads(arguments) == {"a": text + "z", "b": True}
 
 
 @pytest.mark.parametrize("form", ["bytes", "gemma", "demo"])
