@@ -168,15 +168,17 @@ def test_auto_drafts_what_pays_and_the_text_is_the_same() -> None:
     coupled = mlx_mtp.Sampling(temperature=0.5, acceptance="coupled", seed=2)
     per_round = []
     for sampling in (mlx_mtp.Sampling(), coupled):
-        plain = model.generate("def read_config(path):\n", max_tokens=150, num_draft_tokens=0, sampling=sampling)
-        auto = model.generate("def read_config(path):\n", max_tokens=150, sampling=sampling)
+        plain = model.generate(
+            "def read_config(path):\n", max_tokens=150, ignore_eos=True, num_draft_tokens=0, sampling=sampling
+        )
+        auto = model.generate("def read_config(path):\n", max_tokens=150, ignore_eos=True, sampling=sampling)
         assert auto.tokens == plain.tokens
         per_round.append(auto.last.stats.drafted / auto.last.stats.rounds)
     assert max(per_round) > 2
     model = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
     assert model.drafter is not None
     model.drafter.model.norm.weight = -model.drafter.model.norm.weight
-    useless = model.generate("def read_config(path):\n", max_tokens=150).last.stats
+    useless = model.generate("def read_config(path):\n", max_tokens=150, ignore_eos=True).last.stats
     assert 0 < useless.drafted < 0.2 * useless.rounds
 
 
