@@ -322,7 +322,7 @@ def _add_error_handlers(app: FastAPI, service: Service, most_bytes: int) -> None
     async def failed(_: HttpRequest, error: Exception) -> Response:
         return answer(api_error(error))
 
-    for kind in (ApiError, ValueError, RuntimeError):
+    for kind in (ApiError, ValueError, RuntimeError, Exception):
         app.add_exception_handler(kind, failed)
 
 

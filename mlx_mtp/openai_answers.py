@@ -405,15 +405,17 @@ class ResponseForm(Form):
         part = self.answer.add(response)
         if part.thought:
             yield from self._continue("reasoning", part.thought)
+        for call in part.calls:
+            # The rest of a call comes before the text behind it.
+            if call.name is None:
+                yield from self._continue_call(call.arguments)
         if part.text:
             yield from self._continue("message", part.text, self.tokens.logprobs(response))
         for call in part.calls:
             if call.name is not None:
                 yield from self._close()
                 yield from self._start_call(self.answer.calls[call.index])
-            if call.arguments and self._open is not None:
-                self._open["arguments"] += call.arguments
-                yield self._item_event("response.function_call_arguments.delta", delta=call.arguments)
+                yield from self._continue_call(call.arguments)
 
     def end(self) -> Iterator[str]:
         status: Status = "completed" if self._is_complete else "incomplete"
@@ -468,6 +470,11 @@ class ResponseForm(Form):
         self._open |= {"call_id": call.id, "name": call.name, "arguments": ""}
         self._output.append(self._open)
         yield self._event("response.output_item.added", output_index=len(self._output) - 1, item=self._open)
+
+    def _continue_call(self, arguments: str) -> Iterator[str]:
+        if arguments and self._open is not None:
+            self._open["arguments"] += arguments
+            yield self._item_event("response.function_call_arguments.delta", delta=arguments)
 
     def _close(self, status: Status = "completed") -> Iterator[str]:
         item = self._open

@@ -135,6 +135,9 @@ def _run(args: argparse.Namespace) -> int:
     logging.basicConfig(
         level=args.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    # Else warnings are written a second time: the handler is the one that commands without a log use.
+    if logging.lastResort is not None:
+        logging.getLogger(__package__).removeHandler(logging.lastResort)
     listener = _bind(args.host, args.port)
     worker = Worker("mlx-mtp-model", args.max_queue)
     try:

@@ -923,3 +923,26 @@ def test_control_tokens_never_reach_the_content(
     assert [found.function.name for found in message.tool_calls or []] == ([call] if call else [])
     assert (parts["content"], parts["reasoning"] or None) == (content or "", thought)
     assert [found["name"] for found in parts["calls"].values()] == ([call] if call else [])
+
+
+def test_a_call_that_is_badly_written(served: Served, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read as meant, with the tool's schema; one with two meanings is passed on as it was, and counted."""
+    run: Any = {"type": "object", "properties": {"command": {"type": "string"}, "note": {"type": "string"}}}
+    tools: Any = [{"type": "function", "function": {"name": "run", "parameters": run}}]
+    flat: Any = [{"type": "function", **tools[0]["function"]}]
+    before = metrics(served)["mlx_mtp_unreadable_tool_calls_total"]
+    script = "So:<|tool_call>call:run{command:\"echo a, note: b\",note:'x'}<tool_call|>Then."
+    with scripted(served, monkeypatch, script):
+        message = chat(client, tools=tools).choices[0].message
+        answer = client.responses.create(model="pair", input=PROMPT, tools=flat)
+        events = list(client.responses.create(model="pair", input=PROMPT, tools=flat, stream=True))
+    expected = {"command": "echo a, note: b", "note": "x"}
+    assert (message.content, json.loads(message.tool_calls[0].function.arguments)) == ("So:Then.", expected)
+    for output in (answer.output, events[-1].response.output):  # type: ignore[union-attr]
+        assert [item.type for item in output] == ["message", "function_call", "message"]
+        assert json.loads(output[1].arguments) == expected
+    assert metrics(served)["mlx_mtp_unreadable_tool_calls_total"] == before
+    with scripted(served, monkeypatch, "<|tool_call>call:run{command:`ls`,,}{<tool_call|>"):
+        message = chat(client, tools=tools).choices[0].message
+    assert message.tool_calls[0].function.arguments == '{"command":`ls`,,}{'
+    assert metrics(served)["mlx_mtp_unreadable_tool_calls_total"] == before + 1
