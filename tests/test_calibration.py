@@ -201,4 +201,4 @@ def test_the_command_measures_once_and_says_what_it_drafted(tiny_pair: TinyPair,
     assert "Traceback" not in result.stderr
     refused = subprocess.run([*command, "--num-draft-tokens", "many"], capture_output=True, text=True, env=env)
     assert refused.returncode == 2
-    assert "--num-draft-tokens: invalid" in refused.stderr
+    assert "--num-draft-tokens: expected a number of draft tokens or auto, found 'many'" in refused.stderr

@@ -11,6 +11,7 @@ import instructor
 import litellm
 import openai
 import pytest
+from instructor.core import IncompleteOutputException
 from pydantic import BaseModel, Field
 from pydantic_ai import Agent, NativeOutput, PromptedOutput, ToolOutput
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
@@ -216,7 +217,7 @@ def test_instructor(served: Served, mode: Any) -> None:
         messages: Any = [{"role": "user", "content": QUESTION}]
         for seed in range(1, 6):
             # A small model may write blanks until it is cut.
-            with suppress(instructor.core.IncompleteOutputException):
+            with suppress(IncompleteOutputException):
                 options: Any = {"model": "pair", "temperature": 1, "seed": seed, "max_retries": 0}
                 assert patched.chat.completions.create(messages=messages, response_model=Visit, **options).place.number
                 return

@@ -115,7 +115,6 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ("text_config.layer_types", [["full_attention"]] * 60),
     ("text_config.hidden_activation", "silu"),
     ("text_config.attention_bias", True),
-    ("text_config.tie_word_embeddings", False),
     ("text_config.use_bidirectional_attention", "all"),
     ("dtype", 32),
     ("quantization", 4),
