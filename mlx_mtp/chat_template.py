@@ -41,20 +41,38 @@ def render_conversation(messages: Sequence[Mapping[str, Any]], render: Callable[
 
 
 def _plain(messages: Sequence[Mapping[str, Any]]) -> Messages:
-    """Copies of the messages: the arguments of calls are objects, if they are the text of one, and every result has the
-    name of its tool."""
+    """Copies of the messages: the arguments of calls are objects, if they are the text of one; every call has an id of
+    its own, and every result the id and the name of its call. A text and the calls after it are one message."""
     plain: Messages = []
-    names: dict[Any, str] = {}
-    for message in messages:
+    # Calls without a result: the id they came with, their own id, and their name.
+    waiting: list[tuple[Any, str, str]] = []
+    for index, message in enumerate(messages):
         found = dict(message)
-        if calls := found.get("tool_calls"):
-            functions = [{**call["function"], "arguments": _arguments(call["function"])} for call in calls]
-            found["tool_calls"] = [{**call, "function": f} for call, f in zip(calls, functions, strict=True)]
-            names |= {call["id"]: call["function"]["name"] for call in calls if "id" in call}
-        if found["role"] == "tool" and (name := names.get(found.get("tool_call_id"))):
-            found.setdefault("name", name)
+        if found.get("tool_calls"):
+            found["tool_calls"] = [_plain_call(call, f"{index}.{n}") for n, call in enumerate(message["tool_calls"])]
+            names = zip(message["tool_calls"], found["tool_calls"], strict=True)
+            waiting = [(call.get("id"), own["id"], own["function"]["name"]) for call, own in names]
+            if plain and _is_text_before(plain[-1], found):
+                found |= {**plain.pop(), "tool_calls": found["tool_calls"]}
+        elif found["role"] == "tool" and waiting:
+            given = found.get("tool_call_id")
+            # In their order where the ids do not tell.
+            call = next((call for call in waiting if call[0] == given), waiting[0])
+            waiting.remove(call)
+            found |= {"tool_call_id": call[1], "name": call[2]}
         plain.append(found)
     return plain
+
+
+def _plain_call(call: Mapping[str, Any], own_id: str) -> dict[str, Any]:
+    return {**call, "id": own_id, "function": {**call["function"], "arguments": _arguments(call["function"])}}
+
+
+def _is_text_before(message: Mapping[str, Any], calling: Mapping[str, Any]) -> bool:
+    """Whether a message is the text of the same answer as the calls of the next one."""
+    is_text = message["role"] == "assistant" and isinstance(message.get("content"), str)
+    is_bare = not calling.get("content") and not calling.get("reasoning_content")
+    return is_text and not message.get("tool_calls") and is_bare
 
 
 def _arguments(function: Mapping[str, Any]) -> Any:
@@ -132,8 +150,8 @@ class _Marked:
             first = calls[0]["function"]
             before = "<|turn>model\n" if continues_turn else ""
             first["name"] = self._add(f"{before}{_CALL}", "", f"{content}{_CALL}") + first["name"]
-            # Else a template takes the name of the call's result from here.
-            calls[0].pop("id", None)
+            # Else a template takes the name for the call's result from here.
+            del calls[0]["id"]
         return {**message, "content": "", "tool_calls": calls}
 
     def _function(self, function: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """From tokens to readable text as they come: the answer up to a stop string, and the thought before it."""
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from .call_syntax import CALL_END, CALL_START, beginning_at_end
+from .call_syntax import CALL_END, CALL_START, STRING_MARK, beginning_at_end
 from .guide import Channel
 
 if TYPE_CHECKING:
@@ -64,6 +65,12 @@ class TextStream:
         return rest
 
 
+_CALL_MARK = re.compile(f"{re.escape(CALL_END)}|{re.escape(STRING_MARK)}")
+# What follows the mark that begins a call, and every beginning of it.
+_CALL_HEAD = re.compile(r"\s*call:")
+_CALL_HEAD_BEGINNING = re.compile(r"\s*(?:c|ca|cal|call)?")
+
+
 class _StopStrings:
     """Cuts text at the first stop string, and holds back what may yet become one. A tool call is passed on as it is: no
     stop string is looked for inside it."""
@@ -71,7 +78,7 @@ class _StopStrings:
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = stop
         self._held = ""
-        self._in_call = False
+        self._in_call = self._in_string = False
 
     def add(self, text: str, *, is_last: bool) -> tuple[str, str | None]:
         """The text that can be emitted now, and the stop string that ends it."""
@@ -96,17 +103,25 @@ class _StopStrings:
             if not 0 <= call < index:
                 return self._held[:index], False, stop
         if call >= 0:
-            self._in_call = True
-            return self._cut(call + len(CALL_START)), True, None
+            head = call + len(CALL_START)
+            if not is_last and _CALL_HEAD_BEGINNING.fullmatch(self._held, head):
+                return self._cut(call), False, None
+            self._in_call, self._in_string = _CALL_HEAD.match(self._held, head) is not None, False
+            return self._cut(head), True, None
         held = 0 if is_last else beginning_at_end(self._held, *self._stop, CALL_START)
         return self._cut(len(self._held) - held), False, None
 
     def _take_call(self, is_last: bool) -> tuple[str, bool, str | None]:
-        end = self._held.find(CALL_END)
-        self._in_call = end < 0
-        if end < 0:
-            end = len(self._held) - (0 if is_last else beginning_at_end(self._held, CALL_END))
-        return self._cut(end), not self._in_call, None
+        """As `_take_text`, up to the mark that ends the call: within a string it ends nothing."""
+        mark = _CALL_MARK.search(self._held)
+        if mark is None:
+            held = 0 if is_last else beginning_at_end(self._held, CALL_END, STRING_MARK)
+            return self._cut(len(self._held) - held), False, None
+        if mark[0] == CALL_END and not self._in_string:
+            self._in_call = False
+            return self._cut(mark.start()), True, None
+        self._in_string ^= mark[0] == STRING_MARK
+        return self._cut(mark.end()), True, None
 
     def _cut(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]

@@ -129,12 +129,35 @@ def test_thoughts_stand_before_text_and_calls(template: str) -> None:
     )
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("ids", [("", ""), (None, None), ("1", "1")])
+def test_results_without_ids_of_their_own_are_those_of_the_calls_in_turn(template: str, ids: tuple[Any, Any]) -> None:
+    calls = [call(ids[0], "f", "{}"), call(ids[1], "g", "{}")]
+    for each in calls:
+        if each["id"] is None:
+            del each["id"]
+    results = [{"role": "tool", "content": text} for text in ("one", "two")]
+    if ids[0] is not None:
+        results = [found | {"tool_call_id": id_} for found, id_ in zip(results, ids, strict=True)]
+    assert rendered(template, [USER, calling(*calls, text="So"), *results]) == (
+        "<|turn>model\nSo<|tool_call>call:f{}<tool_call|><|tool_call>call:g{}<tool_call|>"
+        f"{answered('f', 'one')}{answered('g', 'two')}"
+    )
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_text_and_the_calls_after_it_are_one_answer(template: str) -> None:
+    messages = [USER, {"role": "assistant", "content": "So"}, calling(call("1", "f", "{}")), result("1", "ok")]
+    assert rendered(template, messages) == f"<|turn>model\nSo<|tool_call>call:f{{}}<tool_call|>{answered('f', 'ok')}"
+
+
 def test_a_template_with_another_format_gets_the_messages_as_they_are() -> None:
     template = "{{ '<|turn>user\nLook it up.<turn|>\n' }}{{ messages[1:] | tojson }}"
     messages = [USER, calling(call("1", "f", '{"a": null}'), text="So"), result("1", "ok")]
     found = json.loads(rendered(template, messages))
     messages[1]["tool_calls"][0]["function"]["arguments"] = {"a": None}
-    assert found == [messages[1], messages[2] | {"name": "f"}]
+    messages[1]["tool_calls"][0]["id"] = "1.0"
+    assert found == [messages[1], messages[2] | {"name": "f", "tool_call_id": "1.0"}]
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,9 @@ CALL = '<|tool_call>call:f{abc:<|"|>x, end<|"|>}<tool_call|>'
         (f"Now {CALL}{CALL}", ["e", "}"], (f"Now {CALL}{CALL}", False)),
         (f"Now {CALL} the end", ["end"], (f"Now {CALL} the ", True)),
         (f"The end {CALL}", ["end"], ("The ", True)),
+        # Within a string the mark of the end is none, and a mark without a call begins none.
+        (CALL.replace("end", "<tool_call|> end"), ["end"], (CALL.replace("end", "<tool_call|> end"), False)),
+        ("<|tool_call> the end", ["end"], ("<|tool_call> the ", True)),
         # A call that never ends.
         (CALL.removesuffix("<tool_call|>"), ["end"], (CALL.removesuffix("<tool_call|>"), False)),
         # The marks themselves may end a text.
