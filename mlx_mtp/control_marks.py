@@ -8,26 +8,28 @@ _CHANNEL_END = "<channel|>"
 # How a thought begins whose first token, `<|channel>`, the model left out.
 _THOUGHT = "thought\n"
 _ROLES = ("model", "user", "system", "tool")
+_CALL_MARKS = (CALL_START, CALL_END, STRING_MARK)
 _MARKS = (
     *(f"<|turn>{role}{end}" for role in _ROLES for end in ("\n", "")),
     *("<|turn>", "<turn|>", f"<|channel>{_THOUGHT}", "<|channel>", _CHANNEL_END, "<|think|>"),
     *("<|tool_response>", "<tool_response|>", "<|tool>", "<tool|>"),
+    *_CALL_MARKS,
 )
-_CALL_MARKS = (CALL_START, CALL_END, STRING_MARK)
+_ANY_MARK = re.compile("|".join(map(re.escape, sorted(_MARKS, key=len, reverse=True))))
 
 
 class ControlMarks:
     """Takes the marks of control tokens out of a text that comes in pieces cut anywhere.
 
     With `has_tools`, the marks of calls are taken out, too: the ones that are left are of no call. A mark of a string
-    becomes a quotation mark, every other one nothing. Text before a lone `<channel|>` is a thought if it begins like
-    one.
+    becomes a quotation mark, every other one nothing. Without tools, a whole call is text, and a lone mark of a call's
+    end is nothing. Text before a lone `<channel|>` is a thought if it begins like one.
     """
 
     def __init__(self, *, has_tools: bool) -> None:
-        self._marks = (*_MARKS, *_CALL_MARKS) if has_tools else _MARKS
-        self._any = re.compile("|".join(map(re.escape, sorted(self._marks, key=len, reverse=True))))
+        self._has_tools = has_tools
         self._held = ""
+        self._in_call = False
         # Whether all of the text so far is held, as it may be a thought without its first mark.
         self._may_be_thought = True
 
@@ -37,9 +39,16 @@ class ControlMarks:
         thought = self._take_thought(is_last) if self._may_be_thought else ""
         if self._may_be_thought:
             return "", ""
-        held = 0 if is_last else beginning_at_end(self._held, *self._marks)
+        held = 0 if is_last else beginning_at_end(self._held, *_MARKS)
         ready, self._held = self._held[: len(self._held) - held], self._held[len(self._held) - held :]
-        return self._any.sub(lambda mark: '"' if mark[0] == STRING_MARK else "", ready), thought
+        return _ANY_MARK.sub(self._replacement, ready), thought
+
+    def _replacement(self, mark: re.Match[str]) -> str:
+        if self._has_tools or mark[0] not in _CALL_MARKS:
+            return '"' if mark[0] == STRING_MARK else ""
+        is_lone = mark[0] == CALL_END and not self._in_call
+        self._in_call = (self._in_call or mark[0] == CALL_START) and mark[0] != CALL_END
+        return "" if is_lone else mark[0]
 
     def _take_thought(self, is_last: bool) -> str:
         """The thought at the beginning, once its end is there. All stays held while there may be one."""

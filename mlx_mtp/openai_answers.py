@@ -105,7 +105,7 @@ class Answer:
         if self._parser is None or not response.in_thought:
             return thought, ""
         start = thought.find(CALL_START)
-        if response.finish_reason == "stop" and start >= 0:
+        if response.finish_reason is not None and start >= 0:
             return thought[:start], thought[start:]
         if response.finish_reason is None:
             ready = start if start >= 0 else len(thought) - beginning_at_end(thought, CALL_START)

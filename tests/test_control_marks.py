@@ -39,6 +39,7 @@ def test_marks_are_taken_out(text: str, content: str, thought: str) -> None:
 def test_without_tools_a_call_is_text() -> None:
     text = '<|tool_call>call:f{a:<|"|>x<|"|>}<tool_call|>'
     assert read([f"<|turn>model\n{text}"], has_tools=False) == (text, "")
+    assert read(list(f"a<tool_call|>b{text}c<tool_call|>"), has_tools=False) == (f"ab{text}c", "")
 
 
 SCRAPS = st.sampled_from(
