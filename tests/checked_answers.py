@@ -14,6 +14,8 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mlx_mtp.http_entry import plain_path
+
 WHOLE: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletion,
     "/v1/completions": Completion,
@@ -148,14 +150,13 @@ class Checked:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_checked = (scope["type"] == "http" and scope["path"] in WHOLE) or scope.get("path", "").startswith(
-            "/v1/models"
-        )
+        path = plain_path(scope.get("path", ""))
+        is_checked = scope.get("method") in ("GET", "POST") and (path in WHOLE or path.startswith("/v1/models"))
         # test_anthropic.py checks what Anthropic's clients get.
         if not is_checked or b"anthropic-version" in dict(scope["headers"]):
             await self.app(scope, receive, send)
             return
-        answer = _Answer(scope, send)
+        answer = _Answer(path, send)
 
         async def receive_and_keep() -> Message:
             message = await receive()
@@ -166,9 +167,9 @@ class Checked:
 
 
 class _Answer:
-    def __init__(self, scope: Scope, send: Send) -> None:
+    def __init__(self, path: str, send: Send) -> None:
         self.request = b""
-        self._path = scope["path"]
+        self._path = path
         self._send = send
         self._start: MutableMapping[str, Any] = {}
         self._body = b""

@@ -579,7 +579,7 @@ def test_tokenizer_missing(folders: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize("text", ["", "{}", '{"model": 3'])
 def test_tokenizer_damaged(folders: tuple[Path, Path], text: str) -> None:
     (folders[0] / "tokenizer.json").write_text(text)
-    check(mlx_mtp.TokenizerError, r"the tokenizer cannot be read", folders[0], "none")
+    check(mlx_mtp.TokenizerError, r"tokenizer\.json: (truncated|not a tokenizer|cannot be read)", folders[0], "none")
 
 
 @pytest.mark.parametrize(

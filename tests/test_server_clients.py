@@ -160,10 +160,10 @@ def test_switches_of_the_template_pass_through() -> None:
         "chat_template_kwargs": {"preserve_thinking": True, "enable_thinking": True, "add_generation_prompt": True}
     }
     task = ChatRequest.model_validate({"messages": [ASKED]} | asked).task(GenerationOptions())
-    assert task.template_options == {"preserve_thinking": True}
+    assert task.template_options == {"preserve_thinking": True, "add_generation_prompt": True}
     assert task.options.enable_thinking
     task = ResponseRequest.model_validate({"input": "x"} | asked).task(GenerationOptions())
-    assert task.template_options == {"preserve_thinking": True}
+    assert task.template_options == {"preserve_thinking": True, "add_generation_prompt": True}
 
 
 EXTRAS: list[tuple[str, dict[str, Any]]] = [
