@@ -342,7 +342,18 @@ def _validation_error(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"missing required parameter: {param!r}", code="missing_required_parameter", param=param)
     value = found.get("input")
     shown = f", found {str(value)[:100]!r}" if isinstance(value, str | int | float | None) else ""
-    return ApiError(400, f"{param}: {found['msg']}{shown}", code="invalid_value", param=param)
+    return ApiError(400, f"{param}: {_plain(found)}{shown}", code="invalid_value", param=param)
+
+
+def _plain(error: Mapping[str, Any]) -> str:
+    """The message of an error, without names of this package."""
+    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return "expected an object"
+    if error["type"] == "union_tag_not_found":
+        return "expected an object with a type"
+    if error["type"] == "union_tag_invalid":
+        return f"expected the type {error['ctx']['expected_tags']}, found {error['ctx']['tag'][:100]!r}"
+    return str(error["msg"])
 
 
 def _path(error: Mapping[str, Any], body: Any) -> list[str | int]:

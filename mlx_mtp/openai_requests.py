@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from .answer_schema import answer_schema
 from .draft_length import MAX_DRAFT_TOKENS
@@ -438,6 +439,9 @@ class SkippedItem(Fields):
         "apply_patch_call",
         "apply_patch_call_output",
         "code_interpreter_call",
+        "compaction",
+        "compaction_summary",
+        "compaction_trigger",
         "custom_tool_call",
         "custom_tool_call_output",
         "file_search_call",
@@ -459,13 +463,31 @@ class SkippedItem(Fields):
 
 
 _SKIPPED = get_args(SkippedItem.model_fields["type"].annotation)
+_READ_ITEMS = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
 
 
-def _item_type(item: Any) -> Any:
-    if not isinstance(item, dict):
-        return "skipped" if item.type in _SKIPPED else item.type
-    kind = item.get("type") or ("item_reference" if "id" in item and "role" not in item else "message")
-    return "skipped" if kind in _SKIPPED else kind
+def _unknown_item(kind: Any) -> Any:
+    raise PydanticCustomError("unknown_item", "unknown item type")
+
+
+class UnknownItem(Fields):
+    """An item of no known type, or a value that is no item: both are refused."""
+
+    type: Annotated[Any, BeforeValidator(_unknown_item)]
+
+
+def _type_of(value: Any) -> Any:
+    """The type that a JSON object, or a part of a request made from one, names; None if it names none."""
+    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+
+
+def _item_type(item: Any) -> str:
+    kind = _type_of(item)
+    if kind is None and isinstance(item, dict):
+        kind = "item_reference" if "id" in item and "role" not in item else "message"
+    if kind in _READ_ITEMS:
+        return str(kind)
+    return "skipped" if kind in _SKIPPED else "unknown"
 
 
 Item = Annotated[
@@ -474,7 +496,8 @@ Item = Annotated[
     | Annotated[FunctionOutputItem, Tag("function_call_output")]
     | Annotated[ReasoningItem, Tag("reasoning")]
     | Annotated[ItemReference, Tag("item_reference")]
-    | Annotated[SkippedItem, Tag("skipped")],
+    | Annotated[SkippedItem, Tag("skipped")]
+    | Annotated[UnknownItem, Tag("unknown")],
     Discriminator(_item_type),
 ]
 
@@ -495,8 +518,7 @@ class ResponseNamedTool(Fields):
 
 
 def _tool_type(tool: Any) -> str:
-    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
-    return "function" if kind == "function" else "other"
+    return "function" if _type_of(tool) == "function" else "other"
 
 
 AnyTool = Annotated[

@@ -746,7 +746,7 @@ BAD_BODIES: list[tuple[str, Any, str | None, str]] = [
     ("completions", {"prompt": "a", "best_of": 2}, "best_of", "unsupported_parameter"),
     ("completions", {"prompt": "a", "tools": TOOLS}, "tools", "unsupported_parameter"),
     ("responses", {"input": []}, "input", "invalid_value"),
-    ("responses", {"input": [{"type": "computer_call"}]}, "input[0]", "invalid_value"),
+    ("responses", {"input": [{"type": "computer_call"}]}, "input[0].type", "invalid_value"),
     ("responses", {"input": "x", "previous_response_id": "r"}, "previous_response_id", "unsupported_parameter"),
     ("responses", {"input": "x", "background": True}, "background", "unsupported_parameter"),
     ("responses", {"input": "x", "response_format": {"type": "text"}}, "response_format", "unsupported_parameter"),

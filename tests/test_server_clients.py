@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 from openai.types.responses import Tool
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from serving import Served, serve
 
 import mlx_mtp
@@ -463,3 +463,50 @@ def test_the_page_of_fields_names_them_all() -> None:
     page = (Path(__file__).parent.parent / "docs" / "server.md").read_text(encoding="utf-8")
     named = {*NO_EFFECT, *NEUTRAL, *field_names(ChatRequest, CompletionRequest, ResponseRequest)}
     assert sorted(name for name in named if f"`{name}`" not in page) == []
+
+
+def refused(served: Served, path: str, **body: Any) -> dict[str, Any]:
+    """The error of a request that is refused with 400."""
+    answer = httpx.post(f"{served.v1}/{path}", json=body)
+    assert answer.status_code == 400, answer.text
+    error: dict[str, Any] = answer.json()["error"]
+    return error
+
+
+@pytest.mark.parametrize("value", ["word", None, 7, [], [{}], True])
+def test_a_value_that_is_no_object_is_named(served: Served, value: Any) -> None:
+    for path, body, place in (
+        ("responses", {"input": [ASKED, value]}, "input[1]"),
+        ("responses", {"input": "x", "tools": [value]}, "tools[0]"),
+        ("chat/completions", {"messages": [value]}, "messages[0]"),
+        ("chat/completions", {"messages": [ASKED], "tools": [value]}, "tools[0]"),
+    ):
+        error = refused(served, path, **body)
+        assert (error["param"], error["code"]) == (place, "invalid_value"), error
+        assert "expected an object" in error["message"]
+    for block in ([value], [{"type": "tool_result", "tool_use_id": "a", "content": [value]}]):
+        error = refused(served, "messages", max_tokens=1, messages=[{"role": "user", "content": block}])
+        assert "expected an object" in error["message"]
+
+
+@pytest.mark.parametrize("choice", [7, [], True, {}, {"type": 5}, {"type": []}, {"type": "function"}])
+@pytest.mark.parametrize("kind", [ChatRequest, ResponseRequest])
+def test_an_odd_choice_of_a_tool_is_an_error(kind: type[ChatRequest | ResponseRequest], choice: Any) -> None:
+    tool = {"type": "function", "function": MEASURE} if kind is ChatRequest else MEASURE
+    with pytest.raises(ValidationError, match="tool_choice"):
+        kind.model_validate({"messages": [ASKED], "input": "x", "tools": [tool], "tool_choice": choice})
+
+
+@pytest.mark.parametrize("kind", ["poem", 5, [], {"a": 1}])
+def test_an_item_of_no_known_type_is_named_in_plain_words(served: Served, kind: Any) -> None:
+    error = refused(served, "responses", input=[ASKED, {"type": kind}])
+    assert error["param"] == "input[1].type"
+    assert error["message"].startswith("input[1].type: unknown item type")
+    if isinstance(kind, str):
+        assert repr(kind) in error["message"]
+
+
+def test_a_compaction_is_skipped(served: Served) -> None:
+    answer = respond(served, [ASKED, {"type": "compaction", "id": "cmp_1", "encrypted_content": "gAAA"}])
+    assert answer.status_code == 200
+    assert answer.headers["x-mlx-mtp-ignored"] == "input.compaction"
