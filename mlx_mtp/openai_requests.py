@@ -58,25 +58,59 @@ class RefusalPart(Fields):
 Content: TypeAlias = str | list[TextPart | RefusalPart | str]
 
 
-def _text(content: Content | None) -> str:
+class ThoughtPart(Fields):
+    """A thought among the parts of an answer. One that is encrypted has no text."""
+
+    type: Literal["thinking", "reasoning", "redacted_thinking"]
+    thinking: Content | None = None
+    text: Content | None = None
+    reasoning: Content | None = None
+
+    @property
+    def thought(self) -> str:
+        return _text(self.thinking) or _text(self.text) or _text(self.reasoning)
+
+
+AnyPart: TypeAlias = TextPart | RefusalPart | ThoughtPart | str
+# What an answer may hold.
+AnswerContent: TypeAlias = str | list[AnyPart]
+
+
+def _text(content: str | Sequence[AnyPart] | None) -> str:
+    """The text of a message, without thoughts."""
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(_part_text(part) for part in content)
 
 
-def _part_text(part: TextPart | RefusalPart | str) -> str:
+def _part_text(part: AnyPart) -> str:
     if isinstance(part, str):
         return part
+    if isinstance(part, ThoughtPart):
+        return ""
     return part.refusal if isinstance(part, RefusalPart) else part.text
 
 
+def _thoughts(content: AnswerContent | None) -> str:
+    parts = content if isinstance(content, list) else []
+    return "\n".join(filter(None, (part.thought for part in parts if isinstance(part, ThoughtPart))))
+
+
+def _check_thoughts(role: str, content: AnswerContent | None) -> None:
+    """Raises ValueError for a thought that is not the model's."""
+    if role != "assistant" and isinstance(content, list) and any(isinstance(part, ThoughtPart) for part in content):
+        raise ValueError(f"a message of role {role} cannot hold a thought")
+
+
 def _arguments(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 class CalledFunction(Fields):
+    """`arguments` is the text of a JSON object or of another value, or text that is no JSON; empty for none."""
+
     name: str
-    arguments: Annotated[str, BeforeValidator(_arguments, json_schema_input_type=str | dict[str, Any])]
+    arguments: Annotated[str, BeforeValidator(_arguments, json_schema_input_type=Any)] = ""
 
 
 class ToolCall(Fields):
@@ -84,10 +118,19 @@ class ToolCall(Fields):
     type: Literal["function"] = "function"
     function: CalledFunction
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_custom(cls, data: Any) -> Any:
+        """The call of a custom tool has its input, a text, in place of arguments."""
+        custom = data.get("custom") if isinstance(data, dict) and data.get("type") == "custom" else None
+        if not isinstance(custom, dict):
+            return data
+        return {"id": data.get("id"), "function": {"name": custom.get("name"), "arguments": custom.get("input")}}
+
 
 class Message(Fields):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Content | None = None
+    content: AnswerContent | None = None
     refusal: str | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
@@ -104,8 +147,10 @@ class Message(Fields):
             if self.role not in ("assistant", "tool", "function"):
                 raise ValueError(f"a message of role {self.role} needs content")
             self.content = self.refusal or ""
-        if self.reasoning_content is None and isinstance(self.reasoning, str):
-            self.reasoning_content = self.reasoning
+        _check_thoughts(self.role, self.content)
+        if self.reasoning_content is None:
+            thoughts = _thoughts(self.content) or None
+            self.reasoning_content = self.reasoning if isinstance(self.reasoning, str) else thoughts
         if self.function_call is not None and not self.tool_calls:
             self.tool_calls = [ToolCall(id=self.function_call.name, function=self.function_call)]
         if self.role == "function":
@@ -135,6 +180,30 @@ class NamedFunction(Fields):
 class NamedTool(Fields):
     type: Literal["function"]
     function: NamedFunction
+
+
+class OtherTool(Fields):
+    """A tool that OpenAI runs, or one whose input is no JSON: neither exists here."""
+
+    type: str
+
+
+def _type_of(value: Any) -> Any:
+    """The type that a JSON object, or a part of a request made from one, names; None if it names none."""
+    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+
+
+def _tool_type(tool: Any) -> str:
+    return "function" if _type_of(tool) == "function" else "other"
+
+
+def _chat_tool_type(tool: Any) -> str:
+    return "function" if _type_of(tool) in (None, "function") else "other"
+
+
+ChatTool: TypeAlias = Annotated[
+    Annotated[Tool, Tag("function")] | Annotated[OtherTool, Tag("other")], Discriminator(_chat_tool_type)
+]
 
 
 class TextFormat(Fields):
@@ -344,6 +413,11 @@ def _effort(effort: str | bool | None) -> bool | None:
     return effort not in _NO_EFFORT if isinstance(effort, str) else effort
 
 
+def _other_tools(tools: Iterable[Any]) -> list[str]:
+    """Names, for `ignored`, of the tools that do not exist here."""
+    return sorted({f"tools.{tool.type}" for tool in tools if isinstance(tool, OtherTool)})
+
+
 class ChatRequest(ConversationRequest):
     messages: list[Message] = Field(min_length=1)
     max_tokens: Limit = Field(None, validation_alias=AliasChoices(*_TOKEN_LIMITS))
@@ -352,15 +426,19 @@ class ChatRequest(ConversationRequest):
     logprobs: bool = False
     top_logprobs: Whole | None = Field(None, ge=0, le=20)
     response_format: TextFormat | JsonSchemaFormat = Field(TextFormat(type="text"), discriminator="type")
-    tools: list[Tool] = []
+    tools: list[ChatTool] = []
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     modalities: list[Literal["text"]] = ["text"]
+
+    @property
+    def ignored(self) -> list[str]:
+        return [*super().ignored, *_other_tools(self.tools)]
 
     def task(self, default: GenerationOptions) -> Task:
         """Raises OptionError and PromptError for what cannot be honoured."""
         if self.top_logprobs and not self.logprobs:
             raise OptionError("top_logprobs is given, but logprobs is not")
-        tools = [tool.model_dump(exclude_none=True) for tool in self.tools]
+        tools = [tool.model_dump(exclude_none=True) for tool in self.tools if isinstance(tool, Tool)]
         choice = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else self.tool_choice
         form = _answer_form(tools, choice, self.parallel_tool_calls, self.response_format)
         options = self.conversation_options(
@@ -401,7 +479,12 @@ class CompletionRequest(Request):
 class MessageItem(Fields):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content = ""
+    content: AnswerContent = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> "MessageItem":
+        _check_thoughts(self.role, self.content)
+        return self
 
 
 class FunctionCallItem(CalledFunction):
@@ -476,11 +559,6 @@ class UnknownItem(Fields):
     type: Annotated[Any, BeforeValidator(_unknown_item)]
 
 
-def _type_of(value: Any) -> Any:
-    """The type that a JSON object, or a part of a request made from one, names; None if it names none."""
-    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-
-
 def _item_type(item: Any) -> str:
     kind = _type_of(item)
     if kind is None and isinstance(item, dict):
@@ -506,19 +584,9 @@ class ResponseTool(Function):
     type: Literal["function"]
 
 
-class OtherTool(Fields):
-    """A tool that OpenAI runs, or one whose input is no JSON: neither exists here."""
-
-    type: str
-
-
 class ResponseNamedTool(Fields):
     type: Literal["function"]
     name: str
-
-
-def _tool_type(tool: Any) -> str:
-    return "function" if _type_of(tool) == "function" else "other"
 
 
 AnyTool = Annotated[
@@ -560,9 +628,8 @@ class ResponseRequest(ConversationRequest):
 
     @property
     def ignored(self) -> list[str]:
-        tools = {f"tools.{tool.type}" for tool in self.tools if isinstance(tool, OtherTool)}
         items = {f"input.{item.type}" for item in self.input if isinstance(item, SkippedItem)}
-        return [*super().ignored, *sorted(tools), *sorted(items)]
+        return [*super().ignored, *_other_tools(self.tools), *sorted(items)]
 
     @model_validator(mode="after")
     def _check_references(self) -> "ResponseRequest":
@@ -614,7 +681,7 @@ class ResponseRequest(ConversationRequest):
                 _add_call(messages, item, thought)
                 thought = None
             elif isinstance(item, FunctionOutputItem):
-                messages.append(Message(role="tool", content=item.output, tool_call_id=item.call_id))
+                messages.append(Message(role="tool", content=_text(item.output), tool_call_id=item.call_id))
             elif isinstance(item, MessageItem):
                 own = thought if item.role == "assistant" else None
                 messages.append(Message(role=item.role, content=item.content, reasoning_content=own))

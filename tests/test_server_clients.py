@@ -510,3 +510,74 @@ def test_a_compaction_is_skipped(served: Served) -> None:
     answer = respond(served, [ASKED, {"type": "compaction", "id": "cmp_1", "encrypted_content": "gAAA"}])
     assert answer.status_code == 200
     assert answer.headers["x-mlx-mtp-ignored"] == "input.compaction"
+
+
+ARGUMENTS: list[tuple[dict[str, Any], Any]] = [
+    ({"arguments": None}, {}),
+    ({}, {}),
+    ({"arguments": ""}, {}),
+    ({"arguments": ["left", 2]}, '["left", 2]'),
+    ({"arguments": 7.5}, "7.5"),
+    ({"arguments": True}, "true"),
+    ({"arguments": {"side": "größe"}}, {"side": "größe"}),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), ARGUMENTS)
+def test_arguments_of_earlier_calls_are_read_as_they_are(given: dict[str, Any], expected: Any) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "measure"} | given}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "7"}
+    messages = [ASKED, {"role": "assistant", "tool_calls": [call]}, result]
+    found = chat_messages(ChatRequest.model_validate({"messages": messages}).messages)
+    assert found[1]["tool_calls"][0]["function"]["arguments"] == expected
+    items = [
+        ASKED,
+        {"type": "function_call", "call_id": "c1", "name": "measure"} | given,
+        {"type": "function_call_output", "call_id": "c1", "output": "7"},
+    ]
+    assert rendered(items) == found
+    old = {"role": "assistant", "function_call": {"name": "measure"} | given}
+    (found_old,) = chat_messages(ChatRequest.model_validate({"messages": [old]}).messages)
+    assert found_old["tool_calls"][0]["function"]["arguments"] == expected
+
+
+def test_arguments_that_are_no_object_are_served(served: Served) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "measure", "arguments": [1, 2]}}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "7"}
+    assert chat(served, [ASKED, {"role": "assistant", "tool_calls": [call]}, result]).status_code == 200
+
+
+THOUGHTS: list[tuple[dict[str, Any], str | None]] = [
+    ({"type": "thinking", "thinking": "Hm.", "signature": "s"}, "Hm."),
+    ({"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}, "Hm."),
+    ({"type": "reasoning", "text": "Hm."}, "Hm."),
+    ({"type": "reasoning", "reasoning": "Hm."}, "Hm."),
+    ({"type": "redacted_thinking", "data": "gAAA"}, None),
+]
+
+
+@pytest.mark.parametrize(("part", "thought"), THOUGHTS)
+def test_a_thought_among_the_parts_is_no_text(part: dict[str, Any], thought: str | None) -> None:
+    message = {"role": "assistant", "content": [part, {"type": "text", "text": "x"}]}
+    expected: Any = {"role": "assistant", "content": "x"} | ({} if thought is None else {"reasoning_content": thought})
+    assert chat_messages(ChatRequest.model_validate({"messages": [message]}).messages) == [expected]
+    assert rendered([message]) == [expected]
+    for kind, name in ((ChatRequest, "messages"), (ResponseRequest, "input")):
+        with pytest.raises(ValidationError, match="a message of role user cannot hold a thought"):
+            kind.model_validate({name: [message | {"role": "user"}]})
+
+
+def test_custom_tools_of_chats_are_skipped_and_their_calls_are_read(served: Served) -> None:
+    call = {"id": "p1", "type": "custom", "custom": {"name": "patch", "input": "*** Begin"}}
+    result = {"role": "tool", "tool_call_id": "p1", "content": "done"}
+    custom = {"type": "custom", "custom": {"name": "patch", "format": {"type": "text"}}}
+    messages = [ASKED, {"role": "assistant", "tool_calls": [call]}, result]
+    found = chat_messages(ChatRequest.model_validate({"messages": messages}).messages)
+    assert found[1]["tool_calls"][0]["function"] == {"name": "patch", "arguments": "*** Begin"}
+    assert (found[2]["name"], found[2]["content"]) == ("patch", "done")
+    function = {"type": "function", "function": MEASURE}
+    answer = chat(served, messages, tools=[custom, function])
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-mlx-mtp-ignored"] == "tools.custom"
+    usage = chat(served, messages, tools=[function]).json()["usage"]
+    assert answer.json()["usage"]["prompt_tokens"] == usage["prompt_tokens"]
