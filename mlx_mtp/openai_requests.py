@@ -188,6 +188,65 @@ class OtherTool(Fields):
     type: str
 
 
+class AllowedTools(Fields):
+    """A choice of these tools only. Those that are no functions are none of this server's."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[dict[str, Any]]
+
+    @property
+    def names(self) -> list[str]:
+        """Raises OptionError for a function without a name."""
+        names = []
+        for tool in self.tools:
+            if tool.get("type", "function") == "function":
+                name = (tool["function"] if isinstance(tool.get("function"), dict) else tool).get("name")
+                if not isinstance(name, str):
+                    raise OptionError(f"tool_choice: a function of allowed_tools needs a name, found {name!r}")
+                names.append(name)
+        return names
+
+
+# Words for a choice, OpenAI's and the one of others for `required`.
+_CHOICES = {"none": "none", "auto": "auto", "required": "required", "any": "required"}
+
+
+def _read_choice(choice: Any) -> Any:
+    """A choice with its word as it is, not as the type of an object, and allowed tools without what is around them."""
+    is_word = isinstance(choice, dict) and choice.keys() == {"type"}
+    word = choice["type"] if is_word else choice
+    if isinstance(word, str) and word in _CHOICES:
+        return _CHOICES[word]
+    if _type_of(choice) == "allowed_tools" and isinstance(choice, dict):
+        inner = choice.get("allowed_tools")
+        return {**inner, "type": "allowed_tools"} if isinstance(inner, dict) else choice
+    return choice
+
+
+def _choice_type(choice: Any) -> str:
+    kind = _type_of(choice)
+    return str(kind) if kind in ("function", "allowed_tools") else "other"
+
+
+class Choice(NamedTuple):
+    """A word, or the name of one tool, and the only tools that may be called, if not all of them may."""
+
+    name: str
+    allowed: Sequence[str] | None = None
+
+
+def _choice(choice: "str | NamedTool | ResponseNamedTool | AllowedTools | OtherTool") -> Choice:
+    """Raises OptionError for a tool that is no function."""
+    if isinstance(choice, OtherTool):
+        raise OptionError(f"tool_choice is of type {choice.type!r}: there are only functions here")
+    if isinstance(choice, AllowedTools):
+        return Choice(choice.mode, choice.names)
+    if isinstance(choice, str):
+        return Choice(choice)
+    return Choice(choice.function.name if isinstance(choice, NamedTool) else choice.name)
+
+
 def _type_of(value: Any) -> Any:
     """The type that a JSON object, or a part of a request made from one, names; None if it names none."""
     return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
@@ -201,6 +260,16 @@ def _chat_tool_type(tool: Any) -> str:
     return "function" if _type_of(tool) in (None, "function") else "other"
 
 
+ChatChoice: TypeAlias = Annotated[
+    Literal["none", "auto", "required"]
+    | Annotated[
+        Annotated[NamedTool, Tag("function")]
+        | Annotated[AllowedTools, Tag("allowed_tools")]
+        | Annotated[OtherTool, Tag("other")],
+        Discriminator(_choice_type),
+    ],
+    BeforeValidator(_read_choice),
+]
 ChatTool: TypeAlias = Annotated[
     Annotated[Tool, Tag("function")] | Annotated[OtherTool, Tag("other")], Discriminator(_chat_tool_type)
 ]
@@ -239,6 +308,10 @@ class StreamOptions(Fields):
 _NO_BIAS = BeforeValidator(lambda value: {} if value == [] else value)
 
 
+# An empty text asks for no form: a form that only the empty answer has is of no use.
+_EMPTY_IS_NONE = BeforeValidator(lambda value: None if value == "" else value)
+
+
 class Request(Fields):
     """What all kinds of request have in common. Beside OpenAI's, the fields of `Sampling` and `GenerationOptions`."""
 
@@ -270,8 +343,8 @@ class Request(Fields):
     stop: Strings = Field([], validation_alias=AliasChoices("stop", "stop_sequences"))
     min_tokens: Whole = Field(0, ge=0)
     ignore_eos: bool = False
-    regex: str | None = None
-    grammar: str | None = None
+    regex: Annotated[str | None, _EMPTY_IS_NONE] = None
+    grammar: Annotated[str | None, _EMPTY_IS_NONE] = None
     include_stats: bool = Field(False, description="Add to each part what was drafted and accepted so far.")
 
     @model_validator(mode="after")
@@ -427,7 +500,7 @@ class ChatRequest(ConversationRequest):
     top_logprobs: Whole | None = Field(None, ge=0, le=20)
     response_format: TextFormat | JsonSchemaFormat = Field(TextFormat(type="text"), discriminator="type")
     tools: list[ChatTool] = []
-    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    tool_choice: ChatChoice = "auto"
     modalities: list[Literal["text"]] = ["text"]
 
     @property
@@ -439,7 +512,7 @@ class ChatRequest(ConversationRequest):
         if self.top_logprobs and not self.logprobs:
             raise OptionError("top_logprobs is given, but logprobs is not")
         tools = [tool.model_dump(exclude_none=True) for tool in self.tools if isinstance(tool, Tool)]
-        choice = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else self.tool_choice
+        choice = _choice(self.tool_choice)
         form = _answer_form(tools, choice, self.parallel_tool_calls, self.response_format)
         options = self.conversation_options(
             default,
@@ -451,7 +524,7 @@ class ChatRequest(ConversationRequest):
         return Task(
             chat_messages(self.messages),
             options,
-            tools if choice != "none" and tools else None,
+            tools if choice.name != "none" and tools else None,
             self.template_options(),
             not_enforced=form.not_enforced,
         )
@@ -592,8 +665,15 @@ class ResponseNamedTool(Fields):
 AnyTool = Annotated[
     Annotated[ResponseTool, Tag("function")] | Annotated[OtherTool, Tag("other")], Discriminator(_tool_type)
 ]
-AnyNamedTool = Annotated[
-    Annotated[ResponseNamedTool, Tag("function")] | Annotated[OtherTool, Tag("other")], Discriminator(_tool_type)
+ResponseChoice: TypeAlias = Annotated[
+    Literal["none", "auto", "required"]
+    | Annotated[
+        Annotated[ResponseNamedTool, Tag("function")]
+        | Annotated[AllowedTools, Tag("allowed_tools")]
+        | Annotated[OtherTool, Tag("other")],
+        Discriminator(_choice_type),
+    ],
+    BeforeValidator(_read_choice),
 ]
 
 
@@ -615,7 +695,7 @@ class ResponseRequest(ConversationRequest):
     top_logprobs: Whole | None = Field(None, ge=0, le=20)
     text: ResponseText = ResponseText()
     tools: list[AnyTool] = []
-    tool_choice: Literal["none", "auto", "required"] | AnyNamedTool = "auto"
+    tool_choice: ResponseChoice = "auto"
     include: list[str] = []
     truncation: Literal["disabled", "auto"] = "disabled"
     user: str | None = None
@@ -648,9 +728,7 @@ class ResponseRequest(ConversationRequest):
             {"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"type"})}
             for tool in self.functions
         ]
-        if isinstance(self.tool_choice, OtherTool):
-            raise OptionError(f"tool_choice is of type {self.tool_choice.type!r}: there are only functions here")
-        choice = self.tool_choice.name if isinstance(self.tool_choice, ResponseNamedTool) else self.tool_choice
+        choice = _choice(self.tool_choice)
         form = _answer_form(tools, choice, self.parallel_tool_calls, self.text.format)
         asks_logprobs = "message.output_text.logprobs" in self.include or bool(self.top_logprobs)
         options = self.conversation_options(
@@ -663,7 +741,7 @@ class ResponseRequest(ConversationRequest):
         return Task(
             chat_messages(self._messages()),
             options,
-            tools if choice != "none" and tools else None,
+            tools if choice.name != "none" and tools else None,
             self.template_options(),
             not_enforced=form.not_enforced,
         )
@@ -754,19 +832,30 @@ def _arguments_object(text: str) -> dict[str, Any] | str:
 ResponseFormat: TypeAlias = TextFormat | JsonSchemaFormat | ResponseSchema
 
 
-def _answer_form(tools: Sequence[Mapping[str, Any]], choice: str, parallel: bool, wanted: ResponseFormat) -> AnswerForm:
+def _answer_form(
+    tools: Sequence[Mapping[str, Any]], wanted_tools: Choice, parallel: bool, wanted: ResponseFormat
+) -> AnswerForm:
     """The form that an answer with these tools must have. What is not enforced is logged.
 
     Raises OptionError for what cannot be done, or not in full though it is strict.
     """
+    choice, allowed = wanted_tools
     _check_choice(tools, choice)
+    callable_tools = tools if allowed is None else _allowed_tools(tools, allowed, choice)
+    is_limited = len(callable_tools) < len(tools)
     schema, left = _schema(wanted) if choice in ("none", "auto") else (None, ())
     if not tools or choice == "none":
         form = AnswerForm(json_schema=schema, not_enforced=left)
-    elif choice == "auto" and parallel and schema is None and not any(_is_strict(tool) for tool in tools):
+    elif (
+        choice == "auto"
+        and parallel
+        and schema is None
+        and not is_limited
+        and not any(_is_strict(tool) for tool in tools)
+    ):
         form = AnswerForm()
     else:
-        grammar = tool_grammar(tools, choice, parallel=parallel, answer=schema)
+        grammar = tool_grammar(callable_tools, choice, parallel=parallel, answer=schema)
         form = AnswerForm(grammar=grammar.text, not_enforced=(*grammar.not_enforced, *left))
     if form.not_enforced:
         logger.warning("not enforced of the schemas of a request: %s", ascii(", ".join(form.not_enforced)))
@@ -796,6 +885,20 @@ def _check_choice(tools: Sequence[Mapping[str, Any]], choice: str) -> None:
         raise OptionError(f"tools must have names of their own, found {', '.join(names)}")
     if choice not in ("none", "auto", "required", *names):
         raise OptionError(f"tool_choice names {choice!r}, the tools are {', '.join(names)}")
+
+
+def _allowed_tools(
+    tools: Sequence[Mapping[str, Any]], allowed: Sequence[str], choice: str
+) -> Sequence[Mapping[str, Any]]:
+    """Those of the tools that may be called. Raises OptionError for a name of none of them, and for no name at all
+    where a call is required."""
+    names = [tool["function"]["name"] for tool in tools]
+    for name in allowed:
+        if name not in names:
+            raise OptionError(f"tool_choice allows {name!r}, the tools are {', '.join(names) or 'none'}")
+    if choice == "required" and not allowed:
+        raise OptionError("tool_choice requires a call, but allows no function")
+    return [tool for tool, name in zip(tools, names, strict=True) if name in allowed]
 
 
 def _token_id(token: str) -> int:

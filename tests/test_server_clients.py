@@ -15,6 +15,8 @@ from serving import Served, serve
 
 import mlx_mtp
 from mlx_mtp import DEMO_PAIR, GenerationOptions
+from mlx_mtp.errors import OptionError
+from mlx_mtp.guide import lark_problem
 from mlx_mtp.http_entry import local_hosts, plain_path
 from mlx_mtp.openai_fields import NEUTRAL, NO_EFFECT
 from mlx_mtp.openai_requests import ChatRequest, CompletionRequest, ResponseRequest, chat_messages, field_names
@@ -581,3 +583,79 @@ def test_custom_tools_of_chats_are_skipped_and_their_calls_are_read(served: Serv
     assert answer.headers["x-mlx-mtp-ignored"] == "tools.custom"
     usage = chat(served, messages, tools=[function]).json()["usage"]
     assert answer.json()["usage"]["prompt_tokens"] == usage["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("any", "required"),
+        ({"type": "any"}, "required"),
+        ({"type": "required"}, "required"),
+        ({"type": "auto"}, "auto"),
+        ({"type": "none"}, "none"),
+    ],
+)
+def test_words_for_the_choice_of_tools(given: Any, expected: str) -> None:
+    assert ChatRequest.model_validate({"messages": [ASKED], "tool_choice": given}).tool_choice == expected
+    assert ResponseRequest.model_validate({"input": "x", "tool_choice": given}).tool_choice == expected
+
+
+def named_function(name: str) -> dict[str, Any]:
+    return {"name": name, "parameters": PICK}
+
+
+ALLOWED = [{"type": "function", "function": {"name": "pick"}}]
+NAMED = [{"type": "function", "name": "pick"}, {"type": "mcp", "server_label": "l"}]
+
+
+def test_only_allowed_tools_are_called(served: Served) -> None:
+    names = ("drop", "pick", "turn")
+    tools = [{"type": "function", "function": named_function(name)} for name in names]
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": ALLOWED}}
+    for seed in range(3):
+        answer = chat(served, tools=tools, tool_choice=choice, max_tokens=60, temperature=1, seed=seed)
+        calls = answer.json()["choices"][0]["message"]["tool_calls"]
+        assert {call["function"]["name"] for call in calls} == {"pick"}
+    # The prompt has all tools, so that it stays the same whatever is allowed.
+    every = chat(served, tools=tools).json()["usage"]["prompt_tokens"]
+    assert answer.json()["usage"]["prompt_tokens"] == every
+    flat = [{"type": "function", **named_function(name)} for name in names]
+    asked = {"type": "allowed_tools", "mode": "required", "tools": NAMED}
+    body = respond(served, "x", tools=flat, tool_choice=asked, max_output_tokens=60).json()
+    assert {item["name"] for item in body["output"] if item["type"] == "function_call"} == {"pick"}
+    assert body["tool_choice"] == asked
+
+
+def form_of(choice: Any) -> GenerationOptions:
+    tools = [{"type": "function", "function": named_function(name)} for name in ("drop", "pick")]
+    return options_of(tools=tools, tool_choice=choice)
+
+
+def test_allowed_tools_beside_text_are_held_to() -> None:
+    grammar = form_of({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": ALLOWED}}).grammar
+    assert grammar is not None
+    assert "call:pick" in grammar
+    assert "call:drop" not in grammar
+    assert "start: TEXT?" in grammar
+    # Nothing is left out: no form is needed.
+    both = [*ALLOWED, {"type": "function", "function": {"name": "drop"}}]
+    assert form_of({"type": "allowed_tools", "mode": "auto", "tools": both}).grammar is None
+    none = form_of({"type": "allowed_tools", "mode": "auto", "tools": []}).grammar
+    assert none is not None
+    assert "call:" not in none
+    assert lark_problem(none) is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "tools", "message"),
+    [
+        ("required", [{"type": "function", "name": "spin"}], "tool_choice allows 'spin', the tools are drop, pick"),
+        ("auto", [{"type": "function", "name": "spin"}], "tool_choice allows 'spin', the tools are drop, pick"),
+        ("required", [], "tool_choice requires a call, but allows no function"),
+        ("required", [{"type": "mcp"}], "tool_choice requires a call, but allows no function"),
+        ("auto", [{"type": "function", "name": 5}], "tool_choice: a function of allowed_tools needs a name"),
+    ],
+)
+def test_wrong_allowed_tools_are_refused(mode: str, tools: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        form_of({"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}})
