@@ -314,6 +314,9 @@ def _add_error_handlers(app: FastAPI, service: Service, most_bytes: int) -> None
     @app.exception_handler(HTTPException)
     async def refused(http: HttpRequest, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        if error.status_code == 400:
+            # FastAPI could not read the body.
+            return answer(_unreadable(error, http.headers.get("content-encoding", "")))
         found = ApiError(error.status_code, f"{error.detail}: {http.method} {http.url.path}")
         response = answer(_too_large(most_bytes) if error.status_code == 413 else found)
         response.headers.update(error.headers or {})
@@ -324,6 +327,19 @@ def _add_error_handlers(app: FastAPI, service: Service, most_bytes: int) -> None
 
     for kind in (ApiError, ValueError, RuntimeError, Exception):
         app.add_exception_handler(kind, failed)
+
+
+def _unreadable(error: HTTPException, encoding: str) -> ApiError:
+    """Why a body, in this content encoding, could not be read."""
+    if encoding.strip().lower() not in ("", "identity"):
+        reason = f"the body is encoded as {encoding[:100]!r}: send it as plain JSON"
+    elif isinstance(error.__cause__, RecursionError):
+        reason = "the body is not JSON that can be read: it is nested too deep"
+    elif isinstance(error.__cause__, UnicodeError):
+        reason = "the body is not JSON: it is not in UTF-8"
+    else:
+        reason = "the body is not JSON"
+    return ApiError(400, reason, code="invalid_json")
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:
@@ -359,12 +375,14 @@ def _plain(error: Mapping[str, Any]) -> str:
 def _path(error: Mapping[str, Any], body: Any) -> list[str | int]:
     """Where in the body an error is, without what only tells the kinds of a field apart."""
     path: list[str | int] = []
-    *parts, last = error["loc"][1:] or [""]
-    for part in [*parts, last]:
-        if (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int)):
+    is_last_there = False
+    for part in error["loc"][1:]:
+        is_last_there = (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int))
+        if is_last_there:
             body = body[part]
             path.append(part)
-    return [*path, last] if error["type"] == "missing" and last else path
+    # A field that is null is missing too.
+    return path if is_last_there or error["type"] != "missing" else [*path, *error["loc"][1:][-1:]]
 
 
 class _Guard:

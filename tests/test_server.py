@@ -716,7 +716,7 @@ BAD_BODIES: list[tuple[str, Any, str | None, str]] = [
                 "json_schema": {"name": "x", "schema": {"$ref": "file:///etc/passwd"}},
             }
         },
-        "json_schema",
+        "response_format",
         "invalid_value",
     ),
     (
