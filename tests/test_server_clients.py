@@ -1,6 +1,7 @@
 """Requests as clients send them: fields of other servers, what SDKs send back, items of tools that are not here, paths
 and hosts."""
 
+import gzip
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from mlx_mtp.guide import lark_problem
 from mlx_mtp.http_entry import local_hosts, plain_path
 from mlx_mtp.openai_fields import NEUTRAL, NO_EFFECT
 from mlx_mtp.openai_requests import ChatRequest, CompletionRequest, ResponseRequest, chat_messages, field_names
+from mlx_mtp.tool_schemas import usable_tools
 
 ASKED = {"role": "user", "content": "def area(width):"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "measure", "arguments": '{"side": "left"}'}}
@@ -659,3 +661,133 @@ def test_allowed_tools_beside_text_are_held_to() -> None:
 def test_wrong_allowed_tools_are_refused(mode: str, tools: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         form_of({"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}})
+
+
+def test_an_empty_form_asks_for_none(served: Served) -> None:
+    plain = text_of(chat(served))
+    assert plain
+    for name in ("grammar", "regex"):
+        assert text_of(chat(served, **{name: ""})) == plain
+    assert text_of(chat(served, grammar="", regex="[a-c]{3}")) in {
+        a + b + c for a in "abc" for b in "abc" for c in "abc"
+    }
+
+
+ODD: list[Any] = [5, True, "word", [], [5], [[]], {}, {"a": 5}, [{"type": 5}], None]
+KEYWORDS = (
+    "type",
+    "enum",
+    "const",
+    "properties",
+    "required",
+    "items",
+    "anyOf",
+    "allOf",
+    "oneOf",
+    "$ref",
+    "description",
+)
+
+
+@pytest.mark.parametrize("keyword", [*KEYWORDS, "nullable", "format", "$defs"])
+def test_odd_keywords_of_tools_are_rendered(keyword: str) -> None:
+    for value in ODD:
+        part = {keyword: value}
+        for parameters in (
+            part,
+            {"properties": {"a": part}, "required": ["a"]},
+            {"properties": {"a": {"type": "array", "items": part}, "b": {"anyOf": [part, part]}}},
+            {"properties": {"a": {"properties": {"b": {}}, "allOf": [part], "type": "object", "required": ["b"]}}},
+            {"$ref": "#/$defs/a", "$defs": {"a": part}},
+        ):
+            (tool,) = usable_tools([{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+            found = tool["function"]["parameters"]
+            assert found["type"] == "object"
+            for inner in found.get("properties", {}).values():
+                assert isinstance(inner["type"], str)
+
+
+def test_tools_with_odd_schemas_are_served(served: Served) -> None:
+    for parameters in ({"type": 5}, {"properties": {"a": {"type": 5, "enum": 3, "required": 2}}}, {"required": [[]]}):
+        function = {"name": "f", "parameters": parameters}
+        answer = chat(served, tools=[{"type": "function", "function": function}])
+        assert answer.status_code == 200, answer.text
+
+
+def test_a_schema_that_leads_to_itself_is_refused_in_plain_words(served: Served) -> None:
+    def asked(schema: dict[str, Any]) -> dict[str, Any]:
+        named = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        return refused(served, "chat/completions", messages=[ASKED], response_format=named)
+
+    assert asked({"$ref": "#"})["message"] == "response_format: no value satisfies the schema"
+    circle = {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}
+    error = asked({"type": "object", "properties": {"x": {"$ref": "#/$defs/a"}}, "$defs": circle})
+    assert error["message"] == "response_format: $ref '#/$defs/a' leads to nothing but itself"
+    assert error["param"] == "response_format"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("completions", {"prompt": ""}, None),
+        ("completions", {"prompt": "x", "regex": "a", "grammar": "start: /a/"}, None),
+        ("chat/completions", {"messages": [ASKED], "logit_bias": {"x": 1}}, "logit_bias"),
+        ("chat/completions", {"messages": None}, "messages"),
+        ("responses", {"input": None}, "input"),
+        ("responses", {"input": "x", "text": {"format": {"type": None}}}, "text.format"),
+        (
+            "responses",
+            {"input": "x", "text": {"format": {"type": "json_schema", "name": "x", "schema": None}}},
+            "text.format.schema",
+        ),
+        (
+            "responses",
+            {"input": [ASKED | {"content": [{"type": "input_text", "text": None}]}]},
+            "input[0].content[0].text",
+        ),
+        ("responses", {"input": [ASKED | {"role": None}]}, "input[0].role"),
+        (
+            "chat/completions",
+            {"messages": [ASKED | {"content": [{"type": "text", "text": None}]}]},
+            "messages[0].content[0].text",
+        ),
+    ],
+)
+def test_an_error_names_a_field_once_or_none(
+    served: Served, path: str, body: dict[str, Any], param: str | None
+) -> None:
+    assert refused(served, path, **body)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "message"),
+    [
+        (b'{"messages": "gr\xf6\xdfe"}', {}, "not in UTF-8"),
+        (b'{"messages":' * 50_000, {}, "nested too deep"),
+        (b"[" * 50_000, {}, "nested too deep"),
+        (gzip.compress(b'{"messages": []}'), {"content-encoding": "gzip"}, "encoded as 'gzip'"),
+        (b"{", {}, "not JSON"),
+        (b"\x00\x00", {}, "not JSON"),
+        (b'["x"]', {}, "must be a JSON object"),
+    ],
+    ids=["latin-1", "deep object", "deep list", "gzip", "cut off", "zeros", "list"],
+)
+def test_a_body_that_cannot_be_read_says_why(
+    served: Served, content: bytes, headers: dict[str, str], message: str
+) -> None:
+    for path in ("chat/completions", "responses", "completions"):
+        sent = {"content-type": "application/json"} | headers
+        answer = httpx.post(f"{served.v1}/{path}", content=content, headers=sent)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_json", None), error
+        assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("top_K", "top_k"), ("N", "n"), ("Seed", "seed"), ("STOP", "stop"), ("Mirostat", "mirostat"), ("TTL", "ttl")],
+)
+def test_a_name_in_another_case_is_nearly_that_of_a_field(name: str, meant: str) -> None:
+    many = {f"{index} of many": 1 for index in range(100)}
+    with pytest.raises(ValidationError, match=f"unknown parameter: '{name}': did you mean '{meant}'"):
+        ChatRequest.model_validate({"messages": [ASKED]} | many | {name: 1})
