@@ -322,6 +322,11 @@ def _add_error_handlers(app: FastAPI, service: Service, most_bytes: int) -> None
         response.headers.update(error.headers or {})
         return response
 
+    @app.exception_handler(RecursionError)
+    async def too_deep(_: HttpRequest, error: Exception) -> Response:
+        # The parser takes a little more than all that follows.
+        return answer(ApiError(400, "the body is nested too deep", code="invalid_json"))
+
     async def failed(_: HttpRequest, error: Exception) -> Response:
         return answer(api_error(error))
 

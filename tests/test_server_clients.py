@@ -791,3 +791,15 @@ def test_a_name_in_another_case_is_nearly_that_of_a_field(name: str, meant: str)
     many = {f"{index} of many": 1 for index in range(100)}
     with pytest.raises(ValidationError, match=f"unknown parameter: '{name}': did you mean '{meant}'"):
         ChatRequest.model_validate({"messages": [ASKED]} | many | {name: 1})
+
+
+def test_no_depth_of_a_body_is_an_error_of_the_server(served: Served) -> None:
+    sent = {"content-type": "application/json"}
+    codes = set()
+    with httpx.Client() as client:
+        for depth in range(930, 996, 6):
+            content = '{"messages": [{"role": "user", "content": "x"}], "mirostat": %s}' % ("[" * depth + "]" * depth)
+            answer = client.post(f"{served.v1}/chat/completions", content=content.encode(), headers=sent)
+            assert answer.status_code == 400, (depth, answer.text)
+            codes.add(answer.json()["error"]["code"])
+    assert codes == {"unsupported_parameter", "invalid_json"}
