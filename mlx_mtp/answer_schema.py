@@ -5,7 +5,7 @@ from typing import Any
 
 from .errors import OptionError
 from .guide import schema_problem
-from .schemas import COMBINING, RESTRICTING, Document, LeftOut, restricting
+from .schemas import COMBINING, RESTRICTING, CircleError, Document, LeftOut, NotFollowedError, restricting
 
 # Keywords whose values are a schema, a list of them, or schemas by name.
 _ONE = frozenset(
@@ -26,6 +26,7 @@ def answer_schema(schema: Mapping[str, Any], *, is_strict: bool) -> tuple[Mappin
     left_out = LeftOut("response_format", "response_format", is_strict=is_strict)
     try:
         document = Document(schema, left_out.owner)
+        _check_root(schema, document)
         found = _rebuild(schema, lambda part, path: _plain(part, path, document, left_out), "")
         if schema_problem(found) is not None:
             found = _rebuild(found, lambda part, path: _followed(part, path, left_out), "")
@@ -35,7 +36,7 @@ def answer_schema(schema: Mapping[str, Any], *, is_strict: bool) -> tuple[Mappin
     except RecursionError:
         raise OptionError("response_format: the schema is nested too deep") from None
     if problem is not None:
-        raise OptionError(f"json_schema cannot be followed: {problem}")
+        raise OptionError(f"response_format: the schema cannot be followed: {problem}")
     return found, tuple(left_out.keywords)
 
 
@@ -60,9 +61,33 @@ def _rebuild(schema: Any, change: Change, path: str) -> Any:
     return change(found, path)
 
 
+def _check_root(schema: Mapping[str, Any], document: Document) -> None:
+    """Raises OptionError if no value satisfies the schema, as far as is seen without looking into objects and lists."""
+    try:
+        alternatives = document.flatten(schema)
+    except CircleError:
+        alternatives = []
+    except NotFollowedError:
+        return
+    if not alternatives:
+        raise document.error("no value satisfies the schema")
+
+
+def _check_reference(reference: Any, document: Document) -> None:
+    """Raises OptionError if the reference leads to nothing but itself."""
+    try:
+        document.resolve(reference)
+    except CircleError:
+        raise document.error(f"$ref {reference!r} leads to nothing but itself") from None
+    except NotFollowedError:
+        return
+
+
 def _plain(schema: dict[str, Any], path: str, document: Document, left_out: LeftOut) -> dict[str, Any]:
     """The same in words that llguidance knows: it takes no `oneOf` for exclusive, and leaves `nullable` aside."""
     document.read(schema)
+    if "$ref" in schema:
+        _check_reference(schema["$ref"], document)
     kept = restricting(schema)
     found = {name: kept.get(name, value) for name, value in schema.items() if name in kept or name not in RESTRICTING}
     if "oneOf" in found:

@@ -314,16 +314,37 @@ def _add_error_handlers(app: FastAPI, service: Service, most_bytes: int) -> None
     @app.exception_handler(HTTPException)
     async def refused(http: HttpRequest, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        if error.status_code == 400:
+            # FastAPI could not read the body.
+            return answer(_unreadable(error, http.headers.get("content-encoding", "")))
         found = ApiError(error.status_code, f"{error.detail}: {http.method} {http.url.path}")
         response = answer(_too_large(most_bytes) if error.status_code == 413 else found)
         response.headers.update(error.headers or {})
         return response
+
+    @app.exception_handler(RecursionError)
+    async def too_deep(_: HttpRequest, error: Exception) -> Response:
+        # The parser takes a little more than all that follows.
+        return answer(ApiError(400, "the body is nested too deep", code="invalid_json"))
 
     async def failed(_: HttpRequest, error: Exception) -> Response:
         return answer(api_error(error))
 
     for kind in (ApiError, ValueError, RuntimeError, Exception):
         app.add_exception_handler(kind, failed)
+
+
+def _unreadable(error: HTTPException, encoding: str) -> ApiError:
+    """Why a body, in this content encoding, could not be read."""
+    if encoding.strip().lower() not in ("", "identity"):
+        reason = f"the body is encoded as {encoding[:100]!r}: send it as plain JSON"
+    elif isinstance(error.__cause__, RecursionError):
+        reason = "the body is not JSON that can be read: it is nested too deep"
+    elif isinstance(error.__cause__, UnicodeError):
+        reason = "the body is not JSON: it is not in UTF-8"
+    else:
+        reason = "the body is not JSON"
+    return ApiError(400, reason, code="invalid_json")
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:
@@ -342,18 +363,31 @@ def _validation_error(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"missing required parameter: {param!r}", code="missing_required_parameter", param=param)
     value = found.get("input")
     shown = f", found {str(value)[:100]!r}" if isinstance(value, str | int | float | None) else ""
-    return ApiError(400, f"{param}: {found['msg']}{shown}", code="invalid_value", param=param)
+    return ApiError(400, f"{param}: {_plain(found)}{shown}", code="invalid_value", param=param)
+
+
+def _plain(error: Mapping[str, Any]) -> str:
+    """The message of an error, without names of this package."""
+    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return "expected an object"
+    if error["type"] == "union_tag_not_found":
+        return "expected an object with a type"
+    if error["type"] == "union_tag_invalid":
+        return f"expected the type {error['ctx']['expected_tags']}, found {error['ctx']['tag'][:100]!r}"
+    return str(error["msg"])
 
 
 def _path(error: Mapping[str, Any], body: Any) -> list[str | int]:
     """Where in the body an error is, without what only tells the kinds of a field apart."""
     path: list[str | int] = []
-    *parts, last = error["loc"][1:] or [""]
-    for part in [*parts, last]:
-        if (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int)):
+    is_last_there = False
+    for part in error["loc"][1:]:
+        is_last_there = (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int))
+        if is_last_there:
             body = body[part]
             path.append(part)
-    return [*path, last] if error["type"] == "missing" and last else path
+    # A field that is null is missing too.
+    return path if is_last_there or error["type"] != "missing" else [*path, *error["loc"][1:][-1:]]
 
 
 class _Guard:

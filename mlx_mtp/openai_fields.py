@@ -157,12 +157,15 @@ def check_others(others: Mapping[str, Any], declared: Collection[str], elsewhere
         is_other = (name in NEUTRAL or name in elsewhere) and name not in NO_EFFECT and name not in declared
         if is_other and value not in NEUTRAL.get(name, _NOTHING):
             raise refuse("unsupported_parameter", name, _unsupported(name, value))
-    # To compare names takes time, and the client says how many there are.
-    for name in unknown(others, {*declared, *elsewhere})[:_MOST_COMPARED]:
-        similar = get_close_matches(name[:_LONGEST], [*declared, *NEUTRAL, *NO_EFFECT], n=1, cutoff=_SIMILAR)
-        if similar:
-            found = f"unknown parameter: {name!r}: did you mean {similar[0]!r}?"
-            raise refuse("unknown_parameter", name, found)
+    known = [*declared, *NEUTRAL, *NO_EFFECT]
+    in_lower_case = {name.lower(): name for name in reversed(known)}
+    for index, name in enumerate(unknown(others, {*declared, *elsewhere})):
+        similar = in_lower_case.get(name.lower())
+        # To compare names takes time, and the client says how many there are.
+        if similar is None and index < _MOST_COMPARED:
+            similar = next(iter(get_close_matches(name[:_LONGEST], known, n=1, cutoff=_SIMILAR)), None)
+        if similar is not None:
+            raise refuse("unknown_parameter", name, f"unknown parameter: {name!r}: did you mean {similar!r}?")
 
 
 def _unsupported(name: str, value: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from .answer_schema import answer_schema
 from .draft_length import MAX_DRAFT_TOKENS
@@ -57,25 +58,59 @@ class RefusalPart(Fields):
 Content: TypeAlias = str | list[TextPart | RefusalPart | str]
 
 
-def _text(content: Content | None) -> str:
+class ThoughtPart(Fields):
+    """A thought among the parts of an answer. One that is encrypted has no text."""
+
+    type: Literal["thinking", "reasoning", "redacted_thinking"]
+    thinking: Content | None = None
+    text: Content | None = None
+    reasoning: Content | None = None
+
+    @property
+    def thought(self) -> str:
+        return _text(self.thinking) or _text(self.text) or _text(self.reasoning)
+
+
+AnyPart: TypeAlias = TextPart | RefusalPart | ThoughtPart | str
+# What an answer may hold.
+AnswerContent: TypeAlias = str | list[AnyPart]
+
+
+def _text(content: str | Sequence[AnyPart] | None) -> str:
+    """The text of a message, without thoughts."""
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(_part_text(part) for part in content)
 
 
-def _part_text(part: TextPart | RefusalPart | str) -> str:
+def _part_text(part: AnyPart) -> str:
     if isinstance(part, str):
         return part
+    if isinstance(part, ThoughtPart):
+        return ""
     return part.refusal if isinstance(part, RefusalPart) else part.text
 
 
+def _thoughts(content: AnswerContent | None) -> str:
+    parts = content if isinstance(content, list) else []
+    return "\n".join(filter(None, (part.thought for part in parts if isinstance(part, ThoughtPart))))
+
+
+def _check_thoughts(role: str, content: AnswerContent | None) -> None:
+    """Raises ValueError for a thought that is not the model's."""
+    if role != "assistant" and isinstance(content, list) and any(isinstance(part, ThoughtPart) for part in content):
+        raise ValueError(f"a message of role {role} cannot hold a thought")
+
+
 def _arguments(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 class CalledFunction(Fields):
+    """`arguments` is the text of a JSON object or of another value, or text that is no JSON; empty for none."""
+
     name: str
-    arguments: Annotated[str, BeforeValidator(_arguments, json_schema_input_type=str | dict[str, Any])]
+    arguments: Annotated[str, BeforeValidator(_arguments, json_schema_input_type=Any)] = ""
 
 
 class ToolCall(Fields):
@@ -83,10 +118,19 @@ class ToolCall(Fields):
     type: Literal["function"] = "function"
     function: CalledFunction
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_custom(cls, data: Any) -> Any:
+        """The call of a custom tool has its input, a text, in place of arguments."""
+        custom = data.get("custom") if isinstance(data, dict) and data.get("type") == "custom" else None
+        if not isinstance(custom, dict):
+            return data
+        return {"id": data.get("id"), "function": {"name": custom.get("name"), "arguments": custom.get("input")}}
+
 
 class Message(Fields):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Content | None = None
+    content: AnswerContent | None = None
     refusal: str | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
@@ -103,8 +147,10 @@ class Message(Fields):
             if self.role not in ("assistant", "tool", "function"):
                 raise ValueError(f"a message of role {self.role} needs content")
             self.content = self.refusal or ""
-        if self.reasoning_content is None and isinstance(self.reasoning, str):
-            self.reasoning_content = self.reasoning
+        _check_thoughts(self.role, self.content)
+        if self.reasoning_content is None:
+            thoughts = _thoughts(self.content) or None
+            self.reasoning_content = self.reasoning if isinstance(self.reasoning, str) else thoughts
         if self.function_call is not None and not self.tool_calls:
             self.tool_calls = [ToolCall(id=self.function_call.name, function=self.function_call)]
         if self.role == "function":
@@ -134,6 +180,99 @@ class NamedFunction(Fields):
 class NamedTool(Fields):
     type: Literal["function"]
     function: NamedFunction
+
+
+class OtherTool(Fields):
+    """A tool that OpenAI runs, or one whose input is no JSON: neither exists here."""
+
+    type: str
+
+
+class AllowedTools(Fields):
+    """A choice of these tools only. Those that are no functions are none of this server's."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[dict[str, Any]]
+
+    @property
+    def names(self) -> list[str]:
+        """Raises OptionError for a function without a name."""
+        names = []
+        for tool in self.tools:
+            if tool.get("type", "function") == "function":
+                name = (tool["function"] if isinstance(tool.get("function"), dict) else tool).get("name")
+                if not isinstance(name, str):
+                    raise OptionError(f"tool_choice: a function of allowed_tools needs a name, found {name!r}")
+                names.append(name)
+        return names
+
+
+# Words for a choice, OpenAI's and the one of others for `required`.
+_CHOICES = {"none": "none", "auto": "auto", "required": "required", "any": "required"}
+
+
+def _read_choice(choice: Any) -> Any:
+    """A choice with its word as it is, not as the type of an object, and allowed tools without what is around them."""
+    is_word = isinstance(choice, dict) and choice.keys() == {"type"}
+    word = choice["type"] if is_word else choice
+    if isinstance(word, str) and word in _CHOICES:
+        return _CHOICES[word]
+    if _type_of(choice) == "allowed_tools" and isinstance(choice, dict):
+        inner = choice.get("allowed_tools")
+        return {**inner, "type": "allowed_tools"} if isinstance(inner, dict) else choice
+    return choice
+
+
+def _choice_type(choice: Any) -> str:
+    kind = _type_of(choice)
+    return str(kind) if kind in ("function", "allowed_tools") else "other"
+
+
+class Choice(NamedTuple):
+    """A word, or the name of one tool, and the only tools that may be called, if not all of them may."""
+
+    name: str
+    allowed: Sequence[str] | None = None
+
+
+def _choice(choice: "str | NamedTool | ResponseNamedTool | AllowedTools | OtherTool") -> Choice:
+    """Raises OptionError for a tool that is no function."""
+    if isinstance(choice, OtherTool):
+        raise OptionError(f"tool_choice is of type {choice.type!r}: there are only functions here")
+    if isinstance(choice, AllowedTools):
+        return Choice(choice.mode, choice.names)
+    if isinstance(choice, str):
+        return Choice(choice)
+    return Choice(choice.function.name if isinstance(choice, NamedTool) else choice.name)
+
+
+def _type_of(value: Any) -> Any:
+    """The type that a JSON object, or a part of a request made from one, names; None if it names none."""
+    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+
+
+def _tool_type(tool: Any) -> str:
+    return "function" if _type_of(tool) == "function" else "other"
+
+
+def _chat_tool_type(tool: Any) -> str:
+    return "function" if _type_of(tool) in (None, "function") else "other"
+
+
+ChatChoice: TypeAlias = Annotated[
+    Literal["none", "auto", "required"]
+    | Annotated[
+        Annotated[NamedTool, Tag("function")]
+        | Annotated[AllowedTools, Tag("allowed_tools")]
+        | Annotated[OtherTool, Tag("other")],
+        Discriminator(_choice_type),
+    ],
+    BeforeValidator(_read_choice),
+]
+ChatTool: TypeAlias = Annotated[
+    Annotated[Tool, Tag("function")] | Annotated[OtherTool, Tag("other")], Discriminator(_chat_tool_type)
+]
 
 
 class TextFormat(Fields):
@@ -169,6 +308,10 @@ class StreamOptions(Fields):
 _NO_BIAS = BeforeValidator(lambda value: {} if value == [] else value)
 
 
+# An empty text asks for no form: a form that only the empty answer has is of no use.
+_EMPTY_IS_NONE = BeforeValidator(lambda value: None if value == "" else value)
+
+
 class Request(Fields):
     """What all kinds of request have in common. Beside OpenAI's, the fields of `Sampling` and `GenerationOptions`."""
 
@@ -200,8 +343,8 @@ class Request(Fields):
     stop: Strings = Field([], validation_alias=AliasChoices("stop", "stop_sequences"))
     min_tokens: Whole = Field(0, ge=0)
     ignore_eos: bool = False
-    regex: str | None = None
-    grammar: str | None = None
+    regex: Annotated[str | None, _EMPTY_IS_NONE] = None
+    grammar: Annotated[str | None, _EMPTY_IS_NONE] = None
     include_stats: bool = Field(False, description="Add to each part what was drafted and accepted so far.")
 
     @model_validator(mode="after")
@@ -343,6 +486,11 @@ def _effort(effort: str | bool | None) -> bool | None:
     return effort not in _NO_EFFORT if isinstance(effort, str) else effort
 
 
+def _other_tools(tools: Iterable[Any]) -> list[str]:
+    """Names, for `ignored`, of the tools that do not exist here."""
+    return sorted({f"tools.{tool.type}" for tool in tools if isinstance(tool, OtherTool)})
+
+
 class ChatRequest(ConversationRequest):
     messages: list[Message] = Field(min_length=1)
     max_tokens: Limit = Field(None, validation_alias=AliasChoices(*_TOKEN_LIMITS))
@@ -351,16 +499,20 @@ class ChatRequest(ConversationRequest):
     logprobs: bool = False
     top_logprobs: Whole | None = Field(None, ge=0, le=20)
     response_format: TextFormat | JsonSchemaFormat = Field(TextFormat(type="text"), discriminator="type")
-    tools: list[Tool] = []
-    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    tools: list[ChatTool] = []
+    tool_choice: ChatChoice = "auto"
     modalities: list[Literal["text"]] = ["text"]
+
+    @property
+    def ignored(self) -> list[str]:
+        return [*super().ignored, *_other_tools(self.tools)]
 
     def task(self, default: GenerationOptions) -> Task:
         """Raises OptionError and PromptError for what cannot be honoured."""
         if self.top_logprobs and not self.logprobs:
             raise OptionError("top_logprobs is given, but logprobs is not")
-        tools = [tool.model_dump(exclude_none=True) for tool in self.tools]
-        choice = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else self.tool_choice
+        tools = [tool.model_dump(exclude_none=True) for tool in self.tools if isinstance(tool, Tool)]
+        choice = _choice(self.tool_choice)
         form = _answer_form(tools, choice, self.parallel_tool_calls, self.response_format)
         options = self.conversation_options(
             default,
@@ -372,7 +524,7 @@ class ChatRequest(ConversationRequest):
         return Task(
             chat_messages(self.messages),
             options,
-            tools if choice != "none" and tools else None,
+            tools if choice.name != "none" and tools else None,
             self.template_options(),
             not_enforced=form.not_enforced,
         )
@@ -400,7 +552,12 @@ class CompletionRequest(Request):
 class MessageItem(Fields):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content = ""
+    content: AnswerContent = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> "MessageItem":
+        _check_thoughts(self.role, self.content)
+        return self
 
 
 class FunctionCallItem(CalledFunction):
@@ -438,6 +595,9 @@ class SkippedItem(Fields):
         "apply_patch_call",
         "apply_patch_call_output",
         "code_interpreter_call",
+        "compaction",
+        "compaction_summary",
+        "compaction_trigger",
         "custom_tool_call",
         "custom_tool_call_output",
         "file_search_call",
@@ -459,13 +619,26 @@ class SkippedItem(Fields):
 
 
 _SKIPPED = get_args(SkippedItem.model_fields["type"].annotation)
+_READ_ITEMS = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
 
 
-def _item_type(item: Any) -> Any:
-    if not isinstance(item, dict):
-        return "skipped" if item.type in _SKIPPED else item.type
-    kind = item.get("type") or ("item_reference" if "id" in item and "role" not in item else "message")
-    return "skipped" if kind in _SKIPPED else kind
+def _unknown_item(kind: Any) -> Any:
+    raise PydanticCustomError("unknown_item", "unknown item type")
+
+
+class UnknownItem(Fields):
+    """An item of no known type, or a value that is no item: both are refused."""
+
+    type: Annotated[Any, BeforeValidator(_unknown_item)]
+
+
+def _item_type(item: Any) -> str:
+    kind = _type_of(item)
+    if kind is None and isinstance(item, dict):
+        kind = "item_reference" if "id" in item and "role" not in item else "message"
+    if kind in _READ_ITEMS:
+        return str(kind)
+    return "skipped" if kind in _SKIPPED else "unknown"
 
 
 Item = Annotated[
@@ -474,7 +647,8 @@ Item = Annotated[
     | Annotated[FunctionOutputItem, Tag("function_call_output")]
     | Annotated[ReasoningItem, Tag("reasoning")]
     | Annotated[ItemReference, Tag("item_reference")]
-    | Annotated[SkippedItem, Tag("skipped")],
+    | Annotated[SkippedItem, Tag("skipped")]
+    | Annotated[UnknownItem, Tag("unknown")],
     Discriminator(_item_type),
 ]
 
@@ -483,27 +657,23 @@ class ResponseTool(Function):
     type: Literal["function"]
 
 
-class OtherTool(Fields):
-    """A tool that OpenAI runs, or one whose input is no JSON: neither exists here."""
-
-    type: str
-
-
 class ResponseNamedTool(Fields):
     type: Literal["function"]
     name: str
 
 
-def _tool_type(tool: Any) -> str:
-    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
-    return "function" if kind == "function" else "other"
-
-
 AnyTool = Annotated[
     Annotated[ResponseTool, Tag("function")] | Annotated[OtherTool, Tag("other")], Discriminator(_tool_type)
 ]
-AnyNamedTool = Annotated[
-    Annotated[ResponseNamedTool, Tag("function")] | Annotated[OtherTool, Tag("other")], Discriminator(_tool_type)
+ResponseChoice: TypeAlias = Annotated[
+    Literal["none", "auto", "required"]
+    | Annotated[
+        Annotated[ResponseNamedTool, Tag("function")]
+        | Annotated[AllowedTools, Tag("allowed_tools")]
+        | Annotated[OtherTool, Tag("other")],
+        Discriminator(_choice_type),
+    ],
+    BeforeValidator(_read_choice),
 ]
 
 
@@ -525,7 +695,7 @@ class ResponseRequest(ConversationRequest):
     top_logprobs: Whole | None = Field(None, ge=0, le=20)
     text: ResponseText = ResponseText()
     tools: list[AnyTool] = []
-    tool_choice: Literal["none", "auto", "required"] | AnyNamedTool = "auto"
+    tool_choice: ResponseChoice = "auto"
     include: list[str] = []
     truncation: Literal["disabled", "auto"] = "disabled"
     user: str | None = None
@@ -538,9 +708,8 @@ class ResponseRequest(ConversationRequest):
 
     @property
     def ignored(self) -> list[str]:
-        tools = {f"tools.{tool.type}" for tool in self.tools if isinstance(tool, OtherTool)}
         items = {f"input.{item.type}" for item in self.input if isinstance(item, SkippedItem)}
-        return [*super().ignored, *sorted(tools), *sorted(items)]
+        return [*super().ignored, *_other_tools(self.tools), *sorted(items)]
 
     @model_validator(mode="after")
     def _check_references(self) -> "ResponseRequest":
@@ -559,9 +728,7 @@ class ResponseRequest(ConversationRequest):
             {"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"type"})}
             for tool in self.functions
         ]
-        if isinstance(self.tool_choice, OtherTool):
-            raise OptionError(f"tool_choice is of type {self.tool_choice.type!r}: there are only functions here")
-        choice = self.tool_choice.name if isinstance(self.tool_choice, ResponseNamedTool) else self.tool_choice
+        choice = _choice(self.tool_choice)
         form = _answer_form(tools, choice, self.parallel_tool_calls, self.text.format)
         asks_logprobs = "message.output_text.logprobs" in self.include or bool(self.top_logprobs)
         options = self.conversation_options(
@@ -574,7 +741,7 @@ class ResponseRequest(ConversationRequest):
         return Task(
             chat_messages(self._messages()),
             options,
-            tools if choice != "none" and tools else None,
+            tools if choice.name != "none" and tools else None,
             self.template_options(),
             not_enforced=form.not_enforced,
         )
@@ -592,7 +759,7 @@ class ResponseRequest(ConversationRequest):
                 _add_call(messages, item, thought)
                 thought = None
             elif isinstance(item, FunctionOutputItem):
-                messages.append(Message(role="tool", content=item.output, tool_call_id=item.call_id))
+                messages.append(Message(role="tool", content=_text(item.output), tool_call_id=item.call_id))
             elif isinstance(item, MessageItem):
                 own = thought if item.role == "assistant" else None
                 messages.append(Message(role=item.role, content=item.content, reasoning_content=own))
@@ -665,19 +832,30 @@ def _arguments_object(text: str) -> dict[str, Any] | str:
 ResponseFormat: TypeAlias = TextFormat | JsonSchemaFormat | ResponseSchema
 
 
-def _answer_form(tools: Sequence[Mapping[str, Any]], choice: str, parallel: bool, wanted: ResponseFormat) -> AnswerForm:
+def _answer_form(
+    tools: Sequence[Mapping[str, Any]], wanted_tools: Choice, parallel: bool, wanted: ResponseFormat
+) -> AnswerForm:
     """The form that an answer with these tools must have. What is not enforced is logged.
 
     Raises OptionError for what cannot be done, or not in full though it is strict.
     """
+    choice, allowed = wanted_tools
     _check_choice(tools, choice)
+    callable_tools = tools if allowed is None else _allowed_tools(tools, allowed, choice)
+    is_limited = len(callable_tools) < len(tools)
     schema, left = _schema(wanted) if choice in ("none", "auto") else (None, ())
     if not tools or choice == "none":
         form = AnswerForm(json_schema=schema, not_enforced=left)
-    elif choice == "auto" and parallel and schema is None and not any(_is_strict(tool) for tool in tools):
+    elif (
+        choice == "auto"
+        and parallel
+        and schema is None
+        and not is_limited
+        and not any(_is_strict(tool) for tool in tools)
+    ):
         form = AnswerForm()
     else:
-        grammar = tool_grammar(tools, choice, parallel=parallel, answer=schema)
+        grammar = tool_grammar(callable_tools, choice, parallel=parallel, answer=schema)
         form = AnswerForm(grammar=grammar.text, not_enforced=(*grammar.not_enforced, *left))
     if form.not_enforced:
         logger.warning("not enforced of the schemas of a request: %s", ascii(", ".join(form.not_enforced)))
@@ -707,6 +885,20 @@ def _check_choice(tools: Sequence[Mapping[str, Any]], choice: str) -> None:
         raise OptionError(f"tools must have names of their own, found {', '.join(names)}")
     if choice not in ("none", "auto", "required", *names):
         raise OptionError(f"tool_choice names {choice!r}, the tools are {', '.join(names)}")
+
+
+def _allowed_tools(
+    tools: Sequence[Mapping[str, Any]], allowed: Sequence[str], choice: str
+) -> Sequence[Mapping[str, Any]]:
+    """Those of the tools that may be called. Raises OptionError for a name of none of them, and for no name at all
+    where a call is required."""
+    names = [tool["function"]["name"] for tool in tools]
+    for name in allowed:
+        if name not in names:
+            raise OptionError(f"tool_choice allows {name!r}, the tools are {', '.join(names) or 'none'}")
+    if choice == "required" and not allowed:
+        raise OptionError("tool_choice requires a call, but allows no function")
+    return [tool for tool, name in zip(tools, names, strict=True) if name in allowed]
 
 
 def _token_id(token: str) -> int:

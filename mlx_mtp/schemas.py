@@ -63,6 +63,10 @@ class NotFollowedError(Exception):
     """A keyword, the only argument, that says more than can be put into one flat schema."""
 
 
+class CircleError(NotFollowedError):
+    """A reference that leads to nothing but itself."""
+
+
 def restricting(schema: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords that restrict something."""
     return _without_flags(
@@ -146,11 +150,14 @@ class Document:
         return value
 
     def resolve(self, reference: Any) -> Any:
-        """What a local reference points to, through others. Raises NotFollowedError if nothing is there."""
+        """What a local reference points to, through others. Raises NotFollowedError if nothing is there, CircleError if
+        it leads back to itself."""
         seen = set()
         while True:
-            if not isinstance(reference, str) or not reference.startswith("#") or reference in seen:
+            if not isinstance(reference, str) or not reference.startswith("#"):
                 raise NotFollowedError("$ref")
+            if reference in seen:
+                raise CircleError("$ref")
             seen.add(reference)
             found = self._find(reference)
             if not isinstance(found, Mapping) or restricting(found).keys() != {"$ref"}:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -13,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from .engine import GenerationOptions, GenerationResponse, Model
 from .errors import BusyError, ClosedError, ContextLengthError, MTPError, OptionError, PromptError
-from .openai_requests import Task
+from .openai_requests import ENDPOINTS, Task, field_names
 from .worker import CancelledJob, Job, Worker
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 # Seconds: what a client is told to wait where nothing is known of how long generations take.
 _FIRST_RETRY = 1
 _MOST_RETRY = 60
+_FIELDS = field_names(*ENDPOINTS)
 
 
 class ApiError(Exception):
@@ -46,9 +48,9 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, ContextLengthError):
         return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, OptionError | PromptError):
-        # Messages of options begin with the option's name.
-        name = str(error).split(" ", 1)[0].split("[")[0].rstrip(":")
-        return ApiError(400, str(error), code="invalid_value", param=name if name.isidentifier() else None)
+        # Messages of options begin with the option's name, others with any word.
+        name = re.split(r"[\s.:\[]", str(error), maxsplit=1)[0]
+        return ApiError(400, str(error), code="invalid_value", param=name if name in _FIELDS else None)
     if isinstance(error, BusyError):
         return ApiError(429, str(error), code="queue_full")
     if isinstance(error, ClosedError):

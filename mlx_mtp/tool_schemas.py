@@ -65,7 +65,7 @@ class _Reader:
 
     def _flatten(self, schema: Mapping[str, Any], followed: frozenset[str]) -> tuple[Schema, frozenset[str]]:
         """A schema in one piece with its references, `allOf`, `anyOf` and `oneOf`, and the references followed."""
-        flat = dict(schema)
+        flat = _sound(schema)
         parts: list[Any] = flat.pop("allOf", None) or []
         if isinstance(reference := flat.pop("$ref", None), str):
             parts = [*parts, {"type": "object"} if reference in followed else self._lookup(reference)]
@@ -88,6 +88,25 @@ class _Reader:
         for name in filter(None, reference[1:].split("/")):
             found = found.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
         return found
+
+
+# The keywords read here, with the type of their values. `required` lists names, `type` may be a list of them.
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("description", "$ref"), str),
+    **dict.fromkeys(("allOf", "anyOf", "oneOf", "enum", "required"), list),
+    "properties": Mapping,
+    "type": str | list,
+    "nullable": bool,
+}
+
+
+def _sound(schema: Mapping[str, Any]) -> Schema:
+    """The schema without the keywords whose values make no sense."""
+    sound = {name: value for name, value in schema.items() if isinstance(value, _KINDS.get(name, object))}
+    for name in ("required", "type"):
+        if isinstance(sound.get(name), list):
+            sound[name] = [item for item in sound[name] if isinstance(item, str)]
+    return sound
 
 
 def _is_schema(part: Any) -> bool:

@@ -99,8 +99,11 @@ def test_what_cannot_be_followed(schema: Any, expected: Any, left: tuple[str, ..
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ({"type": "objct"}, "json_schema cannot be followed: Invalid type: objct"),
-        (in_object({"$ref": "file:///etc/passwd"}), "json_schema cannot be followed: Resource 'file:///etc/passwd'"),
+        ({"type": "objct"}, "response_format: the schema cannot be followed: Invalid type: objct"),
+        (
+            in_object({"$ref": "file:///etc/passwd"}),
+            "response_format: the schema cannot be followed: Resource 'file:///etc/passwd'",
+        ),
         (in_object({"oneOf": 3}), "response_format: oneOf must be a list, found 3"),
         (in_object({"oneOf": [3]}), "response_format: a schema must be an object, found 3"),
     ],

@@ -689,7 +689,6 @@ BAD_BODIES: list[tuple[str, Any, str | None, str]] = [
         "messages[0].audio",
         "invalid_value",
     ),
-    ("chat/completions", {"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type", "invalid_value"),
     ("chat/completions", {"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
     ("chat/completions", {"logit_bias": {"99999999": 1}}, "logit_bias", "invalid_value"),
     ("chat/completions", {"num_draft_tokens": -1}, "num_draft_tokens", "invalid_value"),
@@ -717,7 +716,7 @@ BAD_BODIES: list[tuple[str, Any, str | None, str]] = [
                 "json_schema": {"name": "x", "schema": {"$ref": "file:///etc/passwd"}},
             }
         },
-        "json_schema",
+        "response_format",
         "invalid_value",
     ),
     (
@@ -746,7 +745,7 @@ BAD_BODIES: list[tuple[str, Any, str | None, str]] = [
     ("completions", {"prompt": "a", "best_of": 2}, "best_of", "unsupported_parameter"),
     ("completions", {"prompt": "a", "tools": TOOLS}, "tools", "unsupported_parameter"),
     ("responses", {"input": []}, "input", "invalid_value"),
-    ("responses", {"input": [{"type": "computer_call"}]}, "input[0]", "invalid_value"),
+    ("responses", {"input": [{"type": "computer_call"}]}, "input[0].type", "invalid_value"),
     ("responses", {"input": "x", "previous_response_id": "r"}, "previous_response_id", "unsupported_parameter"),
     ("responses", {"input": "x", "background": True}, "background", "unsupported_parameter"),
     ("responses", {"input": "x", "response_format": {"type": "text"}}, "response_format", "unsupported_parameter"),

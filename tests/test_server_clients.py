@@ -1,6 +1,7 @@
 """Requests as clients send them: fields of other servers, what SDKs send back, items of tools that are not here, paths
 and hosts."""
 
+import gzip
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +11,17 @@ import httpx
 import openai
 import pytest
 from openai.types.responses import Tool
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from serving import Served, serve
 
 import mlx_mtp
 from mlx_mtp import DEMO_PAIR, GenerationOptions
+from mlx_mtp.errors import OptionError
+from mlx_mtp.guide import lark_problem
 from mlx_mtp.http_entry import local_hosts, plain_path
 from mlx_mtp.openai_fields import NEUTRAL, NO_EFFECT
 from mlx_mtp.openai_requests import ChatRequest, CompletionRequest, ResponseRequest, chat_messages, field_names
+from mlx_mtp.tool_schemas import usable_tools
 
 ASKED = {"role": "user", "content": "def area(width):"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "measure", "arguments": '{"side": "left"}'}}
@@ -463,3 +467,339 @@ def test_the_page_of_fields_names_them_all() -> None:
     page = (Path(__file__).parent.parent / "docs" / "server.md").read_text(encoding="utf-8")
     named = {*NO_EFFECT, *NEUTRAL, *field_names(ChatRequest, CompletionRequest, ResponseRequest)}
     assert sorted(name for name in named if f"`{name}`" not in page) == []
+
+
+def refused(served: Served, path: str, **body: Any) -> dict[str, Any]:
+    """The error of a request that is refused with 400."""
+    answer = httpx.post(f"{served.v1}/{path}", json=body)
+    assert answer.status_code == 400, answer.text
+    error: dict[str, Any] = answer.json()["error"]
+    return error
+
+
+@pytest.mark.parametrize("value", ["word", None, 7, [], [{}], True])
+def test_a_value_that_is_no_object_is_named(served: Served, value: Any) -> None:
+    for path, body, place in (
+        ("responses", {"input": [ASKED, value]}, "input[1]"),
+        ("responses", {"input": "x", "tools": [value]}, "tools[0]"),
+        ("chat/completions", {"messages": [value]}, "messages[0]"),
+        ("chat/completions", {"messages": [ASKED], "tools": [value]}, "tools[0]"),
+    ):
+        error = refused(served, path, **body)
+        assert (error["param"], error["code"]) == (place, "invalid_value"), error
+        assert "expected an object" in error["message"]
+    for block in ([value], [{"type": "tool_result", "tool_use_id": "a", "content": [value]}]):
+        error = refused(served, "messages", max_tokens=1, messages=[{"role": "user", "content": block}])
+        assert "expected an object" in error["message"]
+
+
+@pytest.mark.parametrize("choice", [7, [], True, {}, {"type": 5}, {"type": []}, {"type": "function"}])
+@pytest.mark.parametrize("kind", [ChatRequest, ResponseRequest])
+def test_an_odd_choice_of_a_tool_is_an_error(kind: type[ChatRequest | ResponseRequest], choice: Any) -> None:
+    tool = {"type": "function", "function": MEASURE} if kind is ChatRequest else MEASURE
+    with pytest.raises(ValidationError, match="tool_choice"):
+        kind.model_validate({"messages": [ASKED], "input": "x", "tools": [tool], "tool_choice": choice})
+
+
+@pytest.mark.parametrize("kind", ["poem", 5, [], {"a": 1}])
+def test_an_item_of_no_known_type_is_named_in_plain_words(served: Served, kind: Any) -> None:
+    error = refused(served, "responses", input=[ASKED, {"type": kind}])
+    assert error["param"] == "input[1].type"
+    assert error["message"].startswith("input[1].type: unknown item type")
+    if isinstance(kind, str):
+        assert repr(kind) in error["message"]
+
+
+def test_a_compaction_is_skipped(served: Served) -> None:
+    answer = respond(served, [ASKED, {"type": "compaction", "id": "cmp_1", "encrypted_content": "gAAA"}])
+    assert answer.status_code == 200
+    assert answer.headers["x-mlx-mtp-ignored"] == "input.compaction"
+
+
+ARGUMENTS: list[tuple[dict[str, Any], Any]] = [
+    ({"arguments": None}, {}),
+    ({}, {}),
+    ({"arguments": ""}, {}),
+    ({"arguments": ["left", 2]}, '["left", 2]'),
+    ({"arguments": 7.5}, "7.5"),
+    ({"arguments": True}, "true"),
+    ({"arguments": {"side": "größe"}}, {"side": "größe"}),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), ARGUMENTS)
+def test_arguments_of_earlier_calls_are_read_as_they_are(given: dict[str, Any], expected: Any) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "measure"} | given}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "7"}
+    messages = [ASKED, {"role": "assistant", "tool_calls": [call]}, result]
+    found = chat_messages(ChatRequest.model_validate({"messages": messages}).messages)
+    assert found[1]["tool_calls"][0]["function"]["arguments"] == expected
+    items = [
+        ASKED,
+        {"type": "function_call", "call_id": "c1", "name": "measure"} | given,
+        {"type": "function_call_output", "call_id": "c1", "output": "7"},
+    ]
+    assert rendered(items) == found
+    old = {"role": "assistant", "function_call": {"name": "measure"} | given}
+    (found_old,) = chat_messages(ChatRequest.model_validate({"messages": [old]}).messages)
+    assert found_old["tool_calls"][0]["function"]["arguments"] == expected
+
+
+def test_arguments_that_are_no_object_are_served(served: Served) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "measure", "arguments": [1, 2]}}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "7"}
+    assert chat(served, [ASKED, {"role": "assistant", "tool_calls": [call]}, result]).status_code == 200
+
+
+THOUGHTS: list[tuple[dict[str, Any], str | None]] = [
+    ({"type": "thinking", "thinking": "Hm.", "signature": "s"}, "Hm."),
+    ({"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}, "Hm."),
+    ({"type": "reasoning", "text": "Hm."}, "Hm."),
+    ({"type": "reasoning", "reasoning": "Hm."}, "Hm."),
+    ({"type": "redacted_thinking", "data": "gAAA"}, None),
+]
+
+
+@pytest.mark.parametrize(("part", "thought"), THOUGHTS)
+def test_a_thought_among_the_parts_is_no_text(part: dict[str, Any], thought: str | None) -> None:
+    message = {"role": "assistant", "content": [part, {"type": "text", "text": "x"}]}
+    expected: Any = {"role": "assistant", "content": "x"} | ({} if thought is None else {"reasoning_content": thought})
+    assert chat_messages(ChatRequest.model_validate({"messages": [message]}).messages) == [expected]
+    assert rendered([message]) == [expected]
+    for kind, name in ((ChatRequest, "messages"), (ResponseRequest, "input")):
+        with pytest.raises(ValidationError, match="a message of role user cannot hold a thought"):
+            kind.model_validate({name: [message | {"role": "user"}]})
+
+
+def test_custom_tools_of_chats_are_skipped_and_their_calls_are_read(served: Served) -> None:
+    call = {"id": "p1", "type": "custom", "custom": {"name": "patch", "input": "*** Begin"}}
+    result = {"role": "tool", "tool_call_id": "p1", "content": "done"}
+    custom = {"type": "custom", "custom": {"name": "patch", "format": {"type": "text"}}}
+    messages = [ASKED, {"role": "assistant", "tool_calls": [call]}, result]
+    found = chat_messages(ChatRequest.model_validate({"messages": messages}).messages)
+    assert found[1]["tool_calls"][0]["function"] == {"name": "patch", "arguments": "*** Begin"}
+    assert (found[2]["name"], found[2]["content"]) == ("patch", "done")
+    function = {"type": "function", "function": MEASURE}
+    answer = chat(served, messages, tools=[custom, function])
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-mlx-mtp-ignored"] == "tools.custom"
+    usage = chat(served, messages, tools=[function]).json()["usage"]
+    assert answer.json()["usage"]["prompt_tokens"] == usage["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("any", "required"),
+        ({"type": "any"}, "required"),
+        ({"type": "required"}, "required"),
+        ({"type": "auto"}, "auto"),
+        ({"type": "none"}, "none"),
+    ],
+)
+def test_words_for_the_choice_of_tools(given: Any, expected: str) -> None:
+    assert ChatRequest.model_validate({"messages": [ASKED], "tool_choice": given}).tool_choice == expected
+    assert ResponseRequest.model_validate({"input": "x", "tool_choice": given}).tool_choice == expected
+
+
+def named_function(name: str) -> dict[str, Any]:
+    return {"name": name, "parameters": PICK}
+
+
+ALLOWED = [{"type": "function", "function": {"name": "pick"}}]
+NAMED = [{"type": "function", "name": "pick"}, {"type": "mcp", "server_label": "l"}]
+
+
+def test_only_allowed_tools_are_called(served: Served) -> None:
+    names = ("drop", "pick", "turn")
+    tools = [{"type": "function", "function": named_function(name)} for name in names]
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": ALLOWED}}
+    for seed in range(3):
+        answer = chat(served, tools=tools, tool_choice=choice, max_tokens=60, temperature=1, seed=seed)
+        calls = answer.json()["choices"][0]["message"]["tool_calls"]
+        assert {call["function"]["name"] for call in calls} == {"pick"}
+    # The prompt has all tools, so that it stays the same whatever is allowed.
+    every = chat(served, tools=tools).json()["usage"]["prompt_tokens"]
+    assert answer.json()["usage"]["prompt_tokens"] == every
+    flat = [{"type": "function", **named_function(name)} for name in names]
+    asked = {"type": "allowed_tools", "mode": "required", "tools": NAMED}
+    body = respond(served, "x", tools=flat, tool_choice=asked, max_output_tokens=60).json()
+    assert {item["name"] for item in body["output"] if item["type"] == "function_call"} == {"pick"}
+    assert body["tool_choice"] == asked
+
+
+def form_of(choice: Any) -> GenerationOptions:
+    tools = [{"type": "function", "function": named_function(name)} for name in ("drop", "pick")]
+    return options_of(tools=tools, tool_choice=choice)
+
+
+def test_allowed_tools_beside_text_are_held_to() -> None:
+    grammar = form_of({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": ALLOWED}}).grammar
+    assert grammar is not None
+    assert "call:pick" in grammar
+    assert "call:drop" not in grammar
+    assert "start: TEXT?" in grammar
+    # Nothing is left out: no form is needed.
+    both = [*ALLOWED, {"type": "function", "function": {"name": "drop"}}]
+    assert form_of({"type": "allowed_tools", "mode": "auto", "tools": both}).grammar is None
+    none = form_of({"type": "allowed_tools", "mode": "auto", "tools": []}).grammar
+    assert none is not None
+    assert "call:" not in none
+    assert lark_problem(none) is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "tools", "message"),
+    [
+        ("required", [{"type": "function", "name": "spin"}], "tool_choice allows 'spin', the tools are drop, pick"),
+        ("auto", [{"type": "function", "name": "spin"}], "tool_choice allows 'spin', the tools are drop, pick"),
+        ("required", [], "tool_choice requires a call, but allows no function"),
+        ("required", [{"type": "mcp"}], "tool_choice requires a call, but allows no function"),
+        ("auto", [{"type": "function", "name": 5}], "tool_choice: a function of allowed_tools needs a name"),
+    ],
+)
+def test_wrong_allowed_tools_are_refused(mode: str, tools: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        form_of({"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}})
+
+
+def test_an_empty_form_asks_for_none(served: Served) -> None:
+    plain = text_of(chat(served))
+    assert plain
+    for name in ("grammar", "regex"):
+        assert text_of(chat(served, **{name: ""})) == plain
+    assert text_of(chat(served, grammar="", regex="[a-c]{3}")) in {
+        a + b + c for a in "abc" for b in "abc" for c in "abc"
+    }
+
+
+ODD: list[Any] = [5, True, "word", [], [5], [[]], {}, {"a": 5}, [{"type": 5}], None]
+KEYWORDS = (
+    "type",
+    "enum",
+    "const",
+    "properties",
+    "required",
+    "items",
+    "anyOf",
+    "allOf",
+    "oneOf",
+    "$ref",
+    "description",
+)
+
+
+@pytest.mark.parametrize("keyword", [*KEYWORDS, "nullable", "format", "$defs"])
+def test_odd_keywords_of_tools_are_rendered(keyword: str) -> None:
+    for value in ODD:
+        part = {keyword: value}
+        for parameters in (
+            part,
+            {"properties": {"a": part}, "required": ["a"]},
+            {"properties": {"a": {"type": "array", "items": part}, "b": {"anyOf": [part, part]}}},
+            {"properties": {"a": {"properties": {"b": {}}, "allOf": [part], "type": "object", "required": ["b"]}}},
+            {"$ref": "#/$defs/a", "$defs": {"a": part}},
+        ):
+            (tool,) = usable_tools([{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+            found = tool["function"]["parameters"]
+            assert found["type"] == "object"
+            for inner in found.get("properties", {}).values():
+                assert isinstance(inner["type"], str)
+
+
+def test_tools_with_odd_schemas_are_served(served: Served) -> None:
+    for parameters in ({"type": 5}, {"properties": {"a": {"type": 5, "enum": 3, "required": 2}}}, {"required": [[]]}):
+        function = {"name": "f", "parameters": parameters}
+        answer = chat(served, tools=[{"type": "function", "function": function}])
+        assert answer.status_code == 200, answer.text
+
+
+def test_a_schema_that_leads_to_itself_is_refused_in_plain_words(served: Served) -> None:
+    def asked(schema: dict[str, Any]) -> dict[str, Any]:
+        named = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        return refused(served, "chat/completions", messages=[ASKED], response_format=named)
+
+    assert asked({"$ref": "#"})["message"] == "response_format: no value satisfies the schema"
+    circle = {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}
+    error = asked({"type": "object", "properties": {"x": {"$ref": "#/$defs/a"}}, "$defs": circle})
+    assert error["message"] == "response_format: $ref '#/$defs/a' leads to nothing but itself"
+    assert error["param"] == "response_format"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("completions", {"prompt": ""}, None),
+        ("completions", {"prompt": "x", "regex": "a", "grammar": "start: /a/"}, None),
+        ("chat/completions", {"messages": [ASKED], "logit_bias": {"x": 1}}, "logit_bias"),
+        ("chat/completions", {"messages": None}, "messages"),
+        ("responses", {"input": None}, "input"),
+        ("responses", {"input": "x", "text": {"format": {"type": None}}}, "text.format"),
+        (
+            "responses",
+            {"input": "x", "text": {"format": {"type": "json_schema", "name": "x", "schema": None}}},
+            "text.format.schema",
+        ),
+        (
+            "responses",
+            {"input": [ASKED | {"content": [{"type": "input_text", "text": None}]}]},
+            "input[0].content[0].text",
+        ),
+        ("responses", {"input": [ASKED | {"role": None}]}, "input[0].role"),
+        (
+            "chat/completions",
+            {"messages": [ASKED | {"content": [{"type": "text", "text": None}]}]},
+            "messages[0].content[0].text",
+        ),
+    ],
+)
+def test_an_error_names_a_field_once_or_none(
+    served: Served, path: str, body: dict[str, Any], param: str | None
+) -> None:
+    assert refused(served, path, **body)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "message"),
+    [
+        (b'{"messages": "gr\xf6\xdfe"}', {}, "not in UTF-8"),
+        (b'{"messages":' * 50_000, {}, "nested too deep"),
+        (b"[" * 50_000, {}, "nested too deep"),
+        (gzip.compress(b'{"messages": []}'), {"content-encoding": "gzip"}, "encoded as 'gzip'"),
+        (b"{", {}, "not JSON"),
+        (b"\x00\x00", {}, "not JSON"),
+        (b'["x"]', {}, "must be a JSON object"),
+    ],
+    ids=["latin-1", "deep object", "deep list", "gzip", "cut off", "zeros", "list"],
+)
+def test_a_body_that_cannot_be_read_says_why(
+    served: Served, content: bytes, headers: dict[str, str], message: str
+) -> None:
+    for path in ("chat/completions", "responses", "completions"):
+        sent = {"content-type": "application/json"} | headers
+        answer = httpx.post(f"{served.v1}/{path}", content=content, headers=sent)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_json", None), error
+        assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("top_K", "top_k"), ("N", "n"), ("Seed", "seed"), ("STOP", "stop"), ("Mirostat", "mirostat"), ("TTL", "ttl")],
+)
+def test_a_name_in_another_case_is_nearly_that_of_a_field(name: str, meant: str) -> None:
+    many = {f"{index} of many": 1 for index in range(100)}
+    with pytest.raises(ValidationError, match=f"unknown parameter: '{name}': did you mean '{meant}'"):
+        ChatRequest.model_validate({"messages": [ASKED]} | many | {name: 1})
+
+
+def test_no_depth_of_a_body_is_an_error_of_the_server(served: Served) -> None:
+    sent = {"content-type": "application/json"}
+    codes = set()
+    with httpx.Client() as client:
+        for depth in range(930, 996, 6):
+            content = '{"messages": [{"role": "user", "content": "x"}], "mirostat": %s}' % ("[" * depth + "]" * depth)
+            answer = client.post(f"{served.v1}/chat/completions", content=content.encode(), headers=sent)
+            assert answer.status_code == 400, (depth, answer.text)
+            codes.add(answer.json()["error"]["code"])
+    assert codes == {"unsupported_parameter", "invalid_json"}
