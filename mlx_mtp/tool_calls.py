@@ -25,9 +25,10 @@ _QUOTE = re.compile(rf"{re.escape(STRING_MARK)}|[\"']")
 # Where a bare key and a bare value end, the latter by what closes the object or list it is in.
 _KEY_END = re.compile(f":|{re.escape(CALL_END)}")
 _VALUE_END = {closer: re.compile("|".join(map(re.escape, (",", closer, CALL_END, STRING_MARK)))) for closer in "}]"}
-_NOT_IN_KEYS = re.compile(rf"[{{}}\[\]]|{re.escape(STRING_MARK)}")
 # A key behind which the value before is over, whatever follows.
 _PLAIN_KEY = re.compile(r"[\w$@./-]+")
+# A key that is one without the schema. Other ones may begin with a comma too many, or be something else.
+_READABLE_KEY = re.compile(r"[\w$@./-]+(?: +[\w$@./-]+)*")
 # What may yet turn out not to belong to a string, if its mark is missing: braces, the next key, the end of the call.
 # All of it is bounded, so that a long text is not looked through again and again.
 _CLOSERS = r"(?<![ \t\r\n}\])])[ \t\r\n}\])]{1,200}(?![ \t\r\n}\])])"
@@ -241,8 +242,9 @@ class _Arguments:
         if end is None:
             return False
         key = self._held[: end.start()].rstrip(BLANKS)
-        is_known = key in self._open[-1].schema.names
-        if end[0] == CALL_END or not key or (_NOT_IN_KEYS.search(key) and not is_known):
+        frame = self._open[-1]
+        is_readable = key in frame.schema.names or _READABLE_KEY.fullmatch(key) is not None
+        if end[0] == CALL_END or not is_readable or key in frame.given:
             return self._break()
         self._held = self._held[end.end() :]
         return self._named(key, _PLAIN_KEY.fullmatch(key) is not None)
@@ -256,6 +258,8 @@ class _Arguments:
         if not rest.startswith(":"):
             return self._break()
         key = self._held[len(STRING_MARK) : end]
+        if key in self._open[-1].given:
+            return self._break()
         self._held = rest[1:]
         return self._named(key, True)
 
