@@ -17,9 +17,14 @@ from .call_syntax import BLANKS, STRING_MARK, bare_value, json_string, literal_t
 # Arguments that take more steps are not read; looking through this many characters is a step.
 _MOST_STEPS = 20_000
 _STEP_LENGTH = 2_000
+# Reading so many characters with escapes, or so many places where text may end, is one, too.
+_ESCAPED_STEP_LENGTH = 200
+_STEP_PLACES = 8
 # With more commas and braces that are missing or too many, any text could be read somehow.
 _MOST_FAULTS = 2
 _LONGEST_KEY = 64
+# As many marks in a row, or more, have no meaning.
+_MOST_MARKS = 4
 _CLOSERS = {"{": "}", "[": "]", "(": ")"}
 _QUOTES = ('"""', "'''", '"', "'")
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -342,7 +347,7 @@ class _Reader:
         """Whether the escapes up to here have one meaning; with more text, they would get another."""
         if state.note == STRING_MARK or self._text.find("\\", state.start, end) < 0:
             return True
-        self._steps_left -= (end - state.start) // _STEP_LENGTH
+        self._steps_left -= (end - state.start) // _ESCAPED_STEP_LENGTH
         return unescape(self._text[state.start : end], state.note) is not None
 
     def _may_go_on(self, state: _State, after: int) -> bool:
@@ -371,9 +376,9 @@ class _Reader:
         if state.note != mark or not state.quotes:
             return True
         first = last = 0
-        while text.startswith(mark, state.start + first * len(mark), end):
+        while first < _MOST_MARKS and text.startswith(mark, state.start + first * len(mark), end):
             first += 1
-        while text.endswith(mark, state.start, end - last * len(mark)):
+        while last < _MOST_MARKS and text.endswith(mark, state.start, end - last * len(mark)):
             last += 1
         is_doubled = state.quotes == 2 and first == last == 1
         is_all = first * len(mark) == end - state.start
@@ -464,6 +469,7 @@ class _Reader:
             places += [(item.start(), False) for item in items if item.end() <= limit]
         if limit == len(self._text):
             places.append((limit, False))
+        self._steps_left -= len(places) // _STEP_PLACES
         swallowed = 0
         for place, is_known in sorted(places):
             for end in self._before_closers(state.start, place):

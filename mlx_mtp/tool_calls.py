@@ -18,10 +18,12 @@ logger = logging.getLogger(__name__)
 # What must follow `<|tool_call>`, or a call in the same block, and every beginning of it.
 _END = re.compile(rf"{re.escape(CALL_END)}|{re.escape(CALL_START)}")
 _MARK = f"(?:{re.escape(STRING_MARK)})?"
-_NAME = rf"[ \t\r\n]*{_MARK}([^\s{{}}<>()]+)"
-_HEAD = re.compile(rf"[ \t\r\n,;]*call:{_NAME}{_MARK}[ \t\r\n]*(?=[{{(]|{_END.pattern}|\Z)")
+# Bounded, so that a long text is not looked through again and again.
+_GAP = r"[ \t\r\n]{0,256}"
+_NAME = rf"{_GAP}{_MARK}([^\s{{}}<>()]{{1,256}})"
+_HEAD = re.compile(rf"[ \t\r\n,;]{{0,256}}call:{_NAME}{_MARK}{_GAP}(?=[{{(]|{_END.pattern}|\Z)")
 _HEAD_BEGINNING = re.compile(
-    rf"[ \t\r\n,;]*(?:c|ca|cal|call|call:(?:{_NAME}{_MARK}[ \t\r\n]*|[ \t\r\n]*{_MARK}))?"
+    rf"[ \t\r\n,;]{{0,256}}(?:c|ca|cal|call|call:(?:{_NAME}{_MARK}{_GAP}|{_GAP}{_MARK}))?"
 )
 _QUOTED_NAME = re.compile(r"([\"'`])([\w.:-]+)\1")
 # Arguments in a list, which is none of them.
