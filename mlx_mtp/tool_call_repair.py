@@ -32,7 +32,7 @@ _SEPARATOR = re.compile(r"[ \t\r\n]*([:=])(?![=]|//)")
 _KEY = re.compile(r"[\w$@./-]+")
 _SPACED_KEY = re.compile(r"[\w$@./-]+(?: +[\w$@./-]+)+")
 _LITERAL = re.compile(r"(?:[A-Za-z]+|[+-]?[0-9.][0-9._eE+-]*)(?=[ \t\r\n]*(?:[,}\])]|\Z))")
-_PYTHON_STRING = re.compile("(?i:(br?|fr?|rb?|rf|u)(\"\"\"|\'\'\'|\"|\'))")
+_PYTHON_STRING = re.compile("(?i:(br?|fr?|rb?|rf|u)(\"\"\"|'''|\"|'))")
 # What follows a quote that ends its string: a text with quotes inside does not go on there.
 _AFTER_QUOTE = re.compile(r"[ \t\r\n]*(?:[,:}\]+\"'`]|\Z)")
 # What may follow a value in an object or a list, but for what closes it.
@@ -454,8 +454,9 @@ class _Reader:
             is_expression = self._is_python and _NOT_IN_PYTHON_WORDS.search(text) is not None
             is_wanted = state.schema.allows("string")
             following = self._after_value(state, end, _Output(value, state.out))
-            yield slips + (not is_wanted), following.doubted(
-                is_expression or not is_wanted or self._is_split(state, end)
+            yield (
+                slips + (not is_wanted),
+                following.doubted(is_expression or not is_wanted or self._is_split(state, end)),
             )
 
     def _ends(self, state: _State, limit: int) -> Iterator[tuple[int, int]]:

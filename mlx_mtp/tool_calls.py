@@ -22,9 +22,7 @@ _MARK = f"(?:{re.escape(STRING_MARK)})?"
 _GAP = r"[ \t\r\n]{0,256}"
 _NAME = rf"{_GAP}{_MARK}([^\s{{}}<>()]{{1,256}})"
 _HEAD = re.compile(rf"[ \t\r\n,;]{{0,256}}call:{_NAME}{_MARK}{_GAP}(?=[{{(]|{_END.pattern}|\Z)")
-_HEAD_BEGINNING = re.compile(
-    rf"[ \t\r\n,;]{{0,256}}(?:c|ca|cal|call|call:(?:{_NAME}{_MARK}{_GAP}|{_GAP}{_MARK}))?"
-)
+_HEAD_BEGINNING = re.compile(rf"[ \t\r\n,;]{{0,256}}(?:c|ca|cal|call|call:(?:{_NAME}{_MARK}{_GAP}|{_GAP}{_MARK}))?")
 _QUOTED_NAME = re.compile(r"([\"'`])([\w.:-]+)\1")
 # Arguments in a list, which is none of them.
 _LIST_OF_ONE = re.compile(r"\[[ \t\r\n]*(?=\{)")
@@ -158,7 +156,6 @@ class ToolCallParser:
         self._call = _Arguments(name, self._schemas.get(name, ANYTHING))
         self._calls += 1
         return name
-
 
     def _name(self, written: str) -> tuple[str, str]:
         """The tool's name, and what is written behind it and belongs to the arguments."""

@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -504,6 +505,68 @@ def test_doubtful_arguments_are_passed_on(written: str, tools: tuple[Tool, ...])
 )
 def test_values_without_quotes_have_the_type_of_the_schema(written: str, expected: Any) -> None:
     check(written, expected, SHELL)
+
+
+@pytest.mark.parametrize(
+    ("written", "tools", "name", "arguments"),
+    [
+        ('"f"{limit:7}', (), "f", '{"limit":7}'),
+        ("'f'(limit=7)", (SHELL,), "f", '{"limit":7}'),
+        ("`f` {limit:7}", (), "f", '{"limit":7}'),
+        (f"{M}f{M}{{limit:7}}", (), "f", '{"limit":7}'),
+        ('"mcp:f"{limit:7}', (SHELL,), "f", '{"limit":7}'),
+        ("f:{limit:7}", (SHELL,), "f", '{"limit":7}'),
+        ("f=(limit=7)", (SHELL,), "f", '{"limit":7}'),
+        ("f[{limit:7}]", (SHELL,), "f", '{"limit":7}'),
+        ("f[{limit:7},{limit:8}]", (SHELL,), "f", "[{limit:7},{limit:8}]"),
+        ('f["x"]', (SHELL,), "f", '["x"]<tool_call|>'),
+        # A tool may have any name.
+        ("f:{limit:7}", (tool("f:"),), "f:", '{"limit":7}'),
+    ],
+)
+def test_names_of_tools_are_found(written: str, tools: tuple[Tool, ...], name: str, arguments: str) -> None:
+    text = f"<|tool_call>call:{written}<tool_call|>ok"
+    assert parse([text], tools=tools) == parse(text, tools=tools) == ("ok", [(name, arguments)])
+
+
+@pytest.mark.parametrize(
+    ("head", "calls"),
+    [
+        ("", []),
+        ("cal", []),
+        ("call:", []),
+        ("call:f", []),
+        ('call:"f', []),
+        ("call:f{}call:g", [("f", "{}")]),
+        ("call:f{limit:7}, ca", [("f", '{"limit":7}')]),
+    ],
+)
+def test_a_call_that_is_cut_in_its_name_is_no_content(head: str, calls: list[Call]) -> None:
+    text = f"ok <|tool_call>{head}"
+    for tools in ((), (tool("f"), tool("g"))):
+        found = parse([text], tools=tools, end="length")
+        assert found == parse(text, tools=tools, end="length") == ("ok ", calls)
+        parser = ToolCallParser(tools)
+        assert parser.add(text, is_last=True, is_cut=True)[0] == "ok "
+
+
+@pytest.mark.parametrize("text", ["x, path: " * 20_000, M * 4000, '"' + r'a\d" b ' * 7000])
+def test_the_time_for_unreadable_arguments_is_bounded(text: str) -> None:
+    """Each took five seconds or more, as each place was tried with each other."""
+    start = time.process_time()
+    parse([f"<|tool_call>call:f{{command:{text}}}<tool_call|>"])
+    assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['f{a:"' + "x y " * 25_000, "f{a:" + "x y " * 25_000, "f{" + "x y " * 25_000, "f{a:" + "1" * 100_000, "f" * 40_000],
+)
+def test_long_parts_of_a_call_are_looked_through_once(text: str) -> None:
+    """Each took five seconds or more, as the search began anew with each piece."""
+    start = time.process_time()
+    parse(["<|tool_call>call:", *(text[at : at + 4] for at in range(0, len(text), 4))])
+    assert time.process_time() - start < 3
 
 
 def test_calls_in_one_block() -> None:
