@@ -12,23 +12,37 @@ from itertools import count
 from typing import NamedTuple
 
 from .argument_schema import ANYTHING, ArgumentSchema
-from .call_syntax import BLANKS, STRING_MARK, bare_value, json_string, literal_type, quoted_value, unescape
+from .call_syntax import BLANKS, STRING_MARK, bare_value, json_string, literal_type, python_text, quoted_value, unescape
 
 # Arguments that take more steps are not read; looking through this many characters is a step.
 _MOST_STEPS = 20_000
 _STEP_LENGTH = 2_000
+# Reading so many characters with escapes, or so many places where text may end, is one, too.
+_ESCAPED_STEP_LENGTH = 200
+_STEP_PLACES = 8
 # With more commas and braces that are missing or too many, any text could be read somehow.
 _MOST_FAULTS = 2
+_LONGEST_KEY = 64
+# As many marks in a row, or more, have no meaning.
+_MOST_MARKS = 4
 _CLOSERS = {"{": "}", "[": "]", "(": ")"}
 _QUOTES = ('"""', "'''", '"', "'")
 _BLANK = re.compile(r"[ \t\r\n]*")
 _SEPARATOR = re.compile(r"[ \t\r\n]*([:=])(?![=]|//)")
 _KEY = re.compile(r"[\w$@./-]+")
-_ODD_KEY = re.compile(r"[^\s\"'`{}\[\](),:=<>|](?:[^\n\"'`{}\[\](),:=<>|]*[^\s\"'`{}\[\](),:=<>|])?")
-_LITERAL = re.compile(r"(?:[A-Za-z]+|-?[0-9][0-9.eE+-]*)(?=[ \t\r\n]*(?:[,}\])]|\Z))")
+_SPACED_KEY = re.compile(r"[\w$@./-]+(?: +[\w$@./-]+)+")
+_LITERAL = re.compile(r"(?:[A-Za-z]+|[+-]?[0-9.][0-9._eE+-]*)(?=[ \t\r\n]*(?:[,}\])]|\Z))")
+_PYTHON_STRING = re.compile("(?i:(br?|fr?|rb?|rf|u)(\"\"\"|'''|\"|'))")
+# What follows a quote that ends its string: a text with quotes inside does not go on there.
+_AFTER_QUOTE = re.compile(r"[ \t\r\n]*(?:[,:}\]+\"'`]|\Z)")
 # What may follow a value in an object or a list, but for what closes it.
 _NEXT_KEY = re.compile(r",[ \t\r\n]*([\w$@./-]+)[ \t\r\n]*[:=](?![=]|//)")
+# The next key, maybe in quotes, behind text that may end before a brace.
+_SECOND_KEY = re.compile(r"[ \t\r\n}\])]*,[ \t\r\n]*(?:<\|\"\|>|[\"'])?([\w$@./-]*)")
+_OPENS_VALUE = re.compile(r",[ \t\r\n]*[\w$@./-]{1,64}[ \t\r\n]*[:=][ \t\r\n]*\Z")
+_NOT_IN_PYTHON_WORDS = re.compile(r"[()\[\]{}\"'`+*%=]")
 _NEXT_ITEM = re.compile(r",[ \t\r\n]*(?=<\|\"\|>|[\"'{\[])")
+_INNER_BLANK = re.compile(r"[^ \t\r\n][ \t\r\n]+[^ \t\r\n]")
 _PLAIN = re.compile(r"[^,{}\[\]()\"]*")
 NEXT_CALL = re.compile(r"[ \t\r\n,;]*(?=call:[ \t\r\n]*[^\s{}<>()]+[ \t\r\n]*[{(])")
 
@@ -92,10 +106,16 @@ class _State(NamedTuple):
     quotes: int = 0
     # Of the whole reading: commas and braces that are missing or too many.
     faults: int = 0
+    # Whether there is something in it that nobody writes for certain: if this is the best reading, there is none.
+    is_doubtful: bool = False
 
     def to(self, step: str, at: int, frame: _Frame | None, out: _Output | None, faults: int = 0) -> "_State":
         """The state after this one, with more faults."""
-        return _State(step, at, frame, out, faults=self.faults + faults)
+        return _State(step, at, frame, out, faults=self.faults + faults, is_doubtful=self.is_doubtful)
+
+    def doubted(self, is_doubtful: bool = True) -> "_State":
+        """This state, with a doubt more if there is one."""
+        return self._replace(is_doubtful=self.is_doubtful or is_doubtful)
 
 
 _Steps = Iterator[tuple[int, _State]]
@@ -125,17 +145,17 @@ class _Reader:
         ticks = count()
         waiting = [(0, next(ticks), _State("key", 1, self._root, _Output("{", None)))]
         best: Reading | None = None
+        is_doubtful = False
         while self._steps_left > 0:
-            if not waiting:
-                return best
+            if not waiting or (best is not None and waiting[0][0] > best.slips):
+                return None if is_doubtful else best
             self._steps_left -= 1
             slips, _, state = heapq.heappop(waiting)
-            if best is not None and slips > best.slips:
-                return best
             if state.step == "end":
                 found = Reading(self._render(state.out), state.at, slips)
                 if best is not None and (found.arguments, found.end) != (best.arguments, best.end):
                     return None
+                is_doubtful = state.is_doubtful and (best is None or is_doubtful)
                 best = found
                 continue
             for more, following in self._follow(state):
@@ -159,7 +179,7 @@ class _Reader:
             yield int(is_trailing), state.to("after", at, frame, state.out)
         elif at == len(self._text):
             return
-        elif self._text[at] == ",":
+        elif self._text[at] in ",;":
             yield from self._comma(state, frame, at)
         elif self._text[at] == "{" and frame.parent is None and frame.is_empty:
             # One too many.
@@ -172,7 +192,9 @@ class _Reader:
                 out = _Output(("" if frame.is_empty else ",") + json_string(name) + ":", state.out)
                 inner = frame._replace(given=frame.given | {name}, is_empty=False)
                 schema = frame.schema.member(name)
-                yield slips, state.to("value", separator.end(), inner, out)._replace(schema=schema)
+                following = state.to("value", separator.end(), inner, out)._replace(schema=schema)
+                # Of two values for a name, nobody can say which is meant.
+                yield slips + 2 * (name in frame.given), following.doubted(name in frame.given)
 
     def _comma(self, state: _State, frame: _Frame, at: int) -> _Steps:
         """A comma is too many, or the closer of an empty object or list is missing."""
@@ -188,7 +210,7 @@ class _Reader:
                 end = self._find(quote, start)
                 name = None if end is None else self._text[start:end]
                 if name is not None and quote != STRING_MARK:
-                    name = unescape(name)
+                    name = unescape(name, quote)
                 if end is not None and name is not None and _SEPARATOR.match(self._text, end + len(quote)):
                     yield self._slips_of(name, frame), name, end + len(quote)
                 return
@@ -198,15 +220,15 @@ class _Reader:
             if is_odd and name and self._text.startswith(name, at) and _SEPARATOR.match(self._text, end):
                 yield self._slips_of(name, frame), name, end
                 return
-        for pattern in (_KEY, _ODD_KEY):
+        for pattern in (_KEY, _SPACED_KEY):
             found = pattern.match(self._text, at)
             if found and _SEPARATOR.match(self._text, found.end()):
-                is_odd = pattern is _ODD_KEY and found[0] not in frame.schema.names
+                is_odd = pattern is _SPACED_KEY
                 yield self._slips_of(found[0], frame) + is_odd, found[0], found.end()
                 return
 
     def _slips_of(self, name: str, frame: _Frame) -> int:
-        return 2 * (name in frame.given) + (bool(frame.schema.names) and name not in frame.schema.names)
+        return int(bool(frame.schema.names) and name not in frame.schema.names)
 
     # Values
 
@@ -216,28 +238,53 @@ class _Reader:
         assert frame is not None
         if at == len(self._text):
             return
-        opener = self._text[at]
-        if opener in "{[":
-            kind = "object" if opener == "{" else "array"
-            inner = _Frame(_CLOSERS[opener], state.schema, frame)
-            step = "key" if opener == "{" else "item"
-            yield int(not state.schema.allows(kind)), state.to(step, at + 1, inner, _Output(opener, state.out))
-        elif self._text.startswith(STRING_MARK, at):
+        prefixed = _PYTHON_STRING.match(self._text, at)
+        if self._text.startswith(STRING_MARK, at):
             yield from self._open_mark(state, at + len(STRING_MARK))
             if at > state.at:
                 yield 0, state._replace(step="bare", start=state.at)
-            return
-        for quote in _QUOTES:
-            if self._text.startswith(quote, at):
-                start = at + len(quote)
-                yield 0, state._replace(step="string", at=start, start=start, note=quote)
-        literal = _LITERAL.match(self._text, at)
-        if literal is not None:
-            yield from self._literal(state, literal[0], literal.end())
+        elif prefixed is not None:
+            yield from self._python_string(state, prefixed)
+        elif self._text[at] in "\"'`":
+            for quote in _QUOTES:
+                if self._text.startswith(quote, at):
+                    start = at + len(quote)
+                    yield 0, state._replace(step="string", at=start, start=start, note=quote)
+            yield from self._text_at(state.doubted(), at)
+        elif self._text[at] in "{[":
+            yield from self._structure(state, frame, at)
+        else:
+            literal = _LITERAL.match(self._text, at)
+            if literal is not None:
+                yield from self._literal(state, literal[0], literal.end())
+            yield from self._text_at(state, at)
+
+    def _structure(self, state: _State, frame: _Frame, at: int) -> _Steps:
+        """An object or a list, or text where the schema wants a string and none of them."""
+        opener = self._text[at]
+        is_allowed = state.schema.allows("object" if opener == "{" else "array")
+        wants_text = not is_allowed and state.schema.allows("string")
+        inner = _Frame(_CLOSERS[opener], state.schema, frame)
+        step = "key" if opener == "{" else "item"
+        yield int(not is_allowed), state.to(step, at + 1, inner, _Output(opener, state.out)).doubted(wants_text)
+        yield from self._text_at(state.doubted(not wants_text), at)
+
+    def _text_at(self, state: _State, at: int) -> _Steps:
+        """Text without quotes."""
         yield 0, state._replace(step="bare", at=at, start=at)
         if at > state.at:
             # Blanks may belong to the text.
             yield 0, state._replace(step="bare", start=state.at)
+
+    def _python_string(self, state: _State, opening: "re.Match[str]") -> _Steps:
+        """A string of Python with a prefix, such as r; nothing else begins like one."""
+        start, quote = opening.end(), opening[2]
+        end = self._find(quote, start)
+        text = None if end is None else python_text(opening[1], self._text[start:end], quote)
+        if end is not None and text is not None:
+            value = quoted_value(text, state.schema)
+            after = end + len(quote)
+            yield self._mismatch(value, state.schema), self._after_value(state, after, _Output(value, state.out))
 
     def _open_mark(self, state: _State, start: int) -> _Steps:
         string = state._replace(step="string", at=start, start=start, note=STRING_MARK)
@@ -282,10 +329,9 @@ class _Reader:
         if quote == STRING_MARK and not state.quotes:
             yield from self._unclosed(state, len(text) if end is None else end)
         if end is None:
-            mark = self._find(STRING_MARK, state.at)
-            if quote != STRING_MARK and not state.quotes and mark is not None:
-                # The mark may stand for the quote.
-                yield from self._closed(state, mark, mark + len(STRING_MARK), 1)
+            return
+        if not self._is_certain(state, end):
+            yield 0, self._after_value(state.doubted(), end + len(quote), _Output("null", state.out))
             return
         after = end + len(quote)
         if self._has_clear_edges(state, end):
@@ -294,7 +340,23 @@ class _Reader:
             yield from self._closed(state, end, after + len(quote), 1)
         # Quotes inside come in pairs, each a slip that counts at its second quote.
         slips = state.quotes % 2 + self._looks_closed(state, after)
-        yield slips, state._replace(at=after, quotes=state.quotes + 1)
+        following = state._replace(at=after, quotes=state.quotes + 1)
+        yield slips, following.doubted(not self._may_go_on(state, after))
+
+    def _is_certain(self, state: _State, end: int) -> bool:
+        """Whether the escapes up to here have one meaning; with more text, they would get another."""
+        if state.note == STRING_MARK or self._text.find("\\", state.start, end) < 0:
+            return True
+        self._steps_left -= (end - state.start) // _ESCAPED_STEP_LENGTH
+        return unescape(self._text[state.start : end], state.note) is not None
+
+    def _may_go_on(self, state: _State, after: int) -> bool:
+        """Whether a string may go on behind one of its quotes."""
+        if state.note != STRING_MARK:
+            return not self._is_python and _AFTER_QUOTE.match(self._text, after) is None
+        # The key of this string, once more.
+        found = _NEXT_KEY.match(self._text, after)
+        return found is None or state.frame is None or state.frame.is_list or found[1] not in state.frame.given
 
     def _closed(self, state: _State, end: int, after: int, slips: int = 0) -> _Steps:
         """The string that ends here; what follows it begins at `after`."""
@@ -314,9 +376,9 @@ class _Reader:
         if state.note != mark or not state.quotes:
             return True
         first = last = 0
-        while text.startswith(mark, state.start + first * len(mark), end):
+        while first < _MOST_MARKS and text.startswith(mark, state.start + first * len(mark), end):
             first += 1
-        while text.endswith(mark, state.start, end - last * len(mark)):
+        while last < _MOST_MARKS and text.endswith(mark, state.start, end - last * len(mark)):
             last += 1
         is_doubled = state.quotes == 2 and first == last == 1
         is_all = first * len(mark) == end - state.start
@@ -352,8 +414,10 @@ class _Reader:
         if mark is not None:
             after = mark + len(STRING_MARK)
             swallowed = self._swallowed(state, state.at, mark)
+            opens_value = _OPENS_VALUE.search(self._text[max(state.start, mark - 2 * _LONGEST_KEY) : mark])
             if state.quotes % 2 == 0:
-                yield from self._closed(state._replace(note=STRING_MARK), mark, after, 1 + swallowed)
+                closed = state._replace(note=STRING_MARK).doubted(opens_value is not None)
+                yield from self._closed(closed, mark, after, 1 + swallowed)
             yield state.quotes % 2 + swallowed, state._replace(at=after, quotes=state.quotes + 1)
         if not state.quotes and self._text[state.start] not in "{[(\"'`)]}, \t\r\n":
             yield from self._words(state, len(self._text) if mark is None else mark)
@@ -367,17 +431,33 @@ class _Reader:
             yield from self._word(state, simple, 1)
         wants_text = state.schema.types is not None and state.schema.allows("string") and not state.frame.is_list
         for end, slips in self._ends(state, limit):
+            if self._steps_left <= 0:
+                return
             if end != simple and end > state.start:
                 is_plain = _PLAIN.fullmatch(self._text, state.start, end) is not None
                 if wants_text or is_plain:
                     yield from self._word(state, end, 2 - is_plain + slips)
 
+    def _is_split(self, state: _State, end: int) -> bool:
+        """Whether text with blanks would end at a comma, behind which no key is known to come."""
+        assert state.frame is not None
+        following = _SECOND_KEY.match(self._text, end)
+        if following is None or state.frame.is_list or self._is_known(following[1], state.frame):
+            return False
+        return _INNER_BLANK.search(self._text, state.start, end) is not None
+
     def _word(self, state: _State, end: int, slips: int) -> _Steps:
+        self._steps_left -= (end - state.start) // _STEP_LENGTH
         text = self._text[state.start : end].rstrip(BLANKS)
         value = bare_value(text, state.schema)
         if value.startswith('"'):
-            slips += self._mismatch(value, state.schema)
-            yield slips, self._after_value(state, end, _Output(value, state.out))
+            is_expression = self._is_python and _NOT_IN_PYTHON_WORDS.search(text) is not None
+            is_wanted = state.schema.allows("string")
+            following = self._after_value(state, end, _Output(value, state.out))
+            yield (
+                slips + (not is_wanted),
+                following.doubted(is_expression or not is_wanted or self._is_split(state, end)),
+            )
 
     def _ends(self, state: _State, limit: int) -> Iterator[tuple[int, int]]:
         """Where text may end that nothing closes, before `limit`, and how many known keys it would hold."""
@@ -390,6 +470,7 @@ class _Reader:
             places += [(item.start(), False) for item in items if item.end() <= limit]
         if limit == len(self._text):
             places.append((limit, False))
+        self._steps_left -= len(places) // _STEP_PLACES
         swallowed = 0
         for place, is_known in sorted(places):
             for end in self._before_closers(state.start, place):
@@ -483,7 +564,7 @@ class _Reader:
                 yield 1 + self._missing(frame), self._pop(state, frame, at, 1)
         elif self._text.startswith(("{", "[", STRING_MARK, '"', "'"), at) if frame.is_list else state.note == "closed":
             # The comma is missing.
-            yield 1, state.to(step, at, frame, state.out)
+            yield 1, state.to(step, at, frame, state.out).doubted(self._is_python)
 
     def _pop(self, state: _State, frame: _Frame, at: int, faults: int = 0) -> _State:
         closer = "]" if frame.is_list else "}"
@@ -509,6 +590,7 @@ class _Reader:
             end = self._text.find(quote, at)
             self._steps_left -= ((len(self._text) if end < 0 else end) - at) // _STEP_LENGTH
             return None if end < 0 else end
+        self._steps_left -= 1
         pattern = re.compile(rf"(?s:\\.)|{re.escape(STRING_MARK)}|{quote}")
         for found in pattern.finditer(self._text, at):
             if found[0] == STRING_MARK:
@@ -523,7 +605,7 @@ class _Reader:
         if text.quote == STRING_MARK:
             found = found.replace(STRING_MARK, '"')
         elif text.quote:
-            found = unescape(found)
+            found = unescape(found, text.quote)
         return None if found is None else quoted_value(found, text.schema)
 
     def _render(self, out: _Output | None) -> str:

@@ -17,17 +17,27 @@ logger = logging.getLogger(__name__)
 
 # What must follow `<|tool_call>`, or a call in the same block, and every beginning of it.
 _END = re.compile(rf"{re.escape(CALL_END)}|{re.escape(CALL_START)}")
-_HEAD = re.compile(rf"[ \t\r\n,;]*call:[ \t\r\n]*([^\s{{}}<>()]+)[ \t\r\n]*(?=[{{(]|{_END.pattern}|\Z)")
-_HEAD_BEGINNING = re.compile(r"[ \t\r\n,;]*(?:c|ca|cal|call|call:[ \t\r\n]*(?:[^\s{}<>()]+[ \t\r\n]*)?)?")
+_MARK = f"(?:{re.escape(STRING_MARK)})?"
+# Bounded, so that a long text is not looked through again and again.
+_GAP = r"[ \t\r\n]{0,256}"
+_NAME = rf"{_GAP}{_MARK}([^\s{{}}<>()]{{1,256}})"
+_HEAD = re.compile(rf"[ \t\r\n,;]{{0,256}}call:{_NAME}{_MARK}{_GAP}(?=[{{(]|{_END.pattern}|\Z)")
+_HEAD_BEGINNING = re.compile(rf"[ \t\r\n,;]{{0,256}}(?:c|ca|cal|call|call:(?:{_NAME}{_MARK}{_GAP}|{_GAP}{_MARK}))?")
+_QUOTED_NAME = re.compile(r"([\"'`])([\w.:-]+)\1")
+# Arguments in a list, which is none of them.
+_LIST_OF_ONE = re.compile(r"\[[ \t\r\n]*(?=\{)")
 # So many marks of an end may be within the strings of one call.
 _MOST_ENDS = 8
 _QUOTE = re.compile(rf"{re.escape(STRING_MARK)}|[\"']")
-# Where a bare key and a bare value end, the latter by what closes the object or list it is in.
+# Where a bare key ends.
+# Longer keys and literals are left to the end of the call, so that they are not looked through again and again.
+_LONGEST_NAME = 512
+_LITERAL = re.compile(r"(?:[a-z]{1,5}|[0-9.eE+-]*)[ \t\r\n]*")
 _KEY_END = re.compile(f":|{re.escape(CALL_END)}")
-_VALUE_END = {closer: re.compile("|".join(map(re.escape, (",", closer, CALL_END, STRING_MARK)))) for closer in "}]"}
-_NOT_IN_KEYS = re.compile(rf"[{{}}\[\]]|{re.escape(STRING_MARK)}")
 # A key behind which the value before is over, whatever follows.
 _PLAIN_KEY = re.compile(r"[\w$@./-]+")
+# A key that is one without the schema. Other ones may begin with a comma too many, or be something else.
+_READABLE_KEY = re.compile(r"[\w$@./-]+(?: +[\w$@./-]+)*")
 # What may yet turn out not to belong to a string, if its mark is missing: braces, the next key, the end of the call.
 # All of it is bounded, so that a long text is not looked through again and again.
 _CLOSERS = r"(?<![ \t\r\n}\])])[ \t\r\n}\])]{1,200}(?![ \t\r\n}\])])"
@@ -124,9 +134,14 @@ class ToolCallParser:
                 self._held = self._held[head.end() :]
                 self._in_block = False
                 return self._begin(head[1])
-            unmarked = self._held[: len(self._held) - beginning_at_end(self._held, CALL_END, CALL_START)]
-            if not is_last and (len(unmarked) < start or _HEAD_BEGINNING.fullmatch(unmarked, start)):
-                return None
+            marked = beginning_at_end(self._held, CALL_END, CALL_START, STRING_MARK)
+            unmarked = self._held[: len(self._held) - marked]
+            if len(unmarked) < start or _HEAD_BEGINNING.fullmatch(unmarked, start):
+                if is_last and is_cut:
+                    # The model had no room to name the tool.
+                    self._held = ""
+                if not is_last or is_cut:
+                    return None
             logger.warning("a tool call without call:NAME{ is passed on as content")
             content.append(self._held[:start])
             self._held = self._held[start:]
@@ -136,11 +151,25 @@ class ToolCallParser:
 
     def _begin(self, written: str) -> str:
         """Begin a call; gives the tool's name, without a namespace before it: names of tools have no colon."""
-        short = written.rpartition(":")[2]
-        name = short if written not in self._schemas and short in self._schemas else written
+        name, rest = self._name(written)
+        self._held = rest + self._held
         self._call = _Arguments(name, self._schemas.get(name, ANYTHING))
         self._calls += 1
         return name
+
+    def _name(self, written: str) -> tuple[str, str]:
+        """The tool's name, and what is written behind it and belongs to the arguments."""
+        if written in self._schemas:
+            return written, ""
+        name, bracket, rest = written.partition("[")
+        for found, left in ((written, ""), (name, bracket + rest)):
+            whole = found.rstrip(":=")
+            bare = whole[1:-1] if len(whole) > 2 and whole[0] == whole[-1] and whole[0] in "\"'`" else whole
+            for tool in (whole, bare, bare.rpartition(":")[2]):
+                if tool in self._schemas:
+                    return tool, left
+        unquoted = _QUOTED_NAME.fullmatch(written)
+        return unquoted[2] if unquoted else written, ""
 
 
 class _Open(NamedTuple):
@@ -216,7 +245,7 @@ class _Arguments:
         if self._held.startswith("{"):
             self._take_opener("{", "}", self._first_key)
             self._flush()
-        elif self._held.startswith("("):
+        elif self._held.startswith(("(", "[")):
             self._break()
         else:
             self._pending.append("{}")
@@ -237,25 +266,30 @@ class _Arguments:
             return self._quoted_key()
         if self._held.startswith(("}", '"', "'")):
             return self._break()
-        end = _KEY_END.search(self._held)
+        end = _KEY_END.search(self._held, 0, _LONGEST_NAME)
         if end is None:
-            return False
+            return False if len(self._held) < _LONGEST_NAME else self._break()
         key = self._held[: end.start()].rstrip(BLANKS)
-        is_known = key in self._open[-1].schema.names
-        if end[0] == CALL_END or not key or (_NOT_IN_KEYS.search(key) and not is_known):
+        frame = self._open[-1]
+        is_readable = key in frame.schema.names or _READABLE_KEY.fullmatch(key) is not None
+        if end[0] == CALL_END or not is_readable or key in frame.given:
             return self._break()
         self._held = self._held[end.end() :]
         return self._named(key, _PLAIN_KEY.fullmatch(key) is not None)
 
     def _quoted_key(self) -> bool:
         """A key between marks, with its colon."""
-        end = self._held.find(STRING_MARK, len(STRING_MARK))
+        end = self._held.find(STRING_MARK, len(STRING_MARK), _LONGEST_NAME)
+        if end < 0 and len(self._held) >= _LONGEST_NAME:
+            return self._break()
         rest = "" if end < 0 else self._held[end + len(STRING_MARK) :].lstrip(BLANKS)
         if not rest:
             return False
         if not rest.startswith(":"):
             return self._break()
         key = self._held[len(STRING_MARK) : end]
+        if key in self._open[-1].given:
+            return self._break()
         self._held = rest[1:]
         return self._named(key, True)
 
@@ -300,14 +334,16 @@ class _Arguments:
         return self._bare_value()
 
     def _bare_value(self) -> bool:
-        end = _VALUE_END[self._open[-1].closer].search(self._held)
-        if end is None:
+        found = _LITERAL.match(self._held)
+        end = 0 if found is None else found.end()
+        if end == len(self._held) < _LONGEST_NAME:
             return False
-        value = self._held[: end.start()].rstrip(BLANKS)
+        value = self._held[:end].rstrip(BLANKS)
         kind = literal_type(value)
-        if end[0] in (CALL_END, STRING_MARK) or kind is None or not self._schema.allows(kind):
+        is_over = self._held.startswith((",", self._open[-1].closer), end)
+        if not is_over or end >= _LONGEST_NAME or kind is None or not self._schema.allows(kind):
             return self._break()
-        self._take(self._held[: end.start()], value, self._after_value)
+        self._take(self._held[:end], value, self._after_value)
         return True
 
     def _string(self) -> bool:
@@ -410,6 +446,9 @@ class _Arguments:
         """The model had no room to finish the call."""
         if self._best_end is not None:
             self._conclude(*self._best_end)
+        elif self._step == self._end:
+            # The arguments are there, and maybe the beginning of another call.
+            self._output += self._pending
         elif self._step == self._wait:
             self._output.append("".join(self._texts)[self._emitted_length :])
         else:
@@ -422,7 +461,17 @@ class _Arguments:
 
     def _read(self, text: str, *, is_ended: bool) -> Reading | None:
         """The arguments in this text, if they are certain and begin with what is emitted."""
+        bracket = _LIST_OF_ONE.match(text)
+        if bracket is not None:
+            # The arguments are in a list.
+            text = text[bracket.end() :]
+            inner = text.rstrip(BLANKS)
+            text = inner.removesuffix("]") + " " * (len(text) - len(inner) + inner.endswith("]"))
+        if not text.startswith(("{", "(")):
+            return None
         reading = read_arguments(text, self._root, is_ended=is_ended)
+        if reading is not None and bracket is not None:
+            reading = reading._replace(end=reading.end + bracket.end(), slips=reading.slips + 1)
         return reading if reading and reading.arguments.startswith("".join(self._emitted)) else None
 
     def _conclude(self, at: int, reading: Reading | None) -> None:

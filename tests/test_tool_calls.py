@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -122,7 +123,6 @@ def test_arguments_come_as_they_are_written() -> None:
         ("1.", "1."),
         ("NaN", "NaN"),
         ("１", "１"),  # noqa: RUF001
-        ("two words", "two words"),
         ('"a"', "a"),
         ("a:b", "a:b"),
         ("a]", "a]"),
@@ -138,10 +138,10 @@ def test_bare_values(bare: str, expected: Any) -> None:
 
 def test_keys_are_passed_on() -> None:
     _, [(_, arguments)] = parse(
-        f"<|tool_call>call:f{{x-y.z:1,a b:2,a b:3,{QUOTE} :{QUOTE}:4,{{,:5,{QUOTE}{QUOTE} :6}}<tool_call|>",
+        f"<|tool_call>call:f{{x-y.z:1,a b:2,a c:3,{QUOTE} :{QUOTE}:4,{{,:5,{QUOTE}{QUOTE} :6}}<tool_call|>",
         tools=[tool("f", **{"{,": {"type": "integer"}})],
     )
-    assert arguments == '{"x-y.z":1,"a b":2,"a b":3," :":4,"{,":5,"":6}'
+    assert arguments == '{"x-y.z":1,"a b":2,"a c":3," :":4,"{,":5,"":6}'
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ WITH_SCHEMA = tool("f", a=TEXT, b=TEXT, n=NUMBER, on={"type": "boolean"}, l={"ty
         ("{a:San Francisco, b:celsius}", {"a": "San Francisco", "b": "celsius"}),
         (f"{{a:12, rue X{M},n:1}}", {"a": "12, rue X", "n": 1}),
         # Not of the schema, but written well.
-        (f"{{a:{{x:1}},z:{M}y{M}}}", {"a": {"x": 1}, "z": "y"}),
+        (f"{{n:{{x:1}},z:{M}y{M}}}", {"n": {"x": 1}, "z": "y"}),
     ],
 )
 def test_the_schema_helps_to_read(written: str, expected: Any) -> None:
@@ -337,6 +337,236 @@ def test_two_meanings_are_none(written: str, caplog: pytest.LogCaptureFixture) -
     with pytest.raises(json.JSONDecodeError):
         json.loads(arguments)
     assert "a call of f cannot be read" in caplog.text
+
+
+SHELL = tool("f", path=TEXT, command=TEXT, text=TEXT, options={"type": "object"}, limit=NUMBER, x=NUMBER)
+RAW = object()
+
+
+def check(written: str, expected: Any, *tools: Tool) -> None:
+    """RAW is expected where no reading is certain."""
+    arguments = arguments_of(written, *tools)
+    if expected is RAW:
+        with pytest.raises(json.JSONDecodeError):
+            json.loads(arguments)
+    else:
+        assert json.loads(arguments) == expected
+
+
+@pytest.mark.parametrize("tools", [(), (SHELL,)])
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("{,limit:7}", {"limit": 7}),
+        ("{;limit:7}", {"limit": 7}),
+        (f"{{text:{M}a{M},,limit:7}}", {"text": "a", "limit": 7}),
+        (f"{{text:{M}a{M}, ;limit:7}}", {"text": "a", "limit": 7}),
+        ("{limit:7,options:{, x:1}}", {"limit": 7, "options": {"x": 1}}),
+        ("{limit;x:7}", RAW),
+        ("{* limit:7}", RAW),
+    ],
+)
+def test_a_comma_is_no_part_of_a_key(written: str, expected: Any, tools: tuple[Tool, ...]) -> None:
+    check(written, expected, *tools)
+
+
+def test_a_key_of_the_schema_may_be_any_text() -> None:
+    check("{,limit:7}", {",limit": 7}, tool("f", **{",limit": NUMBER}))
+
+
+@pytest.mark.parametrize("tools", [(), (SHELL,)])
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ('(text=f"see", limit=7)', {"text": "see", "limit": 7}),
+        ('{text: r"see", limit: 7}', {"text": "see", "limit": 7}),
+        (r'(path=r"D:\new\u0041", limit=7)', {"path": r"D:\new\u0041", "limit": 7}),
+        (r"(text=r'\w+\n', path=u'\n')", {"text": r"\w+\n", "path": "\n"}),
+        (r"{text:b'a', path:Rb'''it's \d''', limit:7}", {"text": "a", "path": r"it's \d", "limit": 7}),
+        ('(text=f"see {x}", limit=7)', RAW),
+        (r"(text=b'\xff')", RAW),
+        ("(limit=int(7))", RAW),
+        ('(text=str("a"), limit=7)', RAW),
+        ('(text=join("a", "b"))', RAW),
+        ('(text="a" "b")', RAW),
+        ('(text="a" + "b")', RAW),
+        ('(text="a".strip(), limit=7)', RAW),
+        ("(text=['a'][0])", RAW),
+    ],
+)
+def test_literals_of_python_are_read_and_expressions_are_not(
+    written: str, expected: Any, tools: tuple[Tool, ...]
+) -> None:
+    check(written, expected, *tools)
+
+
+@pytest.mark.parametrize("tools", [(), (SHELL,)])
+@pytest.mark.parametrize(
+    "written",
+    [
+        f"{{command:`ls -l`,text:{M}limit:7{M}}}",
+        f"{{command:`ls`,text:{M}a{M},limit:7}}",
+        "{command:`ls`,limit:7}",
+        f"{{limit:7,command:`a, b` c{M}}}",
+    ],
+)
+def test_text_between_backticks_is_not_read(written: str, tools: tuple[Tool, ...]) -> None:
+    check(written, RAW, *tools)
+
+
+@pytest.mark.parametrize("tools", [(), (SHELL,)])
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (r'{path:"D:\Users\tom",limit:7}', {"path": r"D:\Users\tom", "limit": 7}),
+        (r"{'path':'D:\work\report\new.txt'}", {"path": r"D:\work\report\new.txt"}),
+        (r'{text:"^\s+\bnow\b",limit:7}', {"text": r"^\s+\bnow\b", "limit": 7}),
+        (r"""{command:"cut -f\t '\$x'"}""", {"command": r"cut -f\t '\$x'"}),
+        (r'{text:"a\tb\\c\u00e9\"d\""}', {"text": 'a\tb\\cé"d"'}),
+        # Some backslashes escape, and others are text.
+        (r'{text:"say \"hi\" \$x"}', RAW),
+        (r'{text:"D:\\new\Users"}', RAW),
+        (r'{text:"a\", limit:7, path:"\d"}', RAW),
+        (r'{text:"\a", path:"\d"}', RAW),
+        (r'{path:"D:\dir\", limit:7}', RAW),
+    ],
+)
+def test_backslashes_are_escapes_or_text(written: str, expected: Any, tools: tuple[Tool, ...]) -> None:
+    check(written, expected, *tools)
+
+
+@pytest.mark.parametrize("tools", [(), (SHELL,)])
+@pytest.mark.parametrize(
+    "written",
+    [
+        f"{{text:{M}a{M},{M}b{M},options:{{path:{M}0{M},k:{M}{M}{M}{M}{M},n:7}}",
+        f"{{options:{{x:1, y{M},limit:7}}",
+        f"{{options:[1, 2 {M},limit:7}}",
+        "{options:{a b},limit:7}",
+    ],
+)
+def test_a_structure_is_no_text(written: str, tools: tuple[Tool, ...]) -> None:
+    check(written, RAW, *tools)
+
+
+@pytest.mark.parametrize(
+    ("written", "tools", "expected"),
+    [
+        ("{do:make x=1, y=2}", (), RAW),
+        ("{do:say hi, then: 3}", (), RAW),
+        (f"{{do:ls -l,then:{M}x{M}}}", (), RAW),
+        ("{do:say hi}, then: 3}", (), RAW),
+        ("{do:say hi, then: 3}", (SHELL,), RAW),
+        ("{command:say hi, then: 3}", (SHELL,), RAW),
+        ("{command:say hi, limit: 3}", (SHELL,), {"command": "say hi", "limit": 3}),
+        ('{command:say hi, "limit": 3}', (SHELL,), {"command": "say hi", "limit": 3}),
+        ("{do:say,then:wait}", (), {"do": "say", "then": "wait"}),
+        ("{do:say hi}", (), {"do": "say hi"}),
+        ("{do:12, then: 3}", (), {"do": 12, "then": 3}),
+    ],
+)
+def test_text_without_quotes_is_not_split_at_a_comma(written: str, tools: tuple[Tool, ...], expected: Any) -> None:
+    check(written, expected, *tools)
+
+
+@pytest.mark.parametrize("tools", [(), (SHELL,)])
+@pytest.mark.parametrize(
+    "written",
+    [
+        f'{{command:"print "hi" > a.txt{M}}}',
+        '(text="x", text="y")',
+        "{text:'x', text:'y'}",
+        f"{{text:{M}x{M},text:{M}y{M}}}",
+        f"{{text:{M}x{M},{M}text{M}:{M}y{M}}}",
+        "{limit:7,limit:8}",
+        '{text:"x"}, {text:"y"}',
+        '{text:"x"},{limit:7}',
+    ],
+)
+def test_doubtful_arguments_are_passed_on(written: str, tools: tuple[Tool, ...]) -> None:
+    check(written, RAW, *tools)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("{text:[]}", RAW),
+        ("{text:{limit:7},limit:7}", RAW),
+        ("{limit:+7}", {"limit": 7}),
+        ("{limit:2_500}", {"limit": 2500}),
+        ("{limit:-7.}", {"limit": -7}),
+        ("{limit:'+7'}", {"limit": 7}),
+        ("{text:+7}", {"text": "+7"}),
+        ("{limit:2__500}", RAW),
+        ("{limit:007}", RAW),
+        ("{limit:seven}", RAW),
+        ("{limit:.5}", RAW),
+    ],
+)
+def test_values_without_quotes_have_the_type_of_the_schema(written: str, expected: Any) -> None:
+    check(written, expected, SHELL)
+
+
+@pytest.mark.parametrize(
+    ("written", "tools", "name", "arguments"),
+    [
+        ('"f"{limit:7}', (), "f", '{"limit":7}'),
+        ("'f'(limit=7)", (SHELL,), "f", '{"limit":7}'),
+        ("`f` {limit:7}", (), "f", '{"limit":7}'),
+        (f"{M}f{M}{{limit:7}}", (), "f", '{"limit":7}'),
+        ('"mcp:f"{limit:7}', (SHELL,), "f", '{"limit":7}'),
+        ("f:{limit:7}", (SHELL,), "f", '{"limit":7}'),
+        ("f=(limit=7)", (SHELL,), "f", '{"limit":7}'),
+        ("f[{limit:7}]", (SHELL,), "f", '{"limit":7}'),
+        ("f[{limit:7},{limit:8}]", (SHELL,), "f", "[{limit:7},{limit:8}]"),
+        ('f["x"]', (SHELL,), "f", '["x"]<tool_call|>'),
+        # A tool may have any name.
+        ("f:{limit:7}", (tool("f:"),), "f:", '{"limit":7}'),
+    ],
+)
+def test_names_of_tools_are_found(written: str, tools: tuple[Tool, ...], name: str, arguments: str) -> None:
+    text = f"<|tool_call>call:{written}<tool_call|>ok"
+    assert parse([text], tools=tools) == parse(text, tools=tools) == ("ok", [(name, arguments)])
+
+
+@pytest.mark.parametrize(
+    ("head", "calls"),
+    [
+        ("", []),
+        ("cal", []),
+        ("call:", []),
+        ("call:f", []),
+        ('call:"f', []),
+        ("call:f{}call:g", [("f", "{}")]),
+        ("call:f{limit:7}, ca", [("f", '{"limit":7}')]),
+    ],
+)
+def test_a_call_that_is_cut_in_its_name_is_no_content(head: str, calls: list[Call]) -> None:
+    text = f"ok <|tool_call>{head}"
+    for tools in ((), (tool("f"), tool("g"))):
+        found = parse([text], tools=tools, end="length")
+        assert found == parse(text, tools=tools, end="length") == ("ok ", calls)
+        parser = ToolCallParser(tools)
+        assert parser.add(text, is_last=True, is_cut=True)[0] == "ok "
+
+
+@pytest.mark.parametrize("text", ["x, path: " * 20_000, M * 4000, '"' + r'a\d" b ' * 7000])
+def test_the_time_for_unreadable_arguments_is_bounded(text: str) -> None:
+    """Each took five seconds or more, as each place was tried with each other."""
+    start = time.process_time()
+    parse([f"<|tool_call>call:f{{command:{text}}}<tool_call|>"])
+    assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['f{a:"' + "x y " * 25_000, "f{a:" + "x y " * 25_000, "f{" + "x y " * 25_000, "f{a:" + "1" * 100_000, "f" * 40_000],
+)
+def test_long_parts_of_a_call_are_looked_through_once(text: str) -> None:
+    """Each took five seconds or more, as the search began anew with each piece."""
+    start = time.process_time()
+    parse(["<|tool_call>call:", *(text[at : at + 4] for at in range(0, len(text), 4))])
+    assert time.process_time() - start < 3
 
 
 def test_calls_in_one_block() -> None:

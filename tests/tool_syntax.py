@@ -53,8 +53,8 @@ def render(value: Any, blank: str = "") -> str:
 
 
 def render_key(key: str) -> str:
-    is_odd = not key or key != key.strip(" \t\r\n") or key[0] in "\"'" or any(brace in key for brace in "{}[]")
-    return render(key) if is_odd or ":" in key or "<tool_call|>" in key else key
+    """Between marks, unless it is a name, or names with blanks between."""
+    return key if re.fullmatch(r"[\w.-]+( [\w.-]+)*", key) else render(key)
 
 
 def render_call(name: str, arguments: dict[str, Any], blank: str = "") -> str:
