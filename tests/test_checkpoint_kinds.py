@@ -113,6 +113,36 @@ def test_two_complete_copies_of_the_weights(folders: tuple[Path, Path]) -> None:
     assert generate(mlx_mtp.load(target), 0)
 
 
+def test_an_index_chooses_between_copies(folders: tuple[Path, Path]) -> None:
+    """Whichever file the index names for a tensor, first or last by name: in load, convert and the counted bytes."""
+    target, _ = folders
+    expected = generate(mlx_mtp.load(target, "none"), 0)
+    tensors = tensors_of(target)
+    norm, mlp = "model.language_model.norm.weight", "model.language_model.layers.0.mlp.up_proj.weight"
+    (target / "model.safetensors").unlink()
+    # Each file spoils the tensor that the other is named for.
+    first = tensors | {norm: mx.zeros_like(tensors[norm])}
+    last = {norm: tensors[norm], mlp: mx.zeros((3, 5))}
+    mx.save_safetensors(str(target / "model.safetensors"), first, metadata={"format": "pt"})
+    mx.save_safetensors(str(target / "model-z.safetensors"), last, metadata={"format": "pt"})
+    weight_map = dict.fromkeys(tensors, "model.safetensors") | {norm: "model-z.safetensors"}
+    index = target / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    read: list[tuple[int, int]] = []
+    assert generate(mlx_mtp.load(target, "none", on_load=lambda done, total: read.append((done, total))), 0) == expected
+    assert read[-1][0] == read[-1][1]
+    output = target.parent / "out"
+    assert convert(["--hf-path", str(target), "--mlx-path", str(output), "--drafter", "none"]) == 0
+    assert generate(mlx_mtp.load(output), 0) == expected
+    # A copy that the index does not choose between.
+    for chosen, reason in ((None, "remove the older file"), ("model-0.safetensors", "names model-0.safetensors for")):
+        mx.save_safetensors(str(target / "model-0.safetensors"), {"odd": mx.zeros(1)}, metadata={"format": "pt"})
+        wrong = {name: file for name, file in weight_map.items() if name != mlp} | {"odd": "model-0.safetensors"}
+        index.write_text(json.dumps({"weight_map": wrong if chosen is None else wrong | {mlp: chosen}}))
+        with pytest.raises(mlx_mtp.WeightsError, match=rf"both hold tensor {mlp}, and .*{reason}"):
+            mlx_mtp.load(target, "none")
+
+
 @pytest.mark.parametrize("kind", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 def test_token_ids_that_were_cast(folders: tuple[Path, Path], kind: mx.Dtype) -> None:
     """A float type that holds 512 different ids gives them back; bfloat16 rounds those above 256."""
