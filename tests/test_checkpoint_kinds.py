@@ -13,7 +13,7 @@ from tiny import STOP_IDS, VOCAB_SIZE, make_tokenizer, random_tokens
 
 import mlx_mtp
 from mlx_mtp.convert.cli import main as convert
-from mlx_mtp.tokenizer import encode_chat, load_tokenizer
+from mlx_mtp.tokenizer import encode_chat, encode_in_parts, load_tokenizer
 
 TinyPair = Callable[[str], Path]
 PROMPT = random_tokens(20, seed=6)
@@ -241,3 +241,39 @@ def test_several_named_chat_templates(tmp_path: Path, place: str) -> None:
     write("rag", "poem")
     with pytest.raises(mlx_mtp.PromptError, match="chat templates named poem, rag, but none named default"):
         rendered(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("expression", "reason"),
+    [
+        ("1 / 0", "division by zero"),
+        ("range(99999999999)", "Range too big"),
+        ("'poem'.index('z')", "substring not found"),
+        ("messages[0].content[9:].x.y", "has no attribute 'x'"),
+        ("messages[7]['role']", "list object has no element 7"),
+        ("raise_exception('')", "TemplateError"),
+    ],
+)
+def test_a_chat_template_that_fails(tmp_path: Path, expression: str, reason: str) -> None:
+    """A template may raise anything; it is no failure of the program that asks."""
+    make_tokenizer(tmp_path)
+    file = tmp_path / "chat_template.jinja"
+    file.write_text(file.read_text() + "{{ " + expression + " }}")
+    tokenizer = load_tokenizer(tmp_path, STOP_IDS)
+    message = f"^the chat template cannot render the messages: .*{reason}"
+    with pytest.raises(mlx_mtp.PromptError, match=message):
+        encode_chat(tokenizer, MESSAGES)
+    with pytest.raises(mlx_mtp.PromptError, match=message):
+        encode_in_parts(tokenizer, "hi", begins=True)
+
+
+def test_half_a_surrogate_pair(folders: tuple[Path, Path]) -> None:
+    model = mlx_mtp.load(folders[0], "none")
+    message = r"the prompt holds '\\ud8ff', half a surrogate pair: expected text that UTF-8 can write"
+    for prompt in ("so \ud8ff it goes", [{"role": "user", "content": "so\ud8ff"}]):
+        with pytest.raises(mlx_mtp.PromptError, match=message):
+            model.stream_generate(prompt)
+    for begins in (True, False):
+        for use_chat_template in (True, False):
+            with pytest.raises(mlx_mtp.PromptError, match=message):
+                encode_in_parts(model.tokenizer, "\ud8ff", begins=begins, use_chat_template=use_chat_template)

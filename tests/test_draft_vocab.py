@@ -147,7 +147,7 @@ def test_what_cannot_be_cut(tiny_pair: TinyPair, tmp_path: Path, capsys: pytest.
         (dense, ["--draft-vocab", "0"], "--draft-vocab: expected at least 1, found 0"),
         (dense, ["--draft-vocab", "9", "--drafter", "none"], "--draft-vocab: expected a drafter with it, found none"),
         (dense, ["--draft-vocab-text", tmp_path], "--draft-vocab-text: expected --draft-vocab with it"),
-        (dense, ["--draft-vocab", "9", "--draft-vocab-text", tmp_path], "cannot be opened"),
+        (dense, ["--draft-vocab", "9", "--draft-vocab-text", tmp_path], "cannot be opened: Is a directory"),
     ):
         convert(source, tmp_path / "out", *args, code=1)
         stderr = capsys.readouterr().err
