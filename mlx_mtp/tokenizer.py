@@ -144,8 +144,8 @@ def encode_prompt(
 
     The beginning-of-text token is added once, by the template or, for bare text, by the tokenizer.
 
-    Raises PromptError for an empty prompt, for half a surrogate pair, and for a system prompt or thinking without a chat
-    template.
+    Raises PromptError for an empty prompt, for half a surrogate pair, and for a system prompt or thinking without a
+    chat template.
     """
     if not prompt:
         raise PromptError("the prompt is empty: expected some text")
