@@ -340,11 +340,11 @@ def _match(
 
 def _check_type(source: Path, key: str, tensor: TensorInfo, is_index: bool) -> None:
     dtypes = (*INTEGERS, *FLOATS) if is_index else tuple(FLOATS)
-    if is_index and tensor.dtype in FLOATS:
-        arrays: dict[str, mx.array] = mx.load(str(tensor.file))  # type: ignore[assignment]
-        token_ids(source, key, arrays[key])
     if tensor.dtype not in dtypes:
         raise WeightsError(f"{source}: tensor {key} has type {tensor.dtype}, expected one of {', '.join(dtypes)}")
+    if is_index:
+        arrays: dict[str, mx.array] = mx.load(str(tensor.file))  # type: ignore[assignment]
+        token_ids(source, key, arrays[key])
 
 
 def _weight_fields(dtype: str, quantization: Quantization | None, rename: Callable[[str], str]) -> dict[str, Any]:

@@ -168,13 +168,39 @@ def test_token_ids_that_were_cast(folders: tuple[Path, Path], kind: mx.Dtype) ->
     assert mx.array_equal(ordering, expected.masked_embedding.token_ordering)
 
 
-def test_token_ids_that_are_none(folders: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("kind", [mx.int16, mx.uint16, mx.uint32, mx.uint64], ids=str)
+def test_token_ids_of_every_integer_type(folders: tuple[Path, Path], kind: mx.Dtype) -> None:
     target, drafter = folders
     tensors = tensors_of(drafter)
-    tensors["masked_embedding.token_ordering"] = mx.zeros((VOCAB_SIZE,), mx.int64)
+    name = "masked_embedding.token_ordering"
+    expected = tensors[name].astype(mx.int32)
+    mx.save_safetensors(
+        str(drafter / "model.safetensors"), tensors | {name: tensors[name].astype(kind)}, metadata={"format": "pt"}
+    )
+    output = target.parent / "out"
+    assert convert(["--hf-path", str(target), "--mlx-path", str(output)]) == 0
+    for folder in (target, output):
+        found = mlx_mtp.load(folder).drafter
+        assert found is not None
+        assert found.masked_embedding.token_ordering.dtype == mx.int32
+        assert mx.array_equal(found.masked_embedding.token_ordering, expected)
+
+
+@pytest.mark.parametrize("kind", [mx.int64, mx.bool_], ids=str)
+def test_token_ids_that_are_none(
+    folders: tuple[Path, Path], kind: mx.Dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither loaded nor converted."""
+    target, drafter = folders
+    tensors = tensors_of(drafter)
+    tensors["masked_embedding.token_ordering"] = mx.zeros((VOCAB_SIZE,), kind)
     mx.save_safetensors(str(drafter / "model.safetensors"), tensors, metadata={"format": "pt"})
     with pytest.raises(mlx_mtp.WeightsError, match="must hold 512 different token ids, found 1 in"):
         mlx_mtp.load(target)
+    output = target.parent / "out"
+    assert convert(["--hf-path", str(target), "--mlx-path", str(output)]) == 1
+    assert "token_ordering" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_tokens_beyond_the_embedding(folders: tuple[Path, Path]) -> None:
