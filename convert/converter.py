@@ -143,6 +143,8 @@ def convert(
     check_options(options.weights)
     if (text := options.weights.draft_vocab_text) is not None and (reason := fault(text)) is not None:
         raise OptionError(f"--draft-vocab-text: {text}: {reason}")
+    if options.drafter == "none":
+        _check_no_drafter(options.weights, "found none")
     if options.upload_repo is not None:
         _check_repo_id(options.upload_repo)
     output = Path(os.path.abspath(options.mlx_path))
@@ -163,7 +165,7 @@ def convert(
 
 def _plan(options: Options, folder: Path, output: Path) -> tuple[Part, Part | None]:
     config = read_target_config(folder)
-    drafter_folder = _find_drafter(options, folder)
+    drafter_folder = _find_drafter(options, config)
     for source in (folder, drafter_folder):
         if source is not None and source.resolve().is_relative_to(output.resolve()):
             raise OutputError(f"{output}: would replace the checkpoint it is made from, {source}")
@@ -175,18 +177,22 @@ def _plan(options: Options, folder: Path, output: Path) -> tuple[Part, Part | No
     return _plan_target(config, options), _plan_drafter(drafter_config, options.weights, config)
 
 
-def _find_drafter(options: Options, folder: Path) -> Path | None:
-    if options.drafter == "auto":
-        return find_drafter(options.hf_path, folder)
-    if options.drafter != "none":
+def _find_drafter(options: Options, config: TargetConfig) -> Path | None:
+    if options.drafter == "none":
+        return None
+    if options.drafter != "auto":
         return resolve_folder(options.drafter)
-    for flag, value in (
-        ("--drafter-q-bits", options.weights.drafter_q_bits),
-        ("--draft-vocab", options.weights.draft_vocab),
-    ):
+    found = find_drafter(options.hf_path, config.path.parent)
+    if found is None:
+        _check_no_drafter(options.weights, f"but none was found; {how_to_name_a_drafter(config)}")
+    return found
+
+
+def _check_no_drafter(options: WeightOptions, found: str) -> None:
+    """Raise OptionError for an option that means nothing without a drafter."""
+    for flag, value in (("--drafter-q-bits", options.drafter_q_bits), ("--draft-vocab", options.draft_vocab)):
         if value is not None:
-            raise OptionError(f"{flag}: expected a drafter with it, found {options.drafter}")
-    return None
+            raise OptionError(f"{flag}: expected a drafter with it, {found}")
 
 
 def _plan_target(config: TargetConfig, options: Options) -> Part:
@@ -334,11 +340,11 @@ def _match(
 
 def _check_type(source: Path, key: str, tensor: TensorInfo, is_index: bool) -> None:
     dtypes = (*INTEGERS, *FLOATS) if is_index else tuple(FLOATS)
-    if is_index and tensor.dtype in FLOATS:
-        arrays: dict[str, mx.array] = mx.load(str(tensor.file))  # type: ignore[assignment]
-        token_ids(source, key, arrays[key])
     if tensor.dtype not in dtypes:
         raise WeightsError(f"{source}: tensor {key} has type {tensor.dtype}, expected one of {', '.join(dtypes)}")
+    if is_index:
+        arrays: dict[str, mx.array] = mx.load(str(tensor.file))  # type: ignore[assignment]
+        token_ids(source, key, arrays[key])
 
 
 def _weight_fields(dtype: str, quantization: Quantization | None, rename: Callable[[str], str]) -> dict[str, Any]:

@@ -50,6 +50,8 @@ def check_options(options: WeightOptions) -> None:
     _check("--quant-predicate", options.quant_predicate, RECIPES)
     _check("--dtype", options.dtype, DTYPES)
     _check("--drafter-q-bits", options.drafter_q_bits, DRAFTER_BITS)
+    if options.draft_vocab is not None and options.draft_vocab < 1:
+        raise OptionError(f"--draft-vocab: expected at least 1, found {options.draft_vocab}")
     if options.draft_vocab_text is not None and options.draft_vocab is None:
         raise OptionError(f"--draft-vocab-text: expected --draft-vocab with it, found {options.draft_vocab_text} alone")
     if options.quant_predicate and not affine:

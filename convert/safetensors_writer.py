@@ -36,11 +36,18 @@ _READ_AS: dict[str, type[np.generic]] = {
     "F32": np.float32,
     "F16": np.float16,
     "BF16": np.uint16,
+    "I8": np.int8,
+    "I16": np.int16,
     "I32": np.int32,
     "I64": np.int64,
+    "U8": np.uint8,
+    "U16": np.uint16,
+    "U32": np.uint32,
+    "U64": np.uint64,
 }
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-INTEGERS = ("I32", "I64")
+# Types that token ids may have.
+INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
 _LARGEST_FLOAT16 = 65504
 
 

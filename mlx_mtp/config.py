@@ -200,16 +200,20 @@ class _Fields:
         return self.values[name]
 
     def integer(self, name: str, minimum: int = 1) -> int:
+        """Also one that is written as a string, or as a float."""
         value = self.require(name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        number = _as_number(value)
+        if number is None or not number.is_integer() or number < minimum:
             raise self.error(name, f"must be an integer of at least {minimum}, found {value!r}")
-        return value
+        return int(number)
 
     def number(self, name: str) -> float:
+        """A positive number, also one that is written as a string."""
         value = self.require(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        number = _as_number(value)
+        if number is None or number <= 0:
             raise self.error(name, f"must be a positive number, found {value!r}")
-        return float(value)
+        return number
 
     def boolean(self, name: str) -> bool:
         value = self.require(name)
@@ -286,7 +290,7 @@ def read_drafter_config(folder: Path) -> DrafterConfig:
             raise root.error("num_centroids", f"must divide the vocabulary of {vocab_size}, found {num_centroids}")
         if top_k > num_centroids:
             raise root.error("centroid_intermediate_top_k", f"must be at most {num_centroids}, found {top_k}")
-    position = root.values.get("draft_position", "bonus")
+    position = root.values["draft_position"] if "draft_position" in root else "bonus"
     if position not in DRAFT_POSITIONS:
         raise root.error("draft_position", f"must be one of {', '.join(DRAFT_POSITIONS)}, found {position!r}")
     draft_vocab_size = root.integer("draft_vocab_size", 0) if "draft_vocab_size" in root else 0
@@ -377,10 +381,10 @@ def _reject_unsupported(text: _Fields, *, is_drafter: bool) -> None:
         "attention_bias": (False,),
         # A target's head is as its weights say.
         "tie_word_embeddings": (True,) if is_drafter else (True, False),
-        "use_bidirectional_attention": (None, "vision"),
+        "use_bidirectional_attention": ("vision",),
     }
     for name, values in supported.items():
-        if name in text.values and text.values[name] not in values:
+        if name in text and text.values[name] not in values:
             raise text.error(name, f"must be one of {list(values)}, found {text.values[name]!r}")
 
 

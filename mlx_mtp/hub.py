@@ -1,5 +1,6 @@
 """Folders of models: local ones as they are, those of hub repositories downloaded, with progress in bytes."""
 
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import tqdm
 
 from .errors import ConfigError, HubError
+from .files import fault
 
 # Where a converted pair keeps its drafter.
 DRAFTER_FOLDER = "drafter"
@@ -120,7 +122,8 @@ def resolve_folder(path_or_repo: str | Path, revision: str | None = None, downlo
     if Path(name).is_dir():
         return Path(name)
     if not is_repo(name):
-        raise ConfigError(f"{name}: no such folder")
+        reason = fault(Path(name)) if Path(name).is_symlink() else None
+        raise ConfigError(f"{name}: {reason or 'no such folder'}")
     bar_class = None if downloads is None else downloads.bar_class
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=_DOWNLOADED, tqdm_class=bar_class)
@@ -135,9 +138,9 @@ def resolve_folder(path_or_repo: str | Path, revision: str | None = None, downlo
 
 
 def is_repo(name: str | Path) -> bool:
-    """Whether it is spelled like a hub repository, and no file or folder is there."""
+    """Whether it is spelled like a hub repository, and no file, folder or link is there."""
     text = str(name)
-    return not Path(text).exists() and _REPO_ID.fullmatch(text) is not None and not text.startswith(".")
+    return not os.path.lexists(text) and _REPO_ID.fullmatch(text) is not None and not text.startswith(".")
 
 
 def _is_absent(error: Exception) -> bool:

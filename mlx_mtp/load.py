@@ -26,6 +26,7 @@ from .embeddings import MappedEmbedding
 from .engine import GenerationOptions, Model
 from .errors import ConfigError, HubError, OptionError, PairError
 from .exact import check_exact, make_exact
+from .files import fault
 from .gemma4 import Target, fuse_projections, lay_out_weights
 from .hub import DRAFTER_FOLDER, Downloads, is_repo, resolve_folder
 from .memory import MemoryPlan, check_memory, memory_size, planner
@@ -309,18 +310,21 @@ def load_drafter(config: DrafterConfig, dtype: mx.Dtype, on_read: Callable[[int]
 
 def find_drafter(path_or_repo: str | Path, folder: Path, downloads: Downloads | None = None) -> Path | None:
     """The drafter that belongs to a target, whose files are in `folder`: `drafter/` there, else one of the names that
-    `assistant_names` gives: of a local folder beside it, or beside what it links to; of a hub id on the hub.
+    `assistant_names` gives: of a local folder beside it, or beside each folder that it links to; of a hub id on the
+    hub.
 
-    If the hub has none, and the id names the size of a published model (a fine-tune, or another publisher's
-    conversion), the drafter that Google published for it is taken; where that cannot be had, a warning says why.
+    If there is none, and the name tells the size of a published model (a fine-tune, or another publisher's
+    conversion), the drafter that Google published for it is taken, from the same place; where that cannot be had, a
+    warning says why.
 
-    None if there is none. Raises HubError if the hub fails, or refuses a drafter that is there.
+    None if there is none. Raises HubError if the hub fails, or refuses a drafter that is there, and ConfigError if the
+    drafter is a link to nowhere.
     """
     inside = folder / DRAFTER_FOLDER
-    if inside.is_dir():
+    if _is_folder(inside):
         return inside
     if Path(path_or_repo).is_dir():
-        return _find_sibling(Path(path_or_repo))
+        return _find_sibling(Path(path_or_repo), folder)
     for name in assistant_names(str(path_or_repo)):
         try:
             return resolve_folder(name, downloads=downloads)
@@ -330,37 +334,80 @@ def find_drafter(path_or_repo: str | Path, folder: Path, downloads: Downloads | 
     return _find_official(str(path_or_repo), folder, downloads)
 
 
-def _find_sibling(path: Path) -> Path | None:
-    # As it is named, without following a link; then what it links to.
-    for place in (Path(os.path.abspath(path)), path.resolve()):
+def _is_folder(path: Path) -> bool:
+    """Whether a drafter's folder is there. Raises ConfigError for a link to nowhere, which is no missing drafter."""
+    if path.is_symlink() and not path.exists():
+        raise ConfigError(f"{path}: the drafter is {fault(path)}")
+    return path.is_dir()
+
+
+def _find_sibling(path: Path, folder: Path) -> Path | None:
+    places = list(dict.fromkeys(_places(path)))
+    for place in places:
         for name in assistant_names(place.name):
-            if (place.parent / name).is_dir():
+            if _is_folder(place.parent / name):
                 return place.parent / name
-    return None
+    guesses = (sibling for place in places for sibling in _official_siblings(place))
+    return next((guess for guess in guesses if _fits(str(path), folder, guess)), None)
+
+
+def _places(path: Path) -> Iterator[Path]:
+    """The names of a folder: as it is given, as the shell has it, each folder that a link leads to, and the last."""
+    # A shell that went through a link knows by which name; the system does not.
+    logical = Path(os.path.normpath(os.path.join(os.environ.get("PWD", ""), path)))
+    if logical.is_absolute() and logical.is_dir() and logical.samefile(path):
+        yield logical
+        yield from _links(logical)
+    named = Path(os.path.abspath(path))
+    yield named
+    yield from _links(named)
+    yield path.resolve()
+
+
+def _links(place: Path) -> Iterator[Path]:
+    """Each folder that a link leads to, if it leads to another link."""
+    # The caller found a folder there: the chain has an end.
+    while place.is_symlink():
+        place = Path(os.path.abspath(place.parent / place.readlink()))
+        yield place
+
+
+def _official_siblings(place: Path) -> Iterator[Path]:
+    """Folders beside this one that are named like the drafter Google published for its size, or a conversion of it."""
+    official = official_drafter(place.name)
+    if official is not None:
+        named = re.compile(rf"{re.escape(official.removeprefix('google/'))}(?:-.+)?", re.IGNORECASE)
+        yield from filter(_is_folder, sorted(s for s in place.parent.glob("*") if named.fullmatch(s.name)))
+
+
+def _fits(target: str, folder: Path, guess: Path) -> bool:
+    """Whether a folder holds a drafter of the target in `folder`; a guess, so that a warning says if not."""
+    try:
+        check_pair(read_target_config(folder), read_drafter_config(guess))
+    except (ConfigError, PairError) as error:
+        logger.warning("the drafter of %s would be %s, but: %s", target, guess, error)
+        return False
+    logger.info("%s has no drafter of its own: that of the published model is taken, %s", target, guess)
+    return True
 
 
 def _find_official(repo: str, folder: Path, downloads: Downloads | None) -> Path | None:
     """The published drafter of a fine-tune: a guess, so that nothing fails if it is not to be had."""
     name = official_drafter(repo)
-    if name is None:
-        return None
-    config = read_target_config(folder)
-    if name != published_drafter(config):
+    if name is None or name != published_drafter(read_target_config(folder)):
         return None
     try:
         found = resolve_folder(name, downloads=downloads)
-        check_pair(config, read_drafter_config(found))
-    except (HubError, ConfigError, PairError) as error:
-        if not isinstance(error, HubError) or not error.is_absent:
+    except HubError as error:
+        if not error.is_absent:
             logger.warning("the drafter of %s would be %s, but: %s", repo, name, error)
         return None
-    logger.info("%s has no drafter of its own: that of the published model is taken, %s", repo, name)
-    return found
+    return found if _fits(repo, folder, found) else None
 
 
-def official_drafter(repo: str) -> str | None:
-    """The drafter that Google published for the model whose size a hub id names; None if it names none."""
-    sizes = [size for size in _OFFICIAL.values() if re.search(rf"gemma-?4-{size}(?![a-z0-9])", repo, re.IGNORECASE)]
+def official_drafter(name: str) -> str | None:
+    """The drafter that Google published for the model whose size a name tells; None if it names none."""
+    sizes = [size for size in _OFFICIAL.values() if re.search(rf"gemma-?4-{size}(?![a-z0-9])", name, re.IGNORECASE)]
     return f"google/gemma-4-{sizes[0]}-it-assistant" if sizes else None
 
 

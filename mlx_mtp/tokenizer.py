@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .chat_template import render_conversation
 from .config import read_json
-from .errors import ConfigError, PromptError, TokenizerError
+from .errors import ConfigError, MTPError, PromptError, TokenizerError
 from .files import BYTE_ORDER_MARK, fault, read_text
 from .guide import Channel
 from .tool_schemas import usable_tools
@@ -144,7 +144,8 @@ def encode_prompt(
 
     The beginning-of-text token is added once, by the template or, for bare text, by the tokenizer.
 
-    Raises PromptError for an empty prompt, and for a system prompt or thinking without a chat template.
+    Raises PromptError for an empty prompt, for half a surrogate pair, and for a system prompt or thinking without a
+    chat template.
     """
     if not prompt:
         raise PromptError("the prompt is empty: expected some text")
@@ -153,7 +154,7 @@ def encode_prompt(
             what = "a system prompt" if system_prompt is not None else "thinking"
             raise PromptError(f"{what} needs a chat template: this model has none, or it is ignored")
         bos = tokenizer.bos_token
-        return list(tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos)))
+        return encode_text(tokenizer, prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
     messages = [{"role": "user", "content": prompt}]
     if system_prompt is not None:
         messages.insert(0, {"role": "system", "content": system_prompt})
@@ -179,7 +180,7 @@ def encode_in_parts(
     if not use_chat_template or not tokenizer.has_chat_template:
         if begins:
             return encode_prompt(tokenizer, text, system_prompt=system_prompt, use_chat_template=False)
-        return list(tokenizer.encode(text, add_special_tokens=False))
+        return encode_text(tokenizer, text)
     messages = [{"role": "user", "content": _PLACEHOLDER}]
     if system_prompt is not None:
         messages.insert(0, {"role": "system", "content": system_prompt})
@@ -188,7 +189,7 @@ def encode_in_parts(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
         )
     before, _, after = rendered.rpartition(_PLACEHOLDER)
-    return list(tokenizer.encode(before + text if begins else text + after, add_special_tokens=False))
+    return encode_text(tokenizer, before + text if begins else text + after)
 
 
 def encode_chat(
@@ -238,18 +239,31 @@ def encode_chat(
             raise PromptError("thinking cannot be enabled: the chat template has no switch enable_thinking")
         if tools and text == render(enable_thinking, None):
             raise PromptError("tools cannot be given: the chat template has no place for them")
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    return encode_text(tokenizer, text)
+
+
+def encode_text(tokenizer: "TokenizerWrapper", text: str, *, add_special_tokens: bool = False) -> list[int]:
+    """Token ids of a text. Raises PromptError for half a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"the prompt holds {text[error.start]!r}, half a surrogate pair: expected text that UTF-8 can write"
+        ) from None
+    return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
 
 @contextmanager
 def _template_errors() -> Iterator[None]:
-    """Makes a PromptError of what a chat template raises."""
-    from jinja2 import TemplateError
-
+    """Makes a PromptError of what a chat template raises, but for the errors of this package."""
     try:
         yield
-    except (TemplateError, TypeError, KeyError, RecursionError) as error:
-        raise PromptError(f"the chat template cannot render the messages: {error}") from None
+    except MTPError:
+        raise
+    # A template is a program of the checkpoint's maker: it may divide by zero, look for what is not there, and so on.
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise PromptError(f"the chat template cannot render the messages: {reason}") from None
 
 
 def thought_channel(tokenizer: "TokenizerWrapper") -> Channel | None:

@@ -64,39 +64,50 @@ class TensorInfo:
 
 
 def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a checkpoint folder by the name its file gives it, read from the headers alone.
+    """Every tensor of a checkpoint folder by the name its file gives it, read from the headers alone. A tensor that
+    several files hold is that of the file which the index names for it.
 
     Raises WeightsError if there is no safetensors file, a shard named by the index is missing, a file is truncated, a
-    tensor the index names is in none of them, or without an index two files hold the same tensor.
+    tensor the index names is in none of them, or no index says which of two files a tensor is to be taken from.
     """
     index = folder / INDEX_NAME
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise WeightsError(f"{index}: field weight_map must name a file for each tensor, found {weight_map!r:.200}")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise WeightsError(f"{index}: names {missing[0]}, which is not in the folder")
-    else:
-        weight_map = {}
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files:
-            raise WeightsError(f"{folder}: the folder has no model*.safetensors")
-    tensors: dict[str, TensorInfo] = {}
+    weight_map = _read_index(index) if index.is_file() else {}
+    files = [folder / name for name in sorted(set(weight_map.values()))] or sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise WeightsError(f"{folder}: the folder has no model*.safetensors")
+    copies: dict[str, list[TensorInfo]] = {}
     for file in files:
-        found = read_header(file)
-        twice = next((name for name in found if name in tensors), None)
-        if twice is not None and not weight_map:
-            raise WeightsError(
-                f"{folder}: {tensors[twice].file.name} and {file.name} both hold tensor {twice}, and there is no "
-                f"{INDEX_NAME} to say which one is meant: remove the older file"
-            )
-        tensors |= found
+        for name, info in read_header(file).items():
+            copies.setdefault(name, []).append(info)
     for name, shard in weight_map.items():
-        if name not in tensors:
+        if name not in copies:
             raise WeightsError(f"{index}: names tensor {name} in {shard}, which does not hold it")
-    return tensors
+    return {name: _choose_copy(folder, name, found, weight_map.get(name)) for name, found in copies.items()}
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The file's name for each tensor that an index names. Raises WeightsError if one of the files is not there."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise WeightsError(f"{index}: field weight_map must name a file for each tensor, found {weight_map!r:.200}")
+    for name in sorted(set(weight_map.values())):
+        if not (index.parent / name).is_file():
+            raise WeightsError(f"{index}: names {name}, which is not in the folder")
+    return weight_map
+
+
+def _choose_copy(folder: Path, name: str, copies: list[TensorInfo], shard: str | None) -> TensorInfo:
+    if len(copies) == 1:
+        return copies[0]
+    for info in copies:
+        if shard is not None and info.file == folder / shard:
+            return info
+    files = " and ".join(info.file.name for info in copies[:2])
+    if shard is None:
+        reason = f"no {INDEX_NAME} says which one is meant: remove the older file"
+    else:
+        reason = f"{INDEX_NAME} names {shard} for it, which does not hold it"
+    raise WeightsError(f"{folder}: {files} both hold tensor {name}, and {reason}")
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -291,13 +302,16 @@ def fill_module(
         if _is_left(filled, left):
             unread[filled[0]] = tensors[key]
             del matched[key]
-    arrays: dict[str, mx.array] = {}
-    for file in sorted({tensors[key].file for key in matched}):
-        arrays |= mx.load(str(file))  # type: ignore[arg-type]
+    # By file: two may hold tensors of the same name.
+    arrays: dict[Path, dict[str, mx.array]] = {
+        file: mx.load(str(file))  # type: ignore[misc]
+        for file in sorted({tensors[key].file for key in matched})
+    }
     weights = []
     for key, filled in matched.items():
         # Only the arrays taken here are ever read: MLX loads lazily.
-        parts = mx.split(arrays[key], len(filled), axis=-2) if len(filled) > 1 else [arrays[key]]
+        array = arrays[tensors[key].file][key]
+        parts = mx.split(array, len(filled), axis=-2) if len(filled) > 1 else [array]
         weights += list(zip(filled, parts, strict=True))
     module.load_weights(weights, strict=False)
     del arrays, weights

@@ -196,6 +196,8 @@ def test_a_dry_run_checks_the_options_too(capsys: pytest.CaptureFixture[str]) ->
         (["--drafter", "no/such/folder"], "no/such/folder: no such folder"),
         (["--mlx-path", "text"], "text: exists already"),
         (["-q", "--q-bits", "7"], "--q-bits: expected one of"),
+        (["--draft-vocab", "-5"], "--draft-vocab: expected at least 1, found -5"),
+        (["--drafter", "none", "--draft-vocab", "9"], "--draft-vocab: expected a drafter with it, found none"),
         (["--draft-vocab-text", "data.jsonl"], "--draft-vocab-text: expected --draft-vocab with it"),
         (["--draft-vocab", "9", "--draft-vocab-text", "absent"], "--draft-vocab-text: absent: no such file"),
         (["--upload-repo", "a/b/c"], "--upload-repo: expected a hub repository's id"),

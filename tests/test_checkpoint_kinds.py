@@ -13,7 +13,7 @@ from tiny import STOP_IDS, VOCAB_SIZE, make_tokenizer, random_tokens
 
 import mlx_mtp
 from mlx_mtp.convert.cli import main as convert
-from mlx_mtp.tokenizer import encode_chat, load_tokenizer
+from mlx_mtp.tokenizer import encode_chat, encode_in_parts, load_tokenizer
 
 TinyPair = Callable[[str], Path]
 PROMPT = random_tokens(20, seed=6)
@@ -113,6 +113,36 @@ def test_two_complete_copies_of_the_weights(folders: tuple[Path, Path]) -> None:
     assert generate(mlx_mtp.load(target), 0)
 
 
+def test_an_index_chooses_between_copies(folders: tuple[Path, Path]) -> None:
+    """Whichever file the index names for a tensor, first or last by name: in load, convert and the counted bytes."""
+    target, _ = folders
+    expected = generate(mlx_mtp.load(target, "none"), 0)
+    tensors = tensors_of(target)
+    norm, mlp = "model.language_model.norm.weight", "model.language_model.layers.0.mlp.up_proj.weight"
+    (target / "model.safetensors").unlink()
+    # Each file spoils the tensor that the other is named for.
+    first = tensors | {norm: mx.zeros_like(tensors[norm])}
+    last = {norm: tensors[norm], mlp: mx.zeros((3, 5))}
+    mx.save_safetensors(str(target / "model.safetensors"), first, metadata={"format": "pt"})
+    mx.save_safetensors(str(target / "model-z.safetensors"), last, metadata={"format": "pt"})
+    weight_map = dict.fromkeys(tensors, "model.safetensors") | {norm: "model-z.safetensors"}
+    index = target / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    read: list[tuple[int, int]] = []
+    assert generate(mlx_mtp.load(target, "none", on_load=lambda done, total: read.append((done, total))), 0) == expected
+    assert read[-1][0] == read[-1][1]
+    output = target.parent / "out"
+    assert convert(["--hf-path", str(target), "--mlx-path", str(output), "--drafter", "none"]) == 0
+    assert generate(mlx_mtp.load(output), 0) == expected
+    # A copy that the index does not choose between.
+    for chosen, reason in ((None, "remove the older file"), ("model-0.safetensors", "names model-0.safetensors for")):
+        mx.save_safetensors(str(target / "model-0.safetensors"), {"odd": mx.zeros(1)}, metadata={"format": "pt"})
+        wrong = {name: file for name, file in weight_map.items() if name != mlp} | {"odd": "model-0.safetensors"}
+        index.write_text(json.dumps({"weight_map": wrong if chosen is None else wrong | {mlp: chosen}}))
+        with pytest.raises(mlx_mtp.WeightsError, match=rf"both hold tensor {mlp}, and .*{reason}"):
+            mlx_mtp.load(target, "none")
+
+
 @pytest.mark.parametrize("kind", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 def test_token_ids_that_were_cast(folders: tuple[Path, Path], kind: mx.Dtype) -> None:
     """A float type that holds 512 different ids gives them back; bfloat16 rounds those above 256."""
@@ -138,13 +168,39 @@ def test_token_ids_that_were_cast(folders: tuple[Path, Path], kind: mx.Dtype) ->
     assert mx.array_equal(ordering, expected.masked_embedding.token_ordering)
 
 
-def test_token_ids_that_are_none(folders: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("kind", [mx.int16, mx.uint16, mx.uint32, mx.uint64], ids=str)
+def test_token_ids_of_every_integer_type(folders: tuple[Path, Path], kind: mx.Dtype) -> None:
     target, drafter = folders
     tensors = tensors_of(drafter)
-    tensors["masked_embedding.token_ordering"] = mx.zeros((VOCAB_SIZE,), mx.int64)
+    name = "masked_embedding.token_ordering"
+    expected = tensors[name].astype(mx.int32)
+    mx.save_safetensors(
+        str(drafter / "model.safetensors"), tensors | {name: tensors[name].astype(kind)}, metadata={"format": "pt"}
+    )
+    output = target.parent / "out"
+    assert convert(["--hf-path", str(target), "--mlx-path", str(output)]) == 0
+    for folder in (target, output):
+        found = mlx_mtp.load(folder).drafter
+        assert found is not None
+        assert found.masked_embedding.token_ordering.dtype == mx.int32
+        assert mx.array_equal(found.masked_embedding.token_ordering, expected)
+
+
+@pytest.mark.parametrize("kind", [mx.int64, mx.bool_], ids=str)
+def test_token_ids_that_are_none(
+    folders: tuple[Path, Path], kind: mx.Dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither loaded nor converted."""
+    target, drafter = folders
+    tensors = tensors_of(drafter)
+    tensors["masked_embedding.token_ordering"] = mx.zeros((VOCAB_SIZE,), kind)
     mx.save_safetensors(str(drafter / "model.safetensors"), tensors, metadata={"format": "pt"})
     with pytest.raises(mlx_mtp.WeightsError, match="must hold 512 different token ids, found 1 in"):
         mlx_mtp.load(target)
+    output = target.parent / "out"
+    assert convert(["--hf-path", str(target), "--mlx-path", str(output)]) == 1
+    assert "token_ordering" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_tokens_beyond_the_embedding(folders: tuple[Path, Path]) -> None:
@@ -211,3 +267,39 @@ def test_several_named_chat_templates(tmp_path: Path, place: str) -> None:
     write("rag", "poem")
     with pytest.raises(mlx_mtp.PromptError, match="chat templates named poem, rag, but none named default"):
         rendered(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("expression", "reason"),
+    [
+        ("1 / 0", "division by zero"),
+        ("range(99999999999)", "Range too big"),
+        ("'poem'.index('z')", "substring not found"),
+        ("messages[0].content[9:].x.y", "has no attribute 'x'"),
+        ("messages[7]['role']", "list object has no element 7"),
+        ("raise_exception('')", "TemplateError"),
+    ],
+)
+def test_a_chat_template_that_fails(tmp_path: Path, expression: str, reason: str) -> None:
+    """A template may raise anything; it is no failure of the program that asks."""
+    make_tokenizer(tmp_path)
+    file = tmp_path / "chat_template.jinja"
+    file.write_text(file.read_text() + "{{ " + expression + " }}")
+    tokenizer = load_tokenizer(tmp_path, STOP_IDS)
+    message = f"^the chat template cannot render the messages: .*{reason}"
+    with pytest.raises(mlx_mtp.PromptError, match=message):
+        encode_chat(tokenizer, MESSAGES)
+    with pytest.raises(mlx_mtp.PromptError, match=message):
+        encode_in_parts(tokenizer, "hi", begins=True)
+
+
+def test_half_a_surrogate_pair(folders: tuple[Path, Path]) -> None:
+    model = mlx_mtp.load(folders[0], "none")
+    message = r"the prompt holds '\\ud8ff', half a surrogate pair: expected text that UTF-8 can write"
+    for prompt in ("so \ud8ff it goes", [{"role": "user", "content": "so\ud8ff"}]):
+        with pytest.raises(mlx_mtp.PromptError, match=message):
+            model.stream_generate(prompt)
+    for begins in (True, False):
+        for use_chat_template in (True, False):
+            with pytest.raises(mlx_mtp.PromptError, match=message):
+                encode_in_parts(model.tokenizer, "\ud8ff", begins=begins, use_chat_template=use_chat_template)

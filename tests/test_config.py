@@ -87,9 +87,9 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ("model_type", None),
     ("text_config", []),
     ("text_config.model_type", 3),
-    ("text_config.hidden_size", "5376"),
+    ("text_config.hidden_size", "5376 wide"),
     ("text_config.hidden_size", True),
-    ("text_config.hidden_size", 5376.0),
+    ("text_config.hidden_size", 5376.5),
     ("text_config.hidden_size", 0),
     ("text_config.hidden_size", None),
     ("text_config.head_dim", -1),
@@ -98,12 +98,12 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ("text_config.num_kv_shared_layers", 61),
     ("text_config.num_kv_shared_layers", 60),
     ("text_config.num_kv_shared_layers", 55),
-    ("text_config.rms_norm_eps", "1e-6"),
+    ("text_config.rms_norm_eps", "nan"),
     ("text_config.rms_norm_eps", 0),
     ("text_config.attention_k_eq_v", 1),
     ("text_config.use_double_wide_mlp", "false"),
     ("text_config.enable_moe_block", None),
-    ("text_config.final_logit_softcapping", "30"),
+    ("text_config.final_logit_softcapping", "-30"),
     ("text_config.final_logit_softcapping", -30.0),
     ("text_config.rope_parameters", {"rope_theta": 1e6}),
     ("text_config.rope_parameters.full_attention.rope_type", "yarn"),
@@ -119,7 +119,8 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ("dtype", 32),
     ("quantization", 4),
     ("quantization", {"bits": 4}),
-    ("quantization", {"group_size": "64", "bits": 4}),
+    ("quantization", {"group_size": "64.5", "bits": 4}),
+    ("quantization", {"group_size": 64, "bits": None}),
 ]
 # What a hand-edited file may hold anywhere: refused as a ConfigError or accepted, never another exception.
 JUNK: list[Any] = [None, "x", -1, 0, 1.5, True, [], [None], [[]], {}, {"x": None}, {"x": {}}]
@@ -328,6 +329,41 @@ def test_fields_that_decide_nothing_may_be_missing(tmp_path: Path) -> None:
 def test_wrong_value(field: str, value: Any, tmp_path: Path) -> None:
     folder = write(tmp_path, changed(published_target("31B"), field, value))
     refused(read_target_config, folder, str(folder / "config.json"), field.rsplit(".", 1)[-1])
+
+
+@pytest.mark.parametrize(
+    ("field", "odd", "plain"),
+    [
+        ("text_config.hidden_size", "5376", 5376),
+        ("text_config.hidden_size", 5376.0, 5376),
+        ("vocab_size", "262144", 262144),
+        ("text_config.rms_norm_eps", "1e-6", 1e-6),
+        ("text_config.final_logit_softcapping", "30", 30.0),
+        ("text_config.rope_parameters.full_attention.rope_theta", "1e6", 1e6),
+        ("quantization", {"group_size": "64", "bits": "3"}, {"group_size": 64, "bits": 3}),
+        (
+            "quantization_config",
+            {"group_size": 64, "bits": 4, "mode": None, "embed_tokens": {"group_size": 64.0, "bits": "8"}},
+            {"group_size": 64, "bits": 4, "embed_tokens": {"group_size": 64, "bits": 8}},
+        ),
+    ],
+)
+def test_numbers_as_strings(field: str, odd: Any, plain: Any, tmp_path: Path) -> None:
+    published = published_target("31B")
+    assert target(tmp_path, changed(published, field, odd)) == target(tmp_path, changed(published, field, plain))
+
+
+@pytest.mark.parametrize(
+    "field", ["hidden_activation", "attention_bias", "tie_word_embeddings", "use_bidirectional_attention"]
+)
+def test_null_is_as_left_out(field: str, tmp_path: Path) -> None:
+    for read, published in ((target, published_target("31B")), (drafter, published_drafter("E2B"))):
+        plain = published | {"text_config": published["text_config"] | {field: None}, "tie_word_embeddings": None}
+        assert read(tmp_path, plain) == read(tmp_path, published)
+    published = published_drafter("E2B")
+    assert drafter(tmp_path, published | {"draft_position": None, "draft_vocab_size": None}) == drafter(
+        tmp_path, published
+    )
 
 
 @pytest.mark.parametrize(

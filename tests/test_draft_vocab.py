@@ -123,12 +123,28 @@ def test_trained_with_a_draft_vocabulary(tiny_pair: TinyPair, tmp_path: Path) ->
     assert model.generate(PROMPT, max_tokens=30).tokens == plain.tokens
 
 
+@pytest.mark.parametrize("options", [("--draft-vocab", "100"), ("--drafter-q-bits", "4")])
+def test_options_of_a_drafter_that_is_not_found(
+    tiny_pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, str]
+) -> None:
+    """They cannot be honoured: never dropped without a word."""
+    shutil.copytree(tiny_pair("31b") / "target", tmp_path / "alone")
+    args = ["--hf-path", str(tmp_path / "alone"), "--mlx-path", str(tmp_path / "out"), *options]
+    assert main(args) == 1
+    message = f"error: {options[0]}: expected a drafter with it, but none was found; name one with --drafter\n"
+    assert capsys.readouterr().err == message
+    assert not (tmp_path / "out").exists()
+    # A value that no drafter could have comes first.
+    assert main([*args[:-1], "-5"]) == 1
+    assert ", found -5\n" in capsys.readouterr().err
+
+
 def test_what_cannot_be_cut(tiny_pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dense, centroids = tiny_pair("31b"), tiny_pair("e2b")
     for source, args, message in (
         (centroids, ["--draft-vocab", "40"], "--draft-vocab needs a dense head, found one with centroids"),
         (dense, ["--draft-vocab", "512"], "--draft-vocab must be from 1 to 511, found 512"),
-        (dense, ["--draft-vocab", "0"], "--draft-vocab must be from 1 to 511, found 0"),
+        (dense, ["--draft-vocab", "0"], "--draft-vocab: expected at least 1, found 0"),
         (dense, ["--draft-vocab", "9", "--drafter", "none"], "--draft-vocab: expected a drafter with it, found none"),
         (dense, ["--draft-vocab-text", tmp_path], "--draft-vocab-text: expected --draft-vocab with it"),
         (dense, ["--draft-vocab", "9", "--draft-vocab-text", tmp_path], "cannot be opened: Is a directory"),

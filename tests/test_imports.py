@@ -34,7 +34,8 @@ LAYERS = (
     ("cache", "embeddings", "argument_schema"),
     ("weights",),
     ("config", "draft_length"),
-    ("output", "lifetime", "hub", "files", "shell", "schemas", "string_rules"),
+    ("output", "lifetime", "hub", "shell", "schemas", "string_rules"),
+    ("files",),
     ("worker",),
     ("errors", "commands"),
 )

@@ -17,6 +17,7 @@ from tiny import make_drafter, make_target, random_tokens
 
 import mlx_mtp
 from mlx_mtp.config import read_target_config
+from mlx_mtp.convert.cli import main as convert_main
 from mlx_mtp.load import assistant_names, find_drafter, how_to_name_a_drafter, official_drafter
 from mlx_mtp.weights import INDEX_NAME, MLX_PREFIX
 
@@ -311,6 +312,82 @@ def test_linked_folders(folders: tuple[Path, Path], tmp_path: Path, linked: str)
         (models / "gemma-it-assistant").symlink_to(drafter)
     expected = models / "gemma-it-assistant" if linked == "both" else drafter
     assert find_drafter(models / "gemma-it", models / "gemma-it") == expected
+
+
+@pytest.mark.parametrize("beside", ["second", "m/gemma-it", "cache/abc"])
+def test_a_link_to_a_link(folders: tuple[Path, Path], tmp_path: Path, beside: str) -> None:
+    """The drafter may be beside any folder of the chain, absolute or relative links."""
+    target, drafter = folders
+    for name in ("m", "cache"):
+        (tmp_path / name).mkdir()
+    target.rename(tmp_path / "cache" / "abc")
+    (tmp_path / "m" / "gemma-it").symlink_to(Path("..", "cache", "abc"))
+    (tmp_path / "second").symlink_to(tmp_path / "m" / "gemma-it")
+    assert find_drafter(tmp_path / "second", tmp_path / "second") is None
+    expected = tmp_path / f"{beside}-assistant"
+    drafter.rename(expected)
+    assert find_drafter(tmp_path / "second", tmp_path / "second") == expected
+
+
+def test_the_folder_one_is_in_by_a_link(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shell's PWD tells the link's name, if it tells of this folder."""
+    target, drafter = folders
+    target.rename(tmp_path / "abc")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "gemma-it").symlink_to(tmp_path / "abc")
+    monkeypatch.chdir(tmp_path / "models" / "gemma-it")
+    expected = tmp_path / "models" / "gemma-it-assistant"
+    drafter.rename(expected)
+    for pwd in (str(tmp_path), "", str(tmp_path / "gone"), "models/gemma-it"):
+        monkeypatch.setenv("PWD", pwd)
+        assert find_drafter(".", Path(".")) is None
+    monkeypatch.setenv("PWD", str(tmp_path / "models" / "gemma-it"))
+    assert find_drafter(".", Path(".")) == expected
+    monkeypatch.delenv("PWD")
+    expected.rename(tmp_path / "abc-assistant")
+    assert find_drafter(".", Path(".")) == tmp_path / "abc-assistant"
+
+
+@pytest.mark.parametrize("place", ["target-assistant", "target/drafter"])
+def test_a_drafter_behind_a_link_to_nowhere(folders: tuple[Path, Path], tmp_path: Path, place: str) -> None:
+    """It was meant to be used: never half a pair."""
+    target, drafter = folders
+    shutil.rmtree(drafter)
+    link = target.parent / place
+    link.symlink_to("gone")
+    message = rf"{link}: the drafter is a link to gone, which is not there"
+    check(mlx_mtp.ConfigError, message, target)
+    assert convert_main(["--hf-path", str(target), "--mlx-path", str(tmp_path / "out")]) == 1
+    assert not (tmp_path / "out").exists()
+    # Also where it is named outright.
+    check(mlx_mtp.ConfigError, rf"{link}: a link to gone", target, link)
+    check(mlx_mtp.ConfigError, rf"{link}: a link to gone", link)
+
+
+def test_links_are_no_hub_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    Path("models/gemma-it").symlink_to("gone")
+    check(mlx_mtp.ConfigError, "^models/gemma-it: a link to gone, which is not there", "models/gemma-it")
+
+
+@pytest.mark.parametrize("ending", ["-abliterated", "-heretic-MLX-4bit", "-oQ4", "-optiq-4bit", "", "_v2"])
+def test_a_fine_tune_beside_the_published_drafter(
+    folders: tuple[Path, Path], tmp_path: Path, ending: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    target, drafter = folders
+    path = target.rename(target.parent / f"Poems-gemma-4-E2B-it{ending}")
+    official = drafter.rename(target.parent / "gemma-4-E2B-it-assistant-bf16")
+    # One of another size, and one that only begins like the drafter's name.
+    for name in ("gemma-4-E4B-it-assistant", "gemma-4-E2B-it-assistants"):
+        shutil.copytree(official, target.parent / name)
+    assert find_drafter(path, path) == official
+    edit_config(official, backbone_hidden_size=96)
+    with caplog.at_level("WARNING"):
+        assert find_drafter(path, path) is None
+    assert f"the drafter of {path} would be {official}, but: " in caplog.text
 
 
 def test_what_is_said_where_no_drafter_is_found(tiny_pair: TinyPair) -> None:
