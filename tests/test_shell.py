@@ -22,7 +22,7 @@ from mlx_mtp.convert.converter import Options
 from mlx_mtp.convert.converter import convert as run_convert
 from mlx_mtp.dataset import check_data
 from mlx_mtp.errors import ConfigError, DataError, OutputError, TokenizerError, WeightsError
-from mlx_mtp.output import check_file, new_folder, remove_abandoned
+from mlx_mtp.output import check_file, new_folder, remove_abandoned, replace_text
 from mlx_mtp.tokenizer import check_tokenizer, encode_prompt, load_tokenizer
 from mlx_mtp.weights import read_checkpoint
 
@@ -200,6 +200,29 @@ def test_a_prompt_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OutputError, match="cannot be written"):
         model.save_prompt("def f", tmp_path / "absent" / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_files_are_replaced(tmp_path: Path) -> None:
+    """Never a device or a pipe; of a link, the file that it names."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to pipe").symlink_to("pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    arguments = ["--prompt", "def f", "--model", str(DEMO_PAIR), "--prompt-cache"]
+    for name, found in (("pipe", "a device"), ("to pipe", "a device"), ("loop", "a link that leads nowhere")):
+        for write in (check_file, lambda file: replace_text(file, "new")):
+            with pytest.raises(OutputError, match=f"{name}: cannot be written: expected a file .*, found {found}"):
+                write(tmp_path / name)
+        assert cache_prompt.main([*arguments, str(tmp_path / name)]) == 1
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "folder").mkdir()
+    for name in ("old", "new"):
+        (tmp_path / name).symlink_to(Path("folder", name))
+        check_file(tmp_path / name)
+        for text in ("one", "two"):
+            replace_text(tmp_path / name, text)
+            assert (tmp_path / name).is_symlink()
+            assert (tmp_path / "folder" / name).read_text() == text
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["new", "old"]
 
 
 def test_byte_order_marks_and_line_ends(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
