@@ -323,12 +323,24 @@ def test_a_cache_folder_that_cannot_be_read(
         ("tokenizer.json", b"{}", "tokenizer.json: not a tokenizer: "),
         ("tokenizer_config.json", b'{"bos_token": ', "tokenizer_config.json: cannot be read as JSON: "),
         ("special_tokens_map.json", POINTER, "special_tokens_map.json: cannot be read as JSON: a git-lfs pointer"),
+        ("chat_template.jinja", POINTER, "chat_template.jinja: a git-lfs pointer in place of the file"),
+        ("chat_template.jinja", b"", "chat_template.jinja: truncated: an empty file"),
+        ("chat_template.jinja", b" \n", "chat_template.jinja: expected a chat template"),
+        ("chat_template.jinja", "{# Gruß #}".encode("latin-1"), "chat_template.jinja: not UTF-8: "),
+        ("chat_template.jinja", "{# a #}".encode("utf-16"), "chat_template.jinja: not UTF-8: "),
+        (
+            "chat_template.jinja",
+            "{# a #}".encode("utf-16-le"),
+            "chat_template.jinja: expected a chat template in UTF-8",
+        ),
+        ("additional_chat_templates/tool_use.jinja", POINTER, "tool_use.jinja: a git-lfs pointer in place of the file"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_loaded_is_not_converted(
     tiny_pair: Any, tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     source = shutil.copytree(tiny_pair("e2b") / "target", tmp_path / "source", copy_function=os.link)
+    (source / name).parent.mkdir(exist_ok=True)
     replace(source / name, content)
     with pytest.raises(TokenizerError) as caught:
         run_convert(Options(str(source), tmp_path / "out", "none"))
@@ -336,6 +348,63 @@ def test_a_tokenizer_that_cannot_be_loaded_is_not_converted(
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     with pytest.raises(TokenizerError, match=name):
         load_tokenizer(source, STOP_IDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("chat_template.jinja", "{% for m in messages %}{{ m", "not a chat template: "),
+        ("chat_template.jinja", "{{ 'a' | no_such_filter }}", "not a chat template: "),
+        ("additional_chat_templates/tool_use.jinja", "{% if %}", "not a chat template: "),
+        ("chat_template.json", "5", "expected a JSON object, found int"),
+        *(
+            ("chat_template.json", json.dumps({"chat_template": value}), "field chat_template must be a template or")
+            for value in (5, [1], {"default": "x"}, [{"name": "default"}])
+        ),
+        ("tokenizer_config.json", '{"eos_token": 5}', "field eos_token must be a token"),
+        ("tokenizer_config.json", '{"bos_token": {"content": 1}}', "field bos_token must be a token"),
+        ("tokenizer_config.json", '{"eos_token": {"content": "<eos>"}}', "field eos_token must be a token"),
+        ("tokenizer_config.json", '{"extra_special_tokens": {"a": 5}}', "field extra_special_tokens must be a list"),
+        ("tokenizer_config.json", '{"model_max_length": "x"}', "field model_max_length must be a number, found 'x'"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "field added_tokens_decoder must be"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "a"}}}', "added_tokens_decoder.x must"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"1": {"lstrip": true}}}', "added_tokens_decoder.1 must"),
+        ("tokenizer_config.json", '{"chat_template": "{{ m"}', "not a chat template: "),
+        ("special_tokens_map.json", '{"unk_token": [1]}', "field unk_token must be a token"),
+        ("added_tokens.json", '{"<x>": "y"}', "field <x> must be the token's id, found 'y'"),
+    ],
+)
+def test_fields_and_templates_of_a_tokenizer_are_checked(tmp_path: Path, name: str, content: str, message: str) -> None:
+    folder = make_tokenizer(tmp_path)
+    (folder / "chat_template.jinja").write_text("{% generation %}{{ messages | tojson }}{% endgeneration %}")
+    check_tokenizer(folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    replace(folder / name, content.encode())
+    with pytest.raises(TokenizerError) as caught:
+        check_tokenizer(folder)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"{folder / name}: ")
+
+
+def test_named_chat_templates_are_files_of_the_model(tiny_pair: Any, tmp_path: Path) -> None:
+    """They are converted, and read without a byte order mark."""
+    source = shutil.copytree(tiny_pair("e2b") / "target", tmp_path / "source", copy_function=os.link)
+    replace(source / "chat_template.jinja", b"default")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_bytes(MARK + b"tools")
+    run_convert(Options(str(source), tmp_path / "out", "none"))
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_bytes() == b"tools"
+    for folder in (source, tmp_path / "out"):
+        assert load_tokenizer(folder, STOP_IDS).chat_template == {"default": "default", "tool_use": "tools"}
+
+
+def test_a_chat_template_json_without_a_template_counts_as_absent(tmp_path: Path) -> None:
+    folder = make_tokenizer(tmp_path)
+    for content in ("{}", '{"chat_template": null}'):
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        (folder / "chat_template.json").write_text(content)
+        check_tokenizer(folder)
+        assert not load_tokenizer(folder, STOP_IDS).has_chat_template
 
 
 def test_a_tokenizer_of_sentencepiece_is_checked(tmp_path: Path) -> None:
