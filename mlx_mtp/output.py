@@ -21,6 +21,7 @@ def check_output(output: Path, option: str, overwrite: bool) -> None:
 
     Raises OutputError if it exists and may not be replaced, or nothing can be written next to it.
     """
+    _check_name(output)
     remove_abandoned(output)
     if os.path.lexists(output):
         if not overwrite:
@@ -32,6 +33,14 @@ def check_output(output: Path, option: str, overwrite: bool) -> None:
         raise OutputError(f"{output}: cannot be written: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{output}: cannot be written: no permission to write in {parent}")
+
+
+def _check_name(path: Path) -> None:
+    """Raises OutputError for a name that MLX, which takes UTF-8, could not open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise OutputError(f"{str(path)!a}: cannot be written: the name is not UTF-8") from None
 
 
 def existing_parent(path: Path) -> Path:
@@ -114,6 +123,7 @@ def _lock(workspace: Path) -> int | None:
 
 def check_file(file: Path) -> None:
     """Raise OutputError if no file can be written under this name."""
+    _check_name(file)
     target = _named(file)
     if not os.path.isdir(target.parent):
         raise OutputError(f"{file}: cannot be written: {target.parent} is not a folder")

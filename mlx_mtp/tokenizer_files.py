@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from .config import read_json
 from .errors import ConfigError, TokenizerError
@@ -95,7 +95,7 @@ def check_template(file: Path, text: str) -> None:
     class Generation(Extension):
         """The block that transformers adds to jinja2, around what the model writes."""
 
-        tags: ClassVar = {"generation"}
+        tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Parser) -> list[nodes.Node]:
             next(parser.stream)

@@ -1,5 +1,6 @@
 """Shells and files as they are: encodings, closed descriptors, full disks, odd files, Ctrl-C at any time."""
 
+import errno
 import fcntl
 import io
 import json
@@ -15,7 +16,7 @@ import pytest
 from tiny import STOP_IDS, make_tokenizer
 
 import mlx_mtp
-from mlx_mtp import DEMO_PAIR, cache_prompt, calibration, generate, shell
+from mlx_mtp import DEMO_PAIR, cache_prompt, calibration, chat, generate, server, shell
 from mlx_mtp.config import read_json
 from mlx_mtp.convert import cli as convert
 from mlx_mtp.convert.converter import Options
@@ -126,6 +127,42 @@ def test_descriptors_that_are_closed_or_full(capsys: pytest.CaptureFixture[str])
         assert full.stderr.splitlines()[1:] == ["error: stdout cannot be written: No space left on device"]
 
 
+class _Full(io.FileIO):
+    """A file on a disk that is full."""
+
+    def write(self, _: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("run", [chat.main, server.main], ids=["chat", "server"])
+def test_stdout_is_full(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, run: Any
+) -> None:
+    stdin(monkeypatch, b"def f\n")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(_Full(str(tmp_path / "out"), "w"))))
+    arguments = ["--port", "0", "--log-level", "warning"] if run is server.main else ["--max-tokens", "2"]
+    assert run(["--model", str(DEMO_PAIR), "--num-draft-tokens", "0", *arguments]) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1] == "error: stdout cannot be written: No space left on device"
+    assert len(error) == (1 if run is server.main else 2), error
+
+
+def test_a_message_that_is_no_text_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is said, and the conversation goes on; text in UTF-8 is read in a locale that knows ASCII only."""
+    arguments = ["--model", str(DEMO_PAIR), *GREEDY, "--seed", "1"]
+    found = []
+    for content, encoding in ((b"caf\xe9\ndef f\n", "utf-8"), (b"def f\n", "utf-8"), ("é\n".encode(), "ascii")):
+        stdin(monkeypatch, content, encoding)
+        assert chat.main(arguments) == 0
+        found.append(capsys.readouterr())
+    assert found[0].out == found[1].out != ""
+    message = "error: stdin: not UTF-8: byte 0xe9 at position 3; the message is dropped"
+    assert [message in part.err.splitlines() for part in found] == [True, False, False]
+    assert found[2].out
+
+
 def test_converting_without_a_terminal(tiny_pair: Any, tmp_path: Path) -> None:
     source = str(tiny_pair("e2b") / "target")
     arguments = ("mlx_mtp.convert", "--hf-path", source, "--mlx-path", str(tmp_path / "out"), "--drafter", "none")
@@ -164,7 +201,7 @@ def test_importing_the_package_is_instant() -> None:
     # The names are there all the same, whatever is imported first.
     code += "import mlx_mtp.load; assert callable(mlx_mtp.load) and mlx_mtp.Model and 'Model' in dir(mlx_mtp)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"mlx", "mlx.core", "numpy", "huggingface_hub", "argparse"} & set(result.stdout.split())
+    assert not {"mlx", "mlx.core", "numpy", "huggingface_hub", "argparse", "logging"} & set(result.stdout.split())
 
 
 # Folders and files
