@@ -4,6 +4,7 @@ import errno
 import fcntl
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -136,7 +137,7 @@ class _Full(io.FileIO):
 
 @pytest.mark.parametrize("run", [chat.main, server.main], ids=["chat", "server"])
 def test_stdout_is_full(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, run: Any
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: Any, tmp_path: Path, run: Any
 ) -> None:
     stdin(monkeypatch, b"def f\n")
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(_Full(str(tmp_path / "out"), "w"))))
@@ -145,6 +146,8 @@ def test_stdout_is_full(
     error = capsys.readouterr().err.splitlines()
     assert error[-1] == "error: stdout cannot be written: No space left on device"
     assert len(error) == (1 if run is server.main else 2), error
+    # Uvicorn would log tracebacks.
+    assert [record for record in caplog.records if record.levelno > logging.WARNING] == []
 
 
 def test_a_message_that_is_no_text_is_dropped(
