@@ -30,7 +30,7 @@ from mlx_mtp.gemma4 import Target
 from mlx_mtp.hub import DRAFTER_FOLDER, resolve_folder
 from mlx_mtp.load import check_pair, find_drafter, how_to_name_a_drafter
 from mlx_mtp.output import check_output, existing_parent, new_folder
-from mlx_mtp.tokenizer import check_tokenizer, load_tokenizer
+from mlx_mtp.tokenizer import TEMPLATES_FOLDER, check_tokenizer, load_tokenizer
 from mlx_mtp.weights import (
     INDEX_NAME,
     TensorInfo,
@@ -97,11 +97,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Part:
-    """One folder of the output, a target's or a drafter's: all that will be written there."""
+    """One folder of the output, a target's or a drafter's: all that will be written there. `copies` are files of the
+    source by their name in it."""
 
     shards: dict[str, list[Conversion]]
     texts: dict[str, str]
-    copies: tuple[Path, ...]
+    copies: dict[str, Path]
     arrays: dict[str, dict[str, mx.array]] = field(default_factory=dict)
 
     @property
@@ -112,7 +113,7 @@ class Part:
     def nbytes(self) -> int:
         """Bytes the folder's files will take."""
         texts = sum(len(text.encode()) for text in self.texts.values())
-        copies = sum(file.stat().st_size for file in self.copies)
+        copies = sum(file.stat().st_size for file in self.copies.values())
         arrays = sum(array.nbytes for file in self.arrays.values() for array in file.values())
         return texts + copies + arrays + sum(shard_size(shard) for shard in self.shards.values())
 
@@ -204,8 +205,8 @@ def _plan_target(config: TargetConfig, options: Options) -> Part:
     dtype = options.weights.dtype or _own_dtype(config, tensors)
     conversions = _match(target, source, tensors, partial(target_names, config=config), dtype, quantization, mlx_name)
     shards = plan_shards(conversions)
-    tokenizer = tuple(source / name for name in _TOKENIZER_FILES if (source / name).is_file())
-    if not {"tokenizer.json", "tokenizer.model"} & {file.name for file in tokenizer}:
+    tokenizer = _copies(source, *_TOKENIZER_FILES, f"{TEMPLATES_FOLDER}/*.jinja")
+    if not {"tokenizer.json", "tokenizer.model"} & tokenizer.keys():
         raise TokenizerError(f"{source}: the folder has no tokenizer.json or tokenizer.model")
     check_tokenizer(source)
     fields = _target_fields(config) | _weight_fields(dtype, quantization, mlx_name)
@@ -215,7 +216,7 @@ def _plan_target(config: TargetConfig, options: Options) -> Part:
         INDEX_NAME: index_text(shards),
         "README.md": _model_card(options, source),
     }
-    return Part(shards, texts, tokenizer + _generation_config(source))
+    return Part(shards, texts, tokenizer | _copies(source, _GENERATION_CONFIG))
 
 
 def _plan_drafter(config: DrafterConfig, options: WeightOptions, target: TargetConfig) -> Part:
@@ -238,9 +239,8 @@ def _plan_drafter(config: DrafterConfig, options: WeightOptions, target: TargetC
         arrays = {"model-draft-vocab.safetensors": {"draft_vocab_ids": mx.array(ids)}}
         fields["draft_vocab_size"] = len(ids)
     # One file whatever its size: the drafter's layout has no index.
-    return Part(
-        shards, {"config.json": json.dumps(fields, indent=4, sort_keys=True)}, _generation_config(source), arrays
-    )
+    texts = {"config.json": json.dumps(fields, indent=4, sort_keys=True)}
+    return Part(shards, texts, _copies(source, _GENERATION_CONFIG), arrays)
 
 
 def _draft_vocab(config: DrafterConfig, size: int, text: Path | None, target: TargetConfig) -> Ids:
@@ -261,7 +261,7 @@ def _texts(file: Path) -> Iterator[str]:
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             entry = line
         yield from _strings(entry)
 
@@ -281,8 +281,10 @@ def _cut(conversion: Conversion, ids: Ids) -> Conversion:
     return replace(conversion, shape=(len(ids), *conversion.shape[1:]), rows=tuple(ids.tolist()))
 
 
-def _generation_config(source: Path) -> tuple[Path, ...]:
-    return tuple(file for file in (source / _GENERATION_CONFIG,) if file.is_file())
+def _copies(source: Path, *patterns: str) -> dict[str, Path]:
+    """The files of the source that match, by their name in it."""
+    files = (file for pattern in patterns for file in sorted(source.glob(pattern)))
+    return {str(file.relative_to(source)): file for file in files if file.is_file()}
 
 
 def _check_unquantized(config: TargetConfig | DrafterConfig) -> None:
@@ -479,9 +481,10 @@ def _write(folder: Path, part: Part, block_bytes: int, advance: Callable[[int], 
         mx.save_safetensors(str(folder / name), arrays, metadata={"format": "mlx"})
     for name, text in part.texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    for file in part.copies:
+    for name, file in part.copies.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         # Copied without a byte order mark: other readers of JSON and templates do not expect one.
-        (folder / file.name).write_bytes(file.read_bytes().removeprefix(BYTE_ORDER_MARK))
+        (folder / name).write_bytes(file.read_bytes().removeprefix(BYTE_ORDER_MARK))
 
 
 def _check_repo_id(repo: str) -> None:

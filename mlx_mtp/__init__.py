@@ -1,6 +1,5 @@
 """Gemma 4 with its multi-token-prediction drafter, lossless, on Apple Silicon."""
 
-import logging
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
     from .sampling import Sampling
 
     __version__: str
-
-# Silent unless the program sets up logging.
-logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __all__ = [
     "DEMO_PAIR",

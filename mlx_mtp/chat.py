@@ -35,7 +35,7 @@ from .cli import (
 )
 from .engine import DEFAULT_PREFILL_STEP, GenerationOptions, GenerationResponse, Model
 from .errors import PromptError
-from .shell import Parser, check_stdin, exit_status, text_argument
+from .shell import Parser, check_stdin, exit_status, read_escaped, text_argument
 from .speculative import Progress, Stats
 
 DEFAULT_ANSWER_TOKENS = 1024
@@ -211,8 +211,8 @@ def _lines() -> Iterator[str]:
             # Imported for what it does to input(): editing, and a history on the arrow keys.
             import readline  # noqa: F401
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # A stray byte must not end the conversation.
-        sys.stdin.reconfigure(errors="replace")
+        # A stray byte must not end the conversation: its line is refused.
+        sys.stdin.reconfigure(errors="surrogateescape")
     cleared = False
     while True:
         try:
@@ -251,7 +251,12 @@ def _obey(command: str, chat: _Chat) -> None:
         print(f"unknown command {command}: /help lists them", file=sys.stderr)
 
 
-def _ask(text: str, chat: _Chat, verbose: bool) -> None:
+def _ask(line: str, chat: _Chat, verbose: bool) -> None:
+    try:
+        text = read_escaped(line)
+    except PromptError as error:
+        print(f"error: stdin: {error}; the message is dropped", file=sys.stderr)
+        return
     try:
         chat.ask(text)
     except PromptError as error:

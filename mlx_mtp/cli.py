@@ -196,8 +196,9 @@ def _draft_tokens(text: str) -> int | str:
 def _logit_bias(text: str) -> dict[int, float]:
     try:
         return {int(token): float(bias) for token, bias in json.loads(text).items()}
-    except (ValueError, AttributeError, TypeError):
-        raise argparse.ArgumentTypeError(f"expected a JSON object of token ids and numbers, found {text!r}") from None
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
+        found = text if len(text) < 200 else f"{text[:200]}..."
+        raise argparse.ArgumentTypeError(f"expected a JSON object of token ids and numbers, found {found!r}") from None
 
 
 def check_template_options(args: argparse.Namespace) -> None:

@@ -243,7 +243,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path.parent}: no such folder")
     try:
         value = json.loads(read_text(path))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, FileNotFoundError) and not path.is_symlink():
             raise ConfigError(f"{path.parent}: the folder has no {path.name}") from None
         raise ConfigError(f"{path}: cannot be read as JSON: {fault(path) or error}") from None

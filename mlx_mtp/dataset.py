@@ -69,8 +69,8 @@ def read_data(
 def check_data(path: Path) -> None:
     """Raises DataError for a file or line that is no JSONL: all that can be found out without a model."""
     for file in _files(path):
-        for _ in _entries(file):
-            pass
+        if not list(_entries(file)):
+            raise DataError(f"{file}: expected a text a line, found none")
 
 
 def _files(path: Path) -> list[Path]:
@@ -89,7 +89,7 @@ def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         place = f"{file}, line {number}"
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{place}: not JSON: {error}") from None
         if not isinstance(entry, dict):
             raise DataError(f"{place}: expected an object, found {type(entry).__name__}")

@@ -45,6 +45,8 @@ Prompt = str | Sequence[int] | mx.array | Sequence[Mapping[str, Any]]
 
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_PREFILL_STEP = 512
+# Far beyond what is ever accepted; the buffers of a longer draft would take the memory.
+LARGEST_DRAFT = 1024
 # Tokens of a prompt between two states to go on from.
 _SNAPSHOT_EVERY = 2048
 # Share of the machine's memory for prompts read before.
@@ -123,6 +125,8 @@ class GenerationOptions:
                 continue
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
                 raise OptionError(f"{name} must be an integer of at least {minimum}, found {value!r}")
+        if self.num_draft_tokens != "auto" and self.num_draft_tokens > LARGEST_DRAFT:
+            raise OptionError(f"num_draft_tokens must be at most {LARGEST_DRAFT}, found {self.num_draft_tokens}")
         if self.min_tokens > self.max_tokens:
             raise OptionError(f"min_tokens is {self.min_tokens}, more than the max_tokens of {self.max_tokens}")
         if "" in self.stop_strings:

@@ -1,5 +1,11 @@
 """The errors this package raises: each message names the file or field, what was expected and what was found."""
 
+import logging
+
+# Silent unless the program sets up logging. Here, because every module that logs imports this one, and the package
+# itself imports nothing that takes time.
+logging.getLogger(__package__).addHandler(logging.NullHandler())
+
 
 class MTPError(ValueError):
     """Base of every error a caller or a command line is expected to see."""

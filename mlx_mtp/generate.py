@@ -245,7 +245,7 @@ def _read_schema(path: str) -> str:
     text = _read_text(path)
     try:
         json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OptionError(f"{path}: not JSON: {error}") from None
     return text
 

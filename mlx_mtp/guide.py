@@ -108,7 +108,7 @@ def _read_schema(schema: str | Mapping[str, Any]) -> str:
         content = json.loads(schema) if isinstance(schema, str) else schema
         if isinstance(content, bool | Mapping):
             return json.dumps(content)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise OptionError(f"json_schema is not JSON: {error}") from None
     raise OptionError(f"json_schema must be a JSON object, found {type(content).__name__}")
 

@@ -18,6 +18,8 @@ from .weights import FLOAT_TYPES, TensorInfo, drafter_names, read_checkpoint, ta
 # Copies of the logits of a round that live at the same time: warped, sorted, compared.
 _LOGITS = 6
 _UNITS = {"": 1e9, "GB": 1e9, "MB": 1e6, "GIB": 2.0**30, "MIB": 2.0**20, "B": 1.0}
+# MLX counts bytes in 64 bits.
+_LARGEST_SIZE = 2**63
 
 
 def memory_size() -> int:
@@ -31,7 +33,10 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in _UNITS:
         raise OptionError(f"expected a number of GB, or one with GB, MB, GiB or MiB behind it, found {text!r}")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    if size >= _LARGEST_SIZE:
+        raise OptionError(f"expected less than {_LARGEST_SIZE / 1e9:.3g} GB, found {text!r}")
+    return int(size)
 
 
 @dataclass(frozen=True)

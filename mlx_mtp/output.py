@@ -21,6 +21,7 @@ def check_output(output: Path, option: str, overwrite: bool) -> None:
 
     Raises OutputError if it exists and may not be replaced, or nothing can be written next to it.
     """
+    _check_name(output)
     remove_abandoned(output)
     if os.path.lexists(output):
         if not overwrite:
@@ -32,6 +33,14 @@ def check_output(output: Path, option: str, overwrite: bool) -> None:
         raise OutputError(f"{output}: cannot be written: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{output}: cannot be written: no permission to write in {parent}")
+
+
+def _check_name(path: Path) -> None:
+    """Raises OutputError for a name that MLX, which takes UTF-8, could not open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise OutputError(f"{str(path)!a}: cannot be written: the name is not UTF-8") from None
 
 
 def existing_parent(path: Path) -> Path:
@@ -114,9 +123,11 @@ def _lock(workspace: Path) -> int | None:
 
 def check_file(file: Path) -> None:
     """Raise OutputError if no file can be written under this name."""
-    if file.is_dir() or not file.parent.is_dir():
-        raise OutputError(f"{file}: cannot be written: it is a folder, or would lie in none")
-    part = _part(file, ".safetensors")
+    _check_name(file)
+    target = _named(file)
+    if not os.path.isdir(target.parent):
+        raise OutputError(f"{file}: cannot be written: {target.parent} is not a folder")
+    part = _part(target, ".safetensors")
     try:
         part.touch()
         part.unlink()
@@ -132,19 +143,35 @@ def replace_text(file: Path, text: str) -> None:
 
 @contextmanager
 def new_file(file: Path, ending: str = "") -> Iterator[Path]:
-    """A name next to a file, with this ending, for what takes its place at the end; removed if anything fails.
+    """A name next to a file, with this ending, for what takes its place at the end; removed if anything fails. Of a
+    link, the file that it names is meant.
 
-    Raises OutputError if writing fails.
+    Raises OutputError if writing fails, and for a device, a pipe or a folder, which no file may replace.
     """
-    part = _part(file, ending)
+    target = _named(file)
+    part = _part(target, ending)
     try:
         yield part
-        os.replace(part, file)
+        os.replace(part, target)
     except OSError as error:
         raise OutputError(f"{file}: cannot be written: {error}") from None
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def _named(file: Path) -> Path:
+    """The file that a link names, or the path as it is. Raises OutputError if it is there and no regular file."""
+    target = Path(os.path.realpath(file)) if os.path.islink(file) else file
+    if os.path.lexists(target) and not os.path.isfile(target):
+        raise OutputError(f"{file}: cannot be written: expected a file or a free name, found {_kind(target)}")
+    return target
+
+
+def _kind(path: Path) -> str:
+    if path.is_symlink():
+        return "a link that leads nowhere"
+    return "a folder" if path.is_dir() else "a device, pipe or socket"
 
 
 def _part(file: Path, ending: str) -> Path:

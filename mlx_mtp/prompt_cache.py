@@ -218,7 +218,7 @@ def _read_header(file: Path) -> dict[str, Any]:
         raise PromptCacheError(f"{file}: no prompt cache: {error}") from None
     except WeightsError as error:
         raise PromptCacheError(str(error)) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PromptCacheError(f"{file}: not a prompt cache: its header cannot be read: {error!r}") from None
     return header
 

@@ -18,8 +18,9 @@ from .errors import OptionError
 AcceptanceRule = Literal["block", "coupled"]
 # Least temperature above 0, and least top_p: less leaves nothing but rounding of float32.
 SMALLEST = 1e-6
-# Above it a bias would be infinite in float32.
-_LARGEST_BIAS = float(np.finfo(np.float32).max)
+# Beyond them a number would be infinite in float32, or zero.
+_LARGEST = float(np.finfo(np.float32).max)
+_LEAST = float(np.finfo(np.float32).tiny)
 ACCEPTANCE_RULES: tuple[AcceptanceRule, ...] = ("block", "coupled")
 
 
@@ -75,10 +76,12 @@ class Sampling:
             whole = isinstance(_default(name), int)
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
                 raise OptionError(f"{name} must be {'an integer' if whole else 'a number'}, found {value!r}")
-            if not low <= value <= high or math.isinf(value):
-                raise OptionError(f"{name} must be {_range(low, high)}, found {value}")
-        if self.repetition_penalty == 0:
-            raise OptionError("repetition_penalty must be above 0, found 0")
+            if not low <= value <= high or value in (-math.inf, math.inf):
+                raise OptionError(f"{name} must be {_range(low, high)}, found {_shown(value)}")
+            if not whole and abs(value) > _LARGEST:
+                raise OptionError(f"{name} must be finite in float32, found {_shown(value)}")
+        if self.repetition_penalty < _LEAST:
+            raise OptionError(f"repetition_penalty must be above 0, found {self.repetition_penalty:g}")
         if 0 < self.temperature < SMALLEST or self.top_p < SMALLEST:
             name = "top_p" if self.top_p < SMALLEST else "temperature"
             raise OptionError(f"{name} must be at least {SMALLEST:g}, found {vars(self)[name]:g}")
@@ -86,8 +89,10 @@ class Sampling:
             is_valid = isinstance(token, int) and isinstance(bias, int | float) and bias < math.inf
             if isinstance(token, bool) or isinstance(bias, bool) or not is_valid:
                 raise OptionError(f"logit_bias must map token ids to finite numbers, found {token!r}: {bias!r}")
-            if bias != -math.inf and abs(bias) > _LARGEST_BIAS:
-                raise OptionError(f"logit_bias of token {token} must be finite in float32, found {bias:g}")
+            if bias != -math.inf and abs(bias) > _LARGEST:
+                raise OptionError(
+                    f"logit_bias of token {_shown(token)} must be finite in float32, found {_shown(bias)}"
+                )
         if self.acceptance not in ACCEPTANCE_RULES:
             raise OptionError(f"acceptance must be one of {', '.join(ACCEPTANCE_RULES)}, found {self.acceptance!r}")
 
@@ -153,7 +158,7 @@ class Penalties:
         self.vocab_size = vocab_size
         outside = [token for token in sampling.logit_bias if not 0 <= token < vocab_size]
         if outside:
-            raise OptionError(f"logit_bias names token {outside[0]}, the vocabulary has {vocab_size}")
+            raise OptionError(f"logit_bias names token {_shown(outside[0])}, the vocabulary has {vocab_size}")
         sizes = {
             "repetition": sampling.repetition_context_size if sampling.repetition_penalty != 1 else 0,
             "presence": sampling.presence_context_size if sampling.presence_penalty else 0,
@@ -222,6 +227,13 @@ def _normalize(x: mx.array) -> mx.array:
 
 def _default(name: str) -> object:
     return Sampling.__dataclass_fields__[name].default
+
+
+def _shown(value: float) -> str:
+    """A number as it reads best; of an integer that has hundreds of digits, its size."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    return str(value)
 
 
 def _range(low: float, high: float) -> str:

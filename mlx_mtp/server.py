@@ -38,7 +38,7 @@ from .cli import (
     read_sampling,
 )
 from .engine import GenerationOptions, Model
-from .errors import ClosedError, OptionError, ServerError
+from .errors import ClosedError, OptionError, OutputError, ServerError
 from .load import DEMO_PAIR
 from .memory import parse_bytes
 from .shell import Parser, exit_status, write_out
@@ -146,8 +146,10 @@ def _run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         # The thread cannot be interrupted, and nothing is to be saved.
         os._exit(130)
-    _serve(args, model, options, worker, listener)
-    worker.close()
+    try:
+        _serve(args, model, options, worker, listener)
+    finally:
+        worker.close()
     return 0
 
 
@@ -232,9 +234,16 @@ async def _until_stopped(app: Any, service: "Service", listener: socket.socket, 
     class Server(uvicorn.Server):
         """Uvicorn's, which says where it serves, and ends generations when it is told to stop."""
 
+        failure: Exception | None = None
+
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            write_out(_address(listener))
+            try:
+                write_out(_address(listener))
+            except (OutputError, OSError) as error:
+                # Raised once the server is down again: uvicorn would log what it cancels.
+                self.failure = error
+                self.should_exit = True
 
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
@@ -264,7 +273,10 @@ async def _until_stopped(app: Any, service: "Service", listener: socket.socket, 
         server_header=False,
         ws="none",
     )
-    await Server(config).serve([listener])
+    server = Server(config)
+    await server.serve([listener])
+    if server.failure is not None:
+        raise server.failure
 
 
 def _address(listener: socket.socket) -> str:

@@ -5,12 +5,16 @@ import io
 import json
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from .commands import INTERRUPTED
 from .errors import MTPError, OutputError, PromptError
+
+_EXPONENT = re.compile(r"-(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+_DASHES = re.compile(r"(--[\w-]+=|-\w)--")
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,6 +22,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """As argparse does, but a negative number with an exponent is a value, as one without is."""
+        given: list[str] = []
+        for argument in sys.argv[1:] if args is None else args:
+            if (match := _DASHES.fullmatch(argument)) is not None:
+                # argparse drops the dashes and makes a list of nothing.
+                self.error(f"argument {match[1].rstrip('=')}: expected a value, found --")
+            if given and given[-1].startswith("-") and _EXPONENT.fullmatch(argument):
+                # argparse takes it for an option.
+                given[-1] += f"={argument}" if given[-1].startswith("--") else argument
+            else:
+                given.append(argument)
+        return super().parse_args(given, namespace)
 
 
 def exit_status(run: Callable[[], int]) -> int:
@@ -112,6 +132,15 @@ def lacking(text: str) -> str | None:
 def text_argument(text: str) -> str:
     """For argparse: an argument that is a text, in UTF-8 where the locale does not know its bytes."""
     try:
+        return read_escaped(text)
+    except PromptError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def read_escaped(text: str) -> str:
+    """A text in which Python escaped the bytes that the locale does not know, read as UTF-8. Raises PromptError if it
+    is no such text."""
+    try:
         text.encode()
         return text
     except UnicodeEncodeError:
@@ -119,7 +148,7 @@ def text_argument(text: str) -> str:
     try:
         return os.fsencode(text).decode()
     except UnicodeDecodeError as error:
-        raise argparse.ArgumentTypeError(_not_utf8(error)) from None
+        raise PromptError(_not_utf8(error)) from None
 
 
 def read_prompt(prompt: str) -> str:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from .chat_template import render_conversation
 from .config import read_json
-from .errors import ConfigError, MTPError, PromptError, TokenizerError
+from .errors import MTPError, PromptError, TokenizerError
 from .files import BYTE_ORDER_MARK, fault, read_text
 from .guide import Channel
+from .tokenizer_files import check_template, check_template_field, check_tokenizer_fields
 from .tool_schemas import usable_tools
 
 if TYPE_CHECKING:
@@ -27,12 +28,14 @@ _NOT_SWITCHES = {
     "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens", "tokenize",
     "tokenizer_kwargs", "tools", "truncation",
 }  # fmt: skip
-_OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
+# Named templates beside the default one, a file for each.
+TEMPLATES_FOLDER = "additional_chat_templates"
 
 
 def load_tokenizer(folder: Path, eos_token_ids: tuple[int, ...]) -> "TokenizerWrapper":
     """The folder's tokenizer, stopping at these ids. Raises TokenizerError if it has none or it cannot be read."""
     _vocabulary_file(folder)
+    _template_files(folder)
     # Imported here: mlx-lm brings transformers along, seconds that --help and the converter have no use for.
     from mlx_lm import tokenizer_utils
 
@@ -55,13 +58,12 @@ def load_tokenizer(folder: Path, eos_token_ids: tuple[int, ...]) -> "TokenizerWr
 def _chat_template_json(folder: Path) -> dict[str, Any]:
     """The field of tokenizer_config.json that older processors kept in a file of its own, if it is nowhere else."""
     file, config = folder / "chat_template.json", folder / "tokenizer_config.json"
-    elsewhere = (folder / "chat_template.jinja").is_file() or (folder / "additional_chat_templates").is_dir()
+    elsewhere = (folder / "chat_template.jinja").is_file() or (folder / TEMPLATES_FOLDER).is_dir()
     if not file.is_file() or elsewhere or (config.is_file() and read_json(config).get("chat_template")):
         return {}
     template = read_json(file).get("chat_template")
-    if not isinstance(template, str | list):
-        raise TokenizerError(f"{file}: field chat_template must be a template or a list of named ones")
-    return {"chat_template": template}
+    check_template_field(file, template)
+    return {} if template is None else {"chat_template": template}
 
 
 def _name_a_default(tokenizer: "TokenizerWrapper") -> None:
@@ -77,17 +79,18 @@ def _name_a_default(tokenizer: "TokenizerWrapper") -> None:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raise TokenizerError, naming the file, for a tokenizer that `load_tokenizer` could not load.
+    """Raise TokenizerError, naming the file, for a tokenizer that `load_tokenizer` could not load, or a chat template
+    that could not be rendered.
 
     Without transformers: it costs a second for a vocabulary of 262144 tokens, and the memory of the vocabulary.
     """
     file = _vocabulary_file(folder)
+    check_tokenizer_fields(folder)
+    for template in _template_files(folder):
+        check_template(template, read_text(template))
+    if (reason := fault(file)) is not None:
+        raise TokenizerError(f"{file}: {reason}")
     try:
-        for name in _OBJECTS:
-            if (folder / name).is_file():
-                read_json(folder / name)
-        if (reason := fault(file)) is not None:
-            raise TokenizerError(f"{file}: {reason}")
         if file.suffix == ".json":
             # mlx-lm brings it along, with transformers.
             from tokenizers import Tokenizer
@@ -97,13 +100,25 @@ def check_tokenizer(folder: Path) -> None:
             from sentencepiece import SentencePieceProcessor
 
             SentencePieceProcessor(model_file=str(file))
-    except ConfigError as error:
-        raise TokenizerError(str(error)) from None
-    except TokenizerError:
-        raise
     # Rust raises nothing but Exception.
     except Exception as error:
         raise TokenizerError(f"{file}: not a tokenizer: {error}") from None
+
+
+def _template_files(folder: Path) -> list[Path]:
+    """The files of chat templates. Raises TokenizerError, naming the file, for one that holds no text."""
+    files = [folder / "chat_template.jinja", *sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))]
+    found = [file for file in files if file.is_file()]
+    for file in found:
+        if (reason := fault(file)) is not None:
+            raise TokenizerError(f"{file}: {reason}")
+        try:
+            text = read_text(file)
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{file}: not UTF-8: {error.reason} at position {error.start}") from None
+        if "\0" in text or not text.strip():
+            raise TokenizerError(f"{file}: expected a chat template in UTF-8, found {text[:9]!r}")
+    return found
 
 
 def _vocabulary_file(folder: Path) -> Path:
@@ -118,12 +133,15 @@ def _without_marks(folder: Path) -> Iterator[Path]:
     """The folder, or where a file begins with a byte order mark a copy of all of them without it: transformers takes it
     for a part of the JSON, or of the chat template."""
     files = [file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".model") and file.is_file()]
+    files += (folder / TEMPLATES_FOLDER).glob("*.jinja")
     if not any(map(_begins_with_mark, files)):
         yield folder
         return
     with tempfile.TemporaryDirectory() as copy:
         for file in files:
-            Path(copy, file.name).write_bytes(file.read_bytes().removeprefix(BYTE_ORDER_MARK))
+            copied = Path(copy, file.relative_to(folder))
+            copied.parent.mkdir(exist_ok=True)
+            copied.write_bytes(file.read_bytes().removeprefix(BYTE_ORDER_MARK))
         yield Path(copy)
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,24 @@ from mlx_mtp import DEMO_PAIR, bench, cache_prompt, chat, cli, generate, probe, 
 from mlx_mtp.config import read_json
 from mlx_mtp.convert import cli as convert
 from mlx_mtp.convert import converter
+from mlx_mtp.errors import ConfigError, OptionError
+from mlx_mtp.sampling import Penalties, Sampling
+from mlx_mtp.shell import Parser
 
 DEMO = ("--model", str(DEMO_PAIR))
+# More than Python's parser of JSON follows.
+DEEP = "[" * 100_000
 MODEL: list[tuple[list[str], str]] = [
     (["--drafter", "no/such/folder"], "no/such/folder: no such folder"),
     (["--max-context", "0"], "argument --max-context: expected a number of tokens, at least 2, found '0'"),
     (["--memory-limit", "many"], "argument --memory-limit: expected a number of GB"),
+    (["--memory-limit", "99999999999GB"], "argument --memory-limit: expected less than 9.22e+09 GB"),
+    (["--memory-limit", "9" * 400], "argument --memory-limit: expected less than 9.22e+09 GB"),
     (["--memory-limit", "1MB"], "more than the limit of 1.0 MB"),
     (["--per-layer-embeddings", "disk"], "argument --per-layer-embeddings: invalid choice: 'disk'"),
 ]
 LENGTHS: list[tuple[list[str], str]] = [
+    (["--num-draft-tokens", "9" * 23], "num_draft_tokens must be at most 1024, found 9999"),
     (["--num-draft-tokens", "-1"], "num_draft_tokens must be an integer of at least 0, found -1"),
     (["--num-draft-tokens", "x"], "argument --num-draft-tokens: expected a number of draft tokens or auto, found 'x'"),
     (["--num-draft-tokens", "2", "--drafter", "none"], "num_draft_tokens is 2, but no drafter is loaded"),
@@ -46,6 +55,13 @@ SAMPLING: list[tuple[list[str], str]] = [
     (["--repetition-penalty", "0"], "repetition_penalty must be above 0, found 0"),
     (["--presence-context-size", "0"], "presence_context_size must be at least 1, found 0"),
     (["--acceptance", "all"], "argument --acceptance: invalid choice: 'all'"),
+    (["--temp", "1e39"], "temperature must be finite in float32, found 1e+39"),
+    (["--repetition-penalty", "1e39"], "repetition_penalty must be finite in float32, found 1e+39"),
+    (["--repetition-penalty", "1e-50"], "repetition_penalty must be above 0, found 1e-50"),
+    (["--presence-penalty", "-1e39"], "presence_penalty must be finite in float32, found -1e+39"),
+    (["--frequency-penalty", "1e39"], "frequency_penalty must be finite in float32, found 1e+39"),
+    (["--logit-bias", f'{{"1": 1{"0" * 400}}}'], "argument --logit-bias: expected a JSON object"),
+    (["--logit-bias", DEEP], "argument --logit-bias: expected a JSON object"),
     (["--logit-bias", "[1]"], "argument --logit-bias: expected a JSON object"),
     (["--logit-bias", '{"99999": 1}'], "logit_bias names token 99999, the vocabulary has"),
 ]
@@ -62,6 +78,9 @@ GENERATE: list[tuple[list[str], str]] = [
     (["--logprobs", "99999"], "logprobs is 99999, more than the vocabulary of"),
     (["--json-schema", "absent.json"], "absent.json: cannot be read"),
     (["--json-schema", "text"], "text: not JSON"),
+    (["--json-schema", "deep"], "deep: not JSON"),
+    (["--prompt-cache=--"], "argument --prompt-cache: expected a value, found --"),
+    (["-p--"], "argument -p: expected a value, found --"),
     (["--grammar-file", "absent"], "absent: cannot be read"),
     (["--regex", "("], "regex cannot be followed"),
     (["--ignore-chat-template", "--system-prompt", "x"], "a system prompt needs a chat template"),
@@ -72,6 +91,8 @@ GENERATE: list[tuple[list[str], str]] = [
 CACHE_PROMPT: list[tuple[list[str], str]] = [
     (["--prompt", ""], "the prompt is empty"),
     (["--prompt-cache", "."], "cannot be written"),
+    (["--prompt-cache", "b\udce9"], "'b\\udce9': cannot be written: the name is not UTF-8"),
+    (["--prompt-cache=--"], "argument --prompt-cache: expected a value, found --"),
     (["--prompt-cache", "absent/x"], "cannot be written"),
     (["--prompt-cache", "x" * 250], "cannot be written: File name too long"),
     (["--ignore-chat-template", "--enable-thinking"], "thinking needs a chat template"),
@@ -108,6 +129,8 @@ PROBE: list[tuple[list[str], str]] = [
 ]
 TRAIN: list[tuple[list[str], str]] = [
     (["--data", "absent.jsonl"], "absent.jsonl: cannot be read"),
+    (["--data", "empty"], "empty: expected a text a line, found none"),
+    (["--data", "deep"], "deep, line 1: not JSON"),
     (["--data", "text"], "text, line 1: not JSON"),
     (["--data", "."], "train.jsonl: cannot be read"),
     (["--output", "text"], "text: exists already"),
@@ -145,6 +168,8 @@ def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff")))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("no JSON, no folder")
+    (tmp_path / "deep").write_text(DEEP)
+    (tmp_path / "empty").write_text("\n")
     (tmp_path / "data.jsonl").write_text('{"text": "def f(x):"}\n')
 
 
@@ -195,6 +220,7 @@ def test_a_dry_run_checks_the_options_too(capsys: pytest.CaptureFixture[str]) ->
     [
         (["--drafter", "no/such/folder"], "no/such/folder: no such folder"),
         (["--mlx-path", "text"], "text: exists already"),
+        (["--mlx-path", "o\udce9"], "cannot be written: the name is not UTF-8"),
         (["-q", "--q-bits", "7"], "--q-bits: expected one of"),
         (["--draft-vocab", "-5"], "--draft-vocab: expected at least 1, found -5"),
         (["--drafter", "none", "--draft-vocab", "9"], "--draft-vocab: expected a drafter with it, found none"),
@@ -211,6 +237,40 @@ def test_the_converter_reads_no_weights(
 
     monkeypatch.setattr(converter, "read_checkpoint", read)
     assert message in refused(convert.main, ["--hf-path", str(DEMO_PAIR), *arguments], capsys)
+
+
+def test_negative_numbers_are_values() -> None:
+    parser = Parser()
+    parser.add_argument("--penalty", "-p", type=float)
+    parser.add_argument("--text")
+    parser.add_argument("--flag", action="store_true")
+    for number in ("-1", "-1e5", "-2.5E-3", "-.5e+1"):
+        for arguments in (["--penalty", number], ["-p", number], [f"--penalty={number}"]):
+            assert parser.parse_args([*arguments, "--flag"]) == Namespace(penalty=float(number), text=None, flag=True)
+    assert parser.parse_args(["--text", "a b=--"]).text == "a b=--"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 10**400}, "temperature must be finite in float32, found an integer of 1329 bits"),
+        ({"presence_penalty": -(10**400)}, "presence_penalty must be finite in float32, found an integer of"),
+        ({"seed": 10**5000}, "seed must be between 0 and .*, found an integer of"),
+        ({"logit_bias": {1: 10**400}}, "logit_bias of token 1 must be finite in float32, found an integer of"),
+    ],
+)
+def test_numbers_beyond_every_float(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Sampling(**options)
+    with pytest.raises(OptionError, match="the vocabulary has 9"):
+        Penalties(Sampling(logit_bias={10**5000: 1}), 9)
+
+
+def test_json_that_python_cannot_read(tmp_path: Path) -> None:
+    for content in (DEEP, '{"a": ' + "[" * 100_000, '{"a": 1' + "0" * 5000 + "}"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"config.json: cannot be read as JSON: "):
+            read_json(tmp_path / "config.json")
 
 
 def test_a_drafter_with_a_dense_head_has_no_centroids(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

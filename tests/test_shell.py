@@ -1,8 +1,10 @@
 """Shells and files as they are: encodings, closed descriptors, full disks, odd files, Ctrl-C at any time."""
 
+import errno
 import fcntl
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -15,14 +17,14 @@ import pytest
 from tiny import STOP_IDS, make_tokenizer
 
 import mlx_mtp
-from mlx_mtp import DEMO_PAIR, cache_prompt, calibration, generate, shell
+from mlx_mtp import DEMO_PAIR, cache_prompt, calibration, chat, generate, server, shell
 from mlx_mtp.config import read_json
 from mlx_mtp.convert import cli as convert
 from mlx_mtp.convert.converter import Options
 from mlx_mtp.convert.converter import convert as run_convert
 from mlx_mtp.dataset import check_data
 from mlx_mtp.errors import ConfigError, DataError, OutputError, TokenizerError, WeightsError
-from mlx_mtp.output import check_file, new_folder, remove_abandoned
+from mlx_mtp.output import check_file, new_folder, remove_abandoned, replace_text
 from mlx_mtp.tokenizer import check_tokenizer, encode_prompt, load_tokenizer
 from mlx_mtp.weights import read_checkpoint
 
@@ -126,6 +128,44 @@ def test_descriptors_that_are_closed_or_full(capsys: pytest.CaptureFixture[str])
         assert full.stderr.splitlines()[1:] == ["error: stdout cannot be written: No space left on device"]
 
 
+class _Full(io.FileIO):
+    """A file on a disk that is full."""
+
+    def write(self, _: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("run", [chat.main, server.main], ids=["chat", "server"])
+def test_stdout_is_full(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: Any, tmp_path: Path, run: Any
+) -> None:
+    stdin(monkeypatch, b"def f\n")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(_Full(str(tmp_path / "out"), "w"))))
+    arguments = ["--port", "0", "--log-level", "warning"] if run is server.main else ["--max-tokens", "2"]
+    assert run(["--model", str(DEMO_PAIR), "--num-draft-tokens", "0", *arguments]) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1] == "error: stdout cannot be written: No space left on device"
+    assert len(error) == (1 if run is server.main else 2), error
+    # Uvicorn would log tracebacks.
+    assert [record for record in caplog.records if record.levelno > logging.WARNING] == []
+
+
+def test_a_message_that_is_no_text_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is said, and the conversation goes on; text in UTF-8 is read in a locale that knows ASCII only."""
+    arguments = ["--model", str(DEMO_PAIR), *GREEDY, "--seed", "1"]
+    found = []
+    for content, encoding in ((b"caf\xe9\ndef f\n", "utf-8"), (b"def f\n", "utf-8"), ("é\n".encode(), "ascii")):
+        stdin(monkeypatch, content, encoding)
+        assert chat.main(arguments) == 0
+        found.append(capsys.readouterr())
+    assert found[0].out == found[1].out != ""
+    message = "error: stdin: not UTF-8: byte 0xe9 at position 3; the message is dropped"
+    assert [message in part.err.splitlines() for part in found] == [True, False, False]
+    assert found[2].out
+
+
 def test_converting_without_a_terminal(tiny_pair: Any, tmp_path: Path) -> None:
     source = str(tiny_pair("e2b") / "target")
     arguments = ("mlx_mtp.convert", "--hf-path", source, "--mlx-path", str(tmp_path / "out"), "--drafter", "none")
@@ -164,7 +204,7 @@ def test_importing_the_package_is_instant() -> None:
     # The names are there all the same, whatever is imported first.
     code += "import mlx_mtp.load; assert callable(mlx_mtp.load) and mlx_mtp.Model and 'Model' in dir(mlx_mtp)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"mlx", "mlx.core", "numpy", "huggingface_hub", "argparse"} & set(result.stdout.split())
+    assert not {"mlx", "mlx.core", "numpy", "huggingface_hub", "argparse", "logging"} & set(result.stdout.split())
 
 
 # Folders and files
@@ -200,6 +240,29 @@ def test_a_prompt_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OutputError, match="cannot be written"):
         model.save_prompt("def f", tmp_path / "absent" / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_files_are_replaced(tmp_path: Path) -> None:
+    """Never a device or a pipe; of a link, the file that it names."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to pipe").symlink_to("pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    arguments = ["--prompt", "def f", "--model", str(DEMO_PAIR), "--prompt-cache"]
+    for name, found in (("pipe", "a device"), ("to pipe", "a device"), ("loop", "a link that leads nowhere")):
+        for write in (check_file, lambda file: replace_text(file, "new")):
+            with pytest.raises(OutputError, match=f"{name}: cannot be written: expected a file .*, found {found}"):
+                write(tmp_path / name)
+        assert cache_prompt.main([*arguments, str(tmp_path / name)]) == 1
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "folder").mkdir()
+    for name in ("old", "new"):
+        (tmp_path / name).symlink_to(Path("folder", name))
+        check_file(tmp_path / name)
+        for text in ("one", "two"):
+            replace_text(tmp_path / name, text)
+            assert (tmp_path / name).is_symlink()
+            assert (tmp_path / "folder" / name).read_text() == text
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["new", "old"]
 
 
 def test_byte_order_marks_and_line_ends(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,12 +363,24 @@ def test_a_cache_folder_that_cannot_be_read(
         ("tokenizer.json", b"{}", "tokenizer.json: not a tokenizer: "),
         ("tokenizer_config.json", b'{"bos_token": ', "tokenizer_config.json: cannot be read as JSON: "),
         ("special_tokens_map.json", POINTER, "special_tokens_map.json: cannot be read as JSON: a git-lfs pointer"),
+        ("chat_template.jinja", POINTER, "chat_template.jinja: a git-lfs pointer in place of the file"),
+        ("chat_template.jinja", b"", "chat_template.jinja: truncated: an empty file"),
+        ("chat_template.jinja", b" \n", "chat_template.jinja: expected a chat template"),
+        ("chat_template.jinja", "{# Gruß #}".encode("latin-1"), "chat_template.jinja: not UTF-8: "),
+        ("chat_template.jinja", "{# a #}".encode("utf-16"), "chat_template.jinja: not UTF-8: "),
+        (
+            "chat_template.jinja",
+            "{# a #}".encode("utf-16-le"),
+            "chat_template.jinja: expected a chat template in UTF-8",
+        ),
+        ("additional_chat_templates/tool_use.jinja", POINTER, "tool_use.jinja: a git-lfs pointer in place of the file"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_loaded_is_not_converted(
     tiny_pair: Any, tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     source = shutil.copytree(tiny_pair("e2b") / "target", tmp_path / "source", copy_function=os.link)
+    (source / name).parent.mkdir(exist_ok=True)
     replace(source / name, content)
     with pytest.raises(TokenizerError) as caught:
         run_convert(Options(str(source), tmp_path / "out", "none"))
@@ -313,6 +388,63 @@ def test_a_tokenizer_that_cannot_be_loaded_is_not_converted(
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     with pytest.raises(TokenizerError, match=name):
         load_tokenizer(source, STOP_IDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("chat_template.jinja", "{% for m in messages %}{{ m", "not a chat template: "),
+        ("chat_template.jinja", "{{ 'a' | no_such_filter }}", "not a chat template: "),
+        ("additional_chat_templates/tool_use.jinja", "{% if %}", "not a chat template: "),
+        ("chat_template.json", "5", "expected a JSON object, found int"),
+        *(
+            ("chat_template.json", json.dumps({"chat_template": value}), "field chat_template must be a template or")
+            for value in (5, [1], {"default": "x"}, [{"name": "default"}])
+        ),
+        ("tokenizer_config.json", '{"eos_token": 5}', "field eos_token must be a token"),
+        ("tokenizer_config.json", '{"bos_token": {"content": 1}}', "field bos_token must be a token"),
+        ("tokenizer_config.json", '{"eos_token": {"content": "<eos>"}}', "field eos_token must be a token"),
+        ("tokenizer_config.json", '{"extra_special_tokens": {"a": 5}}', "field extra_special_tokens must be a list"),
+        ("tokenizer_config.json", '{"model_max_length": "x"}', "field model_max_length must be a number, found 'x'"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "field added_tokens_decoder must be"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "a"}}}', "added_tokens_decoder.x must"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"1": {"lstrip": true}}}', "added_tokens_decoder.1 must"),
+        ("tokenizer_config.json", '{"chat_template": "{{ m"}', "not a chat template: "),
+        ("special_tokens_map.json", '{"unk_token": [1]}', "field unk_token must be a token"),
+        ("added_tokens.json", '{"<x>": "y"}', "field <x> must be the token's id, found 'y'"),
+    ],
+)
+def test_fields_and_templates_of_a_tokenizer_are_checked(tmp_path: Path, name: str, content: str, message: str) -> None:
+    folder = make_tokenizer(tmp_path)
+    (folder / "chat_template.jinja").write_text("{% generation %}{{ messages | tojson }}{% endgeneration %}")
+    check_tokenizer(folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    replace(folder / name, content.encode())
+    with pytest.raises(TokenizerError) as caught:
+        check_tokenizer(folder)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"{folder / name}: ")
+
+
+def test_named_chat_templates_are_files_of_the_model(tiny_pair: Any, tmp_path: Path) -> None:
+    """They are converted, and read without a byte order mark."""
+    source = shutil.copytree(tiny_pair("e2b") / "target", tmp_path / "source", copy_function=os.link)
+    replace(source / "chat_template.jinja", b"default")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_bytes(MARK + b"tools")
+    run_convert(Options(str(source), tmp_path / "out", "none"))
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_bytes() == b"tools"
+    for folder in (source, tmp_path / "out"):
+        assert load_tokenizer(folder, STOP_IDS).chat_template == {"default": "default", "tool_use": "tools"}
+
+
+def test_a_chat_template_json_without_a_template_counts_as_absent(tmp_path: Path) -> None:
+    folder = make_tokenizer(tmp_path)
+    for content in ("{}", '{"chat_template": null}'):
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        (folder / "chat_template.json").write_text(content)
+        check_tokenizer(folder)
+        assert not load_tokenizer(folder, STOP_IDS).has_chat_template
 
 
 def test_a_tokenizer_of_sentencepiece_is_checked(tmp_path: Path) -> None:
