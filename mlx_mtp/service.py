@@ -193,7 +193,7 @@ class Service:
             tools=task.tools,
             template_options=task.template_options,
         )
-        return [*tokens, *self.model.tokenizer.encode(task.prefill, add_special_tokens=False)]
+        return [*tokens, *encode_text(self.model.tokenizer, task.prefill)]
 
     def _prompt(self, task: Task) -> list[int]:
         tokens = self.encode(task)
