@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from .engine import GenerationOptions, GenerationResponse, Model
 from .errors import BusyError, ClosedError, ContextLengthError, MTPError, OptionError, PromptError
 from .openai_requests import ENDPOINTS, Task, field_names
+from .tokenizer import encode_text
 from .worker import CancelledJob, Job, Worker
 
 logger = logging.getLogger(__name__)

@@ -1,11 +1,14 @@
 """Tokenizers: prompts with and without the chat template, streamed text, and a checkpoint with tokenizer.model only."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import sentencepiece
 from tiny import STOP_IDS, VOCAB_SIZE, make_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from mlx_mtp.errors import PromptError
 from mlx_mtp.tokenizer import encode_prompt, load_tokenizer
@@ -42,8 +45,14 @@ def test_chat_template(tmp_path: Path) -> None:
         encode_prompt(tokenizer, "hi", system_prompt="be brief", use_chat_template=False)
 
 
-def test_a_prompt_that_begins_with_the_beginning_of_text_gets_no_second_one(pair: Path) -> None:
-    tokenizer = load_tokenizer(pair / "target", (1, 5))
+def test_a_prompt_that_begins_with_the_beginning_of_text_gets_no_second_one(pair: Path, tmp_path: Path) -> None:
+    """With a tokenizer that adds one, as the published ones do."""
+    shutil.copytree(pair / "target", tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "tokenizer.json"
+    found = Tokenizer.from_file(str(file))
+    found.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", found.token_to_id("<bos>"))])
+    found.save(str(file))
+    tokenizer = load_tokenizer(tmp_path, (1, 5))
     bare = encode_prompt(tokenizer, "import os", use_chat_template=False)
     assert bare[0] == tokenizer.bos_token_id != bare[1]
     assert encode_prompt(tokenizer, "<bos>import os", use_chat_template=False) == bare
