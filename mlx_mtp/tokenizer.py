@@ -13,7 +13,7 @@ from .config import read_json
 from .errors import MTPError, PromptError, TokenizerError
 from .files import BYTE_ORDER_MARK, fault, read_text
 from .guide import Channel
-from .tokenizer_files import check_template, check_template_field, check_tokenizer_fields
+from .tokenizer_files import check_template, check_tokenizer_fields, read_template_field
 from .tool_schemas import usable_tools
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ def _chat_template_json(folder: Path) -> dict[str, Any]:
     elsewhere = (folder / "chat_template.jinja").is_file() or (folder / TEMPLATES_FOLDER).is_dir()
     if not file.is_file() or elsewhere or (config.is_file() and read_json(config).get("chat_template")):
         return {}
-    template = read_json(file).get("chat_template")
-    check_template_field(file, template)
+    template = read_template_field(file, read_json(file))
     return {} if template is None else {"chat_template": template}
 
 

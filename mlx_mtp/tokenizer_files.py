@@ -1,6 +1,6 @@
 """What a tokenizer's files must hold beside the vocabulary: fields and chat templates, checked without transformers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 def check_tokenizer_fields(folder: Path) -> None:
     """Raise TokenizerError, naming file and field, for what transformers cannot read."""
-    checks: dict[str, Callable[[Path, dict[str, Any]], None]] = {
+    checks: dict[str, Callable[[Path, dict[str, Any]], object]] = {
         "tokenizer_config.json": _check_config,
         "special_tokens_map.json": _check_special_tokens,
         "added_tokens.json": _check_ids,
-        "chat_template.json": lambda file, fields: check_template_field(file, fields.get("chat_template")),
+        "chat_template.json": read_template_field,
     }
     for name, check in checks.items():
         if not (folder / name).is_file():
@@ -71,6 +71,15 @@ def _check_ids(file: Path, fields: dict[str, Any]) -> None:
     for token, index in fields.items():
         if isinstance(index, bool) or not isinstance(index, int):
             raise _error(file, token, "the token's id", index)
+
+
+def read_template_field(file: Path, fields: Mapping[str, Any]) -> object:
+    """The field chat_template of chat_template.json; None if it is null or the file holds nothing. Raises TokenizerError
+    for a file with other fields alone, and as `check_template_field`."""
+    if fields and "chat_template" not in fields:
+        raise _error(file, "chat_template", "a template or a list of named ones", f"only {', '.join(fields)}")
+    check_template_field(file, fields.get("chat_template"))
+    return fields.get("chat_template")
 
 
 def check_template_field(file: Path, value: object) -> None:
