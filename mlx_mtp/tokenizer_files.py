@@ -74,8 +74,10 @@ def _check_ids(file: Path, fields: dict[str, Any]) -> None:
 
 
 def read_template_field(file: Path, fields: Mapping[str, Any]) -> object:
-    """The field chat_template of chat_template.json; None if it is null or the file holds nothing. Raises TokenizerError
-    for a file with other fields alone, and as `check_template_field`."""
+    """The field chat_template of chat_template.json; None if it is null or the file holds nothing.
+
+    Raises TokenizerError for a file with other fields alone, and as `check_template_field`.
+    """
     if fields and "chat_template" not in fields:
         raise _error(file, "chat_template", "a template or a list of named ones", f"only {', '.join(fields)}")
     check_template_field(file, fields.get("chat_template"))
