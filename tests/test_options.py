@@ -220,7 +220,7 @@ def test_stop_tokens_and_ignore_eos(model: mlx_mtp.Model) -> None:
         ({"logit_bias": {5: float("inf")}}, "logit_bias must map token ids to finite numbers, found 5: inf"),
         ({"logit_bias": {5: float("nan")}}, "logit_bias must map token ids to finite numbers, found 5: nan"),
         ({"logit_bias": {5: 1e39}}, r"logit_bias of token 5 must be finite in float32, found 1e\+39"),
-        ({"logit_bias": {5: -(10**50)}}, r"logit_bias of token 5 must be finite in float32, found -1e\+50"),
+        ({"logit_bias": {5: -(10**50)}}, r"logit_bias of token 5 must be finite in float32, found -10{50}$"),
     ],
 )
 def test_penalties_and_extremes_out_of_range(options: dict[str, Any], message: str) -> None:
