@@ -2,15 +2,17 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .call_syntax import BLANKS, CALL_END, STRING_MARK
+from .call_syntax import STRING_MARK
 from .errors import OptionError
 from .guide import lark_problem, schema_problem
 from .schemas import BY_TYPE, COMBINING, NUMERIC, Document, Flat, LeftOut, NotFollowedError, canonical, json_types
 from .string_rules import format_terminal, length_terminal, search_terminal
 
+_BARE_KEY = re.compile(r"[\w.-]+( [\w.-]+)*")
 # Special tokens are matched as tokens; spelled out by other tokens they would end a string or begin a call as well.
 _NO_MARK = r'~/(?s:.*)<\|"\|>(?s:.*)/'
 # Numbers are bounded because a model may never end one.
@@ -298,11 +300,8 @@ class ArgumentRules:
             raise self._error(f"{value!r} is not JSON") from None
 
     def _key(self, name: str) -> str:
-        """A property's name, bare where that is read back as the same name."""
-        is_bare = name == name.strip(BLANKS) and not name.startswith(('"', "'"))
-        if not name or not is_bare or any(mark in name for mark in (*":{}[]", CALL_END, STRING_MARK)):
-            return self._quoted(name)
-        return _text(name)
+        """A property's name: bare where no reader could take it for something else."""
+        return _text(name) if _BARE_KEY.fullmatch(name) else self._quoted(name)
 
     def _quoted(self, text: str) -> str:
         if STRING_MARK in text:
