@@ -40,6 +40,8 @@ _NEXT_KEY = re.compile(r",[ \t\r\n]*([\w$@./-]+)[ \t\r\n]*[:=](?![=]|//)")
 # The next key, maybe in quotes, behind text that may end before a brace.
 _SECOND_KEY = re.compile(r"[ \t\r\n}\])]*,[ \t\r\n]*(?:<\|\"\|>|[\"'])?([\w$@./-]*)")
 _OPENS_VALUE = re.compile(r",[ \t\r\n]*[\w$@./-]{1,64}[ \t\r\n]*[:=][ \t\r\n]*\Z")
+# A comma that is too many, or the first character of a text whose mark is missing.
+_SPARE_COMMA = re.compile(r"[\[,][ \t\r\n]*,[ \t\r\n]*\Z")
 _NOT_IN_PYTHON_WORDS = re.compile(r"[()\[\]{}\"'`+*%=]")
 _NEXT_ITEM = re.compile(r",[ \t\r\n]*(?=<\|\"\|>|[\"'{\[])")
 _INNER_BLANK = re.compile(r"[^ \t\r\n][ \t\r\n]+[^ \t\r\n]")
@@ -415,8 +417,9 @@ class _Reader:
             after = mark + len(STRING_MARK)
             swallowed = self._swallowed(state, state.at, mark)
             opens_value = _OPENS_VALUE.search(self._text[max(state.start, mark - 2 * _LONGEST_KEY) : mark])
+            spare_comma = _SPARE_COMMA.search(self._text[max(0, state.start - _LONGEST_KEY) : state.start])
             if state.quotes % 2 == 0:
-                closed = state._replace(note=STRING_MARK).doubted(opens_value is not None)
+                closed = state._replace(note=STRING_MARK).doubted(bool(opens_value or spare_comma))
                 yield from self._closed(closed, mark, after, 1 + swallowed)
             yield state.quotes % 2 + swallowed, state._replace(at=after, quotes=state.quotes + 1)
         if not state.quotes and self._text[state.start] not in "{[(\"'`)]}, \t\r\n":

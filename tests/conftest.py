@@ -1,6 +1,8 @@
 """Fixtures shared by the tests: tiny random pairs of every variant, and the demo pair."""
 
+import importlib
 import os
+import pkgutil
 import shutil
 import signal
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from tiny import (
     unpack_demo_pair,
 )
 
+import mlx_mtp
 from mlx_mtp import engine
 from mlx_mtp.draft_length import CostCurve
 from mlx_mtp.drafter import Drafter
@@ -29,6 +32,10 @@ from mlx_mtp.tokenizer import load_tokenizer
 
 # Ignored in what a shell runs in the background, and inherited by the commands under test: not when there is a handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Hypothesis tries the constants of all modules that are imported: here they do not depend on the tests that ran before.
+for module in pkgutil.iter_modules(mlx_mtp.__path__, "mlx_mtp."):
+    importlib.import_module(module.name)
 
 # LiteLLM asks the network for prices otherwise.
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"

@@ -663,10 +663,16 @@ DAMAGED_ARGUMENTS = st.fixed_dictionaries(
 )
 
 
+class Text(str):
+    """The text of a string: no token of the syntax, whatever it says."""
+
+    __slots__ = ()
+
+
 def tokens_of(value: Any) -> list[str]:
     """The tokens of a value in Gemma's syntax."""
     if isinstance(value, str):
-        return [QUOTE, value, QUOTE]
+        return [QUOTE, Text(value), QUOTE]
     if not isinstance(value, dict | list):
         return [render(value)]
     pairs = value.items() if isinstance(value, dict) else ((None, item) for item in value)
@@ -678,7 +684,7 @@ def tokens_of(value: Any) -> list[str]:
 def damaged(tokens: list[str], kind: str, pick: int) -> str:
     """The text of the tokens with one slip of this kind, if there is room for it."""
     wanted = {"comma": (",",), "trailing": ("}", "]"), "brace": ("}", "]"), "more": ("}", "]")}.get(kind, (QUOTE,))
-    places = [index for index, token in enumerate(tokens) if token in wanted]
+    places = [index for index, token in enumerate(tokens) if token in wanted and not isinstance(token, Text)]
     if kind == "comma":
         places = [index for index in places if tokens[index - 1] == QUOTE]
     if kind == "trailing":

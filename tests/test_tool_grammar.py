@@ -1,6 +1,7 @@
 """A grammar of tool calls: it allows the valid ones and no others."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -160,8 +161,12 @@ def test_a_string_of_ordinary_tokens_holds_no_mark(is_allowed: Callable[..., boo
     assert not is_allowed(grammar, start, "a<|", '"|>', end)
 
 
+# None of them holds the text of a special token: here it would become the token.
+PLAIN = STRINGS.filter(lambda text: re.search(r"<\|?\w+\|?>", text) is None)
+
+
 @settings(deadline=None, derandomize=True, max_examples=60)
-@given(STRINGS, STRINGS, STRINGS)
+@given(PLAIN, PLAIN, PLAIN)
 def test_any_name_and_any_string(is_allowed: Callable[[str, str], bool], name: str, value: str, other: str) -> None:
     parameters = {"type": "object", "properties": {name: {"enum": [value, 7]}}, "required": [name]}
     grammar = tool_grammar([tool("f", parameters, strict=True)], "required", parallel=False).text
