@@ -18,12 +18,16 @@ _NAMED = frozenset({"properties", "patternProperties", "dependentSchemas", "$def
 _KEPT = frozenset({"type", "enum", "const", "properties", "required", "items", "anyOf", "$ref"})
 
 
-def answer_schema(schema: Mapping[str, Any], *, is_strict: bool) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+def answer_schema(
+    schema: Mapping[str, Any], field: str, *, is_strict: bool
+) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     """The schema for `GenerationOptions.json_schema`, and the keywords that were left out of it, as `PLACE: KEYWORD`.
+
+    `field` is the name of the request's field that has the schema, for messages.
 
     Raises OptionError if the schema is malformed, or is strict and cannot be followed in full.
     """
-    left_out = LeftOut("response_format", "response_format", is_strict=is_strict)
+    left_out = LeftOut(field, field, is_strict=is_strict)
     try:
         document = Document(schema, left_out.owner)
         _check_root(schema, document)
@@ -34,9 +38,9 @@ def answer_schema(schema: Mapping[str, Any], *, is_strict: bool) -> tuple[Mappin
         if problem is not None:
             found, problem = _without_one(found, problem, left_out)
     except RecursionError:
-        raise OptionError("response_format: the schema is nested too deep") from None
+        raise OptionError(f"{field}: the schema is nested too deep") from None
     if problem is not None:
-        raise OptionError(f"response_format: the schema cannot be followed: {problem}")
+        raise OptionError(f"{field}: the schema cannot be followed: {problem}")
     return found, tuple(left_out.keywords)
 
 

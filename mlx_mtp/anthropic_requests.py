@@ -161,6 +161,10 @@ def _allow_nulls(schema: dict[str, Any]) -> None:
             schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
 
 
+class _ChatRequest(ChatRequest):
+    format_field = "output_config.format"
+
+
 class MessagesRequest(Request):
     """`/v1/messages` and `/v1/messages/count_tokens`. Beside Anthropic's fields, those of `Request`."""
 
@@ -198,7 +202,7 @@ class MessagesRequest(Request):
             raise PromptError("messages: there must be one of the user")
         fields = self._common() | self._chat_fields(bool(prefill)) | {"messages": messages}
         try:
-            request = ChatRequest.model_validate(fields)
+            request = _ChatRequest.model_validate(fields)
         except ValidationError as error:
             wrong = error.errors()[0]
             raise OptionError(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from None

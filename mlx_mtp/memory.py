@@ -1,5 +1,6 @@
 """What a pair takes of memory, from its files' headers alone, and what there is."""
 
+import math
 import os
 import re
 from bisect import bisect_right
@@ -13,7 +14,7 @@ from .config import DrafterConfig, LayerType, TargetConfig, TextConfig
 from .embeddings import KEPT_BYTES
 from .errors import MemoryLimitError, OptionError
 from .speculative import chunk_size
-from .weights import FLOAT_TYPES, TensorInfo, drafter_names, read_checkpoint, target_names
+from .weights import FLOAT_TYPES, drafter_names, read_checkpoint, target_names
 
 # Copies of the logits of a round that live at the same time: warped, sorted, compared.
 _LOGITS = 6
@@ -106,9 +107,9 @@ def planner(
     for key, tensor in read_checkpoint(target.path.parent).items():
         for name in target_names(key, target)[:1]:
             module = name.split(".")[0]
-            shares[module if module in shares else ""] += tensor.end - tensor.start
+            shares[module if module in shares else ""] += tensor.nbytes
             if name == "norm.weight":
-                size = _itemsize(tensor)
+                size = tensor.nbytes // math.prod(tensor.shape)
     drafter_size = 0 if drafter is None else _drafter_bytes(drafter, size)
     text = target.text
     largest = max(layer.num_kv_heads * layer.head_dim for layer in text.layers if layer.has_kv)
@@ -192,19 +193,13 @@ def _activations(text: TextConfig) -> int:
 
 
 def _drafter_bytes(config: DrafterConfig, size: int) -> int:
-    """A drafter's values take the target's type, its token ids four bytes."""
+    """A drafter's values take the target's type, its token ids four bytes; U8 are scales, which stay as they are."""
     total = 0
     for key, tensor in read_checkpoint(config.path.parent).items():
         if drafter_names(key, config):
-            is_narrowed = tensor.dtype in (*FLOAT_TYPES, "I64")
-            count = (tensor.end - tensor.start) // _itemsize(tensor)
-            width = size if tensor.dtype in FLOAT_TYPES else 4
-            total += count * width if is_narrowed else tensor.end - tensor.start
+            width = size if tensor.dtype in FLOAT_TYPES else 1 if tensor.dtype == "U8" else 4
+            total += math.prod(tensor.shape) * width
     return total
-
-
-def _itemsize(tensor: TensorInfo) -> int:
-    return {"F64": 8, "I64": 8, "F32": 4, "U32": 4, "I32": 4, "F16": 2, "BF16": 2}.get(tensor.dtype, 1)
 
 
 def _gigabytes(size: int) -> str:

@@ -9,7 +9,7 @@ import logging
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic.fields import FieldInfo
@@ -492,6 +492,9 @@ def _other_tools(tools: Iterable[Any]) -> list[str]:
 
 
 class ChatRequest(ConversationRequest):
+    # What messages call the field of the answer's form.
+    format_field: ClassVar[str] = "response_format"
+
     messages: list[Message] = Field(min_length=1)
     max_tokens: Limit = Field(None, validation_alias=AliasChoices(*_TOKEN_LIMITS))
     max_completion_tokens: Limit = None
@@ -513,7 +516,7 @@ class ChatRequest(ConversationRequest):
             raise OptionError("top_logprobs is given, but logprobs is not")
         tools = [tool.model_dump(exclude_none=True) for tool in self.tools if isinstance(tool, Tool)]
         choice = _choice(self.tool_choice)
-        form = _answer_form(tools, choice, self.parallel_tool_calls, self.response_format)
+        form = _answer_form(tools, choice, self.parallel_tool_calls, self.response_format, self.format_field)
         options = self.conversation_options(
             default,
             max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
@@ -729,7 +732,7 @@ class ResponseRequest(ConversationRequest):
             for tool in self.functions
         ]
         choice = _choice(self.tool_choice)
-        form = _answer_form(tools, choice, self.parallel_tool_calls, self.text.format)
+        form = _answer_form(tools, choice, self.parallel_tool_calls, self.text.format, "text.format")
         asks_logprobs = "message.output_text.logprobs" in self.include or bool(self.top_logprobs)
         options = self.conversation_options(
             default,
@@ -833,9 +836,11 @@ ResponseFormat: TypeAlias = TextFormat | JsonSchemaFormat | ResponseSchema
 
 
 def _answer_form(
-    tools: Sequence[Mapping[str, Any]], wanted_tools: Choice, parallel: bool, wanted: ResponseFormat
+    tools: Sequence[Mapping[str, Any]], wanted_tools: Choice, parallel: bool, wanted: ResponseFormat, field: str
 ) -> AnswerForm:
     """The form that an answer with these tools must have. What is not enforced is logged.
+
+    `field` is the name of the field `wanted`, for messages.
 
     Raises OptionError for what cannot be done, or not in full though it is strict.
     """
@@ -843,7 +848,7 @@ def _answer_form(
     _check_choice(tools, choice)
     callable_tools = tools if allowed is None else _allowed_tools(tools, allowed, choice)
     is_limited = len(callable_tools) < len(tools)
-    schema, left = _schema(wanted) if choice in ("none", "auto") else (None, ())
+    schema, left = _schema(wanted, field) if choice in ("none", "auto") else (None, ())
     if not tools or choice == "none":
         form = AnswerForm(json_schema=schema, not_enforced=left)
     elif (
@@ -862,12 +867,12 @@ def _answer_form(
     return form
 
 
-def _schema(wanted: ResponseFormat) -> tuple[Mapping[str, Any] | None, tuple[str, ...]]:
+def _schema(wanted: ResponseFormat, field: str) -> tuple[Mapping[str, Any] | None, tuple[str, ...]]:
     """The JSON Schema that the answer must follow, if any, and what was left out of it."""
     if isinstance(wanted, TextFormat):
         return (JSON_OBJECT if wanted.type == "json_object" else None), ()
     named = wanted.json_schema if isinstance(wanted, JsonSchemaFormat) else wanted
-    return answer_schema(named.schema_, is_strict=named.strict)
+    return answer_schema(named.schema_, field, is_strict=named.strict)
 
 
 def _is_strict(tool: Mapping[str, Any]) -> bool:

@@ -84,16 +84,16 @@ LEFT_OUT: list[tuple[Any, Any, tuple[str, ...]]] = [
 @pytest.mark.parametrize(("schema", "expected", "left"), LEFT_OUT, ids=lambda value: str(value)[:60])
 def test_what_cannot_be_followed(schema: Any, expected: Any, left: tuple[str, ...]) -> None:
     before = json.dumps(schema)
-    found, not_enforced = answer_schema(schema, is_strict=False)
+    found, not_enforced = answer_schema(schema, "response_format", is_strict=False)
     assert (found, not_enforced) == (expected, tuple(f"response_format{one}" for one in left))
     assert compile_grammar(json_schema=found)
     assert json.dumps(schema) == before
     if left:
         message = f"response_format: it is strict, but .*{left[0].split(': ')[1]}.* cannot be followed"
         with pytest.raises(mlx_mtp.OptionError, match=message):
-            answer_schema(schema, is_strict=True)
+            answer_schema(schema, "response_format", is_strict=True)
     else:
-        assert answer_schema(schema, is_strict=True) == (expected, ())
+        assert answer_schema(schema, "response_format", is_strict=True) == (expected, ())
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_what_cannot_be_followed(schema: Any, expected: Any, left: tuple[str, ..
 def test_malformed_schemas_are_refused_strict_or_not(schema: Any, message: str) -> None:
     for is_strict in (False, True):
         with pytest.raises(mlx_mtp.OptionError, match=message):
-            answer_schema(schema, is_strict=is_strict)
+            answer_schema(schema, "response_format", is_strict=is_strict)
 
 
 def test_deep_schemas_are_refused() -> None:
@@ -119,4 +119,4 @@ def test_deep_schemas_are_refused() -> None:
     for _ in range(2000):
         schema = {"type": "array", "items": schema}
     with pytest.raises(mlx_mtp.OptionError, match="nested too deep"):
-        answer_schema(schema, is_strict=False)
+        answer_schema(schema, "response_format", is_strict=False)

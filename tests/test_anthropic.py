@@ -446,7 +446,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"thinking": {"type": "maybe"}}, "thinking.type: "),
     (
         {"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}},
-        "it is strict, but not cannot be followed",
+        "output_config.format: it is strict, but not cannot be followed",
     ),
     ({"messages": [{"role": "user", "content": "x " * 30_000}]}, "prompt is too long: the prompt has "),
 ]

@@ -174,9 +174,11 @@ def test_token_ids_of_every_integer_type(folders: tuple[Path, Path], kind: mx.Dt
     tensors = tensors_of(drafter)
     name = "masked_embedding.token_ordering"
     expected = tensors[name].astype(mx.int32)
+    planned = mlx_mtp.plan_memory(target, max_context=100).drafter
     mx.save_safetensors(
         str(drafter / "model.safetensors"), tensors | {name: tensors[name].astype(kind)}, metadata={"format": "pt"}
     )
+    assert mlx_mtp.plan_memory(target, max_context=100).drafter == planned
     output = target.parent / "out"
     assert convert(["--hf-path", str(target), "--mlx-path", str(output)]) == 0
     for folder in (target, output):

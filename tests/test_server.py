@@ -410,6 +410,10 @@ def test_what_is_not_enforced_is_named(served: Served, caplog: pytest.LogCapture
     ):
         answer = httpx.post(f"{served.v1}/chat/completions", json=request | body)
         assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
+    text = {"format": {"type": "json_schema", "name": "o", "schema": LOOSE, "strict": True}}
+    answer = httpx.post(f"{served.v1}/responses", json={"input": "x", "text": text})
+    message = "text.format: it is strict, but propertyNames cannot be followed, at m"
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
 
 
 def test_tools_beside_a_response_format(client: openai.OpenAI, model: Model) -> None:
