@@ -137,8 +137,8 @@ def test_a_four_bit_pair_with_float32_activations(tiny_pair: Callable[[str], Pat
         mx.eval(module.parameters())
     reference, _, _ = run(target, None, LONG, 0)
     assert len(set(reference)) > 20
-    for k in (1, 4, 8):
-        assert run(target, drafter, LONG, k, max_tokens=100)[0] == reference[:100]
+    for k in (1, 8):
+        assert run(target, drafter, LONG, k, max_tokens=50)[0] == reference[:50]
         tokens, stats, _ = run(target, Scripted(drafter, LONG, reference), LONG, k)
         assert tokens == reference
         assert stats.accepted == stats.drafted
