@@ -30,6 +30,7 @@ from huggingface_hub.utils import tqdm
 from mlx.utils import tree_flatten
 
 from .cli import add_kv_options, add_model_options, calibrate, load_or_demo, read_kv_options
+from .decoding.report import Stats
 from .draft_length import CostCurve
 from .engine import GenerationOptions, Model
 from .errors import OptionError
@@ -38,7 +39,6 @@ from .peers import PEERS, Run, load_peer
 from .plots import check_plots, write_plots
 from .sampling import Sampling
 from .shell import Parser, exit_status, write_json
-from .speculative import Stats
 
 KINDS = ("code", "prose", "chat", "copy", "list")
 AUTO = "auto"

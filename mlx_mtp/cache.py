@@ -11,12 +11,13 @@ only, passes before it none, and no pass lies on both sides: what a row sees dep
 rows a pass has. Rings, whose size is fixed, are never quantized.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from copy import copy
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from .config import LayerConfig, LayerType, TextConfig
+from .config import LayerType, TextConfig
 from .errors import OptionError
 
 # Full-attention buffers grow by at least this many rows at a time.
@@ -67,8 +68,21 @@ class View(NamedTuple):
 Buffers = dict[int, tuple[Rows, Rows]]
 
 
+class KVState(NamedTuple):
+    """The arrays of a cache: how many positions are valid, int32 [], and the buffers of keys and values by layer."""
+
+    offset: mx.array
+    keys: dict[int, Rows]
+    values: dict[int, Rows]
+
+    @staticmethod
+    def none() -> "KVState":
+        """A state without buffers."""
+        return KVState(mx.array(0, mx.int32), {}, {})
+
+
 class Cache:
-    """The K/V buffers of one stream.
+    """The K/V buffers of one stream: their layout, known on the host, and their arrays, `kv`.
 
     `offset` (device) and `length` (host) are the number of valid positions; they are the same number, and `length` is
     what the host last knew. `max_block` is the largest number of rows one verify pass may write. `visible` is how many
@@ -96,11 +110,9 @@ class Cache:
         self.max_block = max_block
         self.ring = config.sliding_window + max_block
         self.capacity = rows_in_buffers(capacity)
-        self.offset = mx.array(0, mx.int32)
+        self.kv = KVState.none()
         self.length = 0
         self.visible = self.capacity
-        self.keys: dict[int, Rows] = {}
-        self.values: dict[int, Rows] = {}
         for index, layer in enumerate(config.layers):
             if layer.has_kv:
                 is_full = layer.layer_type == "full_attention"
@@ -108,6 +120,43 @@ class Cache:
                 shape = (1, layer.num_kv_heads, self.capacity if is_full else self.ring, layer.head_dim)
                 self.keys[index] = _zeros(shape, dtype, quantized)
                 self.values[index] = _zeros(shape, dtype, quantized)
+
+    @property
+    def offset(self) -> mx.array:
+        """The number of valid positions, int32 []."""
+        return self.kv.offset
+
+    @offset.setter
+    def offset(self, offset: mx.array) -> None:
+        self.kv = self.kv._replace(offset=offset)
+
+    @property
+    def keys(self) -> dict[int, Rows]:
+        """The buffers of keys by layer."""
+        return self.kv.keys
+
+    @property
+    def values(self) -> dict[int, Rows]:
+        """The buffers of values by layer."""
+        return self.kv.values
+
+    @property
+    def quantized_as(self) -> KVQuantization | None:
+        """How the full-attention buffers are quantized; None as long as they are not."""
+        if self.quantization is None or not self.is_quantized:
+            return None
+        # Where quantization began does not matter any more.
+        return self.quantization._replace(start=0)
+
+    def over(self, kv: KVState) -> "Cache":
+        """A cache of the same layout over other arrays. A pass over it leaves `kv` as it is."""
+        other = copy(self)
+        other.kv = KVState(kv.offset, dict(kv.keys), dict(kv.values))
+        return other
+
+    def without_rows(self) -> "Cache":
+        """A cache of the same layout that holds no buffers."""
+        return self.over(KVState.none())
 
     def start(self, length: int) -> "Pass":
         """A forward pass that will write `length` rows at the offset. The offset itself is the caller's to advance."""
@@ -169,31 +218,9 @@ class Cache:
         return View(self.keys[layer], self.values[layer], mask[None])
 
     def arrays(self) -> list[mx.array]:
-        """Every array of the state, to be evaluated together: the offset, then keys and values in order of layers."""
-        # Not in the order of the dictionaries, which growing changes.
-        ordered = [buffers[layer] for buffers in (self.keys, self.values) for layer in sorted(buffers)]
-        return [self.offset, *(part for rows in ordered for part in parts_of(rows))]
-
-    def take_arrays(self) -> list[mx.array]:
-        """The same, leaving the cache without buffers: one is updated in place only if nothing else holds it."""
-        arrays = self.arrays()
-        self.keys, self.values = {}, {}
-        return arrays
-
-    def set_arrays(self, arrays: list[mx.array]) -> None:
-        """Give the cache every array of its state, in the order of `arrays`."""
-        left = iter(arrays)
-        self.offset = next(left)
-        layers = [(index, layer) for index, layer in enumerate(self.config.layers) if layer.has_kv]
-        self.keys, self.values = (
-            {index: self._next_rows(layer, left) for index, layer in layers} for _ in ("keys", "values")
-        )
-
-    def _next_rows(self, layer: LayerConfig, arrays: Iterator[mx.array]) -> Rows:
-        if self.quantization is None or not self.is_quantized or layer.layer_type != "full_attention":
-            return next(arrays)
-        bits, group_size, _ = self.quantization
-        return Quantized(next(arrays), next(arrays), next(arrays), bits, group_size)
+        """Every array, to be evaluated together."""
+        rows = [rows for buffers in (self.keys, self.values) for rows in buffers.values()]
+        return [self.offset, *(part for each in rows for part in parts_of(each))]
 
     def _grow(self, grown: int) -> None:
         if grown <= self.capacity:
@@ -210,7 +237,7 @@ class Cache:
         for index, layer in enumerate(self.config.layers):
             if layer.has_kv and layer.layer_type == "full_attention":
                 for buffers in (self.keys, self.values):
-                    buffers[index] = change(buffers.pop(index))
+                    buffers[index] = change(buffers[index])
                     mx.eval(parts_of(buffers[index]))
 
 

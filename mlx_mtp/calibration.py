@@ -18,13 +18,14 @@ import mlx.core as mx
 
 from .acceptance import Draft
 from .cache import KVQuantization
+from .decoding.compiled import CompiledRounds
+from .decoding.stream import Progress, Stream
 from .draft_length import MAX_DRAFT_TOKENS, CostCurve
 from .drafter import Drafter, GivenDrafter
 from .errors import CalibrationError, ClosedError, OutputError
 from .gemma4 import Target
 from .output import replace_text
 from .sampling import Sampling
-from .speculative import Progress, Rounds, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ def measure_rounds(
             who,
             max_draft_tokens=MAX_DRAFT_TOKENS,
             sampling=sampling,
-            rounds=Rounds(),
+            rounds=CompiledRounds(),
             kv_quantization=kv_quantization,
         )
         stream.prefill([(7 * i + 5) % target.config.vocab_size for i in range(_CONTEXT)], _CONTEXT)

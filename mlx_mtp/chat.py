@@ -33,10 +33,11 @@ from .cli import (
     read_sampling,
     summarize,
 )
+from .decoding.report import Stats
+from .decoding.stream import Progress
 from .engine import DEFAULT_PREFILL_STEP, GenerationOptions, GenerationResponse, Model
 from .errors import PromptError
 from .shell import Parser, check_stdin, exit_status, read_escaped, text_argument
-from .speculative import Progress, Stats
 
 DEFAULT_ANSWER_TOKENS = 1024
 

@@ -15,6 +15,7 @@ from huggingface_hub.utils import tqdm
 
 from .cache import check_group_size
 from .config import read_target_config
+from .decoding.stream import check_logprobs
 from .draft_length import MAX_DRAFT_TOKENS
 from .engine import (
     DEFAULT_KV_GROUP_SIZE,
@@ -29,7 +30,6 @@ from .load import DEMO_PAIR, PER_LAYER_EMBEDDINGS, how_to_name_a_drafter, load, 
 from .memory import parse_bytes
 from .sampling import ACCEPTANCE_RULES, Penalties, Sampling
 from .shell import lacking, write_out
-from .speculative import check_logprobs
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = None, lengths: bool = True) -> None:

@@ -16,6 +16,10 @@ from . import prompt_cache
 from .cache import KVQuantization, check_group_size
 from .calibration import device_identity, measure_rounds, read_or_measure
 from .config import DrafterConfig, TargetConfig
+from .decoding.compiled import CompiledRounds
+from .decoding.report import Logprobs, Round, Stats
+from .decoding.rules import LogitsProcessor
+from .decoding.stream import Progress, Stream, decode, token_budget
 from .draft_length import MAX_DRAFT_TOKENS, CostCurve, DraftLength
 from .drafter import Drafter
 from .embeddings import EmbeddingStats
@@ -28,7 +32,6 @@ from .memory import memory_size
 from .output import check_file
 from .prompt_cache import PromptCache
 from .sampling import Sampling, default_sampling
-from .speculative import LogitsProcessor, Logprobs, Progress, Round, Rounds, Stats, Stream, decode, token_budget
 from .text import TextStream
 from .tokenizer import encode_chat, encode_prompt, open_thought, thought_channel
 from .weights import fingerprint
@@ -617,9 +620,9 @@ class Model:
         return {}
 
     @cached_property
-    def _rounds(self) -> Rounds:
+    def _rounds(self) -> CompiledRounds:
         # Compiled and not, a round may round differently.
-        return Rounds(always=self.exact)
+        return CompiledRounds(always=self.exact)
 
     @cached_property
     def _channel(self) -> Channel | None:

@@ -10,11 +10,12 @@ import mlx.nn as nn
 
 from .acceptance import Draft
 from .cache import Cache, KVQuantization
+from .decoding.compiled import CompiledRounds
+from .decoding.stream import Stream
 from .draft_length import MAX_DRAFT_TOKENS
 from .drafter import Drafter, GivenDrafter
 from .errors import OptionError
 from .gemma4 import Experts, Router, Target
-from .speculative import Rounds, Stream
 
 # Rows that a verify pass may have.
 MAX_ROWS = MAX_DRAFT_TOKENS + 1
@@ -156,7 +157,7 @@ def _parts(result: mx.array | tuple[mx.array, ...]) -> tuple[mx.array, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def check_exact(target: Target, rounds: Rounds, kv_quantization: KVQuantization | None = None) -> None:
+def check_exact(target: Target, rounds: CompiledRounds, kv_quantization: KVQuantization | None = None) -> None:
     """Compare compiled rounds that verify several rows with plain ones, bit by bit; over quantized K/V if told how.
 
     Raises OptionError if they differ, as they would where norms or rotations depend on the number of rows.
@@ -165,19 +166,21 @@ def check_exact(target: Target, rounds: Rounds, kv_quantization: KVQuantization 
     hidden, tokens = [], []
     for _ in range(MAX_ROWS):
         tokens += plain.round(0).tokens
-        hidden.append(plain._hidden)
+        hidden.append(plain.state.hidden)
     given = GivenDrafter(lambda _, k: Draft(mx.array([tokens[:k]], mx.int32)))
     for k in range(1, MAX_ROWS):
         stream = _stream(target, given, rounds, kv_quantization)
         result = stream.round(k)
-        if result.tokens != tokens[: k + 1] or not mx.array_equal(stream._hidden, hidden[k]).item():
+        if result.tokens != tokens[: k + 1] or not mx.array_equal(stream.state.hidden, hidden[k]).item():
             raise OptionError(
                 f"exact: on this device a pass over {k + 1} rows has other bits than single passes, even with every "
                 "projection row by row; plain decoding (num_draft_tokens 0) is what is left"
             )
 
 
-def _stream(target: Target, drafter: Drafter | None, rounds: Rounds, kv_quantization: KVQuantization | None) -> Stream:
+def _stream(
+    target: Target, drafter: Drafter | None, rounds: CompiledRounds, kv_quantization: KVQuantization | None
+) -> Stream:
     stream = Stream(target, drafter, max_draft_tokens=MAX_DRAFT_TOKENS, rounds=rounds, kv_quantization=kv_quantization)
     stream.prefill([(7 * i + 5) % target.config.vocab_size for i in range(_CONTEXT)], _CONTEXT)
     return stream

@@ -34,13 +34,13 @@ from .cli import (
     summarize,
 )
 from .commands import INTERRUPTED
+from .decoding.report import LOWEST_LOGPROB
 from .draft_length import MAX_DRAFT_TOKENS
 from .engine import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, GenerationOptions, GenerationResponse, Model
 from .errors import OptionError
 from .files import read_text
 from .load import DEMO_PAIR, plan_memory
 from .shell import Parser, exit_status, read_prompt, text_argument, write_json, write_out
-from .speculative import LOWEST_LOGPROB
 from .tokenizer import encode_in_parts, encode_prompt
 
 COMPARED_RUNS = 3

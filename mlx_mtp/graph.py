@@ -6,14 +6,15 @@ from collections import Counter
 from pathlib import Path
 
 import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
 
-from .acceptance import Draft
 from .cache import KVQuantization
+from .decoding.compiled import CompiledRounds
+from .decoding.round import round_steps
+from .decoding.stream import Stream
 from .drafter import Drafter
-from .embeddings import PerLayerRows
 from .gemma4 import Target
 from .sampling import Sampling
-from .speculative import Rounds, Stream
 
 # Operations that give another view of their input's memory, or none at all.
 _VIEWS = {
@@ -22,13 +23,6 @@ _VIEWS = {
 }  # fmt: skip
 # Tokens before the round.
 _CONTEXT = 100
-
-
-class _Unread(Stream):
-    """Takes the same per-layer rows whatever is drafted, so that the draft need not be evaluated."""
-
-    def _read_rows(self, draft: Draft) -> PerLayerRows | None:
-        return self.target.read_rows([0] * (1 + draft.tokens.shape[1]))
 
 
 def round_outputs(
@@ -41,16 +35,25 @@ def round_outputs(
     kv_quantization: KVQuantization | None = None,
 ) -> list[mx.array]:
     """Everything that a round of k draft tokens computes, not evaluated."""
-    rounds = Rounds()
-    stream = _Unread(target, drafter, max_draft_tokens=k, sampling=sampling, kv_quantization=kv_quantization)
+    stream = Stream(target, drafter, max_draft_tokens=k, sampling=sampling, kv_quantization=kv_quantization)
     stream.cache.set_length(_CONTEXT)
-    for _ in range(2 if compiled else 1):
-        # Arrays of their own, so that the graph begins here.
-        arrays = [mx.zeros(array.shape, array.dtype) for array in stream._take_arrays()]
-        mx.eval(arrays)
-        stream._set_arrays(arrays)
-        verified = rounds.run(stream, k)
-    return [*verified, *stream._take_arrays()]
+    stream.cache.reserve(k + 1)
+    # Arrays of their own, so that the graph begins here.
+    state = tree_map(lambda array: mx.zeros(array.shape, array.dtype), stream.state)
+    mx.eval(state)
+    if compiled:
+        steps = CompiledRounds(always=True).steps(stream.parts, stream.cache, k, ())
+    else:
+        steps = round_steps(stream.parts, stream.cache, k)
+    if target.mapped is None:
+        return _arrays(steps.whole(state))
+    # Any rows will do: the draft need not be evaluated.
+    return _arrays(steps.verify(state, steps.draft(state), None, target.read_rows([0] * (k + 1))))
+
+
+def _arrays(tree: object) -> list[mx.array]:
+    pairs: list[tuple[str, mx.array]] = tree_flatten(tree)  # type: ignore[assignment]
+    return [array for _, array in pairs]
 
 
 def operations(outputs: list[mx.array]) -> Counter[str]:

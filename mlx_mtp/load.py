@@ -20,6 +20,8 @@ from .config import (
     read_json,
     read_target_config,
 )
+from .decoding.compiled import CompiledRounds
+from .decoding.stream import Progress
 from .draft_length import MAX_DRAFT_TOKENS
 from .drafter import Drafter
 from .embeddings import MappedEmbedding
@@ -30,7 +32,6 @@ from .files import fault
 from .gemma4 import Target, fuse_projections, lay_out_weights
 from .hub import DRAFTER_FOLDER, Downloads, is_repo, resolve_folder
 from .memory import MemoryPlan, check_memory, memory_size, planner
-from .speculative import Progress, Rounds
 from .tokenizer import load_tokenizer
 from .weights import count_bytes, drafter_names, fill_module, resolve_head, target_names, token_ids
 from .worker import Job, Worker
@@ -99,7 +100,7 @@ def load(
     lay_out_weights(target)
     if exact:
         make_exact(target)
-        check_exact(target, Rounds(always=True))
+        check_exact(target, CompiledRounds(always=True))
     loaded = None
     if drafter_config is not None:
         loaded = load_drafter(drafter_config, target.dtype, on_read)

@@ -11,9 +11,9 @@ import mlx.core as mx
 
 from .cache import KVQuantization, check_group_size, rows_in_buffers
 from .config import DrafterConfig, LayerType, TargetConfig, TextConfig
+from .decoding.stream import chunk_size
 from .embeddings import KEPT_BYTES
 from .errors import MemoryLimitError, OptionError
-from .speculative import chunk_size
 from .weights import FLOAT_TYPES, drafter_names, read_checkpoint, target_names
 
 # Copies of the logits of a round that live at the same time: warped, sorted, compared.

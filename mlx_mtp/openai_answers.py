@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from .call_syntax import CALL_START, beginning_at_end
 from .control_marks import ControlMarks
+from .decoding.report import LOWEST_LOGPROB
 from .engine import GenerationResponse, Model
 from .openai_requests import ChatRequest, CompletionRequest, ResponseRequest
-from .speculative import LOWEST_LOGPROB
 from .tool_calls import ToolCallDelta, ToolCallParser
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")

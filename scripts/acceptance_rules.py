@@ -8,7 +8,7 @@ the last line compares the first two without that noise: what each may expect to
 """
 
 import argparse
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import held_out
 import mlx.core as mx
@@ -16,25 +16,27 @@ import numpy as np
 
 import mlx_mtp
 from mlx_mtp.acceptance import Acceptance, Draft, accept_matching
+from mlx_mtp.decoding.report import Stats
+from mlx_mtp.decoding.rules import TokenRules, round_keys
+from mlx_mtp.decoding.state import RoundState
+from mlx_mtp.decoding.stream import Stream, decode
 from mlx_mtp.drafter import Choose, choose_best
-from mlx_mtp.sampling import Sampling, position_key, uniform
-from mlx_mtp.speculative import Stats, Stream, decode
+from mlx_mtp.sampling import Sampling, uniform
 
 
-class TokenByToken(Stream):
+class TokenByToken(TokenRules):
     """Rejection sampling (Leviathan et al. 2022, Chen et al. 2023): each draft token by itself, by u < p / q."""
 
-    def _accept(self, draft: Draft, masks: mx.array | None, logits: mx.array, ahead: int) -> Acceptance:
+    def accept(self, state: RoundState, draft: Draft, logits: mx.array, *others: Any, ahead: int = 1) -> Acceptance:
         k = draft.tokens.shape[1]
         if k == 0:
-            return super()._accept(draft, masks, logits, ahead)
+            return super().accept(state, draft, logits, *others, ahead=ahead)
         assert draft.log_probabilities is not None
-        key = accept_key(self, ahead)
-        p, q = mx.exp(target_log_probabilities(self, logits, ahead)), mx.exp(draft.log_probabilities)
+        p, q = mx.exp(target_log_probabilities(self, state, logits, ahead)), mx.exp(draft.log_probabilities)
         if draft.ids is not None:
             q = mx.put_along_axis(mx.zeros((k, p.shape[-1])), draft.ids, q, axis=-1)
         p_of, q_of = (mx.take_along_axis(x[:k], draft.tokens.T, axis=-1)[:, 0] for x in (p, q))
-        uniform_key, next_key = mx.random.split(key)
+        uniform_key, next_key = mx.random.split(round_keys(state.draw_key, state.kv.offset + ahead)[1])
         passes = mx.random.uniform(shape=(k,), key=uniform_key) < p_of / q_of
         accepted = mx.cumprod(passes.astype(mx.int32)).sum()
         left = mx.maximum(p[accepted] - q[mx.minimum(accepted, k - 1)], 0)
@@ -44,19 +46,21 @@ class TokenByToken(Stream):
         return Acceptance(accepted, mx.where(mx.arange(k + 1) == accepted, following, tokens))
 
 
-class Block(Stream):
-    """Block verification, noting what it and token by token may expect to accept of each round's draft."""
+class Block(TokenRules):
+    """Block verification, noting what it and token by token may expect to accept of each draft of k tokens."""
 
+    k: int
     expected: list[tuple[float, float]]
 
-    def _accept(self, draft: Draft, masks: mx.array | None, logits: mx.array, ahead: int) -> Acceptance:
-        if draft.log_probabilities is not None and len(logits) == self.cache.max_block:
-            p, q = np.exp(np.array(target_log_probabilities(self, logits, ahead))), np.exp(draft.log_probabilities)
+    def accept(self, state: RoundState, draft: Draft, logits: mx.array, *others: Any, ahead: int = 1) -> Acceptance:
+        if draft.log_probabilities is not None and draft.tokens.shape[1] == self.k:
+            target = target_log_probabilities(self, state, logits, ahead)
+            p, q = np.exp(np.array(target)), np.exp(draft.log_probabilities)
             ids = np.arange(p.shape[-1])[None] if draft.ids is None else np.array(draft.ids)
             dense = np.zeros_like(p[:-1])
             np.put_along_axis(dense, ids, q, axis=-1)
             self.expected.append(expected_accepted(p, dense, np.array(draft.tokens[0])))
-        return super()._accept(draft, masks, logits, ahead)
+        return super().accept(state, draft, logits, *others, ahead=ahead)
 
 
 def expected_accepted(p: np.ndarray, q: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
@@ -73,18 +77,18 @@ def expected_accepted(p: np.ndarray, q: np.ndarray, tokens: np.ndarray) -> tuple
     return float(block), float(np.cumprod(np.minimum(ratios, 1)).sum())
 
 
-class SampleAndCompare(Stream):
+class SampleAndCompare(TokenRules):
     """The drafter's likeliest tokens, accepted where the target happens to draw the same."""
 
-    def _choose(self, k: int) -> Choose:
+    def drafter_choice(self, state: RoundState, k: int) -> Choose:
         return choose_best
 
-    def _accept(self, draft: Draft, masks: mx.array | None, logits: mx.array, ahead: int) -> Acceptance:
-        noise = mx.random.gumbel(logits.shape, key=accept_key(self, ahead))
-        return accept_matching(draft.tokens, target_log_probabilities(self, logits, ahead) + noise)
+    def accept(self, state: RoundState, draft: Draft, logits: mx.array, *others: Any, ahead: int = 1) -> Acceptance:
+        noise = mx.random.gumbel(logits.shape, key=round_keys(state.draw_key, state.kv.offset + ahead)[1])
+        return accept_matching(draft.tokens, target_log_probabilities(self, state, logits, ahead) + noise)
 
 
-RULES: dict[str, type[Stream]] = {
+RULES: dict[str, type[TokenRules]] = {
     "block verification": Block,
     "token by token": TokenByToken,
     "sample and compare": SampleAndCompare,
@@ -122,15 +126,15 @@ def main() -> None:
         for seed in range(args.seeds)
     ]
     results = {
-        rule: measure(model, stream, prompts, samplings, args.num_draft_tokens, args.max_tokens)
-        for rule, stream in RULES.items()
+        name: measure(model, rule, prompts, samplings, args.num_draft_tokens, args.max_tokens)
+        for name, rule in RULES.items()
     }
     print_table(results, args.num_draft_tokens)
 
 
 def measure(
     model: mlx_mtp.Model,
-    rule: type[Stream],
+    rule: type[TokenRules],
     prompts: list[list[int]],
     samplings: list[Sampling],
     k: int,
@@ -139,9 +143,11 @@ def measure(
     result = Result([], [], [])
     for prompt in prompts:
         for sampling in samplings:
-            stream = rule(model.target, model.drafter, max_draft_tokens=k, sampling=sampling)
-            if isinstance(stream, Block):
-                stream.expected = result.expected
+            stream = Stream(model.target, model.drafter, max_draft_tokens=k, sampling=sampling)
+            rules = rule(model.target, sampling)
+            if isinstance(rules, Block):
+                rules.k, rules.expected = k, result.expected
+            stream.parts = stream.parts._replace(rules=rules)
             stats = generate(stream, prompt, k, min(max_tokens, model.max_context - len(prompt)))
             result.accepted.append(stats.accepted / stats.rounds)
             result.first.append(stats.acceptance_by_position[0])
@@ -159,14 +165,9 @@ def generate(stream: Stream, prompt: list[int], k: int, max_tokens: int) -> Stat
     return stats
 
 
-def target_log_probabilities(stream: Stream, logits: mx.array, ahead: int) -> mx.array:
-    coins = uniform(stream._coin_key, stream.cache.offset + ahead, logits.shape[0])
-    return stream.sampling.log_probabilities(stream.target.soft_cap(logits), coins)
-
-
-def accept_key(stream: Stream, ahead: int) -> mx.array:
-    """The key of a round's decision; the first of the two is what its draft tokens are drawn with."""
-    return mx.random.split(position_key(stream._draw_key, stream.cache.offset + ahead))[1]
+def target_log_probabilities(rules: TokenRules, state: RoundState, logits: mx.array, ahead: int) -> mx.array:
+    coins = uniform(state.coin_key, state.kv.offset + ahead, logits.shape[0])
+    return rules.sampling.log_probabilities(rules.target.soft_cap(logits), coins)
 
 
 def print_table(results: dict[str, Result], k: int) -> None:

@@ -14,8 +14,10 @@ from acceptance_rules import error
 
 import mlx_mtp
 from mlx_mtp.cache import KVQuantization
+from mlx_mtp.decoding.compiled import CompiledRounds
+from mlx_mtp.decoding.report import Stats
+from mlx_mtp.decoding.stream import Stream, decode
 from mlx_mtp.sampling import Sampling
-from mlx_mtp.speculative import Rounds, Stats, Stream, decode
 
 SAMPLED = Sampling(temperature=1.0, top_k=64, top_p=0.95, seed=1)
 
@@ -32,7 +34,7 @@ def main() -> None:
     args = parser.parse_args()
     model = mlx_mtp.load(args.model, args.drafter)
     prompts = held_out.prompts(model, held_out.stdlib_files(), args.prompt_tokens)[: args.prompts]
-    rounds = Rounds()
+    rounds = CompiledRounds()
     print(f"{len(prompts)} prompts, {args.num_draft_tokens} draft tokens, {model.target.dtype}; tokens per round with")
     print(
         "standard errors, K/V bytes at the end (full attention, all), greedy texts and tokens as without quantization"
@@ -59,7 +61,7 @@ def generate(
     prompt: list[int],
     sampling: Sampling,
     kv: KVQuantization | None,
-    rounds: Rounds,
+    rounds: CompiledRounds,
     args: argparse.Namespace,
 ) -> tuple[list[int], Stats, tuple[int, int]]:
     """Tokens, statistics, and bytes of the full-attention K/V and of all."""

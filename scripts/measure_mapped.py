@@ -26,11 +26,12 @@ import numpy as np
 from published import published_drafter, published_target
 
 from mlx_mtp.config import read_drafter_config, read_target_config
+from mlx_mtp.decoding.compiled import CompiledRounds
+from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.drafter import Drafter
 from mlx_mtp.embeddings import EmbeddingStats
 from mlx_mtp.gemma4 import Target, fuse_projections
 from mlx_mtp.load import load_drafter, load_target
-from mlx_mtp.speculative import Rounds, Stream
 from mlx_mtp.weights import MLX_PREFIX, lazy_parameters
 
 HOW = ("resident", "mapped")
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="Type of activations.")
     parser.add_argument("--layers", type=int, default=35, help="Layers, a multiple of 5 (default: E2B's 35).")
     parser.add_argument("--vocab", type=int, default=262144, help="Vocabulary, a multiple of 2048 (default: E2B's).")
-    parser.add_argument("--rounds", type=int, default=10, help="Rounds timed per draft length (default: 10).")
+    parser.add_argument("--rounds", type=int, default=10, help="CompiledRounds timed per draft length (default: 10).")
     parser.add_argument("--turns", type=int, default=2, help="Runs of each, in turn (default: 2).")
     parser.add_argument("--folder", type=Path, help="Where to write the pair (default: a temporary folder).")
     parser.add_argument("--run", choices=HOW, help=argparse.SUPPRESS)
@@ -154,7 +155,7 @@ def measure(folder: Path, how: str, rounds: int) -> dict[str, float]:
     figures = {"load, s": time.perf_counter() - start, "peak of MLX loaded, GB": mx.get_peak_memory() / 1e9}
     mx.reset_peak_memory()
     for k in LENGTHS:
-        stream = Stream(target, drafter, max_draft_tokens=max(LENGTHS), rounds=Rounds())
+        stream = Stream(target, drafter, max_draft_tokens=max(LENGTHS), rounds=CompiledRounds())
         stream.prefill([(7919 * i + 5) % config.text.vocab_size for i in range(8)], 8)
         run = partial(stream.round, k)
         # As it is, and traced.

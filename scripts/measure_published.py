@@ -23,12 +23,14 @@ from tqdm import tqdm
 
 from mlx_mtp import calibration
 from mlx_mtp.cache import Cache
+from mlx_mtp.decoding.compiled import CompiledRounds
+from mlx_mtp.decoding.report import Stats
+from mlx_mtp.decoding.stream import Stream, decode
 from mlx_mtp.draft_length import CostCurve, DraftLength
 from mlx_mtp.drafter import Drafter
 from mlx_mtp.gemma4 import Target, TargetOutput
 from mlx_mtp.graph import operations, round_outputs
 from mlx_mtp.sampling import Sampling
-from mlx_mtp.speculative import Rounds, Stats, Stream, decode
 
 PROMPT_TOKENS = 4
 LENGTHS: tuple[int | str, ...] = (0, 1, 2, 3, 5, 8, "auto")
@@ -88,7 +90,7 @@ def measure_speed(target: Target, drafter: Drafter, curve: CostCurve, args: argp
     text = mx.random.randint(0, target.config.vocab_size, (PROMPT_TOKENS + args.max_tokens + 10,)).tolist()
     target.__class__ = ToldTarget
     target._told = mx.array(text, mx.int32)
-    drafters = {share: (ArtificialDrafter(drafter, text, share, 0), Rounds()) for share in args.shares}
+    drafters = {share: (ArtificialDrafter(drafter, text, share, 0), CompiledRounds()) for share in args.shares}
     settings = [(share, k) for share in args.shares for k in LENGTHS]
     speed: dict[Any, list[float]] = {setting: [] for setting in settings}
     stats: dict[Any, Stats] = {setting: Stats() for setting in settings}

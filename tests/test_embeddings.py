@@ -23,12 +23,14 @@ from mlx_mtp.cache import Cache
 from mlx_mtp.config import read_target_config
 from mlx_mtp.convert.converter import Options, convert
 from mlx_mtp.convert.quantization import WeightOptions
+from mlx_mtp.decoding.compiled import CompiledRounds
+from mlx_mtp.decoding.report import Round
+from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.distill import study
 from mlx_mtp.embeddings import EmbeddingStats, MappedEmbedding
 from mlx_mtp.graph import operations, round_outputs
 from mlx_mtp.load import load_target
 from mlx_mtp.sampling import Sampling
-from mlx_mtp.speculative import Round, Rounds, Stream
 from mlx_mtp.weights import INDEX_NAME, read_checkpoint
 
 TinyPair = Callable[[str], Path]
@@ -103,12 +105,12 @@ def decode(
     **options: Any,
 ) -> tuple[list[Round], list[mx.array]]:
     """Rounds of a stream, and the hidden state after each."""
-    shared = Rounds() if compiled else None
+    shared = CompiledRounds() if compiled else None
     stream = Stream(model.target, model.drafter, max_draft_tokens=8, rounds=shared, **options)
-    seen, hidden = [stream.prefill(prompt, step)], [stream._hidden]
+    seen, hidden = [stream.prefill(prompt, step)], [stream.state.hidden]
     for _ in range(rounds):
         seen.append(stream.round(k))
-        hidden.append(stream._hidden)
+        hidden.append(stream.state.hidden)
     return seen, hidden
 
 
@@ -237,7 +239,7 @@ def test_one_more_host_read_in_a_round_that_drafts(folder: Folder, compiled: boo
 
 def test_both_halves_are_compiled_once_per_shape(folder: Folder) -> None:
     model = mlx_mtp.load(folder("4-bit"), per_layer_embeddings="mapped")
-    rounds = Rounds()
+    rounds = CompiledRounds()
     stream = Stream(model.target, model.drafter, max_draft_tokens=3, rounds=rounds)
     stream.prefill(SHORT, 64)
     calls = []
@@ -258,7 +260,7 @@ def test_both_halves_are_compiled_once_per_shape(folder: Folder) -> None:
 def test_a_round_copies_no_buffer(folder: Folder, k: int, compiled: bool) -> None:
     """A draft that was read holds no K/V view: a round's peak does not grow with the buffers."""
     model = mlx_mtp.load(folder("unconverted"), per_layer_embeddings="mapped")
-    target, peaks, sizes, rounds = model.target, [], [], Rounds() if compiled else None
+    target, peaks, sizes, rounds = model.target, [], [], CompiledRounds() if compiled else None
     for capacity in (1024, 64 * 1024):
         stream = Stream(target, model.drafter, max_draft_tokens=3, rounds=rounds)
         stream.cache = Cache(target.config, target.dtype, max_block=4, capacity=capacity)

@@ -17,9 +17,10 @@ from tiny import VARIANTS, load_target, random_tokens
 
 import mlx_mtp
 from mlx_mtp import generate, probe
+from mlx_mtp.decoding.compiled import CompiledRounds
+from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.exact import ExactRows, ExactTable, check_exact, make_exact
 from mlx_mtp.gemma4 import Target
-from mlx_mtp.speculative import Rounds, Stream
 
 TinyPair = Callable[[str], Path]
 # Up to where the number of K/V rows looked at changes.
@@ -62,9 +63,9 @@ def fused_target(folder: Path, bits: int | None) -> Target:
 def test_a_device_that_rounds_otherwise_is_made_exact(tiny_pair: TinyPair, variant: str, bits: int | None) -> None:
     target = fused_target(tiny_pair(variant) / "target", bits)
     with pytest.raises(mlx_mtp.OptionError, match="a pass over 2 rows has other bits than single passes"):
-        check_exact(target, Rounds(always=True))
+        check_exact(target, CompiledRounds(always=True))
     make_exact(target)
-    check_exact(target, Rounds(always=True))
+    check_exact(target, CompiledRounds(always=True))
     ways = {module.way for module in target.modules() if isinstance(module, ExactRows)}
     # A batch of single rows is another kernel, which has their bits here; experts have products of their own.
     assert ways - {"apart"} == ({"batched"} if bits else set())

@@ -20,12 +20,14 @@ from tiny import WINDOW, make_gemma_tokenizer, random_tokens
 import mlx_mtp
 from mlx_mtp.acceptance import Draft
 from mlx_mtp.cache import Cache
+from mlx_mtp.decoding.compiled import CompiledRounds
+from mlx_mtp.decoding.report import Stats
+from mlx_mtp.decoding.stream import Stream, decode
 from mlx_mtp.drafter import Drafter, GivenDrafter
 from mlx_mtp.errors import DraftError
 from mlx_mtp.gemma4 import Target
 from mlx_mtp.generate import main
 from mlx_mtp.guide import Channel, Guide
-from mlx_mtp.speculative import Rounds, Stats, Stream, decode
 
 TinyPair = Callable[[str], Path]
 PROMPT = random_tokens(2 * WINDOW, seed=5)
@@ -96,7 +98,7 @@ def test_compiled_passes_are_the_same_and_copy_no_buffer(
     sampling = mlx_mtp.Sampling(temperature=1.0, seed=3)
     peaks = []
     for capacity in (1024, 64 * 1024):
-        rounds, texts = Rounds(), []
+        rounds, texts = CompiledRounds(), []
         for shared in (None, rounds):
             chosen = mlx_mtp.GenerationOptions(**options)
             guide = model._guide(chosen, 0 if chosen.enable_thinking else None, frozenset({1}))

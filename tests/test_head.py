@@ -18,8 +18,8 @@ from tiny import random_tokens
 import mlx_mtp
 from mlx_mtp.convert.converter import Options, convert
 from mlx_mtp.convert.quantization import WeightOptions
+from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.exact import check_exact, make_exact
-from mlx_mtp.speculative import Rounds
 
 TinyPair = Callable[[str], Path]
 PROMPT = random_tokens(20, seed=4)
@@ -144,6 +144,6 @@ def test_verify_passes_are_made_exact(folder: Path, monkeypatch: pytest.MonkeyPa
     head = target.lm_head
     monkeypatch.setattr(nn.Linear, "__call__", other_bits)
     with pytest.raises(mlx_mtp.OptionError, match="a pass over 2 rows has other bits"):
-        check_exact(target, Rounds(always=True))
+        check_exact(target, CompiledRounds(always=True))
     make_exact(target)
-    check_exact(target, Rounds(always=True))
+    check_exact(target, CompiledRounds(always=True))

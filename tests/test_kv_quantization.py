@@ -18,10 +18,11 @@ from tiny import load_target, make_target, random_tokens
 
 import mlx_mtp
 from mlx_mtp.cache import CAPACITY_STEP, Cache, KVQuantization, Quantized, View
+from mlx_mtp.decoding.compiled import CompiledRounds
+from mlx_mtp.decoding.stream import Stream, decode
 from mlx_mtp.drafter import Drafter
 from mlx_mtp.exact import check_exact, make_exact
 from mlx_mtp.gemma4 import Attention, Target, _attend
-from mlx_mtp.speculative import Rounds, Stream, decode
 
 Models = Callable[[str], tuple[Target, Drafter]]
 TinyPair = Callable[[str], Path]
@@ -40,7 +41,7 @@ def run(
     prompt: list[int] = PROMPT,
     max_tokens: int = 100,
     step: int = 64,
-    rounds: Rounds | None = None,
+    rounds: CompiledRounds | None = None,
 ) -> list[int]:
     stream = Stream(target, drafter, max_draft_tokens=8, rounds=rounds, kv_quantization=kv)
     results = decode(
@@ -65,20 +66,20 @@ def test_speculative_greedy_is_plain_greedy(tiny_models: Models, variant: str, b
     for k in (1, 2, 3, 5, 8):
         scripted = Scripted(drafter, PROMPT, plain, (k - 1,))
         # Chunks of prefill that end elsewhere, and compiled rounds, change nothing.
-        assert run(target, scripted, k, kv, rounds=Rounds(), step=7 if k % 2 else 64) == plain
+        assert run(target, scripted, k, kv, rounds=CompiledRounds(), step=7 if k % 2 else 64) == plain
         if k in (3, 8):
-            assert run(target, drafter, k, kv, rounds=Rounds() if k == 3 else None) == plain
+            assert run(target, drafter, k, kv, rounds=CompiledRounds() if k == 3 else None) == plain
 
 
 def test_compiled_rounds_before_and_after_the_start_are_not_mixed_up(tmp_path: Path) -> None:
     """Streams of several kinds share the rounds; a layer of full attention stands before another that owns K/V."""
     make_target(tmp_path / "target", "12b", layer_types=["sliding_attention", "full_attention"] * 3)
     target = load_target(tmp_path / "target")[0]
-    prompt, rounds = random_tokens(245, seed=5), Rounds()
+    prompt, rounds = random_tokens(245, seed=5), CompiledRounds()
     for kv in (None, EIGHT, FOUR, KVQuantization(4, 32, 265), None):
         eager = run(target, None, 0, kv, prompt=prompt, max_tokens=40)
         assert run(target, None, 0, kv, prompt=prompt, max_tokens=40, rounds=rounds) == eager
-    kinds = {(shape[1], shape[4]) for shape in rounds.traces}
+    kinds = {(shape.visible, shape.quantized_as) for shape in rounds.traces}
     assert {kind for rows, kind in kinds if rows == 2 * CAPACITY_STEP} == {None, EIGHT, FOUR}
 
 
@@ -298,10 +299,10 @@ def test_exact_passes_over_quantized_rows(tiny_pair: TinyPair, monkeypatch: pyte
     monkeypatch.setattr(mx, "quantized_matmul", rounds_otherwise)
     target = load_target(folder)[0]
     with pytest.raises(mlx_mtp.OptionError, match="exact: on this device a pass over 2 rows has other bits"):
-        check_exact(target, Rounds(always=True), EIGHT)
+        check_exact(target, CompiledRounds(always=True), EIGHT)
     make_exact(target)
     for kv in (EIGHT, FOUR):
-        check_exact(target, Rounds(always=True), kv)
+        check_exact(target, CompiledRounds(always=True), kv)
     model = mlx_mtp.load(folder, exact=True)
     options: dict[str, Any] = {"max_tokens": 40, "kv_bits": 4, "kv_group_size": 32, "quantized_kv_start": 70}
     plain = model.generate(PROMPT, num_draft_tokens=0, logprobs=1, **options)

@@ -20,9 +20,9 @@ from transformers.generation.candidate_generator import SinglePositionMultiToken
 from mlx_mtp.acceptance import Draft
 from mlx_mtp.cache import Cache, ring_positions
 from mlx_mtp.config import LayerType
+from mlx_mtp.decoding.stream import Stream, decode
 from mlx_mtp.drafter import DraftContext, Drafter
 from mlx_mtp.gemma4 import Target
-from mlx_mtp.speculative import Stream, decode
 
 TOLERANCE = 1e-4
 MAX_BLOCK = 8

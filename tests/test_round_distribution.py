@@ -18,10 +18,12 @@ from test_distribution import Array, Tables, chi_square, make_tables
 
 from mlx_mtp.cache import Cache
 from mlx_mtp.config import LayerConfig, RopeConfig, TextConfig
+from mlx_mtp.decoding.round import round_steps
+from mlx_mtp.decoding.state import RoundState
+from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.drafter import Candidates, DraftContext, Drafter, DraftStep
 from mlx_mtp.gemma4 import Target, TargetOutput
 from mlx_mtp.sampling import position_key
-from mlx_mtp.speculative import Stream
 
 SEEDS = 20_000
 
@@ -92,17 +94,15 @@ def two_tokens(
     target, drafter = TableTarget(tables.target[:-1]), TableDrafter(tables.drafter[:-1], ids)
     started = Stream(target, drafter, max_draft_tokens=k, sampling=tables.sampling)
     started.prefill([0, 0, 0], 8)
-    started._bonus = mx.zeros((1, 1), mx.int32)
+    started.state = started.state._replace(bonus=mx.zeros((1, 1), mx.int32))
+    play = round_steps(started.parts, started.cache, k).whole
 
-    def stream_of(keys: mx.array) -> Stream:
-        stream = copy(started)
-        stream.cache = copy(started.cache)
-        stream._draw_key, stream._coin_key = keys
-        return stream
+    def with_keys(keys: mx.array) -> RoundState:
+        return started.state._replace(draw_key=keys[0], coin_key=keys[1])
 
     def two(keys: mx.array) -> tuple[mx.array, mx.array]:
-        stream = stream_of(keys)
-        first, second = (stream._advance(k).report for _ in range(2))
+        state, (first, _) = play(with_keys(keys))
+        _, (second, _) = play(state)
         # A round that emits one token leaves the other to the round after it.
         return mx.stack([first[1], mx.where(first[0] > 0, first[2], second[1])]), first[0]
 
@@ -112,7 +112,10 @@ def two_tokens(
         patch.setattr(mx.random, "categorical", lambda logits, key: draw(logits, key))
         tokens, accepted = mx.vmap(two)(keys)
         for seed in range(10):
-            stream = stream_of(mx.random.split(mx.random.key(seed)))
+            stream = copy(started)
+            stream.cache = started.cache.over(started.cache.kv)
+            stream.tokens = list(started.tokens)
+            stream.state = with_keys(mx.random.split(mx.random.key(seed)))
             assert (stream.round(k).tokens + stream.round(k).tokens)[:2] == tokens[seed].tolist()
     return np.array(tokens, np.int64), float(accepted.mean().item())
 
@@ -156,8 +159,8 @@ def test_no_key_is_drawn_from_twice(k: int, monkeypatch: pytest.MonkeyPatch) -> 
     """Whatever MLX makes of a key: two draws from one key depend on each other, and so do the parts of one key that is
     split in two ways. Only the coins of XTC are the same for drafter and target."""
     tables = tables_after_token_0("good", 4)
-    stream = Stream(TableTarget(tables.target[:-1]), TableDrafter(tables.drafter[:-1], None), max_draft_tokens=k)
-    stream.sampling = tables.sampling
+    target, drafter = TableTarget(tables.target[:-1]), TableDrafter(tables.drafter[:-1], None)
+    stream = Stream(target, drafter, max_draft_tokens=k, sampling=tables.sampling)
     drawn: list[tuple[int, ...]] = []
     parts: dict[tuple[int, ...], set[int]] = {}
     split = mx.random.split
@@ -176,7 +179,7 @@ def test_no_key_is_drawn_from_twice(k: int, monkeypatch: pytest.MonkeyPatch) -> 
         return split(key, num)
 
     stream.prefill([0, 0, 0], 8)
-    coins = {tuple(position_key(stream._coin_key, mx.array(position)).tolist()) for position in range(100)}
+    coins = {tuple(position_key(stream.state.coin_key, mx.array(position)).tolist()) for position in range(100)}
     for name in ("uniform", "categorical", "gumbel"):
         monkeypatch.setattr(mx.random, name, record(name))
     monkeypatch.setattr(mx.random, "split", split_once)

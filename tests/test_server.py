@@ -20,7 +20,7 @@ from serving import Served, serve
 
 import mlx_mtp
 from mlx_mtp import DEMO_PAIR, GenerationOptions, GenerationResponse, Model, Sampling
-from mlx_mtp.speculative import Logprobs
+from mlx_mtp.decoding.report import Logprobs, Stats
 from mlx_mtp.text import TextStream
 
 K = 3
@@ -547,7 +547,7 @@ class Scripted:
                 generation_tps=1.0,
                 peak_memory=0.0,
                 finish_reason="stop" if is_last else None,
-                stats=mlx_mtp.speculative.Stats(),
+                stats=Stats(),
                 thought=piece.thought,
                 in_thought=piece.in_thought,
                 logprobs=self._logprobs,

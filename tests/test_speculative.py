@@ -16,13 +16,15 @@ from tiny import VARIANTS, WINDOW, load_drafter, load_target, random_tokens
 
 from mlx_mtp.acceptance import Draft
 from mlx_mtp.cache import Cache
+from mlx_mtp.decoding.compiled import CompiledRounds
+from mlx_mtp.decoding.report import Stats
+from mlx_mtp.decoding.stream import Stream, decode, token_budget
 from mlx_mtp.drafter import Allow, Choose, DraftContext, Drafter, ask_for_each, choose_best
 from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.gemma4 import Target
 from mlx_mtp.graph import operations, round_outputs
 from mlx_mtp.guide import Guide
 from mlx_mtp.sampling import Sampling
-from mlx_mtp.speculative import Rounds, Stats, Stream, decode, token_budget
 
 Models = Callable[[str], tuple[Target, Drafter]]
 
@@ -71,7 +73,7 @@ def run(
     step: int = 64,
 ) -> tuple[list[int], Stats, Stream]:
     """Decode in compiled rounds, returning tokens, statistics and the stream afterwards."""
-    stream = Stream(target, drafter, max_draft_tokens=k, rounds=Rounds())
+    stream = Stream(target, drafter, max_draft_tokens=k, rounds=CompiledRounds())
     tokens: list[int] = []
     stats = Stats()
     budget = token_budget(prompt, max_tokens, max_context)
@@ -186,7 +188,8 @@ def test_any_rounds_and_rejections_leave_the_state_of_a_fresh_fill(
     stream = Stream(target, None, max_draft_tokens=4)
     tokens = stream.prefill(prompt, chunk).tokens
     for k, right in history:
-        stream.drafter = Scripted(drafter, prompt, reference, tuple(range(right, k)))
+        wrong_at = tuple(range(right, k))
+        stream.parts = stream.parts._replace(drafter=Scripted(drafter, prompt, reference, wrong_at))
         result = stream.round(k)
         assert result.accepted == right
         tokens += result.tokens
@@ -207,8 +210,6 @@ def test_a_stop_inside_a_block_ends_there_and_leaves_exactly_the_emitted_tokens(
     tokens, _, stream = run(target, perfect, LONG, 4, stop_ids=stop_ids)
     assert tokens == reference[: end + 1]
     assert_same_state(stream, target, LONG + tokens[:-1])
-    # The stream can go on from there as if nothing had been drafted beyond.
-    assert stream.round(4).tokens == reference[end + 1 : end + 6]
 
 
 def test_the_first_token_may_be_the_stop(tiny_models: Models, plain: Plain) -> None:
@@ -262,12 +263,12 @@ def test_the_drafter_never_sees_a_rejected_row(
         for _ in emitted:
             untouched.round(0)
         ours, theirs = (
-            drafter.draft(target, mx.array([[tokens[-1]]]), s._hidden, drafter.context(s.cache), 4)
+            drafter.draft(target, mx.array([[tokens[-1]]]), s.state.hidden, drafter.context(s.cache), 4)
             for s in (stream, untouched)
         )
         assert ours.tokens.tolist() == theirs.tokens.tolist()
         step, clean = (
-            drafter(target.embed(mx.array([[tokens[-1]]])), s._hidden, drafter.context(s.cache))
+            drafter(target.embed(mx.array([[tokens[-1]]])), s.state.hidden, drafter.context(s.cache))
             for s in (stream, untouched)
         )
         np.testing.assert_allclose(np.array(step.hidden), np.array(clean.hidden), atol=1e-4)
@@ -306,7 +307,7 @@ def test_plain_rounds_compute_nothing_of_no_drafts(tiny_models: Models, sampling
 def test_one_host_read_per_round(tiny_models: Models, monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
     """Nothing is read, and nothing evaluated, but once per round: `.item()` in a draft step would be."""
     target, drafter = tiny_models("e2b")
-    stream = Stream(target, drafter, max_draft_tokens=4, rounds=Rounds() if compiled else None)
+    stream = Stream(target, drafter, max_draft_tokens=4, rounds=CompiledRounds() if compiled else None)
     stream.prefill(SHORT, 64)
     calls = {"eval": 0, "read": 0}
     real_eval = mx.eval
@@ -316,13 +317,13 @@ def test_one_host_read_per_round(tiny_models: Models, monkeypatch: pytest.Monkey
         real_eval(*arrays)
 
     monkeypatch.setattr(mx, "eval", counting_eval)
-    read = Stream._read
+    read = Stream.wait_for
 
     def counting_read(stream: Stream, report: mx.array) -> list[int]:
         calls["read"] += 1
         return read(stream, report)
 
-    monkeypatch.setattr(Stream, "_read", counting_read)
+    monkeypatch.setattr(Stream, "wait_for", counting_read)
     rounds = [stream.round(4) for _ in range(5)]
     assert calls == {"eval": 5, "read": 5}
     assert [result.host_reads for result in rounds] == [1] * 5
@@ -339,8 +340,9 @@ def test_drafting_reads_nothing(tiny_models: Models, variant: str) -> None:
     def draft(token: mx.array, hidden: mx.array) -> mx.array:
         return drafter.draft(target, token, hidden, context, 4).tokens
 
-    traced = mx.vmap(draft)(stream._bonus[None], stream._hidden[None])[0]
-    assert traced.tolist() == draft(stream._bonus, stream._hidden).tolist()
+    bonus, hidden = stream.state.bonus, stream.state.hidden
+    traced = mx.vmap(draft)(bonus[None], hidden[None])[0]
+    assert traced.tolist() == draft(bonus, hidden).tolist()
 
 
 class AnyToken:
@@ -370,7 +372,7 @@ def test_a_round_copies_no_buffer(tiny_models: Models, k: int, guided: bool, com
     Nor where draft tokens are read one by one.
     """
     target, drafter = tiny_models("31b")
-    peaks, sizes, rounds = [], [], Rounds() if compiled else None
+    peaks, sizes, rounds = [], [], CompiledRounds() if compiled else None
     for capacity in (1024, 64 * 1024):
         guide = Guide(512, [], matcher=AnyToken()) if guided else None  # type: ignore[arg-type]
         stream = Stream(target, drafter, max_draft_tokens=3, guide=guide, rounds=rounds)
@@ -399,7 +401,7 @@ OPTIONS = [
 def test_a_compiled_round_is_the_round(tiny_models: Models, sampling: Sampling) -> None:
     """The same tokens, log probabilities and state, in a text that makes the buffers grow; traced once per shape."""
     target, drafter = tiny_models("e2b")
-    rounds = Rounds()
+    rounds = CompiledRounds()
     for seed in (sampling.seed, sampling.seed + 1):
         streams = [
             Stream(
@@ -420,7 +422,7 @@ def test_a_compiled_round_is_the_round(tiny_models: Models, sampling: Sampling) 
             assert left[:3] == right[:3]
             np.testing.assert_allclose([p.token for p in left.logprobs], [p.token for p in right.logprobs], atol=1e-3)
         assert streams[1].cache.length == streams[0].cache.length
-        np.testing.assert_allclose(streams[1]._hidden, streams[0]._hidden, atol=1e-3)
+        np.testing.assert_allclose(streams[1].state.hidden, streams[0].state.hidden, atol=1e-3)
         assert streams[0].cache.length + 4 < 1024
     # Texts of up to 512 tokens see 256 rows, then 512. Another seed is the same round.
     assert len(rounds.traces) == len(set(rounds.traces))
@@ -430,7 +432,7 @@ def test_a_compiled_round_is_the_round(tiny_models: Models, sampling: Sampling) 
 def test_compiled_rounds_do_not_keep_a_stream_alive(tiny_models: Models) -> None:
     """Neither its buffers nor, once the pair is done with, themselves: memory is free at once."""
     target, drafter = tiny_models("31b")
-    rounds = Rounds()
+    rounds = CompiledRounds()
     stream = Stream(target, drafter, max_draft_tokens=3, rounds=rounds)
     stream.cache = Cache(target.config, target.dtype, max_block=4, capacity=64 * 1024)
     stream.prefill(SHORT, 64)

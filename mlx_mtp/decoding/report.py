@@ -1,0 +1,92 @@
+"""What a round, and a generation, report to the host."""
+
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import NamedTuple
+
+from mlx_mtp.embeddings import EmbeddingStats
+
+# What reports write for the log probability of a token that cannot come: JSON has no infinity.
+LOWEST_LOGPROB = -9999.0
+
+
+class Logprobs(NamedTuple):
+    """Natural log of the target's own probability, before any option, of a token and of the most likely ones."""
+
+    token: float
+    top: list[tuple[int, float]]
+
+
+class Round(NamedTuple):
+    """The tokens that one round emitted, how many it drafted, and how many of these the target accepted.
+
+    The last of `tokens` is the target's own choice unless a stop token cut the round short. `logprobs` has one item per
+    token, if they were asked for. `host_reads` counts how often the round waited for a value.
+    """
+
+    tokens: list[int]
+    drafted: int
+    accepted: int
+    logprobs: list[Logprobs] | None
+    host_reads: int
+
+
+@dataclass
+class Stats:
+    """Counts over the rounds of one generation. The token that prefill yields belongs to no round.
+
+    `host_reads` is how often a round waited for a value: once, but for guides, log probabilities and mapped per-layer
+    embeddings. `processed_rows` counts the rows a logits processor in Python was called for, which may read from the
+    device too. `embeddings`, of mapped ones, counts their rows, those of the prompt included and of other
+    streams meanwhile.
+    """
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    host_reads: int = 0
+    drafted_at: list[int] = field(default_factory=list)
+    accepted_at: list[int] = field(default_factory=list)
+    processed_rows: int = 0
+    embeddings: EmbeddingStats | None = None
+
+    def add(self, drafted: int, accepted: int, host_reads: int = 1) -> None:
+        self.rounds += 1
+        self.host_reads += host_reads
+        self.drafted += drafted
+        self.accepted += accepted
+        missing = [0] * (drafted - len(self.drafted_at))
+        self.drafted_at += missing
+        self.accepted_at += missing
+        for position in range(drafted):
+            self.drafted_at[position] += 1
+            self.accepted_at[position] += position < accepted
+
+    def merge(self, other: "Stats") -> None:
+        """Add another generation's counts."""
+        self.rounds += other.rounds
+        self.host_reads += other.host_reads
+        self.drafted += other.drafted
+        self.accepted += other.accepted
+        self.processed_rows += other.processed_rows
+        if other.embeddings is not None:
+            self.embeddings = (self.embeddings or EmbeddingStats()).plus(other.embeddings)
+        self.drafted_at = _sums(self.drafted_at, other.drafted_at)
+        self.accepted_at = _sums(self.accepted_at, other.accepted_at)
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """Mean number of tokens a round yields: accepted draft tokens plus the target's own. 1.0 is plain decoding.
+
+        None before the first round.
+        """
+        return (self.accepted + self.rounds) / self.rounds if self.rounds else None
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Per draft position, the share of rounds drafting that far in which the token there was accepted."""
+        return [a / d for a, d in zip(self.accepted_at, self.drafted_at, strict=True)]
+
+
+def _sums(left: list[int], right: list[int]) -> list[int]:
+    return [a + b for a, b in zip_longest(left, right, fillvalue=0)]

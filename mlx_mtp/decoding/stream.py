@@ -1,0 +1,335 @@
+"""The stream of rounds of one text, and the one decode loop."""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_mtp.acceptance import Draft
+from mlx_mtp.cache import Cache, KVQuantization, KVState
+from mlx_mtp.config import TextConfig
+from mlx_mtp.draft_length import DraftLength
+from mlx_mtp.drafter import Drafter
+from mlx_mtp.embeddings import PerLayerRows
+from mlx_mtp.errors import ContextLengthError, OptionError, PromptError
+from mlx_mtp.gemma4 import Target
+from mlx_mtp.guide import Guide, RowMasks
+from mlx_mtp.prompt_cache import Entry, Kind, Reused, Snapshot
+from mlx_mtp.sampling import Sampling
+
+from .compiled import CompiledRounds
+from .report import Logprobs, Round
+from .round import RoundParts, Steps, Verified, draft_tokens, round_steps, token_logprobs
+from .rules import LogitsProcessor, TokenRules
+from .state import RoundState
+
+# Called during prefill with (tokens done, tokens in all).
+Progress = Callable[[int, int], None]
+
+# Bounds a chunk of the prompt by the bytes of a layer's attention scores, and the least rows of one all the same.
+_SCORE_BYTES = 1 << 29
+_LEAST_CHUNK = 32
+
+
+def check_logprobs(logprobs: int | None, vocab_size: int) -> None:
+    """Raises OptionError for more than there are tokens."""
+    if logprobs is not None and logprobs > vocab_size:
+        raise OptionError(f"logprobs is {logprobs}, more than the vocabulary of {vocab_size}")
+
+
+class Stream:
+    """One text as it is decoded: its tokens on the host, its `state` on the device, and its K/V cache.
+
+    After `prefill`, the cache holds exactly the K/V of all tokens but the last one, the bonus token. With `rounds`,
+    rounds are compiled. `exact` is for a target that went through `make_exact`. While the prompt is read, the rings of
+    the sliding layers are kept every `snapshot_every` tokens and at its end, for other prompts that begin alike; not at
+    all if None.
+
+    Raises OptionError for options that do not fit the target.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        *,
+        max_draft_tokens: int,
+        sampling: Sampling | None = None,
+        processors: Sequence[LogitsProcessor] = (),
+        guide: Guide | None = None,
+        logprobs: int | None = None,
+        rounds: CompiledRounds | None = None,
+        exact: bool = False,
+        snapshot_every: int | None = None,
+        kv_quantization: KVQuantization | None = None,
+    ) -> None:
+        check_logprobs(logprobs, target.config.vocab_size)
+        sampling = sampling or Sampling()
+        rules = TokenRules(target, sampling, processors)
+        self.parts = RoundParts(target, drafter, rules, logprobs)
+        self.guide = guide
+        # Logits processors are Python functions and take part in each round on the host: nothing can be compiled.
+        self._rounds = None if processors else rounds
+        self._key = repr(replace(sampling, seed=0)), logprobs, max_draft_tokens, guide is not None
+        self._exact = exact
+        self._snapshot_every = snapshot_every
+        self.snapshots: list[Snapshot] = []
+        # While a chunk of the prompt is read, the rings hold neither the old rows nor the new ones.
+        self._is_reading = False
+        # All tokens so far, the prompt included; the last is the bonus token.
+        self.tokens: list[int] = []
+        self.host_reads = 0
+        self.cache = Cache(target.config, target.dtype, max_block=max_draft_tokens + 1, quantization=kv_quantization)
+        self._state = RoundState(
+            bonus=mx.zeros((1, 1), mx.int32),
+            hidden=mx.zeros((1, 1, target.config.hidden_size), target.dtype),
+            window=mx.full((rules.penalties.context_size,), -1, mx.int32),
+            # MLX splits a key into two that are far apart, also for seeds that are not.
+            **dict(zip(("draw_key", "coin_key"), mx.random.split(mx.random.key(sampling.seed)), strict=True)),
+            kv=KVState.none(),
+        )
+
+    @property
+    def state(self) -> RoundState:
+        """All arrays of the text. What is assigned replaces them; hold no other copy, or buffers are copied."""
+        return self._state._replace(kv=self.cache.kv)
+
+    @state.setter
+    def state(self, state: RoundState) -> None:
+        self.cache.kv = state.kv
+        self._state = state._replace(kv=KVState.none())
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of prompt-cache entry that this stream can resume from."""
+        return Kind(self.cache.max_block, self.cache.quantization)
+
+    def resume(self, reused: Reused) -> None:
+        """Begin with the K/V of an earlier stream. Call it before anything else."""
+        entry, snapshot, length = reused
+        self.cache.restore(entry.full, snapshot.rings, length)
+        self.tokens = entry.tokens[:length]
+        self.snapshots = [earlier for earlier in entry.snapshots if earlier.position <= length]
+
+    def entry(self) -> Entry | None:
+        """The K/V of all tokens, for later streams; this one must not go on. None if a failure left nothing usable."""
+        live = self.cache.buffers("sliding_attention")
+        length = self.cache.length
+        snapshots = [s for s in self.snapshots if s.position < length]
+        if not self._is_reading and live:
+            snapshots.append(Snapshot(length, live))
+        full = self.cache.buffers("full_attention")
+        if not full or not snapshots:
+            return None
+        length = snapshots[-1].position
+        return Entry(self.kind, self.tokens[:length], full, snapshots)
+
+    def prefill(self, prompt: list[int], step_size: int, on_progress: Progress | None = None) -> Round:
+        """Read the prompt in chunks of `step_size` tokens and choose the first token after it.
+
+        After `resume`, only the rest of the prompt is read. If `on_progress` raises, reading ends between two chunks.
+        """
+        logits = self.read(prompt, step_size, on_progress)
+        self._slide_window(mx.array(prompt[-self._state.window.size :], mx.int32))
+        masks = None
+        if self.guide is not None:
+            asked = RowMasks(self.guide, 1)
+            asked(self._state.bonus)
+            masks = asked.stack()
+        no_draft = draft_tokens(self.parts, self.cache, self.state, 0)
+        chosen = self.parts.rules.accept(self.state, no_draft, logits, masks, self._text(), ahead=0).tokens
+        self._slide_window(chosen)
+        self._state = self._state._replace(bonus=chosen[None])
+        logprobs = token_logprobs(self.parts, logits, chosen)
+        mx.eval(self._state.bonus, self._state.window)
+        tokens = self.wait_for(chosen)
+        self._append(tokens)
+        return Round(tokens, 0, 0, self._read_logprobs(logprobs, 1), self.host_reads)
+
+    def read(self, prompt: list[int], step_size: int, on_progress: Progress | None = None) -> mx.array:
+        """Read the prompt and choose nothing. Returns the logits after its last token, [1, vocab]."""
+        self.tokens = list(prompt)
+        while (start := self.cache.length) < len(prompt):
+            rows = self.cache.rows_for(step_size)
+            size = chunk_size(self.parts.target.config, rows, self.parts.target.dtype.size, step_size)
+            chunk = prompt[start : start + self.cache.longest_pass(size)]
+            end = start + len(chunk)
+            self._is_reading = True
+            logits = self._read_chunk(chunk, is_last=end == len(prompt))
+            self.cache.set_length(end)
+            self._is_reading = False
+            every = self._snapshot_every
+            if every is not None and (end == len(prompt) or end // every > start // every):
+                self.snapshots.append(Snapshot(end, self.cache.buffers("sliding_attention")))
+            if on_progress is not None:
+                on_progress(end, len(prompt))
+        return logits
+
+    def _read_chunk(self, chunk: list[int], *, is_last: bool) -> mx.array:
+        """Read some tokens of the prompt. The logits, [1, vocab], are those of the last token of the last chunk; before
+        it there are none."""
+        target, count = self.parts.target, int(is_last)
+        rows = target.read_rows(chunk)
+        tokens = mx.array([chunk], mx.int32)
+        output = target(tokens, self.cache, logit_rows=count, hidden_rows=count, per_layer_rows=rows)
+        logits = mx.zeros((0, target.config.vocab_size))
+        if is_last:
+            logits = output.logits[0]
+            self._state = self._state._replace(hidden=output.hidden)
+        # What no row needs is not computed.
+        del output
+        mx.eval(logits, self._state.hidden, self.cache.arrays())
+        return logits
+
+    def round(self, k: int, stop_ids: frozenset[int] = frozenset()) -> Round:
+        """Draft k tokens, verify them in one pass, and emit the accepted ones and one more. k = 0 is plain decoding.
+
+        There is one evaluation and one host read. Under a guide whose masks depend on the draft tokens, these are read
+        one by one; with mapped per-layer embeddings, the draft is read before it is verified. A stop token ends the
+        round early: nothing after it is emitted, and the stream must not go on.
+
+        Raises OptionError for draft tokens without a drafter.
+        """
+        assert k < self.cache.max_block, "more draft tokens than the stream was made for"
+        before, reads = self.cache.length, self.host_reads
+        self.cache.reserve(k + 1)
+        verified = self._advance(k)
+        mx.eval(verified, self.state)
+        accepted, *tokens = self.wait_for(verified.report)
+        tokens = tokens[: accepted + 1]
+        self.cache.length = before + len(tokens)
+        stop = next((index for index, token in enumerate(tokens) if token in stop_ids), accepted)
+        if stop < accepted:
+            tokens = tokens[: stop + 1]
+            self.cache.set_length(before + len(tokens))
+        self._append(tokens)
+        logprobs = self._read_logprobs(verified.logprobs, len(tokens))
+        return Round(tokens, k, accepted, logprobs, self.host_reads - reads)
+
+    def _advance(self, k: int) -> Verified:
+        """Replace the state by the one after a round of k draft tokens. Only the host's part is evaluated."""
+        steps = self._steps(k)
+        if self.guide is None and self.parts.target.mapped is None:
+            self.state, verified = steps.whole(self.state)
+            return verified
+        draft, masks = self._draft_on_host(steps, k)
+        self.state, verified = steps.verify(self.state, draft, masks, self._read_rows(draft))
+        return verified
+
+    def _steps(self, k: int) -> Steps:
+        if self._rounds is None:
+            return round_steps(self.parts, self.cache, k, self._text())
+        return self._rounds.steps(self.parts, self.cache, k, self._key)
+
+    def _draft_on_host(self, steps: Steps, k: int) -> tuple[Draft, mx.array | None]:
+        """The draft, and which tokens a guide allows at each row to verify, bool [k + 1, vocab], None for all."""
+        if self.guide is None:
+            return steps.draft(self.state), None
+        masks = RowMasks(self.guide, k + 1)
+        draft = draft_tokens(self.parts, self.cache, self.state, k, masks)
+        masks(draft.tokens[:, -1:] if k else self._state.bonus)
+        self.host_reads += masks.host_reads
+        return draft, masks.stack()
+
+    def _read_rows(self, draft: Draft) -> PerLayerRows | None:
+        """The rows of mapped per-layer embeddings for the verify pass: they are found by the draft tokens."""
+        if self.parts.target.mapped is None:
+            return None
+        drafted: list[int] = []
+        if draft.tokens.size:
+            # Evaluate all of the draft: a part that waits would hold the K/V buffers, which would then be copied.
+            mx.eval(*(part for part in draft if part is not None))
+            drafted = self.wait_for(draft.tokens[0])
+        return self.parts.target.read_rows([self.tokens[-1], *drafted])
+
+    def longest_draft(self) -> int:
+        """The most tokens that the next round can draft.
+
+        Its rows lie on one side of where K/V quantization begins. An exact round looks at no more K/V rows than a plain
+        one would.
+        """
+        most = self.cache.longest_pass(self.cache.max_block) - 1
+        return min(most, self.cache.rows_for(1) - self.cache.length - 1) if self._exact else most
+
+    def _text(self) -> mx.array | None:
+        """All tokens so far, int32 [n], for logits processors; None if there are none."""
+        return mx.array(self.tokens, mx.int32) if self.parts.rules.processors else None
+
+    def _slide_window(self, tokens: mx.array) -> None:
+        """Append tokens to the window that penalties look at."""
+        window = self._state.window
+        window = mx.concatenate([window, tokens])[tokens.size :][: window.size]
+        self._state = self._state._replace(window=window)
+
+    def _append(self, tokens: list[int]) -> None:
+        """Note emitted tokens, also for the guide."""
+        self.tokens += tokens
+        if self.guide is not None:
+            for token in tokens:
+                self.guide.consume(token)
+
+    def _read_logprobs(self, logprobs: mx.array, count: int) -> list[Logprobs] | None:
+        n = self.parts.logprobs
+        if n is None:
+            return None
+        rows: list[list[float]] = self.wait_for(logprobs[:count])
+        return [
+            Logprobs(row[0], [(int(i), p) for i, p in zip(row[1 : n + 1], row[n + 1 :], strict=True)]) for row in rows
+        ]
+
+    def wait_for(self, values: mx.array) -> list[Any]:
+        """Read an array of the device as a list, and count that. Only a guide reads draft tokens by itself."""
+        self.host_reads += 1
+        found: list[Any] = values.tolist()  # type: ignore[assignment]
+        return found
+
+
+def chunk_size(config: TextConfig, rows: int, itemsize: int, step_size: int) -> int:
+    """Tokens of a prompt to read at once where `rows` rows of K/V are looked at: at most so many that their attention
+    scores, which MLX keeps whole where it has no kernel for a head size, stay below a bound."""
+    most = _SCORE_BYTES // (config.num_attention_heads * rows * itemsize)
+    return min(step_size, max(_LEAST_CHUNK, most))
+
+
+def token_budget(prompt: list[int], max_tokens: int, max_context: int) -> int:
+    """Most tokens that may follow a prompt: `max_tokens`, or what is left of the context.
+
+    Raises PromptError for an empty prompt, ContextLengthError for one that leaves no room.
+    """
+    if not prompt:
+        raise PromptError("the prompt is empty: expected at least one token")
+    if len(prompt) >= max_context:
+        raise ContextLengthError(
+            f"the prompt has {len(prompt)} tokens, but the context holds {max_context} with the answer"
+        )
+    return min(max_tokens, max_context - len(prompt))
+
+
+def decode(
+    stream: Stream,
+    prompt: list[int],
+    *,
+    max_tokens: int,
+    num_draft_tokens: int | DraftLength,
+    stop_ids: frozenset[int],
+    prefill_step_size: int,
+    on_prefill: Progress | None = None,
+) -> Generator[Round, None, None]:
+    """Decode from a prompt of token ids; `num_draft_tokens` are drafted in a round, or as many as a policy says.
+
+    The first item is what prefill yields (drafted = accepted = 0).
+
+    Ends after a stop token, which is emitted, or after `max_tokens` (see `token_budget`).
+    """
+    first = stream.prefill(prompt, prefill_step_size, on_prefill)
+    yield first
+    last, left = first.tokens[-1], max_tokens - 1
+    while left and last not in stop_ids:
+        # A round yields up to k + 1 tokens: never draft more than may still be emitted.
+        k = num_draft_tokens if isinstance(num_draft_tokens, int) else num_draft_tokens.k
+        result = stream.round(min(k, left - 1, stream.longest_draft()), stop_ids)
+        if isinstance(num_draft_tokens, DraftLength):
+            num_draft_tokens.update(result.drafted, result.accepted)
+        yield result
+        last, left = result.tokens[-1], left - len(result.tokens)
