@@ -7,7 +7,6 @@ from types import ModuleType
 # As in typing, which takes its time to import.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .engine import GenerationOptions, GenerationResponse, GenerationResult, Model
     from .errors import (
         BusyError,
         CalibrationError,
@@ -26,6 +25,9 @@ if TYPE_CHECKING:
     )
     from .load import DEMO_PAIR, aload, load, plan_memory
     from .memory import MemoryPlan
+    from .model import Model
+    from .options import GenerationOptions
+    from .responses import GenerationResponse, GenerationResult
     from .sampling import Sampling
 
     __version__: str
@@ -58,7 +60,7 @@ __all__ = [
     "plan_memory",
 ]
 # The modules that hold these names.
-_HOLDERS = ("errors", "sampling", "memory", "engine", "load")
+_HOLDERS = ("errors", "sampling", "options", "responses", "memory", "model", "load")
 
 
 class _Package(ModuleType):

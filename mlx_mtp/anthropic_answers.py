@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from .anthropic_errors import anthropic_error
 from .anthropic_requests import INVALID_JSON, MessagesRequest
-from .engine import GenerationResponse
 from .openai_answers import Answer, Fields, Form, Tokens, generation_stats, new_id, sse
+from .responses import GenerationResponse
 
 # Clients send thoughts back with the signature only if it is not empty. Here it says nothing.
 SIGNATURE = "bWx4LW10cA=="

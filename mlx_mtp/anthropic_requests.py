@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationError
 
-from .engine import GenerationOptions
 from .errors import OptionError, PromptError
 from .openai_requests import CalledFunction, ChatRequest, Fields, Message, Request, Task, ToolCall
+from .options import GenerationOptions
 
 logger = logging.getLogger(__name__)
 

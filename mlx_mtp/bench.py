@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 from huggingface_hub.utils import tqdm
@@ -32,9 +32,10 @@ from mlx.utils import tree_flatten
 from .cli import add_kv_options, add_model_options, calibrate, load_or_demo, read_kv_options
 from .decoding.report import Stats
 from .draft_length import CostCurve
-from .engine import GenerationOptions, Model
 from .errors import OptionError
 from .graph import operations, round_outputs
+from .model import Model
+from .options import GenerationOptions
 from .peers import PEERS, Run, load_peer
 from .plots import check_plots, write_plots
 from .sampling import Sampling
@@ -195,7 +196,7 @@ def _run(args: argparse.Namespace) -> int:
     samplings = {t: replace(model.default_sampling, temperature=t, seed=args.seed) for t in args.temps}
     prompts = {(kind, n): prompt(model, kind, n, args.max_tokens) for kind in args.kinds for n in args.contexts}
     for sampling in samplings.values():
-        calibrate(model, replace(options, sampling=sampling), anew=True)
+        calibrate(model, replace(options, sampling=sampling), remeasure=True)
     counts = {
         t: {str(k): count_operations(model, k, s, options) for k in lengths if k != AUTO} for t, s in samplings.items()
     }
@@ -262,7 +263,8 @@ def measure(
                 _measure_peer(setting, prompt, sampling, args, repeat)
                 bar.update()
                 continue
-            last = model.generate(prompt, options, num_draft_tokens=k, sampling=sampling).last
+            length: int | Literal["auto"] = k if isinstance(k, int) else "auto"
+            last = model.generate(prompt, options, num_draft_tokens=length, sampling=sampling).last
             bar.update()
             if repeat < 0:
                 continue

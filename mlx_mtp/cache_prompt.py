@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from .cli import add_kv_options, add_model_options, check_template_options, load_or_demo, prefill_bar, read_kv_options
-from .engine import DEFAULT_PREFILL_STEP, GenerationOptions
+from .options import DEFAULT_PREFILL_STEP, GenerationOptions
 from .output import check_file
 from .shell import Parser, exit_status, read_prompt, text_argument
 from .tokenizer import encode_in_parts

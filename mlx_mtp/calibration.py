@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,12 +18,13 @@ from typing import Any
 import mlx.core as mx
 
 from .acceptance import Draft
-from .cache import KVQuantization
+from .cache import KVQuantization, check_group_size
+from .config import DrafterConfig, TargetConfig
 from .decoding.compiled import CompiledRounds
 from .decoding.stream import Progress, Stream
 from .draft_length import MAX_DRAFT_TOKENS, CostCurve
 from .drafter import Drafter, GivenDrafter
-from .errors import CalibrationError, ClosedError, OutputError
+from .errors import CalibrationError, ClosedError, OptionError, OutputError
 from .gemma4 import Target
 from .output import replace_text
 from .sampling import Sampling
@@ -61,10 +63,10 @@ def cache_directory() -> Path:
 
 
 def read_or_measure(
-    identity: dict[str, Any], measure: Callable[[], CostCurve], folder: Path | None = None, *, anew: bool = False
+    identity: dict[str, Any], measure: Callable[[], CostCurve], folder: Path | None = None, *, remeasure: bool = False
 ) -> CostCurve:
-    """The cost curve kept for an identity, everything that decides what a round costs; measured if there is none, or
-    `anew`.
+    """The cost curve kept for an identity, which is everything that decides what a round costs. It is measured if none
+    is kept, or if `remeasure` is set.
 
     A file that cannot be read, or that is of something else, is measured again and replaced. Where the folder cannot be
     written the curve is measured all the same, with a warning.
@@ -78,7 +80,7 @@ def read_or_measure(
         file = (folder or cache_directory()) / name
     except OSError as error:
         logger.warning("the measurement of rounds is not kept: %s", error)
-    if file is not None and not anew and (kept := _kept(file, json.loads(text))) is not None:
+    if file is not None and not remeasure and (kept := _kept(file, json.loads(text))) is not None:
         return kept
     logger.info("measuring what rounds cost on this machine, once; kept in %s", file or "no file")
     try:
@@ -146,6 +148,78 @@ def _draft_of(vocab_size: int, candidates: int | None) -> Callable[[mx.array, in
         return Draft(tokens, ids, mx.full((k, candidates), -math.log(candidates)))
 
     return give
+
+
+class RoundCosts:
+    """The costs of rounds of one loaded pair, by sampling options and K/V quantization.
+
+    Each curve is read or measured when it is first asked for.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        config: TargetConfig,
+        drafter_config: DrafterConfig | None,
+        *,
+        exact: bool,
+    ) -> None:
+        self._target = target
+        self._drafter = drafter
+        self._config = config
+        self._drafter_config = drafter_config
+        self._exact = exact
+        self._curves: dict[str, CostCurve] = {}
+
+    def curve(
+        self,
+        sampling: Sampling,
+        kv: KVQuantization | None = None,
+        *,
+        remeasure: bool = False,
+        on_progress: Progress | None = None,
+    ) -> CostCurve:
+        """The cost curve, in seconds.
+
+        Raises OptionError without a drafter or for groups of K/V that do not fit the heads, CalibrationError if the
+        clock gives nonsense.
+        """
+        drafter = self._drafter
+        if drafter is None:
+            raise OptionError("the cost of rounds is asked for, but no drafter is loaded")
+        if kv is not None:
+            check_group_size(self._config.text, kv)
+        identity = self.identity(sampling, kv)
+        key = repr(identity)
+        if remeasure or key not in self._curves:
+            self._curves[key] = read_or_measure(
+                identity, lambda: measure_rounds(self._target, drafter, sampling, on_progress, kv), remeasure=remeasure
+            )
+        return self._curves[key]
+
+    def identity(self, sampling: Sampling, kv: KVQuantization | None) -> dict[str, Any]:
+        """Everything that decides what a round costs.
+
+        Of sampling, it says which options are in use. Of K/V, it says how they are quantized, but not from where on: in
+        texts so short that they never are, attention costs little either way.
+        """
+        defaults = asdict(Sampling())
+        options = sorted(name for name, value in asdict(sampling).items() if name != "seed" and value != defaults[name])
+        head = self._drafter_config
+        assert head is not None
+        shapes = [repr((config.text, config.quantization)) for config in (self._config, head)]
+        shapes.append(repr((head.num_centroids, head.centroid_top_k, head.draft_vocab_size)))
+        found: dict[str, Any] = {
+            "pair": shapes,
+            "dtype": str(self._target.dtype),
+            "exact": self._exact,
+            "sampling": options,
+            "kv": None if kv is None else [kv.bits, kv.group_size],
+        }
+        if self._target.mapped is not None:
+            found["per_layer_embeddings"] = "mapped"
+        return found | device_identity()
 
 
 def measure_rounds(

@@ -35,8 +35,10 @@ from .cli import (
 )
 from .decoding.report import Stats
 from .decoding.stream import Progress
-from .engine import DEFAULT_PREFILL_STEP, GenerationOptions, GenerationResponse, Model
 from .errors import PromptError
+from .model import Model
+from .options import DEFAULT_PREFILL_STEP, GenerationOptions
+from .responses import GenerationResponse
 from .shell import Parser, check_stdin, exit_status, read_escaped, text_argument
 
 DEFAULT_ANSWER_TOKENS = 1024

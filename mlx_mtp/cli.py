@@ -17,17 +17,13 @@ from .cache import check_group_size
 from .config import read_target_config
 from .decoding.stream import check_logprobs
 from .draft_length import MAX_DRAFT_TOKENS
-from .engine import (
-    DEFAULT_KV_GROUP_SIZE,
-    DEFAULT_QUANTIZED_KV_START,
-    GenerationOptions,
-    GenerationResponse,
-    Model,
-)
 from .errors import OptionError, PromptError
 from .hub import is_repo, resolve_folder
 from .load import DEMO_PAIR, PER_LAYER_EMBEDDINGS, how_to_name_a_drafter, load, plan_memory
 from .memory import parse_bytes
+from .model import Model
+from .options import DEFAULT_KV_GROUP_SIZE, DEFAULT_QUANTIZED_KV_START, GenerationOptions
+from .responses import GenerationResponse
 from .sampling import ACCEPTANCE_RULES, Penalties, Sampling
 from .shell import lacking, write_out
 
@@ -321,9 +317,9 @@ def print_stream(responses: Iterator[GenerationResponse]) -> tuple[list[Generati
     return seen, interrupted
 
 
-def calibrate(model: Model, options: GenerationOptions, *, anew: bool = False) -> None:
-    """Measure what rounds cost on this machine with a progress bar, if the options need it and, unless `anew`, it is
-    not known yet."""
+def calibrate(model: Model, options: GenerationOptions, *, remeasure: bool = False) -> None:
+    """Measure what rounds cost on this machine, with a progress bar, if the options need it. A known cost is measured
+    again only with `remeasure`."""
     if model.drafter is None or options.num_draft_tokens != "auto":
         return
     with tqdm(desc="Measuring, once", unit="pass", leave=False, disable=None, file=sys.stderr) as bar:
@@ -336,7 +332,7 @@ def calibrate(model: Model, options: GenerationOptions, *, anew: bool = False) -
             options.sampling,
             kv_bits=options.kv_bits,
             kv_group_size=options.kv_group_size,
-            anew=anew,
+            remeasure=remeasure,
             on_progress=update,
         )
 

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .engine import GenerationOptions, Model
 from .errors import DataError, MTPError
 from .files import read_text
+from .model import Model
+from .options import GenerationOptions
 from .tokenizer import encode_prompt
 
 

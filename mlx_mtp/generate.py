@@ -36,10 +36,12 @@ from .cli import (
 from .commands import INTERRUPTED
 from .decoding.report import LOWEST_LOGPROB
 from .draft_length import MAX_DRAFT_TOKENS
-from .engine import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, GenerationOptions, GenerationResponse, Model
 from .errors import OptionError
 from .files import read_text
 from .load import DEMO_PAIR, plan_memory
+from .model import Model
+from .options import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, GenerationOptions
+from .responses import GenerationResponse
 from .shell import Parser, exit_status, read_prompt, text_argument, write_json, write_out
 from .tokenizer import encode_in_parts, encode_prompt
 

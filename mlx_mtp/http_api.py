@@ -25,11 +25,11 @@ from .anthropic_answers import MessagesForm
 from .anthropic_errors import ERRORS as ANTHROPIC_ERRORS
 from .anthropic_errors import AnthropicErrors, is_anthropic
 from .anthropic_requests import MessagesRequest
-from .engine import GenerationResponse
 from .http_entry import Entry
 from .openai_answers import Answer, ChatForm, CompletionForm, Form, ResponseForm, Tokens
 from .openai_fields import warn_once
 from .openai_requests import ChatRequest, CompletionRequest, Request, ResponseRequest, Task
+from .responses import GenerationResponse
 from .service import ApiError, Prefill, Service, api_error
 from .worker import Job
 

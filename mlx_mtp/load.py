@@ -25,13 +25,14 @@ from .decoding.stream import Progress
 from .draft_length import MAX_DRAFT_TOKENS
 from .drafter import Drafter
 from .embeddings import MappedEmbedding
-from .engine import GenerationOptions, Model
 from .errors import ConfigError, HubError, OptionError, PairError
 from .exact import check_exact, make_exact
 from .files import fault
 from .gemma4 import Target, fuse_projections, lay_out_weights
 from .hub import DRAFTER_FOLDER, Downloads, is_repo, resolve_folder
 from .memory import MemoryPlan, check_memory, memory_size, planner
+from .model import Model
+from .options import GenerationOptions
 from .tokenizer import load_tokenizer
 from .weights import count_bytes, drafter_names, fill_module, resolve_head, target_names, token_ids
 from .worker import Job, Worker

@@ -15,8 +15,9 @@ from typing import Any, Literal
 from .call_syntax import CALL_START, beginning_at_end
 from .control_marks import ControlMarks
 from .decoding.report import LOWEST_LOGPROB
-from .engine import GenerationResponse, Model
+from .model import Model
 from .openai_requests import ChatRequest, CompletionRequest, ResponseRequest
+from .responses import GenerationResponse
 from .tool_calls import ToolCallDelta, ToolCallParser
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")

@@ -17,9 +17,9 @@ from pydantic_core import PydanticCustomError
 
 from .answer_schema import answer_schema
 from .draft_length import MAX_DRAFT_TOKENS
-from .engine import GenerationOptions
 from .errors import OptionError, PromptError
 from .openai_fields import Budget, Limit, LookBack, Strings, TopK, Whole, check_others, refuse, unknown
+from .options import GenerationOptions
 from .sampling import SMALLEST, AcceptanceRule, Sampling
 from .tool_grammar import tool_grammar
 

@@ -73,7 +73,7 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         for name, choices in (("kv_bits", (None, *KV_BITS)), ("kv_group_size", KV_GROUP_SIZES)):
-            value = vars(self)[name]
+            value = getattr(self, name)
             # Of the type as well: 8.0 equals 8, but MLX takes no float.
             if not any(type(value) is type(choice) and value == choice for choice in choices):
                 *most, last = [choice for choice in choices if choice is not None]
@@ -83,7 +83,7 @@ class GenerationOptions:
         )
         least |= {"max_tokens": 1, "prefill_step_size": 1}
         for name, minimum in least.items():
-            value = vars(self)[name]
+            value = getattr(self, name)
             if name == "num_draft_tokens" and value == "auto":
                 continue
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):

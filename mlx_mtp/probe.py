@@ -24,10 +24,10 @@ from huggingface_hub.utils import tqdm
 from .bench import KINDS, environment, names, prompt
 from .cache import Cache
 from .cli import add_model_options, load_or_demo
-from .engine import Model
 from .errors import OptionError
 from .exact import MAX_ROWS, ExactRows, ExactTable
 from .gemma4 import Experts, Router, Target
+from .model import Model
 from .shell import Parser, exit_status, write_json, write_out
 
 # Tokens before those that are compared.

@@ -37,10 +37,11 @@ from .cli import (
     read_kv_options,
     read_sampling,
 )
-from .engine import GenerationOptions, Model
 from .errors import ClosedError, OptionError, OutputError, ServerError
 from .load import DEMO_PAIR
 from .memory import parse_bytes
+from .model import Model
+from .options import GenerationOptions
 from .shell import Parser, exit_status, write_out
 from .worker import Worker
 

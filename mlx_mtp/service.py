@@ -12,9 +12,11 @@ from typing import Any
 import mlx.core as mx
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from .engine import GenerationOptions, GenerationResponse, Model
 from .errors import BusyError, ClosedError, ContextLengthError, MTPError, OptionError, PromptError
+from .model import Model
 from .openai_requests import ENDPOINTS, Task, field_names
+from .options import GenerationOptions
+from .responses import GenerationResponse
 from .tokenizer import encode_text
 from .worker import CancelledJob, Job, Worker
 
@@ -163,7 +165,7 @@ class Service:
             responses = self.model.stream_generate(
                 self._prompt(task), task.options, on_prefill=lambda done, total: job.put(Prefill(done, total))
             )
-            with closing(responses):  # type: ignore[type-var]
+            with closing(responses):
                 for response in responses:
                     if last is None:
                         self.metrics.first_token.observe(time.monotonic() - asked)

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
+import numpy as np
+
 from .chat_template import render_conversation
 from .config import read_json
 from .errors import MTPError, PromptError, TokenizerError
@@ -18,6 +21,9 @@ from .tool_schemas import usable_tools
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+# What to decode from: text, token ids, or the messages of a conversation, each with its role and content.
+Prompt = str | Sequence[int] | mx.array | Sequence[Mapping[str, Any]]
 
 # Stands for the user's text in a rendered turn: what no template changes or adds.
 _PLACEHOLDER = "<<user's text>>"
@@ -281,6 +287,43 @@ def _template_errors() -> Iterator[None]:
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise PromptError(f"the chat template cannot render the messages: {reason}") from None
+
+
+def encode(
+    tokenizer: "TokenizerWrapper",
+    prompt: Prompt,
+    vocab_size: int,
+    *,
+    enable_thinking: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    template_options: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a prompt for a model with embeddings of `vocab_size` tokens. The options are for messages alone.
+
+    Raises PromptError for messages that cannot be rendered, and for token ids without an embedding.
+    """
+    if isinstance(prompt, str):
+        return _with_embeddings(tokenizer, encode_prompt(tokenizer, prompt, use_chat_template=False), vocab_size)
+    items: list[Any] = prompt.tolist() if isinstance(prompt, mx.array) else list(prompt)  # type: ignore[assignment]
+    if items and isinstance(items[0], Mapping):
+        tokens = encode_chat(
+            tokenizer, items, enable_thinking=enable_thinking, tools=tools, template_options=template_options
+        )
+        return _with_embeddings(tokenizer, tokens, vocab_size)
+    for token in items:
+        is_id = isinstance(token, int | np.integer) and not isinstance(token, bool)
+        if not is_id or not 0 <= token < vocab_size:
+            raise PromptError(f"the prompt must hold token ids from 0 to {vocab_size - 1}, found {token!r}")
+    return [int(token) for token in items]
+
+
+def _with_embeddings(tokenizer: "TokenizerWrapper", tokens: list[int], vocab_size: int) -> list[int]:
+    """The tokens themselves, if the model has an embedding for each: a fine-tune may have added some without."""
+    for token in tokens:
+        if token >= vocab_size:
+            text = tokenizer.convert_ids_to_tokens(token)
+            raise PromptError(f"the prompt holds {text!r}, token {token}, but the model has embeddings of {vocab_size}")
+    return tokens
 
 
 def thought_channel(tokenizer: "TokenizerWrapper") -> Channel | None:

@@ -27,10 +27,11 @@ from .config import DrafterConfig, read_drafter_config, read_json, read_target_c
 from .dataset import answer_prompts, check_data, read_data
 from .draft_vocab import check_draft_vocab, choose_ids, prune
 from .drafter import Drafter
-from .engine import GenerationOptions, Model
 from .errors import MTPError, OptionError, OutputError
 from .hub import DRAFTER_FOLDER, resolve_folder
 from .load import check_pair, find_drafter, load_drafter
+from .model import Model
+from .options import GenerationOptions
 from .output import check_output, new_folder
 from .shell import Parser, exit_status, write_out
 from .training import OPTIMIZERS, Measure, Trainer, TrainingOptions, save_arrays

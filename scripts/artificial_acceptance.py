@@ -85,7 +85,7 @@ def main() -> None:
     length: dict[Any, list[float]] = {setting: [] for setting in runs}
     curves = []
     for repeat in tqdm(range(-1, args.repeats), desc="Runs"):
-        curves.append(model.calibrate(anew=True))
+        curves.append(model.calibrate(remeasure=True))
         for setting, speeds in speed.items():
             chosen, k = (model, 0) if setting is None else (runs[setting], setting[1])
             result = chosen.generate(tokens, options, num_draft_tokens=k)

@@ -23,7 +23,7 @@ from tiny import (
 )
 
 import mlx_mtp
-from mlx_mtp import engine
+from mlx_mtp import calibration
 from mlx_mtp.draft_length import CostCurve
 from mlx_mtp.drafter import Drafter
 from mlx_mtp.gemma4 import Target
@@ -73,7 +73,7 @@ def commands_without_torch() -> None:
 @pytest.fixture(autouse=True)
 def known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is timed in this process, so that the same text is drafted in the same way; commands do time."""
-    monkeypatch.setattr(engine, "measure_rounds", lambda *_: CURVE)
+    monkeypatch.setattr(calibration, "measure_rounds", lambda *_: CURVE)
 
 
 @pytest.fixture(scope="session")

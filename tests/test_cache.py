@@ -123,7 +123,7 @@ def test_buffers_grow_seldom_and_little() -> None:
 
 
 def test_growing_leaves_the_order_of_the_layers() -> None:
-    """Compiled rounds take the buffers in the order of the dictionary; a full-attention layer may come before others."""
+    """Compiled rounds take the buffers in this order; a full-attention layer may come before others."""
     few = config()
     cache = Cache(replace(few, layers=(few.layers[1], *few.layers)), mx.float32, max_block=MAX_BLOCK)
     before = [array.shape for array in cache.arrays()]

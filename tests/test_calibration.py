@@ -15,7 +15,7 @@ from conftest import CURVE
 from tiny import VARIANTS
 
 import mlx_mtp
-from mlx_mtp import calibration, engine
+from mlx_mtp import calibration
 from mlx_mtp.calibration import cache_directory, measure_rounds, read_or_measure
 from mlx_mtp.draft_length import MAX_DRAFT_TOKENS, CostCurve
 
@@ -128,7 +128,7 @@ def test_a_clock_that_stands_still_is_an_error_not_a_curve(
     """Nor is it kept."""
     model = mlx_mtp.load(tiny_pair("e2b") / "target")
     monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
-    monkeypatch.setattr(engine, "measure_rounds", measure_rounds)
+    monkeypatch.setattr(calibration, "measure_rounds", measure_rounds)
     monkeypatch.setattr(calibration, "_REPETITIONS", (1, 1))
     monkeypatch.setattr(calibration, "_ROUNDS", (2, 2))
     with monkeypatch.context() as stopped:
@@ -149,7 +149,7 @@ def test_a_model_measures_once_per_kind_of_sampling(
         measured.append(sampling)
         return CURVE
 
-    monkeypatch.setattr(engine, "measure_rounds", measure)
+    monkeypatch.setattr(calibration, "measure_rounds", measure)
     for _ in range(2):
         model = mlx_mtp.load(tiny_pair("e2b") / "target")
         for sampling in (mlx_mtp.Sampling(), SAMPLED, mlx_mtp.Sampling(seed=4)):

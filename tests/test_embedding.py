@@ -18,7 +18,7 @@ import pytest
 from tiny import make_target, random_tokens
 
 import mlx_mtp
-from mlx_mtp import engine
+from mlx_mtp import calibration
 
 TinyPair = Callable[[str], Path]
 PROMPT = random_tokens(40, seed=3)
@@ -40,7 +40,7 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def is_idle(model: mlx_mtp.Model) -> bool:
-    return model._life.worker().running == 0
+    return model.life.worker().running == 0
 
 
 # --- the event loop ---------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_ending_it_while_rounds_are_measured(
             on_progress(0, 1)
 
     monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
-    monkeypatch.setattr(engine, "measure_rounds", measure)
+    monkeypatch.setattr(calibration, "measure_rounds", measure)
 
     async def main() -> None:
         task = asyncio.create_task(model.agenerate(PROMPT))
@@ -334,7 +334,7 @@ def test_closing_from_a_callback(tiny_pair: TinyPair) -> None:
 
     def close(done: int, total: int) -> None:
         other.start()
-        while not model._life.worker().running:
+        while not model.life.worker().running:
             pass
         model.close()
 
@@ -349,7 +349,7 @@ def test_a_model_that_is_dropped_needs_no_closing(tiny_pair: TinyPair) -> None:
     before = active()
     model = mlx_mtp.load(tiny_pair("e2b") / "target")
     asyncio.run(model.agenerate(PROMPT, OPTIONS))
-    thread = model._life.worker()._thread
+    thread = model.life.worker()._thread
     del model
     assert active() - before < 4096
     thread.join(10)

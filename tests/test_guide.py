@@ -101,7 +101,7 @@ def test_compiled_passes_are_the_same_and_copy_no_buffer(
         rounds, texts = CompiledRounds(), []
         for shared in (None, rounds):
             chosen = mlx_mtp.GenerationOptions(**options)
-            guide = model._guide(chosen, 0 if chosen.enable_thinking else None, frozenset({1}))
+            guide = model.parts.guides.guide(chosen, 0 if chosen.enable_thinking else None, frozenset({1}))
             stream = Stream(
                 model.target, model.drafter, max_draft_tokens=3, sampling=sampling, guide=guide, rounds=shared
             )
@@ -161,7 +161,7 @@ def test_sampled_answers_are_in_the_language(model: mlx_mtp.Model) -> None:
 def exact(model: mlx_mtp.Model, regex: str) -> dict[tuple[int, ...], float]:
     """The probability of every text of a small language: the target's own, over the allowed tokens at each step."""
     stop_ids = frozenset(model.tokenizer.eos_token_ids)
-    guide = model._guide(mlx_mtp.GenerationOptions(regex=regex), None, stop_ids)
+    guide = model.parts.guides.guide(mlx_mtp.GenerationOptions(regex=regex), None, stop_ids)
     assert guide is not None
     result: dict[tuple[int, ...], float] = {}
 

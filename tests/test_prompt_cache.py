@@ -14,7 +14,7 @@ import pytest
 from tiny import WINDOW, random_tokens
 
 import mlx_mtp
-from mlx_mtp import cache_prompt, engine, generate
+from mlx_mtp import cache_prompt, generate, generation
 
 TinyPair = Callable[[str], Path]
 GREEDY = mlx_mtp.GenerationOptions(max_tokens=24, num_draft_tokens=3, ignore_eos=True, prefill_step_size=24)
@@ -29,7 +29,7 @@ def model(request: pytest.FixtureRequest, tiny_pair: TinyPair) -> mlx_mtp.Model:
 
 @pytest.fixture(autouse=True)
 def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_SNAPSHOT_EVERY", 2 * WINDOW)
+    monkeypatch.setattr(generation, "SNAPSHOT_EVERY", 2 * WINDOW)
 
 
 def fresh(model: mlx_mtp.Model, prompt: list[int], **changes: Any) -> mlx_mtp.GenerationResult:
@@ -359,7 +359,7 @@ def test_a_file_of_another_model_or_version_is_refused(
     # One weight is enough.
     layer = model.target.layers[0].mlp.down_proj
     monkeypatch.setattr(layer, "weight", layer.weight + 1.0)
-    del vars(model)["_fingerprint"]
+    model = mlx_mtp.Model(model.target, None, model.tokenizer, model.config, None)
     with pytest.raises(mlx_mtp.PromptCacheError, match="of another model"):
         model.load_prompt(file)
     monkeypatch.setattr("mlx_mtp.prompt_cache.FORMAT", 2)

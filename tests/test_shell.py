@@ -236,7 +236,7 @@ def test_a_prompt_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(OutputError, match="cannot be written"):
             check_file(file)
     model = mlx_mtp.load(DEMO_PAIR, "none")
-    monkeypatch.setattr("mlx_mtp.engine.Stream", lambda *_, **__: pytest.fail("the prompt is read"))
+    monkeypatch.setattr("mlx_mtp.prompt_files.Stream", lambda *_, **__: pytest.fail("the prompt is read"))
     with pytest.raises(OutputError, match="cannot be written"):
         model.save_prompt("def f", tmp_path / "absent" / "x")
     assert list(tmp_path.iterdir()) == []

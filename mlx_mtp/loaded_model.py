@@ -1,0 +1,155 @@
+"""What is loaded of a model, and how it is closed."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Self
+
+import mlx.core as mx
+
+from .cache import KVQuantization
+from .calibration import RoundCosts
+from .config import DrafterConfig, TargetConfig
+from .decoding.compiled import CompiledRounds
+from .drafter import Drafter
+from .embeddings import EmbeddingStats
+from .errors import ClosedError
+from .gemma4 import Target
+from .guides import GuideMaker
+from .lifetime import Lifetime
+from .memory import memory_size
+from .prompt_cache import PromptCache
+from .sampling import Sampling, default_sampling
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+logger = logging.getLogger(__name__)
+
+# The prompt cache takes at most this share of the machine's memory.
+_PROMPT_CACHE_SHARE = 0.1
+
+
+@dataclass
+class Parts:
+    """The parts of a loaded model, which `LoadedModel.close` releases."""
+
+    target: Target
+    drafter: Drafter | None
+    tokenizer: "TokenizerWrapper"
+    prompt_cache: PromptCache
+    rounds: CompiledRounds
+    guides: GuideMaker
+    costs: RoundCosts
+    # The fingerprint of the weights, once it is needed.
+    fingerprint: str | None = None
+    # The K/V quantizations for which exact rounds were compared with plain ones.
+    checked: set[KVQuantization] = field(default_factory=set)
+
+
+class LoadedModel:
+    """A loaded target with its tokenizer and, unless it decodes plainly, its drafter, until it is closed.
+
+    In a `with` statement, or with `close`, its memory is released. After that, its parts raise ClosedError.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        tokenizer: "TokenizerWrapper",
+        config: TargetConfig,
+        drafter_config: DrafterConfig | None,
+        *,
+        exact: bool = False,
+        context_limit: int | None = None,
+    ) -> None:
+        self.config = config
+        self.drafter_config = drafter_config
+        self.exact = exact
+        self.context_limit = context_limit
+        self.life = Lifetime()
+        self._parts: Parts | None = Parts(
+            target,
+            drafter,
+            tokenizer,
+            PromptCache(int(_PROMPT_CACHE_SHARE * memory_size())),
+            # A compiled round may round differently from one that is not.
+            CompiledRounds(always=exact),
+            GuideMaker(tokenizer, config),
+            RoundCosts(target, drafter, config, drafter_config, exact=exact),
+        )
+
+    def close(self) -> None:
+        """Release the memory: weights, the K/V of prompts, compiled rounds, and MLX's cache of freed buffers.
+
+        Generations that run or wait end with a ClosedError, in whatever thread, as do iterators that are open, at their
+        next item. Waits for the round, or the part of a prompt, that is being computed. Closing again does nothing.
+        """
+        if not self.life.end():
+            return
+        self.parts.prompt_cache.clear()
+        self._parts = None
+        mx.clear_cache()
+        logger.info("closed %s", self.config.path.parent)
+
+    @property
+    def parts(self) -> Parts:
+        """The loaded parts. Raises ClosedError once the model is closed."""
+        if self._parts is None:
+            raise ClosedError("the model is closed: load it again")
+        return self._parts
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self.life.is_closed
+
+    def __enter__(self) -> Self:
+        self.life.check()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def target(self) -> Target:
+        """The target network."""
+        return self.parts.target
+
+    @property
+    def drafter(self) -> Drafter | None:
+        """The drafter network; None for plain decoding."""
+        return self.parts.drafter
+
+    @property
+    def tokenizer(self) -> "TokenizerWrapper":
+        """mlx-lm's tokenizer."""
+        return self.parts.tokenizer
+
+    @property
+    def prompt_cache(self) -> PromptCache:
+        """The K/V of prompts that were read before."""
+        return self.parts.prompt_cache
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of prompt and answer together: `context_limit`, else config field `max_position_embeddings`."""
+        most = self.config.text.max_position_embeddings
+        return most if self.context_limit is None else min(most, self.context_limit)
+
+    @property
+    def per_layer_embeddings(self) -> Literal["resident", "mapped"] | None:
+        """Where the table of per-layer embeddings is: in memory or in its files. None for a target without one."""
+        if not self.config.text.per_layer_input_size:
+            return None
+        return "resident" if self.target.mapped is None else "mapped"
+
+    @property
+    def embedding_stats(self) -> EmbeddingStats | None:
+        """Counts of the rows of mapped per-layer embeddings since loading; None if they are in memory."""
+        return None if self.target.mapped is None else self.target.mapped.stats
+
+    @property
+    def default_sampling(self) -> Sampling:
+        """The sampling options of the model's makers (`generation_config.json`), with which the command lines begin."""
+        return default_sampling(self.config.sampling, self.max_context)

@@ -1,0 +1,37 @@
+"""Prompts that are read ahead and kept in files."""
+
+from pathlib import Path
+
+from . import prompt_cache
+from .cache import KVQuantization
+from .decoding.stream import Progress, Stream
+from .draft_length import MAX_DRAFT_TOKENS
+from .errors import PromptCacheError
+from .gemma4 import Target
+from .prompt_cache import Entry
+
+
+def read_ahead(
+    target: Target, tokens: list[int], step_size: int, kv: KVQuantization | None, on_progress: Progress
+) -> Entry:
+    """The K/V of a prompt, read in chunks of `step_size` tokens. If `on_progress` raises, reading ends."""
+    stream = Stream(target, None, max_draft_tokens=MAX_DRAFT_TOKENS, kv_quantization=kv)
+    stream.read(tokens, step_size, on_progress)
+    entry = stream.entry()
+    assert entry is not None
+    return entry
+
+
+def load_entry(file: Path, identity: str, expected: KVQuantization | None) -> Entry:
+    """The K/V of a prompt from a file, for the model of this identity.
+
+    Raises PromptCacheError if the file is damaged, of another model or of another version, or was read with another K/V
+    quantization than `expected`.
+    """
+    entry = prompt_cache.load(file, identity)
+    if entry.kind.quantization != expected:
+        raise PromptCacheError(
+            f"{file}: its K/V quantization is {entry.kind.quantization}, but {expected} is asked for: "
+            "kv_bits, kv_group_size and quantized_kv_start must be those it was made with"
+        )
+    return entry

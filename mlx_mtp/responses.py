@@ -1,0 +1,127 @@
+"""The responses of a generation: one per token, with text, thought and figures."""
+
+import time
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import mlx.core as mx
+
+from .decoding.report import Logprobs, Round, Stats
+from .decoding.stream import Stream
+from .text import TextStream
+
+
+@dataclass
+class GenerationResponse:
+    """One token of a generation, with mlx-lm's field names.
+
+    `text` is the readable text of the answer since the last response, `thought` the text of the thought before the
+    answer (without the tokens and the name of its channel); both are valid UTF-8. `in_thought` says whether the token
+    belongs to a thought, its channel included. `cached_tokens` of the prompt's tokens were read for an earlier prompt;
+    `prompt_tps` counts the others. It and `generation_tps` are tokens per second so far, `peak_memory` is in GB (1e9
+    bytes). `finish_reason` is set on the last response: "stop" after a stop token or string, "length" at `max_tokens`
+    or the end of the context. `stop_string` is the one of `GenerationOptions.stop` that ended the text.
+    """
+
+    text: str
+    token: int
+    from_draft: bool
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    finish_reason: Literal["stop", "length"] | None
+    stats: Stats
+    logprobs: Logprobs | None = None
+    thought: str = ""
+    in_thought: bool = False
+    cached_tokens: int = 0
+    stop_string: str | None = None
+
+
+@dataclass
+class GenerationResult:
+    """A whole generation: answer, thought, all tokens (a stop token included), and the last response's figures."""
+
+    text: str
+    thought: str
+    tokens: list[int]
+    last: GenerationResponse
+
+
+def whole(responses: Sequence[GenerationResponse]) -> GenerationResult:
+    """The result that the responses of one generation make."""
+    text, thought = "".join(r.text for r in responses), "".join(r.thought for r in responses)
+    return GenerationResult(text, thought, [r.token for r in responses], responses[-1])
+
+
+@dataclass
+class _Clock:
+    """Tokens per second of prefill and decoding."""
+
+    prompt_tokens: int
+    started: float = field(default_factory=time.perf_counter)
+    first_token: float = 0.0
+
+    def prompt_tps(self) -> float:
+        return self.prompt_tokens / (self.first_token - self.started)
+
+    def generation_tps(self, tokens: int) -> float:
+        """The rate of the tokens after the first, which belongs to prefill. 0.0 as long as there are none."""
+        return (tokens - 1) / (time.perf_counter() - self.first_token) if tokens > 1 else 0.0
+
+
+def respond(
+    stream: Stream,
+    rounds: Iterable[Round],
+    text: TextStream,
+    *,
+    stop_ids: frozenset[int],
+    prompt_tokens: int,
+    budget: int,
+    counts_rows: bool,
+) -> Generator[GenerationResponse, None, None]:
+    """A response for each token of the rounds of a stream, until a stop or `budget` tokens.
+
+    `counts_rows` says whether the rows that logits processors see are counted in the statistics.
+    """
+    stats = Stats()
+    generated = 0
+    cached = stream.cache.length
+    clock = _Clock(prompt_tokens - cached)
+    mapped = stream.parts.target.mapped
+    before = None if mapped is None else mapped.stats
+    for result in rounds:
+        if mapped is not None and before is not None:
+            stats.embeddings = mapped.stats.since(before)
+        if generated:
+            stats.add(result.drafted, result.accepted, result.host_reads)
+        else:
+            clock.first_token = time.perf_counter()
+        stats.processed_rows += result.drafted + 1 if counts_rows else 0
+        for position, token in enumerate(result.tokens):
+            generated += 1
+            is_stop = token in stop_ids
+            is_last = is_stop or generated == budget
+            piece = text.add(None if is_stop else token, is_last=is_last)
+            yield GenerationResponse(
+                text=piece.text,
+                token=token,
+                from_draft=position < result.accepted,
+                prompt_tokens=prompt_tokens,
+                prompt_tps=clock.prompt_tps(),
+                generation_tokens=generated,
+                generation_tps=clock.generation_tps(generated),
+                peak_memory=mx.get_peak_memory() / 1e9,
+                finish_reason="stop" if is_stop or piece.stopped else "length" if is_last else None,
+                stats=stats,
+                logprobs=None if result.logprobs is None else result.logprobs[position],
+                thought=piece.thought,
+                in_thought=piece.in_thought,
+                cached_tokens=cached,
+                stop_string=piece.stopped,
+            )
+            if piece.stopped:
+                return
