@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from .call_syntax import CALL_START, STRING_MARK
 from .conversation import Messages, canonical_messages
 from .markers import Markers
+from .tool_schemas import marked_tools
 
 Tools = Sequence[Mapping[str, Any]]
 
@@ -38,13 +39,14 @@ def render_conversation(messages: Sequence[Mapping[str, Any]], render: Render, t
     """
     plain = canonical_messages(messages)
     markers = Markers(plain, tools)
+    declared = None if tools is None else marked_tools(tools, markers)
     has_results = any(message["role"] == "tool" for message in plain)
     marked = _Marked(markers)
-    if has_results and _writes_tool_turns(render, tools, markers):
+    if has_results and _writes_tool_turns(render, declared, markers):
         given = marked.embedded(plain)
     else:
         given = marked.separate(plain)
-    text = markers.replace(render(given, tools))
+    text = markers.replace(render(given, declared))
     return render(plain, tools) if text is None else text
 
 

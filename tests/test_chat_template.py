@@ -438,6 +438,61 @@ def test_parameters_have_a_type_that_templates_can_write(schema: Any, expected: 
     assert declared(schema) == expected
 
 
+def declaration(template: str, properties: dict[str, Any]) -> str:
+    """What a template writes for the parameters of a tool."""
+    parameters = {"type": "object", "properties": properties}
+    tools = usable_tools([{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+
+    def render(messages: Messages, tools: Any) -> str:
+        return parse(template).render(messages=messages, tools=tools, bos_token="")
+
+    return render_conversation([USER], render, tools).partition("parameters:{")[2].partition("}}<tool|>")[0]
+
+
+def text_parameter(template: str, name: str) -> str:
+    empty = "" if template == "launch" else f"description:{Q}{Q},"
+    return f"{name}:{{{empty}type:{Q}STRING{Q}}}"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_parameters_may_be_named_like_keywords(template: str) -> None:
+    names = ["description", "descriptions", "nullable", "properties", "required", "type", "type_id"]
+    inner = {name: {"type": "string"} for name in names}
+    written = ",".join(text_parameter(template, name) for name in names)
+    found = declaration(TEMPLATES[template], {**inner, "ways": {"type": "array", "items": {"properties": inner}}})
+    items = f"{{properties:{{{written}}},required:[],type:{Q}OBJECT{Q}}}"
+    assert found == f"{written},ways:{{items:{items},type:{Q}ARRAY{Q}}}"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_objects_and_arrays_need_no_description(template: str) -> None:
+    point = {"type": "object", "properties": {"x": {"type": "string"}}}
+    found = declaration(TEMPLATES[template], {"at": point, "named": {**point, "description": "Where."}})
+    at = f"properties:{{{text_parameter(template, 'x')}}},type:{Q}OBJECT{Q}"
+    assert found == f"at:{{{at}}},named:{{description:{Q}Where.{Q},{at}}}"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_items_of_items_are_no_data(template: str) -> None:
+    cube = {"type": "string"}
+    for _ in range(3):
+        cube = {"type": "array", "items": cube}
+    schema = {**cube, "description": "All."}
+    inner = f"{{type:{Q}STRING{Q}}}"
+    for _ in range(2):
+        inner = f"{{items:{inner},type:{Q}ARRAY{Q}}}"
+    assert (
+        declaration(TEMPLATES[template], {"cube": schema})
+        == f"cube:{{description:{Q}All.{Q},items:{inner},type:{Q}ARRAY{Q}}}"
+    )
+
+
+def test_a_template_with_another_format_gets_the_tools_as_they_are() -> None:
+    template = "parameters:{{ tools[0]['function']['parameters']['properties'] | tojson }}{{ '}}' }}<tool|>"
+    properties = {"type": {"type": "array", "items": {"type": "array", "items": {"type": "string"}}}}
+    assert json.loads("{" + declaration(template, properties)) == properties
+
+
 def test_tools_without_parameters_stay_as_they_are() -> None:
     tools = [{"type": "function", "function": {"name": "f"}}, {"type": "function", "function": {"parameters": {}}}, {}]
     assert usable_tools(tools) == tools
