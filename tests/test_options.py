@@ -19,7 +19,7 @@ from mlx_mtp.sampling import Penalties
 
 TinyPair = Callable[[str], Path]
 PROMPT = random_tokens(2 * WINDOW, seed=5)
-TOKENS = 60
+TOKENS = 40
 
 PENALTIES: list[dict[str, Any]] = [
     {"repetition_penalty": 1.5},
