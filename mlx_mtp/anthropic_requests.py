@@ -7,6 +7,7 @@ accepted though they have no meaning for a local model.
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeAlias
@@ -324,13 +325,14 @@ def _prefill(turns: Sequence[_Turn]) -> str:
 
 
 def _messages(turns: Sequence[_Turn]) -> Iterator[Message]:
-    called: set[str] = set()
+    # The ids of calls, and how many calls with each have no result yet.
+    called: Counter[str] = Counter()
     for turn in turns:
         if turn.role == "user":
             yield from _user_messages(turn, called)
         elif turn.blocks:
             message = _assistant_message(turn)
-            called |= {call.id for call in message.tool_calls or []}
+            called.update(call.id for call in message.tool_calls or [])
             yield message
 
 
@@ -362,7 +364,7 @@ def _function(block: ToolUseBlock) -> CalledFunction:
     return CalledFunction(name=block.name, arguments=arguments)
 
 
-def _user_messages(turn: _Turn, called: set[str]) -> Iterator[Message]:
+def _user_messages(turn: _Turn, called: Counter[str]) -> Iterator[Message]:
     """The results of calls, which come first, and one message of the user with all else."""
     texts: list[str] = []
     for place, block in turn.blocks:
@@ -371,6 +373,9 @@ def _user_messages(turn: _Turn, called: set[str]) -> Iterator[Message]:
             continue
         if block.tool_use_id not in called:
             raise PromptError(f"{place}.tool_use_id is {block.tool_use_id!r}: no tool_use block before has this id")
+        if not called[block.tool_use_id]:
+            raise PromptError(f"{place}.tool_use_id is {block.tool_use_id!r}: its call has a result already")
+        called[block.tool_use_id] -= 1
         text = block.content if isinstance(block.content, str) else "\n".join(_texts(block.content, place))
         if block.is_error:
             text = f"Error: {text}" if text else "Error"

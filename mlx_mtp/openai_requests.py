@@ -7,6 +7,7 @@ which fields are accepted though they have no effect here.
 import json
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
@@ -791,11 +792,12 @@ def chat_messages(messages: Sequence[Message]) -> Messages:
     Gemma has one system text, before all turns. The system and developer messages become it, wherever they stand, in
     their order and with blank lines between.
 
-    Raises PromptError for an answer to a call that is not there.
+    Raises PromptError for an answer to a call that is not there, or that has an answer already.
     """
     rendered: Messages = []
     system: list[str] = []
     names: dict[str, str] = {}
+    waiting: Counter[str] = Counter()
     for index, message in enumerate(messages):
         text = _text(message.content)
         if message.role in ("system", "developer"):
@@ -807,9 +809,14 @@ def chat_messages(messages: Sequence[Message]) -> Messages:
         if message.tool_calls:
             found["tool_calls"] = [_template_call(call) for call in message.tool_calls]
             names |= {call.id: call.function.name for call in message.tool_calls}
+            waiting.update(call.id for call in message.tool_calls)
         if message.tool_call_id is not None:
             if message.tool_call_id not in names:
                 raise PromptError(f"messages[{index}].tool_call_id is {message.tool_call_id!r}: no call before has it")
+            if not waiting[message.tool_call_id]:
+                found_id = repr(message.tool_call_id)
+                raise PromptError(f"messages[{index}].tool_call_id is {found_id}: its call has a result already")
+            waiting[message.tool_call_id] -= 1
             found |= {"tool_call_id": message.tool_call_id, "name": names[message.tool_call_id]}
         elif message.name is not None:
             found["name"] = message.name

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from .chat_template import render_conversation
+from .chat_template import Tools, render_conversation
 from .config import read_json
+from .conversation import Messages
 from .errors import MTPError, PromptError, TokenizerError
 from .files import BYTE_ORDER_MARK, fault, read_text
 from .guide import Channel
@@ -223,8 +224,9 @@ def encode_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     template_options: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Token ids of a conversation, up to where the model's answer begins. `tools` are functions as OpenAI's API
-    describes them. `template_options` are further switches of the chat template, such as `preserve_thinking`.
+    """Token ids of a conversation, up to where the model's answer begins. The messages of the system become one,
+    which stands first. `tools` are functions as OpenAI's API describes them. `template_options` are further switches of
+    the chat template, such as `preserve_thinking`.
 
     Raises PromptError if there is no chat template, if it cannot render the messages, if it has no switch for
     thinking that should be enabled, or no place for tools, and for an option that is no switch of a template.
@@ -240,25 +242,22 @@ def encode_chat(
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise PromptError(f"messages[{index}] must have a role and content, found {message!r}")
 
-    def render(enable_thinking: bool, tools: Sequence[Mapping[str, Any]] | None) -> str:
+    def render(enable_thinking: bool, tools: Tools | None) -> str:
         # Thinking is always said: mlx-lm's wrapper would turn it on where Gemma's own template leaves it off.
         switches["enable_thinking"] = enable_thinking
 
-        def apply(messages: list[dict[str, Any]]) -> str:
+        def apply(messages: Messages, tools: Tools | None) -> str:
             rendered: str = tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=True,
-                tools=None if tools is None else usable_tools(tools),
-                **switches,
+                messages, tokenize=False, add_generation_prompt=True, tools=tools, **switches
             )
             return rendered
 
-        return render_conversation(messages, apply)
+        return render_conversation(messages, apply, tools)
 
     with _template_errors():
-        text = render(enable_thinking, tools)
-        if enable_thinking and text == render(False, tools):
+        usable = None if tools is None else usable_tools(tools)
+        text = render(enable_thinking, usable)
+        if enable_thinking and text == render(False, usable):
             raise PromptError("thinking cannot be enabled: the chat template has no switch enable_thinking")
         if tools and text == render(enable_thinking, None):
             raise PromptError("tools cannot be given: the chat template has no place for them")

@@ -10,10 +10,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .call_syntax import STRING_MARK
+from .markers import Markers
+
 Schema = dict[str, Any]
 
 # The keywords that a template writes.
 _WRITTEN = ("type", "description", "nullable", "enum", "properties", "required", "items")
+# Names of parameters that the older templates take for keywords, and leave out.
+_TAKEN_FOR_KEYWORDS = ("description", "nullable", "properties", "required", "type")
 # Types of JSON Schema but for null. Of several that a parameter may have, the first is named.
 _TYPES = ("string", "object", "array", "number", "integer", "boolean")
 # Schemas of a tool that are written out. What refers to itself in many ways is cut there.
@@ -34,6 +39,58 @@ def _usable_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
     # Always an object: a template closes the brace of the parameters behind their type.
     found = {**_Reader(parameters).read(parameters), "type": "object"}
     return {**tool, "function": {**function, "parameters": found}}
+
+
+def marked_tools(tools: Sequence[Mapping[str, Any]], markers: Markers) -> list[dict[str, Any]]:
+    """Tools from `usable_tools` with markers where a published template would write their parameters wrong.
+
+    The older ones leave out a parameter that is named like a keyword, and misplace a comma where an object or an array
+    has no description. All of them write an array of arrays as data.
+    """
+    return [_marked_tool(tool, markers) for tool in tools]
+
+
+def _marked_tool(tool: Mapping[str, Any], markers: Markers) -> dict[str, Any]:
+    function = tool.get("function")
+    parameters = function.get("parameters") if isinstance(function, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(parameters, Mapping) or not parameters:
+        return dict(tool)
+    return {**tool, "function": {**function, "parameters": _with_marked_parts(parameters, markers)}}
+
+
+def _with_marked_parts(schema: Mapping[str, Any], markers: Markers) -> Schema:
+    found = dict(schema)
+    if "properties" in found:
+        found["properties"] = {
+            _marked_name(name, markers): _marked_property(part, markers) for name, part in found["properties"].items()
+        }
+    if "items" in found:
+        found["items"] = _marked_items(found["items"], markers)
+    return found
+
+
+def _marked_name(name: str, markers: Markers) -> str:
+    # Behind a blank: templates sort names, and nothing in a name is before it.
+    return name + " " + markers.add(" ", ":{", ":{") if name in _TAKEN_FOR_KEYWORDS else name
+
+
+def _marked_property(schema: Mapping[str, Any], markers: Markers) -> Schema:
+    found = _with_marked_parts(schema, markers)
+    if found["type"] in ("object", "array") and not found.get("description") and not found.get("nullable"):
+        found["description"] = markers.add(f"description:{STRING_MARK}", f"{STRING_MARK},", "")
+    return found
+
+
+def _marked_items(schema: Mapping[str, Any], markers: Markers) -> Schema:
+    """The schema of an array's items. The items of an array in an array become a property, which a template writes
+    right, and a second property marks where they end."""
+    if "items" not in schema:
+        return _with_marked_parts(schema, markers)
+    items = "a" + markers.add("properties:{a", ":{", "items:{")
+    end = markers.add(f",b:{{description:{STRING_MARK}", f"{STRING_MARK},type:{STRING_MARK}STRING{STRING_MARK}}}}}", "")
+    inner = _marked_property(schema["items"], markers)
+    properties = {items: inner, "b": {"description": end, "type": "string"}}
+    return {name: part for name, part in schema.items() if name != "items"} | {"properties": properties}
 
 
 class _Reader:

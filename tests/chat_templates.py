@@ -5,28 +5,45 @@
 writes null, refuses arguments that are no object, shows thoughts of all messages after the last user's, and opens a
 thought behind a result where the model thinks. `autumn` is `summer` of a large model, which closes an empty thought.
 All but `summer` and `autumn` write a null argument as `None`, and all write the text of an answer behind its calls.
+
+Of tools, `launch` and `spring` leave out parameters that are named like keywords, `launch` writes a comma before the
+properties of an object and the items of an array, and all write the items of an array's items as data.
 """
 
 _ARGUMENT = """
-{%- macro argument(x) -%}
+{%- macro argument(x, mark='') -%}
 {%- if NULLS and x is none -%}null
 {%- elif x is string -%}<|"|>{{ x }}<|"|>
 {%- elif x is boolean -%}{{ 'true' if x else 'false' }}
 {%- elif x is mapping -%}{{ '{' }}{% for k, v in x | dictsort %}
-{{- k }}:{{ argument(v) }}{{ ',' if not loop.last }}{% endfor %}{{ '}' }}
-{%- elif x is sequence -%}[{% for v in x %}{{ argument(v) }}{{ ',' if not loop.last }}{% endfor %}]
+{{- mark }}{{ k }}{{ mark }}:{{ argument(v, mark) }}{{ ',' if not loop.last }}{% endfor %}{{ '}' }}
+{%- elif x is sequence -%}[{% for v in x %}{{ argument(v, mark) }}{{ ',' if not loop.last }}{% endfor %}]
 {%- else -%}{{ x }}
 {%- endif -%}
 {%- endmacro -%}
 {%- macro parameters(properties) -%}
-{%- for k, v in properties | dictsort -%}
-{{ k }}:{description:<|"|>{{ v['description'] }}<|"|>,
-{%- if v['nullable'] %}nullable:true,{% endif -%}
+{%- set keywords = ['description', 'nullable', 'properties', 'required', 'type'] if SKIPS else [] -%}
+{%- for k, v in properties | dictsort if k not in keywords -%}
+{%- set comma = ',' if not COMMAS -%}
+{%- set early = ',' if COMMAS -%}
+{{ k }}:{
+{%- if v['description'] or not COMMAS %}description:<|"|>{{ v['description'] }}<|"|>{{ comma }}{% endif -%}
+{%- if v['nullable'] %}{{ early if v['description'] }}nullable:true{{ comma }}{% endif -%}
 {%- if v['enum'] and v['type'] | upper == 'STRING' %}enum:{{ argument(v['enum']) }},{% endif -%}
-{%- if v['properties'] %}properties:{ {{- parameters(v['properties']) -}} },{% endif -%}
-{%- if v['type'] | upper == 'ARRAY' and v['items'] %}items:{{ argument(v['items']) }},{% endif -%}
+{%- if v['properties'] %}{{ early }}properties:{ {{- parameters(v['properties']) -}} }{{ comma }}{% endif -%}
+{%- if v['type'] | upper == 'ARRAY' and v['items'] %}{{ early }}items:{{ items(v['items']) }}{{ comma }}{% endif -%}
+{%- if v['description'] or v['nullable'] %}{{ early }}{% endif -%}
 type:<|"|>{{ v['type'] | upper }}<|"|>}{{ ',' if not loop.last }}
 {%- endfor -%}
+{%- endmacro -%}
+{%- macro items(schema) -%}
+{ {%- for k, v in schema | dictsort -%}
+{{ k }}:
+{%- if k == 'properties' %}{ {{- parameters(v) -}} }
+{%- elif k == 'type' %}<|"|>{{ v | upper }}<|"|>
+{%- else %}{{ argument(v, '<|"|>') }}{% endif -%}
+{{ ',' if not loop.last }}
+{%- endfor -%} }
 {%- endmacro -%}
 {%- macro answered(name, response) -%}
 <|tool_response>response:{{ name }}{value:{{ argument(response) }}}<tool_response|>
@@ -124,15 +141,15 @@ _LATER = """
 
 
 def _template(body: str, **switches: bool) -> str:
-    names = ("NULLS", "STRICT", "JOINS", "LARGE")
+    names = ("NULLS", "STRICT", "JOINS", "LARGE", "SKIPS", "COMMAS")
     return (
         "".join(f"{{%- set {name} = {str(switches.get(name, False)).lower()} -%}}" for name in names) + _ARGUMENT + body
     )
 
 
 TEMPLATES = {
-    "launch": _template(_LAUNCH),
-    "spring": _template(_LATER),
+    "launch": _template(_LAUNCH, SKIPS=True, COMMAS=True),
+    "spring": _template(_LATER, SKIPS=True),
     "summer": _template(_LATER, NULLS=True, STRICT=True, JOINS=True),
     "autumn": _template(_LATER, NULLS=True, STRICT=True, JOINS=True, LARGE=True),
 }

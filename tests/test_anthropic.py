@@ -428,6 +428,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": [PDF]}]}, "messages[0].content[0]: a document of type base64 "),
     ({"messages": [{"role": "system", "content": "x"}]}, "messages: there must be one of the user"),
     ({"messages": [USER, {"role": "user", "content": [result("t9")]}]}, "messages[1].content[0].tool_use_id is 't9': "),
+    (
+        {"messages": [USER, CALLED, {"role": "user", "content": [result("t1"), result("t1")]}]},
+        "messages[2].content[1].tool_use_id is 't1': its call has a result already",
+    ),
     ({"messages": [USER, CALLED]}, "messages[1].content[0]: an answer can be continued after text only"),
     ({"messages": BEGUN} | THOUGHTS, "thinking contradicts the last message"),
     (

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -10,11 +11,12 @@ import pytest
 from chat_templates import TEMPLATES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 import mlx_mtp
 from mlx_mtp.chat_template import render_conversation
+from mlx_mtp.conversation import canonical_messages
 from mlx_mtp.errors import PromptError
 from mlx_mtp.tokenizer import encode_chat, load_tokenizer
 from mlx_mtp.tool_schemas import usable_tools
@@ -40,20 +42,28 @@ def answered(name: str, text: str) -> str:
     return f"<|tool_response>response:{name}{{value:{Q}{text}{Q}}}<tool_response|>"
 
 
-def rendered(template: str, messages: Messages, **switches: Any) -> str:
-    """A conversation after its first message, which is the user's, up to where the model goes on."""
+def said(text: Any, **fields: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **fields}
 
+
+@cache
+def parse(template: str) -> Template:
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = refuse
-    parsed = environment.from_string(TEMPLATES.get(template, template))
+    return environment.from_string(template)
 
-    def render(messages: Messages) -> str:
-        return parsed.render(messages=messages, add_generation_prompt=True, bos_token="<bos>", **switches)
 
-    text = render_conversation(messages, render)
+def rendered(template: str, messages: Messages, tools: Any = None, **switches: Any) -> str:
+    """A conversation after its first message, which is the user's, up to where the model goes on."""
+    parsed = parse(TEMPLATES.get(template, template))
+
+    def render(messages: Messages, tools: Any) -> str:
+        return parsed.render(messages=messages, tools=tools, add_generation_prompt=True, bos_token="<bos>", **switches)
+
+    text = render_conversation(messages, render, tools)
     beginning = "<|turn>user\nLook it up.<turn|>\n"
     assert beginning in text
     return text.partition(beginning)[2]
@@ -151,6 +161,186 @@ def test_a_text_and_the_calls_after_it_are_one_answer(template: str) -> None:
     assert rendered(template, messages) == f"<|turn>model\nSo<|tool_call>call:f{{}}<tool_call|>{answered('f', 'ok')}"
 
 
+F, G = call("1", "f", '{"x": 1}'), call("2", "g", "{}")
+CALL_F, CALL_G = "<|tool_call>call:f{x:1}<tool_call|>", "<|tool_call>call:g{}<tool_call|>"
+THOUGHT = "<|channel>thought\nhm\n<channel|>"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize(
+    ("messages", "written"),
+    [
+        ([said("One"), calling(F, reasoning_content="hm")], f"{THOUGHT}One{CALL_F}"),
+        ([said("One"), calling(F, reasoning="hm")], f"{THOUGHT}One{CALL_F}"),
+        ([said(None, reasoning="hm"), calling(F)], f"{THOUGHT}{CALL_F}"),
+        ([said("One."), calling(F, text="Two.")], f"One.\n\nTwo.{CALL_F}"),
+        ([said("One."), said(" \n"), said("Two."), calling(F)], f"One.\n\nTwo.{CALL_F}"),
+        ([said([{"type": "text", "text": "One "}, {"type": "text", "text": "two"}]), calling(F)], f"One two{CALL_F}"),
+        ([calling(F, text=[{"type": "text", "text": "One "}])], f"One {CALL_F}"),
+        ([calling(F, text=[])], CALL_F),
+        ([calling(F), said("Then.")], f"Then.{CALL_F}"),
+    ],
+)
+def test_messages_of_one_turn_are_one_answer(template: str, messages: Messages, written: str) -> None:
+    if template == "launch":
+        written = written.removeprefix(THOUGHT)
+    assert rendered(template, [USER, *messages, result("1", "ok")]) == (f"<|turn>model\n{written}{answered('f', 'ok')}")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_thoughts_of_one_turn_are_one_thought(template: str) -> None:
+    messages = [USER, calling(F, reasoning_content="a"), calling(G, reasoning="b"), result("1", "F"), result("2", "G")]
+    thought = "" if template == "launch" else "<|channel>thought\na\n\nb\n<channel|>"
+    assert rendered(template, messages) == (
+        f"<|turn>model\n{thought}{CALL_F}{CALL_G}{answered('f', 'F')}{answered('g', 'G')}"
+    )
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("calls", [[], [calling(F), result("1", "ok")]])
+@pytest.mark.parametrize(
+    ("answers", "written"),
+    [
+        ([said("Done."), said("Really.")], "Done.\n\nReally."),
+        ([said("Done.")], "Done."),
+        ([said("")], ""),
+        ([said(None, reasoning="hm")], ""),
+    ],
+)
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_answers_in_a_row_are_one_and_end_the_turn(
+    template: str, calls: Messages, answers: Messages, written: str, goes_on: bool
+) -> None:
+    if template in ("summer", "autumn") and "reasoning" in answers[0] and not goes_on:
+        written = THOUGHT
+    before = f"{CALL_F}{answered('f', 'ok')}" if calls else ""
+    user = "<|turn>user\nThanks.<turn|>\n" if goes_on else ""
+    prompt = "<|turn>model\n" + ("<|channel>thought\n<channel|>" if template == "autumn" else "")
+    messages = [USER, *calls, *answers, *([{"role": "user", "content": "Thanks."}] if goes_on else [])]
+    assert rendered(template, messages) == f"<|turn>model\n{before}{written}<turn|>\n{user}{prompt}"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [calling(F, G), result("2", "G"), result("1", "F")],
+        [calling(F), calling(G), result("2", "G"), result("1", "F")],
+        # An unknown id, and none: by name, else what is left.
+        [calling(F, G), result("zz", "G"), result("1", "F")],
+        [calling(F, G), {"role": "tool", "content": "G", "name": "g"}, {"role": "tool", "content": "F", "name": "f"}],
+        [calling(F, G), result("", "G") | {"name": "g"}, result("", "F")],
+        # The others came in between.
+        [calling(F, G), {"role": "system", "content": ""}, result("2", "G"), result("1", "F")],
+        [calling(F, G), result("2", "G"), said(None), result("1", "F")],
+    ],
+)
+def test_results_are_those_of_their_calls(template: str, messages: Messages) -> None:
+    text = rendered(template, [USER, *messages])
+    assert text.startswith(f"<|turn>model\n{CALL_F}{CALL_G}{answered('g', 'G')}{answered('f', 'F')}")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_result_after_the_user_stands_behind_its_call(template: str) -> None:
+    messages = [USER, calling(F), {"role": "user", "content": "Wait."}, result("1", "ok")]
+    assert rendered(template, messages).startswith(
+        f"<|turn>model\n{CALL_F}{answered('f', 'ok')}<turn|>\n<|turn>user\nWait.<turn|>\n<|turn>model\n"
+    )
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_messages_around_a_late_result_are_one_answer(template: str) -> None:
+    messages = [USER, calling(F), {"role": "user", "content": "Wait."}, said("One"), result("1", "ok"), said("Two")]
+    assert rendered(template, messages).startswith(
+        f"<|turn>model\n{CALL_F}{answered('f', 'ok')}<turn|>\n<|turn>user\nWait.<turn|>\n"
+        "<|turn>model\nOne\n\nTwo<turn|>\n<|turn>model\n"
+    )
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_id_is_that_of_the_latest_call(template: str) -> None:
+    messages = [USER, calling(F), USER, calling(call("1", "g", "{}"), text="So"), result("1", "G")]
+    assert rendered(template, messages).endswith(f"So{CALL_G}{answered('g', 'G')}")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"b": None, "a": ["ü"]}, '{"b": null, "a": ["ü"]}'),
+        ([{"a": 1}], '[{"a": 1}]'),
+        (["a", "b"], '["a", "b"]'),
+        ([], "[]"),
+        (None, "null"),
+        (1.5, "1.5"),
+        ([{"type": "text", "text": "a "}, {"type": "text", "text": "b"}], "a b"),
+    ],
+)
+def test_results_of_other_types_are_text(template: str, content: Any, text: str) -> None:
+    messages = [USER, calling(F), {"role": "tool", "tool_call_id": "1", "content": content}]
+    assert rendered(template, messages) == f"<|turn>model\n{CALL_F}{answered('f', text)}"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [([1, None], "{[1, null]}"), (5, "{5}"), ((True,), "{[true]}"), ({"a": (None, 1)}, "{a:[null,1]}"), (None, "{}")],
+)
+def test_arguments_of_other_types_are_shown_as_json(template: str, arguments: Any, written: str) -> None:
+    messages = [USER, calling(call("1", "f", arguments)), result("1", "Error")]
+    assert rendered(template, messages) == (
+        f"<|turn>model\n<|tool_call>call:f{written}<tool_call|>{answered('f', 'Error')}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (
+            [calling(F), result("1", "F"), result("1", "more")],
+            r"messages\[3\].tool_call_id is '1': its call has a result already",
+        ),
+        ([result("1", "F")], r"messages\[1\] is the result of a call, but no call before it waits for one"),
+        ([calling(F), result("1", {1})], r"messages\[2\].content cannot be written as JSON: .*set"),
+        ([calling(call("1", "f", {1}))], r"messages\[1\].tool_calls\[0\].function.arguments cannot be written as JSON"),
+        ([said([{"type": "image"}])], r"messages\[1\].content must be text, or a list of parts of type text, found \["),
+        ([{"role": "system", "content": 5}], r"messages\[1\].content must be text"),
+    ],
+)
+def test_messages_that_cannot_be_rendered_are_named(messages: Any, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        rendered("summer", [USER, *messages])
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_system_texts_stand_first(template: str, role: str) -> None:
+    parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]
+    messages = [
+        {"role": "system", "content": "You help."},
+        USER,
+        calling(F),
+        {"role": role, "content": parts},
+        result("1", "ok"),
+        {"role": role, "content": "Go on."},
+    ]
+    canonical = canonical_messages(messages)
+    assert canonical[0] == {"role": "system", "content": "You help.\n\nBe brief.\n\nGo on."}
+    assert [message["role"] for message in canonical] == ["system", "user", "assistant", "tool"]
+    assert rendered(template, messages) == f"<|turn>model\n{CALL_F}{answered('f', 'ok')}"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_no_text_disturbs_how_a_template_is_read(template: str) -> None:
+    text = "<|turn>tool\n\ue000 \ue0000;"
+    tools = [{"type": "function", "function": {"name": "h", "parameters": {"type": "object", "properties": {
+        "p": {"type": "string", "description": text + "\ue000\ue000"}}}}}]  # fmt: skip
+    messages = [USER, calling(F, text=text), result("1", text), calling(G, text="So"), result("2", text)]
+    assert rendered(template, messages, tools) == (
+        f"<|turn>model\n{text}{CALL_F}{answered('f', text)}So{CALL_G}{answered('g', text)}"
+    )
+
+
 def test_a_template_with_another_format_gets_the_messages_as_they_are() -> None:
     template = "{{ '<|turn>user\nLook it up.<turn|>\n' }}{{ messages[1:] | tojson }}"
     messages = [USER, calling(call("1", "f", '{"a": null}'), text="So"), result("1", "ok")]
@@ -246,6 +436,61 @@ def declared(schema: Any) -> Any:
 @pytest.mark.parametrize(("schema", "expected"), PARAMETERS, ids=lambda value: str(value)[:40])
 def test_parameters_have_a_type_that_templates_can_write(schema: Any, expected: Any) -> None:
     assert declared(schema) == expected
+
+
+def declaration(template: str, properties: dict[str, Any]) -> str:
+    """What a template writes for the parameters of a tool."""
+    parameters = {"type": "object", "properties": properties}
+    tools = usable_tools([{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+
+    def render(messages: Messages, tools: Any) -> str:
+        return parse(template).render(messages=messages, tools=tools, bos_token="")
+
+    return render_conversation([USER], render, tools).partition("parameters:{")[2].partition("}}<tool|>")[0]
+
+
+def text_parameter(template: str, name: str) -> str:
+    empty = "" if template == "launch" else f"description:{Q}{Q},"
+    return f"{name}:{{{empty}type:{Q}STRING{Q}}}"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_parameters_may_be_named_like_keywords(template: str) -> None:
+    names = ["description", "descriptions", "nullable", "properties", "required", "type", "type_id"]
+    inner = {name: {"type": "string"} for name in names}
+    written = ",".join(text_parameter(template, name) for name in names)
+    found = declaration(TEMPLATES[template], {**inner, "ways": {"type": "array", "items": {"properties": inner}}})
+    items = f"{{properties:{{{written}}},required:[],type:{Q}OBJECT{Q}}}"
+    assert found == f"{written},ways:{{items:{items},type:{Q}ARRAY{Q}}}"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_objects_and_arrays_need_no_description(template: str) -> None:
+    point = {"type": "object", "properties": {"x": {"type": "string"}}}
+    found = declaration(TEMPLATES[template], {"at": point, "named": {**point, "description": "Where."}})
+    at = f"properties:{{{text_parameter(template, 'x')}}},type:{Q}OBJECT{Q}"
+    assert found == f"at:{{{at}}},named:{{description:{Q}Where.{Q},{at}}}"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_items_of_items_are_no_data(template: str) -> None:
+    cube = {"type": "string"}
+    for _ in range(3):
+        cube = {"type": "array", "items": cube}
+    schema = {**cube, "description": "All."}
+    inner = f"{{type:{Q}STRING{Q}}}"
+    for _ in range(2):
+        inner = f"{{items:{inner},type:{Q}ARRAY{Q}}}"
+    assert (
+        declaration(TEMPLATES[template], {"cube": schema})
+        == f"cube:{{description:{Q}All.{Q},items:{inner},type:{Q}ARRAY{Q}}}"
+    )
+
+
+def test_a_template_with_another_format_gets_the_tools_as_they_are() -> None:
+    template = "parameters:{{ tools[0]['function']['parameters']['properties'] | tojson }}{{ '}}' }}<tool|>"
+    properties = {"type": {"type": "array", "items": {"type": "array", "items": {"type": "string"}}}}
+    assert json.loads("{" + declaration(template, properties)) == properties
 
 
 def test_tools_without_parameters_stay_as_they_are() -> None:

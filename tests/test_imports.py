@@ -31,7 +31,7 @@ LAYERS = (
     ("tool_calls", "tool_schemas"),
     ("tool_call_repair",),
     ("call_syntax",),
-    ("cache", "embeddings", "argument_schema", "tokenizer_files"),
+    ("cache", "embeddings", "argument_schema", "tokenizer_files", "conversation", "markers"),
     ("weights",),
     ("config", "draft_length"),
     ("output", "lifetime", "hub", "shell", "schemas", "string_rules"),

@@ -87,7 +87,7 @@ def test_a_drafter_of_no_help_shows(converted: Convert) -> None:
     assert useless < 1.5 < 2.0 < useful
 
 
-@pytest.mark.parametrize("k", [pytest.param(k, marks=[] if k == 4 else pytest.mark.slow) for k in range(1, 9)])
+@pytest.mark.parametrize("k", [pytest.param(k, marks=[] if k == 4 else pytest.mark.slow) for k in (1, 2, 4, 6, 8)])
 def test_speculative_greedy_is_plain_greedy_in_float32(converted: Convert, k: int) -> None:
     model = mlx_mtp.load(converted("--dtype", "float32"))
     window = model.config.text.sliding_window

@@ -739,6 +739,18 @@ BAD_BODIES: list[tuple[str, Any, str | None, str]] = [
         "messages",
         "invalid_value",
     ),
+    (
+        "chat/completions",
+        {
+            "messages": [
+                {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f"}}]},
+                {"role": "tool", "content": "x", "tool_call_id": "c"},
+                {"role": "tool", "content": "y", "tool_call_id": "c"},
+            ]
+        },
+        "messages",
+        "invalid_value",
+    ),
     ("chat/completions", {"messages": [{"role": "user", "content": "x " * 5000}]}, None, "context_length_exceeded"),
     ("completions", {"prompt": ["a", "b"]}, "prompt", "invalid_value"),
     ("completions", {"prompt": ""}, None, "invalid_value"),

@@ -16,6 +16,7 @@ from serving import Served, serve
 
 import mlx_mtp
 from mlx_mtp import DEMO_PAIR, GenerationOptions
+from mlx_mtp.conversation import canonical_messages
 from mlx_mtp.errors import OptionError
 from mlx_mtp.guide import lark_problem
 from mlx_mtp.http_entry import local_hosts, plain_path
@@ -246,6 +247,19 @@ def test_developer_and_system_texts_are_one(served: Served) -> None:
     assert (
         respond(served, items, instructions="Be brief.").json()["usage"]["input_tokens"] == one["usage"]["input_tokens"]
     )
+
+
+def test_items_of_one_turn_are_one_answer() -> None:
+    thoughts = [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": text}]} for text in "ab"]
+    calls = [{"type": "function_call", "call_id": id_, "name": "measure", "arguments": "{}"} for id_ in "12"]
+    outputs = [{"type": "function_call_output", "call_id": id_, "output": id_} for id_ in "21"]
+    texts = [{"role": "assistant", "content": text} for text in ("One", "Two")]
+    items = [ASKED, texts[0], thoughts[0], calls[0], thoughts[1], calls[1], texts[1], *outputs]
+    asked, answer, *results = canonical_messages(rendered(items))
+    assert asked == ASKED
+    assert (answer["content"], answer["reasoning_content"]) == ("One\n\nTwo", "a\n\nb")
+    ids = [call["id"] for call in answer["tool_calls"]]
+    assert [(found["content"], found["tool_call_id"]) for found in results] == [("2", ids[1]), ("1", ids[0])]
 
 
 OTHER_TOOLS: list[dict[str, Any]] = [
