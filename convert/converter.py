@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.config import (
+from mlx_mtp.checkpoints.config import (
     DrafterConfig,
     Quantization,
     TargetConfig,
@@ -22,16 +22,10 @@ from mlx_mtp.config import (
     read_json,
     read_target_config,
 )
-from mlx_mtp.draft_vocab import Ids, check_draft_vocab, choose_ids
-from mlx_mtp.drafter import Drafter
-from mlx_mtp.errors import ConfigError, HubError, OptionError, OutputError, TokenizerError, WeightsError
-from mlx_mtp.files import BYTE_ORDER_MARK, fault, read_text
-from mlx_mtp.gemma4 import Target
-from mlx_mtp.hub import DRAFTER_FOLDER, resolve_folder
-from mlx_mtp.load import check_pair, find_drafter, how_to_name_a_drafter
-from mlx_mtp.output import check_output, existing_parent, new_folder
-from mlx_mtp.tokenizer import TEMPLATES_FOLDER, check_tokenizer, load_tokenizer
-from mlx_mtp.weights import (
+from mlx_mtp.checkpoints.files import BYTE_ORDER_MARK, fault, read_text
+from mlx_mtp.checkpoints.hub import DRAFTER_FOLDER, resolve_folder
+from mlx_mtp.checkpoints.output_files import check_output, existing_parent, new_folder
+from mlx_mtp.checkpoints.weights import (
     INDEX_NAME,
     TensorInfo,
     check_shape,
@@ -44,6 +38,12 @@ from mlx_mtp.weights import (
     target_names,
     token_ids,
 )
+from mlx_mtp.errors import ConfigError, HubError, OptionError, OutputError, TokenizerError, WeightsError
+from mlx_mtp.gemma4.draft_vocab import Ids, check_draft_vocab, choose_ids
+from mlx_mtp.gemma4.drafter import Drafter
+from mlx_mtp.gemma4.target import Target
+from mlx_mtp.loading import check_pair, find_drafter, how_to_name_a_drafter
+from mlx_mtp.text.tokenizer import TEMPLATES_FOLDER, check_tokenizer, load_tokenizer
 
 from .quantization import (
     DTYPES,

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import mlx.nn as nn
 
-from mlx_mtp.config import Quantization
+from mlx_mtp.checkpoints.config import Quantization
 from mlx_mtp.errors import OptionError
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)

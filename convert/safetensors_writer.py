@@ -14,9 +14,9 @@ from typing import BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.config import Quantization
+from mlx_mtp.checkpoints.config import Quantization
+from mlx_mtp.checkpoints.weights import TensorInfo
 from mlx_mtp.errors import WeightsError
-from mlx_mtp.weights import TensorInfo
 
 # Bytes of the source held at a time. Casting and quantizing multiply it a few times.
 BLOCK_BYTES = 32 << 20

@@ -7,6 +7,7 @@ from types import ModuleType
 # As in typing, which takes its time to import.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from .decoding.sampling import Sampling
     from .errors import (
         BusyError,
         CalibrationError,
@@ -23,12 +24,11 @@ if TYPE_CHECKING:
         TokenizerError,
         WeightsError,
     )
-    from .load import DEMO_PAIR, aload, load, plan_memory
-    from .memory import MemoryPlan
+    from .loading import DEMO_PAIR, aload, load, plan_memory
+    from .memory_plan import MemoryPlan
     from .model import Model
     from .options import GenerationOptions
     from .responses import GenerationResponse, GenerationResult
-    from .sampling import Sampling
 
     __version__: str
 
@@ -60,7 +60,7 @@ __all__ = [
     "plan_memory",
 ]
 # The modules that hold these names.
-_HOLDERS = ("errors", "sampling", "options", "responses", "memory", "model", "load")
+_HOLDERS = ("errors", "decoding.sampling", "options", "responses", "memory_plan", "model", "loading")
 
 
 class _Package(ModuleType):
@@ -78,12 +78,6 @@ class _Package(ModuleType):
         value = next(module[name] for module in modules if name in module)
         self.__dict__[name] = value
         return value
-
-    def __setattr__(self, name: str, value: object) -> None:
-        # Importing a module sets its name here: of `load`, the function is meant.
-        if name == "load" and isinstance(value, ModuleType):
-            value = value.load
-        super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *__all__})

@@ -4,18 +4,26 @@ import sys
 
 if __name__ == "__main__":
     # Before anything that takes time is imported.
-    from mlx_mtp.commands import run_command
+    from .commands import run_command
 
     sys.exit(run_command("cache_prompt"))
 
 import argparse
 from pathlib import Path
 
-from .cli import add_kv_options, add_model_options, check_template_options, load_or_demo, prefill_bar, read_kv_options
+from mlx_mtp.checkpoints.output_files import check_file
+from mlx_mtp.text.tokenizer import encode_in_parts
+
+from .command_line import (
+    add_kv_options,
+    add_model_options,
+    check_template_options,
+    load_or_demo,
+    prefill_bar,
+    read_kv_options,
+)
 from .options import DEFAULT_PREFILL_STEP, GenerationOptions
-from .output import check_file
 from .shell import Parser, exit_status, read_prompt, text_argument
-from .tokenizer import encode_in_parts
 
 
 def main(argv: list[str] | None = None) -> int:

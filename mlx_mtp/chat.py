@@ -7,7 +7,7 @@ import sys
 
 if __name__ == "__main__":
     # Before anything that takes time is imported.
-    from mlx_mtp.commands import run_command
+    from .commands import run_command
 
     sys.exit(run_command("chat"))
 
@@ -18,7 +18,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from .cli import (
+from mlx_mtp.decoding.report import Stats
+from mlx_mtp.decoding.stream import Progress
+
+from .command_line import (
     add_kv_options,
     add_model_options,
     add_sampling_options,
@@ -33,8 +36,6 @@ from .cli import (
     read_sampling,
     summarize,
 )
-from .decoding.report import Stats
-from .decoding.stream import Progress
 from .errors import PromptError
 from .model import Model
 from .options import DEFAULT_PREFILL_STEP, GenerationOptions

@@ -28,7 +28,7 @@ def run_command(module: str) -> int:
 
 
 def bench() -> int:
-    return run_command("bench")
+    return run_command("bench.cli")
 
 
 def chat() -> int:
@@ -48,7 +48,7 @@ def probe() -> int:
 
 
 def serve() -> int:
-    return run_command("server")
+    return run_command("server.cli")
 
 
 def train() -> int:

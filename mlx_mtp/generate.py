@@ -4,7 +4,7 @@ import sys
 
 if __name__ == "__main__":
     # Before anything that takes time is imported.
-    from mlx_mtp.commands import run_command
+    from .commands import run_command
 
     sys.exit(run_command("generate"))
 
@@ -16,8 +16,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from . import prompt_cache
-from .cli import (
+from mlx_mtp.checkpoints.files import read_text
+from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS
+from mlx_mtp.decoding.report import LOWEST_LOGPROB
+from mlx_mtp.text.tokenizer import encode_in_parts, encode_prompt
+
+from .command_line import (
     add_kv_options,
     add_model_options,
     add_sampling_options,
@@ -34,16 +38,13 @@ from .cli import (
     summarize,
 )
 from .commands import INTERRUPTED
-from .decoding.report import LOWEST_LOGPROB
-from .draft_length import MAX_DRAFT_TOKENS
+from .decoding import prompt_cache
 from .errors import OptionError
-from .files import read_text
-from .load import DEMO_PAIR, plan_memory
+from .loading import DEMO_PAIR, plan_memory
 from .model import Model
 from .options import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, GenerationOptions
 from .responses import GenerationResponse
 from .shell import Parser, exit_status, read_prompt, text_argument, write_json, write_out
-from .tokenizer import encode_in_parts, encode_prompt
 
 COMPARED_RUNS = 3
 _NOT_COMPARED = "--compare needs a drafter, and a --num-draft-tokens other than 0"

@@ -4,17 +4,18 @@ from collections.abc import Callable, Generator, Iterable
 
 import mlx.core as mx
 
-from .cache import KVQuantization
-from .decoding.rules import LogitsProcessor
-from .decoding.stream import Progress, Stream, decode, token_budget
-from .draft_length import MAX_DRAFT_TOKENS, DraftLength
+from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, DraftLength
+from mlx_mtp.decoding.exact import check_exact
+from mlx_mtp.decoding.rules import LogitsProcessor
+from mlx_mtp.decoding.stream import Progress, Stream, decode, token_budget
+from mlx_mtp.gemma4.kv_cache import KVQuantization
+from mlx_mtp.text.answer import TextStream
+from mlx_mtp.text.tokenizer import open_thought
+
 from .errors import OptionError
-from .exact import check_exact
 from .loaded_model import LoadedModel
 from .options import GenerationOptions
 from .responses import GenerationResponse, respond
-from .text import TextStream
-from .tokenizer import open_thought
 
 # Tokens of a prompt between two snapshots that other prompts can resume from.
 SNAPSHOT_EVERY = 2048

@@ -2,11 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from .config import TargetConfig
+from mlx_mtp.checkpoints.config import TargetConfig
+from mlx_mtp.decoding.constraints import Guide
+from mlx_mtp.text.tokenizer import thought_channel
+
 from .errors import OptionError
-from .guide import Guide
 from .options import GenerationOptions
-from .tokenizer import thought_channel
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer

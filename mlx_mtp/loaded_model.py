@@ -6,19 +6,20 @@ from typing import TYPE_CHECKING, Literal, Self
 
 import mlx.core as mx
 
-from .cache import KVQuantization
-from .calibration import RoundCosts
-from .config import DrafterConfig, TargetConfig
-from .decoding.compiled import CompiledRounds
-from .drafter import Drafter
-from .embeddings import EmbeddingStats
+from mlx_mtp.checkpoints.config import DrafterConfig, TargetConfig
+from mlx_mtp.decoding.calibration import RoundCosts
+from mlx_mtp.decoding.compiled import CompiledRounds
+from mlx_mtp.decoding.prompt_cache import PromptCache
+from mlx_mtp.decoding.sampling import Sampling, default_sampling
+from mlx_mtp.gemma4.disk_table import EmbeddingStats
+from mlx_mtp.gemma4.drafter import Drafter
+from mlx_mtp.gemma4.kv_cache import KVQuantization
+from mlx_mtp.gemma4.target import Target
+from mlx_mtp.threads.model_lock import Lifetime
+
 from .errors import ClosedError
-from .gemma4 import Target
 from .guides import GuideMaker
-from .lifetime import Lifetime
-from .memory import memory_size
-from .prompt_cache import PromptCache
-from .sampling import Sampling, default_sampling
+from .memory_plan import memory_size
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

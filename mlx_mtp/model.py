@@ -6,20 +6,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from . import prompt_cache
-from .decoding.stream import Progress, token_budget
-from .draft_length import CostCurve
+from mlx_mtp.checkpoints.output_files import check_file
+from mlx_mtp.checkpoints.weights import fingerprint
+from mlx_mtp.decoding.draft_length import CostCurve
+from mlx_mtp.decoding.sampling import Sampling
+from mlx_mtp.decoding.stream import Progress, token_budget
+from mlx_mtp.text.tokenizer import Prompt, encode
+from mlx_mtp.threads.job_thread import Job
+
+from .decoding import prompt_cache
 from .errors import OptionError
 from .generation import begin, checked
 from .loaded_model import LoadedModel
 from .options import DEFAULT_KV_GROUP_SIZE, GenerationOptions, OptionChanges
-from .output import check_file
 from .prompt_files import load_entry, read_ahead
 from .responses import GenerationResponse, GenerationResult, whole
-from .sampling import Sampling
-from .tokenizer import Prompt, encode
-from .weights import fingerprint
-from .worker import Job
 
 
 class Model(LoadedModel):

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
-from .cache import KVQuantization
-from .decoding.rules import LogitsProcessor
+from mlx_mtp.decoding.constraints import compile_grammar
+from mlx_mtp.decoding.rules import LogitsProcessor
+from mlx_mtp.decoding.sampling import Sampling
+from mlx_mtp.gemma4.kv_cache import KVQuantization
+
 from .errors import OptionError
-from .guide import compile_grammar
-from .sampling import Sampling
 
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_PREFILL_STEP = 512

@@ -8,7 +8,7 @@ import sys
 
 if __name__ == "__main__":
     # Before anything that takes time is imported.
-    from mlx_mtp.commands import run_command
+    from .commands import run_command
 
     sys.exit(run_command("probe"))
 
@@ -21,12 +21,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub.utils import tqdm
 
-from .bench import KINDS, environment, names, prompt
-from .cache import Cache
-from .cli import add_model_options, load_or_demo
+from mlx_mtp.bench.cli import KINDS, environment, names, prompt
+from mlx_mtp.decoding.exact import MAX_ROWS, ExactRows, ExactTable
+from mlx_mtp.gemma4.kv_cache import Cache
+from mlx_mtp.gemma4.target import Experts, Router, Target
+
+from .command_line import add_model_options, load_or_demo
 from .errors import OptionError
-from .exact import MAX_ROWS, ExactRows, ExactTable
-from .gemma4 import Experts, Router, Target
 from .model import Model
 from .shell import Parser, exit_status, write_json, write_out
 

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from . import prompt_cache
-from .cache import KVQuantization
-from .decoding.stream import Progress, Stream
-from .draft_length import MAX_DRAFT_TOKENS
+from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS
+from mlx_mtp.decoding.prompt_cache import Entry
+from mlx_mtp.decoding.stream import Progress, Stream
+from mlx_mtp.gemma4.kv_cache import KVQuantization
+from mlx_mtp.gemma4.target import Target
+
+from .decoding import prompt_cache
 from .errors import PromptCacheError
-from .gemma4 import Target
-from .prompt_cache import Entry
 
 
 def read_ahead(

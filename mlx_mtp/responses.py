@@ -7,9 +7,9 @@ from typing import Literal
 
 import mlx.core as mx
 
-from .decoding.report import Logprobs, Round, Stats
-from .decoding.stream import Stream
-from .text import TextStream
+from mlx_mtp.decoding.report import Logprobs, Round, Stats
+from mlx_mtp.decoding.stream import Stream
+from mlx_mtp.text.answer import TextStream
 
 
 @dataclass

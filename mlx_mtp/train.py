@@ -4,7 +4,7 @@ import sys
 
 if __name__ == "__main__":
     # Before anything that takes time is imported.
-    from mlx_mtp.commands import run_command
+    from .commands import run_command
 
     sys.exit(run_command("train"))
 
@@ -21,21 +21,22 @@ import mlx.nn as nn
 from huggingface_hub.utils import tqdm
 from mlx.utils import tree_unflatten
 
-from .centroids import build_centroids, start_from_target
-from .cli import add_embedding_option, load_model
-from .config import DrafterConfig, read_drafter_config, read_json, read_target_config
-from .dataset import answer_prompts, check_data, read_data
-from .draft_vocab import check_draft_vocab, choose_ids, prune
-from .drafter import Drafter
+from mlx_mtp.checkpoints.config import DrafterConfig, read_drafter_config, read_json, read_target_config
+from mlx_mtp.checkpoints.hub import DRAFTER_FOLDER, resolve_folder
+from mlx_mtp.checkpoints.output_files import check_output, new_folder
+from mlx_mtp.checkpoints.weights import lazy_parameters
+from mlx_mtp.gemma4.draft_vocab import check_draft_vocab, choose_ids, prune
+from mlx_mtp.gemma4.drafter import Drafter
+from mlx_mtp.training.centroids import build_centroids, start_from_target
+from mlx_mtp.training.dataset import answer_prompts, check_data, read_data
+from mlx_mtp.training.trainer import OPTIMIZERS, Measure, Trainer, TrainingOptions, save_arrays
+
+from .command_line import add_embedding_option, load_model
 from .errors import MTPError, OptionError, OutputError
-from .hub import DRAFTER_FOLDER, resolve_folder
-from .load import check_pair, find_drafter, load_drafter
+from .loading import check_pair, find_drafter, load_drafter
 from .model import Model
 from .options import GenerationOptions
-from .output import check_output, new_folder
 from .shell import Parser, exit_status, write_out
-from .training import OPTIMIZERS, Measure, Trainer, TrainingOptions, save_arrays
-from .weights import lazy_parameters
 
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_ANSWER_TOKENS = 512

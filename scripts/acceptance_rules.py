@@ -15,13 +15,13 @@ import mlx.core as mx
 import numpy as np
 
 import mlx_mtp
-from mlx_mtp.acceptance import Acceptance, Draft, accept_matching
+from mlx_mtp.decoding.acceptance import Acceptance, accept_matching
 from mlx_mtp.decoding.report import Stats
 from mlx_mtp.decoding.rules import TokenRules, round_keys
+from mlx_mtp.decoding.sampling import Sampling, uniform
 from mlx_mtp.decoding.state import RoundState
 from mlx_mtp.decoding.stream import Stream, decode
-from mlx_mtp.drafter import Choose, choose_best
-from mlx_mtp.sampling import Sampling, uniform
+from mlx_mtp.gemma4.drafter import Choose, Draft, choose_best
 
 
 class TokenByToken(TokenRules):

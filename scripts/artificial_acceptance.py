@@ -17,11 +17,10 @@ import numpy as np
 from tqdm import tqdm
 
 import mlx_mtp
-from mlx_mtp.acceptance import Draft
-from mlx_mtp.bench import prompt
-from mlx_mtp.cache import Cache
-from mlx_mtp.drafter import Allow, Choose, DraftContext, Drafter, ask_for_each, choose_best
-from mlx_mtp.gemma4 import Target
+from mlx_mtp.bench.cli import prompt
+from mlx_mtp.gemma4.drafter import Allow, Choose, Draft, DraftContext, Drafter, ask_for_each, choose_best
+from mlx_mtp.gemma4.kv_cache import Cache
+from mlx_mtp.gemma4.target import Target
 
 PROMPT_TOKENS, TOKENS = 128, 200
 

@@ -24,10 +24,10 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 from published import NAMES, published_drafter, published_target
 
-from mlx_mtp.config import read_drafter_config, read_target_config
-from mlx_mtp.drafter import Drafter
-from mlx_mtp.gemma4 import Target
-from mlx_mtp.graph import operations, round_outputs
+from mlx_mtp.bench.operations import operations, round_outputs
+from mlx_mtp.checkpoints.config import read_drafter_config, read_target_config
+from mlx_mtp.gemma4.drafter import Drafter
+from mlx_mtp.gemma4.target import Target
 
 
 def main() -> None:

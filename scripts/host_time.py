@@ -27,8 +27,8 @@ import mlx.core as mx
 from tqdm import tqdm
 
 import mlx_mtp
-from mlx_mtp.peers import load_peer
-from mlx_mtp.sampling import Sampling
+from mlx_mtp.bench.peers import load_peer
+from mlx_mtp.decoding.sampling import Sampling
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

@@ -13,11 +13,11 @@ import numpy as np
 from acceptance_rules import error
 
 import mlx_mtp
-from mlx_mtp.cache import KVQuantization
 from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.report import Stats
+from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.stream import Stream, decode
-from mlx_mtp.sampling import Sampling
+from mlx_mtp.gemma4.kv_cache import KVQuantization
 
 SAMPLED = Sampling(temperature=1.0, top_k=64, top_p=0.95, seed=1)
 

@@ -25,14 +25,14 @@ import mlx.nn as nn
 import numpy as np
 from published import published_drafter, published_target
 
-from mlx_mtp.config import read_drafter_config, read_target_config
+from mlx_mtp.checkpoints.config import read_drafter_config, read_target_config
+from mlx_mtp.checkpoints.weights import MLX_PREFIX, lazy_parameters
 from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.stream import Stream
-from mlx_mtp.drafter import Drafter
-from mlx_mtp.embeddings import EmbeddingStats
-from mlx_mtp.gemma4 import Target, fuse_projections
-from mlx_mtp.load import load_drafter, load_target
-from mlx_mtp.weights import MLX_PREFIX, lazy_parameters
+from mlx_mtp.gemma4.disk_table import EmbeddingStats
+from mlx_mtp.gemma4.drafter import Drafter
+from mlx_mtp.gemma4.target import Target, fuse_projections
+from mlx_mtp.loading import load_drafter, load_target
 
 HOW = ("resident", "mapped")
 LENGTHS = (0, 3)

@@ -18,7 +18,7 @@ import numpy as np
 from acceptance_rules import error
 
 import mlx_mtp
-from mlx_mtp.distill import study, unroll
+from mlx_mtp.training.losses import study, unroll
 
 STEPS = 4
 # Tokens of each file's beginning for the measures on its own text.

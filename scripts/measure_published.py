@@ -21,16 +21,16 @@ from mlx.utils import tree_map_with_path
 from published import NAMES
 from tqdm import tqdm
 
-from mlx_mtp import calibration
-from mlx_mtp.cache import Cache
+from mlx_mtp.bench.operations import operations, round_outputs
+from mlx_mtp.decoding import calibration
 from mlx_mtp.decoding.compiled import CompiledRounds
+from mlx_mtp.decoding.draft_length import CostCurve, DraftLength
 from mlx_mtp.decoding.report import Stats
+from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.stream import Stream, decode
-from mlx_mtp.draft_length import CostCurve, DraftLength
-from mlx_mtp.drafter import Drafter
-from mlx_mtp.gemma4 import Target, TargetOutput
-from mlx_mtp.graph import operations, round_outputs
-from mlx_mtp.sampling import Sampling
+from mlx_mtp.gemma4.drafter import Drafter
+from mlx_mtp.gemma4.kv_cache import Cache
+from mlx_mtp.gemma4.target import Target, TargetOutput
 
 PROMPT_TOKENS = 4
 LENGTHS: tuple[int | str, ...] = (0, 1, 2, 3, 5, 8, "auto")

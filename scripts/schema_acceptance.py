@@ -12,7 +12,7 @@ import numpy as np
 from acceptance_rules import error
 
 import mlx_mtp
-from mlx_mtp.sampling import Sampling
+from mlx_mtp.decoding.sampling import Sampling
 
 SCHEMA = {
     "type": "object",

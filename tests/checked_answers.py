@@ -14,7 +14,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlx_mtp.http_entry import plain_path
+from mlx_mtp.server.http_entry import plain_path
 
 WHOLE: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletion,

@@ -23,19 +23,20 @@ from tiny import (
 )
 
 import mlx_mtp
-from mlx_mtp import calibration
-from mlx_mtp.draft_length import CostCurve
-from mlx_mtp.drafter import Drafter
-from mlx_mtp.gemma4 import Target
-from mlx_mtp.guide import compile_grammar
-from mlx_mtp.tokenizer import load_tokenizer
+from mlx_mtp.decoding import calibration
+from mlx_mtp.decoding.constraints import compile_grammar
+from mlx_mtp.decoding.draft_length import CostCurve
+from mlx_mtp.gemma4.drafter import Drafter
+from mlx_mtp.gemma4.target import Target
+from mlx_mtp.text.tokenizer import load_tokenizer
 
 # Ignored in what a shell runs in the background, and inherited by the commands under test: not when there is a handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Hypothesis tries the constants of all modules that are imported: here they do not depend on the tests that ran before.
-for module in pkgutil.iter_modules(mlx_mtp.__path__, "mlx_mtp."):
-    importlib.import_module(module.name)
+for module in pkgutil.walk_packages(mlx_mtp.__path__, "mlx_mtp."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
 
 # LiteLLM asks the network for prices otherwise.
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"

@@ -13,9 +13,9 @@ import uvicorn
 from checked_answers import Checked
 
 from mlx_mtp import GenerationOptions, Model
-from mlx_mtp.http_api import Settings, create_app
-from mlx_mtp.service import Service
-from mlx_mtp.worker import Worker
+from mlx_mtp.server.app import Settings, create_app
+from mlx_mtp.server.service import Service
+from mlx_mtp.threads.job_thread import Worker
 
 
 @dataclass

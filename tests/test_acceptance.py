@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from mlx_mtp.acceptance import accept_matching
+from mlx_mtp.decoding.acceptance import accept_matching
 
 
 @pytest.mark.parametrize(

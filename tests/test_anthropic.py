@@ -20,12 +20,12 @@ from serving import Served, serve
 
 import mlx_mtp
 from mlx_mtp import DEMO_PAIR, GenerationOptions, Model, Sampling
-from mlx_mtp.anthropic_answers import MessagesForm
-from mlx_mtp.anthropic_errors import anthropic_error
-from mlx_mtp.anthropic_requests import MessagesRequest
 from mlx_mtp.errors import BusyError, ClosedError, MTPError
-from mlx_mtp.openai_requests import Task
-from mlx_mtp.service import api_error
+from mlx_mtp.server.anthropic_answers import MessagesForm
+from mlx_mtp.server.anthropic_errors import anthropic_error
+from mlx_mtp.server.anthropic_requests import MessagesRequest
+from mlx_mtp.server.openai_requests import Task
+from mlx_mtp.server.service import api_error
 
 KEY = "sesame"
 Q = '<|"|>'

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
-from mlx_mtp import DEMO_PAIR, bench, cache_prompt, chat, cli, generate, probe, server, train
-from mlx_mtp.config import read_json
+from mlx_mtp import DEMO_PAIR, cache_prompt, chat, generate, probe, train
+from mlx_mtp import command_line as cli
+from mlx_mtp.bench import cli as bench
+from mlx_mtp.checkpoints.config import read_json
 from mlx_mtp.convert import cli as convert
 from mlx_mtp.convert import converter
+from mlx_mtp.decoding.sampling import Penalties, Sampling
 from mlx_mtp.errors import ConfigError, OptionError
-from mlx_mtp.sampling import Penalties, Sampling
+from mlx_mtp.server import cli as server
 from mlx_mtp.shell import Parser
 
 DEMO = ("--model", str(DEMO_PAIR))

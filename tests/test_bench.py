@@ -14,9 +14,10 @@ import transformers
 from mlx.utils import tree_flatten
 
 import mlx_mtp
-from mlx_mtp import bench, plots
-from mlx_mtp.bench import KINDS, main, pass_bytes, prompt
-from mlx_mtp.peers import load_peer
+from mlx_mtp.bench import cli as bench
+from mlx_mtp.bench import plots
+from mlx_mtp.bench.cli import KINDS, main, pass_bytes, prompt
+from mlx_mtp.bench.peers import load_peer
 
 TinyPair = Callable[[str], Path]
 

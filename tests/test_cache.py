@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_mtp.cache import CAPACITY_STEP, Cache, View, ring_positions
-from mlx_mtp.config import LayerConfig, RopeConfig, TextConfig
+from mlx_mtp.checkpoints.config import LayerConfig, RopeConfig, TextConfig
+from mlx_mtp.gemma4.kv_cache import CAPACITY_STEP, Cache, View, ring_positions
 
 WINDOW = 8
 MAX_BLOCK = 4

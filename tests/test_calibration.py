@@ -15,9 +15,9 @@ from conftest import CURVE
 from tiny import VARIANTS
 
 import mlx_mtp
-from mlx_mtp import calibration
-from mlx_mtp.calibration import cache_directory, measure_rounds, read_or_measure
-from mlx_mtp.draft_length import MAX_DRAFT_TOKENS, CostCurve
+from mlx_mtp.decoding import calibration
+from mlx_mtp.decoding.calibration import cache_directory, measure_rounds, read_or_measure
+from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, CostCurve
 
 TinyPair = Callable[[str], Path]
 IDENTITY = {"pair": "a", "mlx": "1.2.3"}

@@ -15,11 +15,11 @@ from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 import mlx_mtp
-from mlx_mtp.chat_template import render_conversation
-from mlx_mtp.conversation import canonical_messages
 from mlx_mtp.errors import PromptError
-from mlx_mtp.tokenizer import encode_chat, load_tokenizer
-from mlx_mtp.tool_schemas import usable_tools
+from mlx_mtp.text.chat_template import render_conversation
+from mlx_mtp.text.conversation import canonical_messages
+from mlx_mtp.text.tokenizer import encode_chat, load_tokenizer
+from mlx_mtp.text.tool_schemas import usable_tools
 
 Messages = list[dict[str, Any]]
 Q = '<|"|>'

@@ -13,7 +13,7 @@ from tiny import STOP_IDS, VOCAB_SIZE, make_tokenizer, random_tokens
 
 import mlx_mtp
 from mlx_mtp.convert.cli import main as convert
-from mlx_mtp.tokenizer import encode_chat, encode_in_parts, load_tokenizer
+from mlx_mtp.text.tokenizer import encode_chat, encode_in_parts, load_tokenizer
 
 TinyPair = Callable[[str], Path]
 PROMPT = random_tokens(20, seed=6)

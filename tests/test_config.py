@@ -11,7 +11,7 @@ import pytest
 import transformers
 from published import NAMES, TARGETS, Json, published_drafter, published_target
 
-from mlx_mtp.config import (
+from mlx_mtp.checkpoints.config import (
     DrafterConfig,
     LayerConfig,
     Quantization,
@@ -20,10 +20,10 @@ from mlx_mtp.config import (
     read_drafter_config,
     read_target_config,
 )
-from mlx_mtp.drafter import Drafter
+from mlx_mtp.checkpoints.weights import lazy_parameters
 from mlx_mtp.errors import ConfigError
-from mlx_mtp.gemma4 import Target
-from mlx_mtp.weights import lazy_parameters
+from mlx_mtp.gemma4.drafter import Drafter
+from mlx_mtp.gemma4.target import Target
 
 # The last layers that own K/V, sliding and full: those the drafter reads.
 DRAFT_SOURCES = {"E2B": (13, 14), "E4B": (22, 23), "12B": (46, 47), "26B": (28, 29), "31B": (58, 59)}

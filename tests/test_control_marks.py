@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tool_syntax import cut
 
-from mlx_mtp.control_marks import ControlMarks
+from mlx_mtp.text.control_marks import ControlMarks
 
 
 def read(pieces: list[str], *, has_tools: bool = True) -> tuple[str, str]:

@@ -19,14 +19,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import VARIANTS, load_drafter, load_target, make_drafter, make_target, random_tokens
 
-from mlx_mtp.cache import Cache
-from mlx_mtp.config import read_json
+from mlx_mtp.checkpoints.config import read_json
+from mlx_mtp.checkpoints.weights import INDEX_NAME, MLX_PREFIX, TensorInfo, read_checkpoint
 from mlx_mtp.convert.converter import Options, Summary, convert
 from mlx_mtp.convert.quantization import WeightOptions, check_options
 from mlx_mtp.convert.safetensors_writer import Conversion, plan_shards
 from mlx_mtp.errors import ConfigError, HubError, MTPError, OptionError, OutputError
-from mlx_mtp.gemma4 import Target
-from mlx_mtp.weights import INDEX_NAME, MLX_PREFIX, TensorInfo, read_checkpoint
+from mlx_mtp.gemma4.kv_cache import Cache
+from mlx_mtp.gemma4.target import Target
 
 SOURCE_PREFIX = "model.language_model."
 

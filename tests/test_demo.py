@@ -14,7 +14,7 @@ from held_out import package_files, prompts, stdlib_files
 from measure_pair import generated, teacher_forced
 
 import mlx_mtp
-from mlx_mtp.config import read_drafter_config, read_target_config
+from mlx_mtp.checkpoints.config import read_drafter_config, read_target_config
 from mlx_mtp.train import main
 
 PROMPT = "def read_config(path):"

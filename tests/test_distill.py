@@ -9,11 +9,11 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny import VARIANTS, WINDOW, random_tokens
 
-from mlx_mtp.cache import Cache
-from mlx_mtp.centroids import balanced_clusters, start_from_target
-from mlx_mtp.distill import StepLoss, acceptance_lengths, objective, study, unroll, unrolled_states
-from mlx_mtp.drafter import Drafter
-from mlx_mtp.gemma4 import Target
+from mlx_mtp.gemma4.drafter import Drafter
+from mlx_mtp.gemma4.kv_cache import Cache
+from mlx_mtp.gemma4.target import Target
+from mlx_mtp.training.centroids import balanced_clusters, start_from_target
+from mlx_mtp.training.losses import StepLoss, acceptance_lengths, objective, study, unroll, unrolled_states
 
 Models = Callable[[str], tuple[Target, Drafter]]
 TOKENS = random_tokens(4 * WINDOW, seed=3)

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mlx_mtp import acceptance
-from mlx_mtp.acceptance import Acceptance, Draft, accept_block, accept_matching
-from mlx_mtp.sampling import Sampling, gumbel, position_key, uniform
+from mlx_mtp.decoding import acceptance
+from mlx_mtp.decoding.acceptance import Acceptance, accept_block, accept_matching
+from mlx_mtp.decoding.sampling import Sampling, gumbel, position_key, uniform
+from mlx_mtp.gemma4.drafter import Draft
 
 DRAWS = 100_000
 # Standard normal quantile of 1 - 1e-4.

@@ -7,7 +7,7 @@ import pytest
 from artificial_acceptance import with_acceptance
 
 import mlx_mtp
-from mlx_mtp.draft_length import CostCurve, DraftLength
+from mlx_mtp.decoding.draft_length import CostCurve, DraftLength
 
 # Seconds of a pass over 1..9 rows, relative to one row: this project's CPU backend, and a Mac's 4-bit kernels, stock
 # and flat (Apple M4 Pro: mlx#3839; the flat one of mlx-dspark's README).

@@ -13,7 +13,7 @@ from tiny import WINDOW, random_tokens
 
 import mlx_mtp
 from mlx_mtp.convert.cli import main
-from mlx_mtp.draft_vocab import choose_ids
+from mlx_mtp.gemma4.draft_vocab import choose_ids
 from mlx_mtp.train import main as train
 
 TinyPair = Callable[[str], Path]

@@ -18,7 +18,7 @@ import pytest
 from tiny import make_target, random_tokens
 
 import mlx_mtp
-from mlx_mtp import calibration
+from mlx_mtp.decoding import calibration
 
 TinyPair = Callable[[str], Path]
 PROMPT = random_tokens(40, seed=3)

@@ -18,20 +18,21 @@ from mlx.utils import tree_flatten
 from tiny import VOCAB_SIZE, WINDOW, make_drafter, make_target, random_tokens
 
 import mlx_mtp
-from mlx_mtp import bench, generate, probe
-from mlx_mtp.cache import Cache
-from mlx_mtp.config import read_target_config
+from mlx_mtp import generate, probe
+from mlx_mtp.bench import cli as bench
+from mlx_mtp.bench.operations import operations, round_outputs
+from mlx_mtp.checkpoints.config import read_target_config
+from mlx_mtp.checkpoints.weights import INDEX_NAME, read_checkpoint
 from mlx_mtp.convert.converter import Options, convert
 from mlx_mtp.convert.quantization import WeightOptions
 from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.report import Round
+from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.stream import Stream
-from mlx_mtp.distill import study
-from mlx_mtp.embeddings import EmbeddingStats, MappedEmbedding
-from mlx_mtp.graph import operations, round_outputs
-from mlx_mtp.load import load_target
-from mlx_mtp.sampling import Sampling
-from mlx_mtp.weights import INDEX_NAME, read_checkpoint
+from mlx_mtp.gemma4.disk_table import EmbeddingStats, MappedEmbedding
+from mlx_mtp.gemma4.kv_cache import Cache
+from mlx_mtp.loading import load_target
+from mlx_mtp.training.losses import study
 
 TinyPair = Callable[[str], Path]
 Folder = Callable[[str], Path]
@@ -463,7 +464,7 @@ def test_auto_goes_by_the_machine(
     folder: Folder, tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The function of that name hides the module.
-    module = sys.modules["mlx_mtp.load"]
+    module = sys.modules["mlx_mtp.loading"]
     for name in ("unconverted", "8-bit"):
         model = mlx_mtp.load(folder(name))
         assert model.per_layer_embeddings == "resident"

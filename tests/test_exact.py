@@ -18,9 +18,9 @@ from tiny import VARIANTS, load_target, random_tokens
 import mlx_mtp
 from mlx_mtp import generate, probe
 from mlx_mtp.decoding.compiled import CompiledRounds
+from mlx_mtp.decoding.exact import ExactRows, ExactTable, check_exact, make_exact
 from mlx_mtp.decoding.stream import Stream
-from mlx_mtp.exact import ExactRows, ExactTable, check_exact, make_exact
-from mlx_mtp.gemma4 import Target
+from mlx_mtp.gemma4.target import Target
 
 TinyPair = Callable[[str], Path]
 # Up to where the number of K/V rows looked at changes.
@@ -76,7 +76,7 @@ def test_a_device_that_rounds_otherwise_is_made_exact(tiny_pair: TinyPair, varia
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_exact_text_is_that_of_plain_decoding(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     # The function of that name hides the module.
-    module = sys.modules["mlx_mtp.load"]
+    module = sys.modules["mlx_mtp.loading"]
     monkeypatch.setattr(module, "load_target", lambda config, **_: cast(load_target(config.path.parent)[0], dtype))
     model = mlx_mtp.load(tiny_pair("e2b") / "target", exact=True)
     plain = model.generate(PROMPT, max_tokens=60, num_draft_tokens=0, ignore_eos=True, logprobs=1)

@@ -38,7 +38,7 @@ def test_its_whole_life_without_a_window(tmp_path: Path, monkeypatch: pytest.Mon
     assert 1 <= int(found.group(2)) <= 10
     # What the library logs, as the app asked for, and nothing else.
     logged = [line.split(":")[1] for line in result.stderr.splitlines()]
-    assert logged == ["mlx_mtp.load", "mlx_mtp.calibration", "mlx_mtp.loaded_model"]
+    assert logged == ["mlx_mtp.loading", "mlx_mtp.decoding.calibration", "mlx_mtp.loaded_model"]
 
 
 def test_an_error_is_said_in_one_line() -> None:

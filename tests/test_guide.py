@@ -18,16 +18,15 @@ from test_speculative import Scripted
 from tiny import WINDOW, make_gemma_tokenizer, random_tokens
 
 import mlx_mtp
-from mlx_mtp.acceptance import Draft
-from mlx_mtp.cache import Cache
 from mlx_mtp.decoding.compiled import CompiledRounds
+from mlx_mtp.decoding.constraints import Channel, Guide
 from mlx_mtp.decoding.report import Stats
 from mlx_mtp.decoding.stream import Stream, decode
-from mlx_mtp.drafter import Drafter, GivenDrafter
 from mlx_mtp.errors import DraftError
-from mlx_mtp.gemma4 import Target
+from mlx_mtp.gemma4.drafter import Draft, Drafter, GivenDrafter
+from mlx_mtp.gemma4.kv_cache import Cache
+from mlx_mtp.gemma4.target import Target
 from mlx_mtp.generate import main
-from mlx_mtp.guide import Channel, Guide
 
 TinyPair = Callable[[str], Path]
 PROMPT = random_tokens(2 * WINDOW, seed=5)

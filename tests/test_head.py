@@ -19,7 +19,7 @@ import mlx_mtp
 from mlx_mtp.convert.converter import Options, convert
 from mlx_mtp.convert.quantization import WeightOptions
 from mlx_mtp.decoding.compiled import CompiledRounds
-from mlx_mtp.exact import check_exact, make_exact
+from mlx_mtp.decoding.exact import check_exact, make_exact
 
 TinyPair = Callable[[str], Path]
 PROMPT = random_tokens(20, seed=4)

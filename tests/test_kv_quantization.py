@@ -17,12 +17,12 @@ from test_speculative import Scripted
 from tiny import load_target, make_target, random_tokens
 
 import mlx_mtp
-from mlx_mtp.cache import CAPACITY_STEP, Cache, KVQuantization, Quantized, View
 from mlx_mtp.decoding.compiled import CompiledRounds
+from mlx_mtp.decoding.exact import check_exact, make_exact
 from mlx_mtp.decoding.stream import Stream, decode
-from mlx_mtp.drafter import Drafter
-from mlx_mtp.exact import check_exact, make_exact
-from mlx_mtp.gemma4 import Attention, Target, _attend
+from mlx_mtp.gemma4.drafter import Drafter
+from mlx_mtp.gemma4.kv_cache import CAPACITY_STEP, Cache, KVQuantization, Quantized, View
+from mlx_mtp.gemma4.target import Attention, Target, _attend
 
 Models = Callable[[str], tuple[Target, Drafter]]
 TinyPair = Callable[[str], Path]

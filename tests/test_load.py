@@ -16,10 +16,10 @@ from fake_hub import serve
 from tiny import make_drafter, make_target, random_tokens
 
 import mlx_mtp
-from mlx_mtp.config import read_target_config
+from mlx_mtp.checkpoints.config import read_target_config
+from mlx_mtp.checkpoints.weights import INDEX_NAME, MLX_PREFIX
 from mlx_mtp.convert.cli import main as convert_main
-from mlx_mtp.load import assistant_names, find_drafter, how_to_name_a_drafter, official_drafter
-from mlx_mtp.weights import INDEX_NAME, MLX_PREFIX
+from mlx_mtp.loading import assistant_names, find_drafter, how_to_name_a_drafter, official_drafter
 
 TinyPair = Callable[[str], Path]
 PROMPT = random_tokens(40, seed=3)
@@ -256,8 +256,8 @@ def test_the_published_drafter_of_a_name(repo: str, official: str | None) -> Non
 
 FIND = """
 import importlib, json, logging, sys, mlx_mtp
-from mlx_mtp.hub import resolve_folder
-load = importlib.import_module("mlx_mtp.load")
+from mlx_mtp.checkpoints.hub import resolve_folder
+load = importlib.import_module("mlx_mtp.loading")
 load._OFFICIAL = {64: "E2B"}
 logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
 for repo in json.loads(sys.argv[1]):
@@ -711,7 +711,7 @@ def test_draft_position_of_the_loaded_config(folders: tuple[Path, Path]) -> None
     edit_config(folders[1], draft_position="last")
     model = mlx_mtp.load(folders[0])
     assert model.drafter is not None
-    from mlx_mtp.cache import Cache
+    from mlx_mtp.gemma4.kv_cache import Cache
 
     cache = Cache(model.config.text, mx.float32, max_block=4)
     cache.set_length(9)

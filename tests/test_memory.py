@@ -13,11 +13,12 @@ import pytest
 from tiny import make_drafter, make_target, random_tokens
 
 import mlx_mtp
-from mlx_mtp import cli, generate
-from mlx_mtp.cache import rows_in_buffers
+from mlx_mtp import command_line as cli
+from mlx_mtp import generate
 from mlx_mtp.convert.cli import main as convert
 from mlx_mtp.decoding import stream as streams
-from mlx_mtp.memory import memory_size, parse_bytes
+from mlx_mtp.gemma4.kv_cache import rows_in_buffers
+from mlx_mtp.memory_plan import memory_size, parse_bytes
 
 TinyPair = Callable[[str], Path]
 VARIANTS = ("e2b", "12b", "26b", "31b")

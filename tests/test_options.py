@@ -14,8 +14,8 @@ from mlx_lm.sample_utils import make_logits_processors
 from tiny import WINDOW, random_tokens
 
 import mlx_mtp
-from mlx_mtp.cache import Cache
-from mlx_mtp.sampling import Penalties
+from mlx_mtp.decoding.sampling import Penalties
+from mlx_mtp.gemma4.kv_cache import Cache
 
 TinyPair = Callable[[str], Path]
 PROMPT = random_tokens(2 * WINDOW, seed=5)

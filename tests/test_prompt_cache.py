@@ -362,7 +362,7 @@ def test_a_file_of_another_model_or_version_is_refused(
     model = mlx_mtp.Model(model.target, None, model.tokenizer, model.config, None)
     with pytest.raises(mlx_mtp.PromptCacheError, match="of another model"):
         model.load_prompt(file)
-    monkeypatch.setattr("mlx_mtp.prompt_cache.FORMAT", 2)
+    monkeypatch.setattr("mlx_mtp.decoding.prompt_cache.FORMAT", 2)
     with pytest.raises(mlx_mtp.PromptCacheError, match="of another version: its field format is 1, expected 2"):
         model.load_prompt(file)
     safetensors = tiny_pair("e2b") / "target" / "model.safetensors"

@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 from tiny import VARIANTS, WINDOW, load_drafter, load_target, make_drafter, make_target, random_tokens
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 
-from mlx_mtp.acceptance import Draft
-from mlx_mtp.cache import Cache, ring_positions
-from mlx_mtp.config import LayerType
+from mlx_mtp.checkpoints.config import LayerType
 from mlx_mtp.decoding.stream import Stream, decode
-from mlx_mtp.drafter import DraftContext, Drafter
-from mlx_mtp.gemma4 import Target
+from mlx_mtp.gemma4.drafter import Draft, DraftContext, Drafter
+from mlx_mtp.gemma4.kv_cache import Cache, ring_positions
+from mlx_mtp.gemma4.target import Target
 
 TOLERANCE = 1e-4
 MAX_BLOCK = 8

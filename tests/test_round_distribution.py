@@ -16,14 +16,14 @@ import pytest
 from numpy.typing import NDArray
 from test_distribution import Array, Tables, chi_square, make_tables
 
-from mlx_mtp.cache import Cache
-from mlx_mtp.config import LayerConfig, RopeConfig, TextConfig
+from mlx_mtp.checkpoints.config import LayerConfig, RopeConfig, TextConfig
 from mlx_mtp.decoding.round import round_steps
+from mlx_mtp.decoding.sampling import position_key
 from mlx_mtp.decoding.state import RoundState
 from mlx_mtp.decoding.stream import Stream
-from mlx_mtp.drafter import Candidates, DraftContext, Drafter, DraftStep
-from mlx_mtp.gemma4 import Target, TargetOutput
-from mlx_mtp.sampling import position_key
+from mlx_mtp.gemma4.drafter import Candidates, DraftContext, Drafter, DraftStep
+from mlx_mtp.gemma4.kv_cache import Cache
+from mlx_mtp.gemma4.target import Target, TargetOutput
 
 SEEDS = 20_000
 

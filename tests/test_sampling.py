@@ -11,14 +11,14 @@ import pytest
 from test_distribution import chi_square
 from test_speculative import LONG, SHORT, Models, Scripted, assert_same_state
 
-from mlx_mtp.cache import Cache, KVState
 from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.report import Stats
+from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.stream import Stream, decode
-from mlx_mtp.drafter import Drafter
 from mlx_mtp.errors import OptionError
-from mlx_mtp.gemma4 import Target
-from mlx_mtp.sampling import Sampling
+from mlx_mtp.gemma4.drafter import Drafter
+from mlx_mtp.gemma4.kv_cache import Cache, KVState
+from mlx_mtp.gemma4.target import Target
 
 OPTIONS = {
     "temperature": Sampling(temperature=1, seed=1, acceptance="coupled"),

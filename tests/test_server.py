@@ -21,7 +21,7 @@ from serving import Served, serve
 import mlx_mtp
 from mlx_mtp import DEMO_PAIR, GenerationOptions, GenerationResponse, Model, Sampling
 from mlx_mtp.decoding.report import Logprobs, Stats
-from mlx_mtp.text import TextStream
+from mlx_mtp.text.answer import TextStream
 
 K = 3
 PROMPT = "def read_config(path):"

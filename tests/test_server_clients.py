@@ -16,13 +16,13 @@ from serving import Served, serve
 
 import mlx_mtp
 from mlx_mtp import DEMO_PAIR, GenerationOptions
-from mlx_mtp.conversation import canonical_messages
+from mlx_mtp.decoding.constraints import lark_problem
 from mlx_mtp.errors import OptionError
-from mlx_mtp.guide import lark_problem
-from mlx_mtp.http_entry import local_hosts, plain_path
-from mlx_mtp.openai_fields import NEUTRAL, NO_EFFECT
-from mlx_mtp.openai_requests import ChatRequest, CompletionRequest, ResponseRequest, chat_messages, field_names
-from mlx_mtp.tool_schemas import usable_tools
+from mlx_mtp.server.http_entry import local_hosts, plain_path
+from mlx_mtp.server.openai_fields import NEUTRAL, NO_EFFECT
+from mlx_mtp.server.openai_requests import ChatRequest, CompletionRequest, ResponseRequest, chat_messages, field_names
+from mlx_mtp.text.conversation import canonical_messages
+from mlx_mtp.text.tool_schemas import usable_tools
 
 ASKED = {"role": "user", "content": "def area(width):"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "measure", "arguments": '{"side": "left"}'}}

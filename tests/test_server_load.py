@@ -23,7 +23,8 @@ import pytest
 from serving import Served, process, serve
 
 import mlx_mtp
-from mlx_mtp import DEMO_PAIR, GenerationOptions, Model, server
+from mlx_mtp import DEMO_PAIR, GenerationOptions, Model
+from mlx_mtp.server import cli as server
 
 K = 2
 # Far more than any test waits for.
@@ -306,7 +307,7 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_without_the_extra(tmp_path: Path) -> None:
     (tmp_path / "fastapi.py").write_text("raise ImportError('No module named fastapi', name='fastapi')")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from mlx_mtp.server import main; sys.exit(main([]))"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from mlx_mtp.server.cli import main; sys.exit(main([]))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr == "error: the server needs fastapi: pip install 'mlx-mtp[server]'\n"

@@ -17,16 +17,18 @@ import pytest
 from tiny import STOP_IDS, make_tokenizer
 
 import mlx_mtp
-from mlx_mtp import DEMO_PAIR, cache_prompt, calibration, chat, generate, server, shell
-from mlx_mtp.config import read_json
+from mlx_mtp import DEMO_PAIR, cache_prompt, chat, generate, shell
+from mlx_mtp.checkpoints.config import read_json
+from mlx_mtp.checkpoints.output_files import check_file, new_folder, remove_abandoned, replace_text
+from mlx_mtp.checkpoints.weights import read_checkpoint
 from mlx_mtp.convert import cli as convert
 from mlx_mtp.convert.converter import Options
 from mlx_mtp.convert.converter import convert as run_convert
-from mlx_mtp.dataset import check_data
+from mlx_mtp.decoding import calibration
 from mlx_mtp.errors import ConfigError, DataError, OutputError, TokenizerError, WeightsError
-from mlx_mtp.output import check_file, new_folder, remove_abandoned, replace_text
-from mlx_mtp.tokenizer import check_tokenizer, encode_prompt, load_tokenizer
-from mlx_mtp.weights import read_checkpoint
+from mlx_mtp.server import cli as server
+from mlx_mtp.text.tokenizer import check_tokenizer, encode_prompt, load_tokenizer
+from mlx_mtp.training.dataset import check_data
 
 GREEDY = ("--temp", "0", "--num-draft-tokens", "0", "--max-tokens", "2")
 MARK = b"\xef\xbb\xbf"

@@ -14,17 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import VARIANTS, WINDOW, load_drafter, load_target, random_tokens
 
-from mlx_mtp.acceptance import Draft
-from mlx_mtp.cache import Cache
+from mlx_mtp.bench.operations import operations, round_outputs
 from mlx_mtp.decoding.compiled import CompiledRounds
+from mlx_mtp.decoding.constraints import Guide
 from mlx_mtp.decoding.report import Stats
+from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.stream import Stream, decode, token_budget
-from mlx_mtp.drafter import Allow, Choose, DraftContext, Drafter, ask_for_each, choose_best
 from mlx_mtp.errors import OptionError, PromptError
-from mlx_mtp.gemma4 import Target
-from mlx_mtp.graph import operations, round_outputs
-from mlx_mtp.guide import Guide
-from mlx_mtp.sampling import Sampling
+from mlx_mtp.gemma4.drafter import Allow, Choose, Draft, DraftContext, Drafter, ask_for_each, choose_best
+from mlx_mtp.gemma4.kv_cache import Cache
+from mlx_mtp.gemma4.target import Target
 
 Models = Callable[[str], tuple[Target, Drafter]]
 

@@ -16,12 +16,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tiny import FIRST_TEXT_ID, VOCAB_SIZE, load_drafter, load_target, random_tokens
 
 import mlx_mtp
-from mlx_mtp.acceptance import Draft
+from mlx_mtp.bench.operations import operations, round_outputs
+from mlx_mtp.decoding.sampling import AcceptanceRule
 from mlx_mtp.decoding.stream import Stream, decode
-from mlx_mtp.draft_vocab import prune
-from mlx_mtp.drafter import Drafter
-from mlx_mtp.graph import operations, round_outputs
-from mlx_mtp.sampling import AcceptanceRule
+from mlx_mtp.gemma4.draft_vocab import prune
+from mlx_mtp.gemma4.drafter import Draft, Drafter
 
 TinyPair = Callable[[str], Path]
 PROMPT = random_tokens(20, seed=3)

@@ -3,8 +3,8 @@
 import pytest
 
 import mlx_mtp
-from mlx_mtp.text import TextStream
-from mlx_mtp.tokenizer import load_tokenizer, thought_channel
+from mlx_mtp.text.answer import TextStream
+from mlx_mtp.text.tokenizer import load_tokenizer, thought_channel
 
 
 def read(text: str, *stop: str) -> tuple[str, bool]:

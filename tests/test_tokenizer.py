@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from mlx_mtp.errors import PromptError
-from mlx_mtp.tokenizer import encode_prompt, load_tokenizer
+from mlx_mtp.text.tokenizer import encode_prompt, load_tokenizer
 
 TEXT = "the quick brown fox jumps, naïve café 日本語 🦊\nover 12 lazy dogs"
 

@@ -30,10 +30,10 @@ from tool_syntax import (
 )
 
 import mlx_mtp
-from mlx_mtp.openai_answers import Answer
-from mlx_mtp.text import TextStream
-from mlx_mtp.tokenizer import load_tokenizer, thought_channel
-from mlx_mtp.tool_calls import ToolCallParser
+from mlx_mtp.server.openai_answers import Answer
+from mlx_mtp.text.answer import TextStream
+from mlx_mtp.text.tokenizer import load_tokenizer, thought_channel
+from mlx_mtp.text.tool_call_parser import ToolCallParser
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)
@@ -172,7 +172,7 @@ def test_keys_are_passed_on() -> None:
 def test_nothing_of_a_malformed_call_is_lost(
     text: str, content: str, calls: list[Call], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING, "mlx_mtp.tool_calls"):
+    with caplog.at_level(logging.WARNING, "mlx_mtp.text.tool_call_parser"):
         assert parse([text]) == (content, calls)
     assert parse(text) == (content, calls)
     assert bool(caplog.records) is (text != "<tool_call|>")

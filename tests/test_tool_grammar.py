@@ -14,7 +14,7 @@ from tiny import WINDOW, make_gemma_tokenizer, random_tokens
 from tool_syntax import QUOTE, STRINGS, parse, render_call
 
 import mlx_mtp
-from mlx_mtp.tool_grammar import tool_grammar
+from mlx_mtp.grammars.tool_call_grammar import tool_grammar
 
 Tool = dict[str, Any]
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tool_syntax import QUOTE, render_call
 
 import mlx_mtp
-from mlx_mtp.string_rules import format_terminal, search_terminal
-from mlx_mtp.tool_grammar import tool_grammar
+from mlx_mtp.grammars.string_rules import format_terminal, search_terminal
+from mlx_mtp.grammars.tool_call_grammar import tool_grammar
 
 IsAllowed = Callable[[str, str], bool]
 

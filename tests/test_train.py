@@ -18,11 +18,11 @@ from mlx.utils import tree_flatten
 from tiny import load_drafter, load_target
 
 import mlx_mtp
-from mlx_mtp.dataset import Data, Text, read_data
-from mlx_mtp.drafter import Drafter
 from mlx_mtp.errors import DataError, TrainingError
+from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.train import main
-from mlx_mtp.training import Trainer, TrainingOptions
+from mlx_mtp.training.dataset import Data, Text, read_data
+from mlx_mtp.training.trainer import Trainer, TrainingOptions
 
 TinyPair = Callable[[str], Path]
 COMMAND = [sys.executable, "-m", "mlx_mtp.train"]
@@ -135,7 +135,7 @@ def test_prompts_are_answered_by_the_target_and_kept(folder: Path, tmp_path: Pat
 
 
 def test_answers_are_resumed(tiny_pair: TinyPair, tmp_path: Path) -> None:
-    from mlx_mtp.dataset import answer_prompts
+    from mlx_mtp.training.dataset import answer_prompts
 
     model = mlx_mtp.load(tiny_pair("e2b") / "target")
     prompts = [model.encode([{"role": "user", "content": f"{i}"}]) for i in range(5)]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mlx_mtp import BusyError, ClosedError
-from mlx_mtp.worker import Job, Worker
+from mlx_mtp.threads.job_thread import Job, Worker
 
 Start = Callable[[Job[Any]], Iterator[Any]]
 
@@ -310,7 +310,7 @@ def test_the_program_ends_while_it_runs(end: str) -> None:
     """Without an abort of MLX, whose streams the thread has used, and without waiting for all of it."""
     code = f"""
 import asyncio, itertools, mlx.core as mx
-from mlx_mtp.worker import Worker
+from mlx_mtp.threads.job_thread import Worker
 worker = Worker("busy")
 def start(job):
     for i in itertools.count():

@@ -16,10 +16,10 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from mlx_mtp import DEMO_PAIR
-from mlx_mtp.config import DrafterConfig, TargetConfig, read_drafter_config, read_target_config
-from mlx_mtp.drafter import Drafter
-from mlx_mtp.gemma4 import Target
-from mlx_mtp.weights import MLX_PREFIX, drafter_names, fill_module, target_names
+from mlx_mtp.checkpoints.config import DrafterConfig, TargetConfig, read_drafter_config, read_target_config
+from mlx_mtp.checkpoints.weights import MLX_PREFIX, drafter_names, fill_module, target_names
+from mlx_mtp.gemma4.drafter import Drafter
+from mlx_mtp.gemma4.target import Target
 
 VARIANTS = ("e2b", "12b", "26b", "31b")
 VOCAB_SIZE = 512

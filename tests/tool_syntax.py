@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from hypothesis import strategies as st
 
-from mlx_mtp.tool_calls import ToolCallParser
+from mlx_mtp.text.tool_call_parser import ToolCallParser
 
 QUOTE = '<|"|>'
 Call = tuple[str, str]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_mtp.cache import Cache, KVQuantization
+from mlx_mtp.gemma4.kv_cache import Cache, KVQuantization
 
 from .round import RoundParts, Steps, round_steps
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import NamedTuple
 
-from mlx_mtp.embeddings import EmbeddingStats
+from mlx_mtp.gemma4.disk_table import EmbeddingStats
 
 # What reports write for the log probability of a token that cannot come: JSON has no infinity.
 LOWEST_LOGPROB = -9999.0

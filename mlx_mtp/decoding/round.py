@@ -9,12 +9,11 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_mtp.acceptance import Draft
-from mlx_mtp.cache import Cache
-from mlx_mtp.drafter import Allow, Drafter
-from mlx_mtp.embeddings import PerLayerRows
 from mlx_mtp.errors import OptionError
-from mlx_mtp.gemma4 import Target
+from mlx_mtp.gemma4.disk_table import PerLayerRows
+from mlx_mtp.gemma4.drafter import Allow, Draft, Drafter
+from mlx_mtp.gemma4.kv_cache import Cache
+from mlx_mtp.gemma4.target import Target
 
 from .rules import TokenRules
 from .state import RoundState

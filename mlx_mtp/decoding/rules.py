@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from mlx_mtp.acceptance import Acceptance, Draft, accept_block, accept_matching
-from mlx_mtp.drafter import Candidates, Choose, choose_best
 from mlx_mtp.errors import OptionError
-from mlx_mtp.gemma4 import Target
-from mlx_mtp.sampling import Penalties, Sampling, gumbel, position_key, uniform
+from mlx_mtp.gemma4.drafter import Candidates, Choose, Draft, choose_best
+from mlx_mtp.gemma4.target import Target
 
+from .acceptance import Acceptance, accept_block, accept_matching
+from .sampling import Penalties, Sampling, gumbel, position_key, uniform
 from .state import RoundState
 
 # As in mlx-lm: (all tokens so far, logits [1, vocab]) -> logits [1, vocab].

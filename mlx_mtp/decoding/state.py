@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_mtp.cache import KVState
+from mlx_mtp.gemma4.kv_cache import KVState
 
 
 class RoundState(NamedTuple):

@@ -6,22 +6,21 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.acceptance import Draft
-from mlx_mtp.cache import Cache, KVQuantization, KVState
-from mlx_mtp.config import TextConfig
-from mlx_mtp.draft_length import DraftLength
-from mlx_mtp.drafter import Drafter
-from mlx_mtp.embeddings import PerLayerRows
+from mlx_mtp.checkpoints.config import TextConfig
 from mlx_mtp.errors import ContextLengthError, OptionError, PromptError
-from mlx_mtp.gemma4 import Target
-from mlx_mtp.guide import Guide, RowMasks
-from mlx_mtp.prompt_cache import Entry, Kind, Reused, Snapshot
-from mlx_mtp.sampling import Sampling
+from mlx_mtp.gemma4.disk_table import PerLayerRows
+from mlx_mtp.gemma4.drafter import Draft, Drafter
+from mlx_mtp.gemma4.kv_cache import Cache, KVQuantization, KVState
+from mlx_mtp.gemma4.target import Target
 
 from .compiled import CompiledRounds
+from .constraints import Guide, RowMasks
+from .draft_length import DraftLength
+from .prompt_cache import Entry, Kind, Reused, Snapshot
 from .report import Logprobs, Round
 from .round import RoundParts, Steps, Verified, draft_tokens, round_steps, token_logprobs
 from .rules import LogitsProcessor, TokenRules
+from .sampling import Sampling
 from .state import RoundState
 
 # Called during prefill with (tokens done, tokens in all).

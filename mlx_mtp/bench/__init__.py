@@ -1,0 +1,1 @@
+"""Measuring speed: `python -m mlx_mtp.bench`."""

@@ -1,0 +1,440 @@
+"""Command line: how fast a pair decodes here, by kind of text and draft length. `python -m mlx_mtp.bench --help`.
+
+Every setting of a case is run once to warm up, and then all of them in turn, again and again, so that a machine that
+slows down slows all of them; figures are medians, with their range.
+"""
+
+import argparse
+import math
+import platform
+import pydoc_data.topics
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import mlx.core as mx
+from huggingface_hub.utils import tqdm
+from mlx.utils import tree_flatten
+
+from mlx_mtp.command_line import add_kv_options, add_model_options, calibrate, load_or_demo, read_kv_options
+from mlx_mtp.decoding.draft_length import CostCurve
+from mlx_mtp.decoding.report import Stats
+from mlx_mtp.decoding.sampling import Sampling
+from mlx_mtp.errors import OptionError
+from mlx_mtp.model import Model
+from mlx_mtp.options import GenerationOptions
+from mlx_mtp.shell import Parser, exit_status, write_json
+
+from .operations import operations, round_outputs
+from .peers import PEERS, Run, load_peer
+from .plots import check_plots, write_plots
+
+KINDS = ("code", "prose", "chat", "copy", "list")
+AUTO = "auto"
+# Modules whose source is the text of "code": of the standard library, so that any machine has it.
+_MODULES = ("argparse", "queue", "posixpath", "textwrap", "statistics", "inspect", "typing", "tarfile", "turtle")
+_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+# Memory bandwidth of Apple's chips, GB/s (Apple's specifications). Where it depends on the variant, the larger one.
+_BANDWIDTH = {
+    "M1": 68, "M2": 100, "M3": 102, "M4": 120, "M5": 153,
+    "M1 Pro": 200, "M2 Pro": 200, "M3 Pro": 150, "M4 Pro": 273, "M5 Pro": 307,
+    "M1 Max": 400, "M2 Max": 400, "M3 Max": 410, "M4 Max": 546, "M5 Max": 614,
+    "M1 Ultra": 800, "M2 Ultra": 800, "M3 Ultra": 819,
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    args = _parser().parse_args(argv)
+    return exit_status(lambda: _run(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="mlx_mtp.bench",
+        description="Measure how fast a pair decodes on this machine, against plain decoding.",
+    )
+    add_model_options(parser, default="the demo pair in the package", lengths=False)
+    add = parser.add_argument
+    add("--kinds", type=names, default=KINDS, metavar="A,B", help=f"Kinds of text (default: {','.join(KINDS)}).")
+    add("--contexts", type=_numbers, default=(512,), metavar="N,N", help="Tokens of the prompts (default: 512).")
+    add("--temps", type=_temperatures, default=(0.0, 1.0), metavar="T,T", help="Temperatures (default: 0,1).")
+    add(
+        "--num-draft-tokens",
+        type=_lengths,
+        default=(0, 1, 2, 3, 4, 6, 8, AUTO),
+        metavar="N,auto",
+        help="Draft lengths; 0, plain decoding, is always among them (default: 0,1,2,3,4,6,8,auto).",
+    )
+    add("--max-tokens", "-m", type=int, default=128, help="Tokens to generate in a run (default: %(default)s).")
+    add("--repeats", type=int, default=3, help="Runs of each setting that count (default: %(default)s).")
+    add("--cool-down", type=float, default=0.0, metavar="SECONDS", help="Pause before each run (default: none).")
+    add("--seed", type=int, default=0, help="Seed of the first run at a temperature above 0 (default: %(default)s).")
+    add(
+        "--peers",
+        type=_peers,
+        default=(),
+        metavar="A,B",
+        help=f"Other runtimes to run in the same turns, of {','.join(PEERS)}; they must be installed, see the extra "
+        "peers, and read the pair's folders themselves.",
+    )
+    add("--dtype", choices=_DTYPES, help="Compute in this type (default: the checkpoint's).")
+    add_kv_options(parser)
+    add("--plot", type=Path, metavar="DIR", help="Draw the figures into this new folder, as PNG files.")
+    add("--json", action="store_true", help="Print nothing but the last line, a JSON object with all figures.")
+    return parser
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def names(text: str, known: tuple[str, ...] = KINDS) -> tuple[str, ...]:
+    found = tuple(_split(text))
+    if not found or not set(found) <= set(known):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, found {text!r}")
+    return found
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    return names(text, PEERS)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in _split(text))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"expected numbers of at least 1, found {text!r}")
+    return numbers
+
+
+def _temperatures(text: str) -> tuple[float, ...]:
+    try:
+        temperatures = tuple(float(part) for part in _split(text))
+    except ValueError:
+        temperatures = ()
+    if not temperatures:
+        raise argparse.ArgumentTypeError(f"expected temperatures, found {text!r}")
+    return temperatures
+
+
+def _lengths(text: str) -> tuple[int | str, ...]:
+    try:
+        lengths = [part if part == AUTO else int(part) for part in _split(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers of draft tokens or auto, found {text!r}") from None
+    return tuple(dict.fromkeys([0, *lengths]))
+
+
+@dataclass
+class Setting:
+    """The runs of one case with one draft length: tokens/s of each, and what was drafted in all.
+
+    With `peer`, those of another runtime, of which nothing but tokens/s is known; `error` is why it gave up.
+    """
+
+    peer: Run | None = None
+    error: str | None = None
+    tps: list[float] = field(default_factory=list)
+    stats: Stats = field(default_factory=Stats)
+    peak_memory_gb: float = 0.0
+
+    def figures(self) -> dict[str, Any]:
+        if self.error is not None:
+            return {"error": self.error}
+        speed: dict[str, Any] = {"tokens_per_second": median(self.tps), "range": [min(self.tps), max(self.tps)]}
+        if self.peer is not None:
+            return speed
+        return speed | {
+            "acceptance_length": self.stats.acceptance_length,
+            "drafted_per_round": self.stats.drafted / self.stats.rounds,
+            "acceptance_by_position": self.stats.acceptance_by_position,
+            "host_reads_per_round": self.stats.host_reads / self.stats.rounds,
+            "peak_memory_gb": self.peak_memory_gb,
+        }
+
+
+def _run(args: argparse.Namespace) -> int:
+    for name, least in (("repeats", 1), ("max_tokens", 2), ("cool_down", 0)):
+        if not least <= vars(args)[name] < math.inf:
+            raise OptionError(f"{name} must be at least {least}, found {vars(args)[name]}")
+    if args.exact and args.dtype is not None:
+        raise OptionError("--exact is found out in the checkpoint's own type: leave out --dtype")
+    if args.peers and args.kv_bits is not None:
+        raise OptionError("--peers run with K/V that are not quantized: leave out --kv-bits")
+    # Made first: what is wrong with the options shows before seconds of loading.
+    # Every run reads its prompt, and leaves no K/V behind.
+    options = GenerationOptions(
+        max_tokens=args.max_tokens, ignore_eos=True, reuse_prompt=False, **read_kv_options(args)
+    )
+    for temperature in args.temps:
+        Sampling(temperature=temperature, seed=args.seed)
+    for length in args.num_draft_tokens:
+        replace(options, num_draft_tokens=length)
+    if args.plot is not None:
+        check_plots(args.plot)
+    model = load_or_demo(args, options)
+    if args.dtype is not None:
+        for module in (model.target, model.drafter):
+            if module is not None:
+                module.set_dtype(_DTYPES[args.dtype])
+    lengths = args.num_draft_tokens if model.drafter is not None else (0,)
+    samplings = {t: replace(model.default_sampling, temperature=t, seed=args.seed) for t in args.temps}
+    prompts = {(kind, n): prompt(model, kind, n, args.max_tokens) for kind in args.kinds for n in args.contexts}
+    for sampling in samplings.values():
+        calibrate(model, replace(options, sampling=sampling), remeasure=True)
+    counts = {
+        t: {str(k): count_operations(model, k, s, options) for k in lengths if k != AUTO} for t, s in samplings.items()
+    }
+    report = {"environment": environment(), "target": str(model.config.path.parent), **bound(model), "cases": []}
+    report |= read_kv_options(args) if args.kv_bits is not None else {"kv_bits": None}
+    report["dtype"] = str(model.target.dtype).removeprefix("mlx.core.")
+    drafter = None if model.drafter_config is None else model.drafter_config.path.parent
+    report["drafter"] = None if drafter is None else str(drafter)
+    peers, report["failed_peers"] = _load_peers(args.peers, model, drafter)
+    report["environment"] |= {name: version(name) for name in args.peers if name not in report["failed_peers"]}
+    runs = len(prompts) * len(samplings) * (len(lengths) + len(peers)) * (args.repeats + 1)
+    with tqdm(total=runs, desc="Bench", unit="run", disable=None, file=sys.stderr) as bar:
+        for (kind, context), tokens in prompts.items():
+            for temperature, sampling in samplings.items():
+                settings: dict[int | str, Setting] = {k: Setting() for k in lengths}
+                settings |= {name: Setting(run) for name, run in peers.items()}
+                measure(model, tokens, replace(options, sampling=sampling), settings, args, bar)
+                curve = None if model.drafter is None else _curve(model, sampling, options)
+                case = {"kind": kind, "context": context, "temperature": temperature}
+                report["cases"].append(case | summary(settings, curve) | {"operations": counts[temperature]})
+                if not args.json:
+                    tqdm.write(table(report["cases"][-1], report["bound_tokens_per_second"]))
+    if args.plot is not None:
+        write_plots(report, args.plot)
+    write_json(report)
+    return 0
+
+
+def _load_peers(names: tuple[str, ...], model: Model, drafter: Path | None) -> tuple[dict[str, Run], dict[str, str]]:
+    """The settings of the other runtimes, and why some cannot take part."""
+    found: dict[str, Run] = {}
+    failed: dict[str, str] = {}
+    for name in names:
+        try:
+            found |= load_peer(name, model.config.path.parent, drafter, model.target.dtype)
+        # Their errors are theirs: whatever they are, the others go on.
+        except Exception as error:
+            failed[name] = _reason(error)
+            print(f"{name} failed to load the pair: {failed[name]}", file=sys.stderr)
+    return found, failed
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def measure(
+    model: Model,
+    prompt: list[int],
+    options: GenerationOptions,
+    settings: dict[int | str, Setting],
+    args: Any,
+    bar: Any,
+) -> None:
+    """All settings in turn, `args.repeats` times after a first that does not count."""
+    first = options.sampling
+    for repeat in range(-1, args.repeats):
+        for k, setting in settings.items():
+            time.sleep(args.cool_down)
+            mx.reset_peak_memory()
+            sampling = replace(first, seed=first.seed + max(0, repeat))
+            if setting.peer is not None:
+                _measure_peer(setting, prompt, sampling, args, repeat)
+                bar.update()
+                continue
+            length: int | Literal["auto"] = k if isinstance(k, int) else "auto"
+            last = model.generate(prompt, options, num_draft_tokens=length, sampling=sampling).last
+            bar.update()
+            if repeat < 0:
+                continue
+            setting.tps.append(last.generation_tps)
+            setting.stats.merge(last.stats)
+            setting.peak_memory_gb = max(setting.peak_memory_gb, last.peak_memory)
+
+
+def _measure_peer(setting: Setting, prompt: list[int], sampling: Sampling, args: Any, repeat: int) -> None:
+    assert setting.peer is not None
+    if setting.error is not None:
+        return
+    try:
+        rate = setting.peer(prompt, sampling, args.max_tokens)
+    except Exception as error:
+        setting.error = _reason(error)
+    else:
+        setting.tps += [rate] if repeat >= 0 else []
+
+
+def _curve(model: Model, sampling: Sampling, options: GenerationOptions) -> CostCurve:
+    return model.calibrate(sampling, kv_bits=options.kv_bits, kv_group_size=options.kv_group_size)
+
+
+def count_operations(model: Model, k: int, sampling: Sampling, options: GenerationOptions) -> int:
+    """Of a round of k draft tokens on this device, about as many as kernels are launched."""
+    kv = options.kv_quantization
+    return operations(round_outputs(model.target, model.drafter, k, sampling, kv_quantization=kv)).total()
+
+
+def summary(settings: dict[int | str, Setting], curve: CostCurve | None) -> dict[str, Any]:
+    """A case's figures. Ratios are medians over pairs of runs next to each other."""
+    results = {str(k): setting.figures() for k, setting in settings.items()}
+    for k, setting in settings.items():
+        if setting.error is not None:
+            continue
+        ratios = [a / b for a, b in zip(setting.tps, settings[0].tps, strict=True)]
+        results[str(k)] |= {"ratio": median(ratios), "ratio_range": [min(ratios), max(ratios)]}
+        if curve is not None and isinstance(k, int):
+            predicted = results[str(k)]["acceptance_length"] / curve.round(k)
+            results[str(k)] |= {"share_of_prediction": results[str(k)]["tokens_per_second"] / predicted}
+    fixed = [k for k in settings if isinstance(k, int)]
+    best = max(fixed, key=lambda k: results[str(k)]["ratio"])
+    found: dict[str, Any] = {"settings": results, "best": best}
+    if AUTO in settings:
+        pairs = zip(settings[AUTO].tps, settings[best].tps, strict=True)
+        found["auto_over_best"] = median(a / b for a, b in pairs)
+    if curve is not None:
+        one = curve.verify[0]
+        verify = [seconds / one for seconds in curve.verify]
+        found["costs"] = {"verify": verify, "draft": curve.draft / one, "overhead": curve.overhead / one}
+        found["costs"]["seconds"] = one
+    return found
+
+
+def table(case: dict[str, Any], bound: float) -> str:
+    lines = [f"{case['kind']}, {case['context']} tokens, temperature {case['temperature']:g}"]
+    width = max(8, *(len(k) for k in case["settings"]))
+    header = f"{'drafted':>{width}} {'tokens/s':>9} {'range':>15} {'ratio':>6} {'of bound':>8}"
+    lines.append(f"{header} {'GB':>6} {'kernels':>7} {'reads':>5} {'length':>6}  accepted by position")
+    for k, row in case["settings"].items():
+        if "error" in row:
+            lines.append(f"{k:>{width}} failed: {row['error']}")
+            continue
+        low, high = row["range"]
+        line = f"{k:>{width}} {row['tokens_per_second']:>9.1f} {f'{low:.1f}-{high:.1f}':>15} {row['ratio']:>6.2f} "
+        line += f"{row['tokens_per_second'] / bound:>8.0%}"
+        if "acceptance_length" in row:
+            by_position = " ".join(f"{share:.2f}" for share in row["acceptance_by_position"])
+            line += f" {row['peak_memory_gb']:>6.2f} {case['operations'].get(k, ''):>7}"
+            line += f" {row['host_reads_per_round']:>5.2f} {row['acceptance_length']:>6.2f}  {by_position}"
+        lines.append(line)
+    if "costs" in case:
+        costs = case["costs"]
+        curve = " ".join(f"{v:.2f}" for v in costs["verify"])
+        lines.append(
+            f"a pass of 1 to 9 rows costs {curve} of one; a draft step {costs['draft']:.2f}, the rest of drafting "
+            f"{costs['overhead']:.2f}"
+        )
+    if "auto_over_best" in case:
+        lines.append(f"auto is at {case['auto_over_best']:.2f} of the best, {case['best']}")
+    return "\n".join(lines) + "\n"
+
+
+def environment() -> dict[str, Any]:
+    packages = {name: version(name) for name in ("mlx-mtp", "mlx", "mlx-lm", "numpy")}
+    device = {"device": str(mx.default_device()), "name": mx.device_info().get("device_name")}
+    return packages | device | {"python": platform.python_version(), "system": platform.platform()}
+
+
+def bound(model: Model) -> dict[str, Any]:
+    """What plain decoding could be at most: the bytes of a pass, the memory's bandwidth, and one over the other."""
+    size = pass_bytes(model)
+    name = str(mx.device_info().get("device_name"))
+    listed = _BANDWIDTH.get(name.removeprefix("Apple ").strip())
+    bandwidth = listed * 1e9 if listed else measured_bandwidth()
+    return {
+        "pass_bytes": size,
+        "bandwidth": bandwidth,
+        "bandwidth_source": "listed" if listed else "measured",
+        "bound_tokens_per_second": bandwidth / size,
+    }
+
+
+def pass_bytes(model: Model) -> float:
+    """Bytes of weights that a pass over one token reads: of tables a row, of experts those chosen, all else once."""
+    text = model.config.text
+    size = 0.0
+    weights: dict[str, mx.array] = tree_flatten(model.target.parameters(), destination={})  # type: ignore[assignment]
+    for name, value in weights.items():
+        if "embed_tokens_per_layer" in name:
+            continue
+        share = text.top_k_experts / text.num_experts if "switch_glu" in name else 1.0
+        size += share * value.nbytes
+    return size
+
+
+def measured_bandwidth() -> float:
+    """Bytes per second that can be read from memory: the best of a few sums over what no cache holds."""
+    block = mx.ones(64 * 1024 * 1024, mx.float32)
+    mx.eval(block)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        mx.eval(mx.max(block))
+        best = min(best, time.perf_counter() - start)
+    return block.nbytes / best
+
+
+def prompt(model: Model, kind: str, length: int, room: int) -> list[int]:
+    """The first `length` tokens of a kind of text. Raises OptionError if the model cannot take as many."""
+    if length + room > model.max_context:
+        raise OptionError(f"a context of {length} and {room} more tokens: the model holds {model.max_context}")
+    if kind == "chat":
+        return _chat(model, length)
+    pieces = {"code": _code, "prose": _prose, "list": _list}
+    if kind == "copy":
+        # What has been copied halfway once is copied on.
+        half = _fill(model, _code(), (2 * length) // 3)
+        return (half + half)[:length]
+    return _fill(model, pieces[kind](), length)
+
+
+def _fill(model: Model, pieces: Iterator[str], length: int) -> list[int]:
+    tokens = model.encode(next(pieces))
+    while len(tokens) < length:
+        tokens += model.tokenizer.encode("\n\n" + next(pieces), add_special_tokens=False)
+    return tokens[:length]
+
+
+def _code() -> Iterator[str]:
+    root = Path(sysconfig.get_path("stdlib"))
+    while True:
+        for name in _MODULES:
+            yield (root / f"{name}.py").read_text(encoding="utf-8")
+
+
+def _prose() -> Iterator[str]:
+    """Python's language reference, as `help` shows it."""
+    while True:
+        yield from pydoc_data.topics.topics.values()
+
+
+def _list() -> Iterator[str]:
+    names = sorted(sys.stdlib_module_names)
+    while True:
+        yield "\n".join(f"{number}. {name}" for number, name in enumerate(names, start=1))
+
+
+def _chat(model: Model, length: int) -> list[int]:
+    """One question about as much text as fits, so that the template's end is at the prompt's end."""
+    question = "Explain in your own words:\n\n"
+
+    def encode(text: list[int]) -> list[int]:
+        return model.encode([{"role": "user", "content": question + model.tokenizer.decode(text)}])
+
+    text = _fill(model, _prose(), length)
+    over = len(encode(text)) - length
+    return encode(text[: max(1, len(text) - over)])

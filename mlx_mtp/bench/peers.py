@@ -1,0 +1,131 @@
+"""Other runtimes on the same pair, prompts and token counts: what `bench --peers` compares with.
+
+Each is called through its own generator of tokens, without detokenizing, and timed from its first token to its last, as
+`GenerationResponse.generation_tps` is.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_mtp.decoding.sampling import Sampling
+
+# Decode so many tokens after a prompt; returns tokens per second.
+Run = Callable[[list[int], Sampling, int], float]
+PEERS = ("mlx-lm", "mlx-vlm", "transformers")
+# What a peer's runtime may be set to, by name.
+Settings = dict[str, Run]
+
+# Draft tokens and the bonus token together, as mlx-vlm counts; Hugging Face's default is 5 draft tokens for Gemma 4.
+VLM_BLOCK_SIZES = (2, 3, 4, 5)
+TRANSFORMERS_DRAFT_TOKENS = (3, 5)
+
+
+def load_peer(name: str, target: Path, drafter: Path | None, dtype: mx.Dtype) -> Settings:
+    """Load a pair into another runtime. Raises whatever that runtime raises."""
+    return {"mlx-lm": _mlx_lm, "mlx-vlm": _mlx_vlm, "transformers": _transformers}[name](target, drafter, dtype)
+
+
+def _mlx_lm(target: Path, drafter: Path | None, dtype: mx.Dtype) -> Settings:
+    """Plain decoding: mlx-lm has no drafting of this kind."""
+    from mlx_lm.generate import generate_step
+    from mlx_lm.sample_utils import make_sampler
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(target)
+    model.set_dtype(dtype)
+    mx.eval(model.parameters())
+
+    def plain(prompt: list[int], sampling: Sampling, count: int) -> float:
+        mx.random.seed(sampling.seed)
+        sampler = make_sampler(temp=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
+        return _rate(generate_step(mx.array(prompt), model, max_tokens=count, sampler=sampler), count)
+
+    return {"mlx-lm": plain}
+
+
+def _mlx_vlm(target: Path, drafter: Path | None, dtype: mx.Dtype) -> Settings:
+    from mlx_vlm.generate.ar import generate_step
+    from mlx_vlm.speculative.drafters import load_drafter
+    from mlx_vlm.utils import load_model
+
+    # Not strict, for pairs without a vision tower, which nothing here looks at.
+    model = load_model(target, strict=False)
+    model.set_dtype(dtype)
+    mx.eval(model.parameters())
+
+    def run(prompt: list[int], sampling: Sampling, count: int, **drafting: Any) -> float:
+        mx.random.seed(sampling.seed)
+        options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        ids = mx.array([prompt])
+        return _rate(generate_step(ids, model, None, None, max_tokens=count, **options, **drafting), count)
+
+    settings: Settings = {"mlx-vlm": run}
+    if drafter is not None:
+        draft_model, kind = load_drafter(str(drafter), kind="mtp")
+        draft_model.set_dtype(dtype)
+        mx.eval(draft_model.parameters())
+
+        def drafting(size: int) -> Run:
+            options = {"draft_model": draft_model, "draft_kind": kind, "draft_block_size": size}
+            return lambda prompt, sampling, count: run(prompt, sampling, count, **options)
+
+        settings |= {f"mlx-vlm block {size}": drafting(size) for size in VLM_BLOCK_SIZES}
+    return settings
+
+
+def _transformers(target: Path, drafter: Path | None, dtype: mx.Dtype) -> Settings:
+    import torch
+    import transformers
+
+    def load(folder: Path) -> Any:
+        name = {mx.float32: "float32", mx.bfloat16: "bfloat16", mx.float16: "float16"}[dtype]
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, name))
+        return model.eval()
+
+    model = load(target)
+
+    def run(prompt: list[int], sampling: Sampling, count: int, **drafting: Any) -> float:
+        torch.manual_seed(sampling.seed)
+        options: dict[str, Any] = {"do_sample": not sampling.is_greedy}
+        if not sampling.is_greedy:
+            options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        seen: list[tuple[float, int]] = []
+
+        def note(ids: Any, scores: Any, **_: Any) -> Any:
+            seen.append((time.perf_counter(), ids.shape[1]))
+            return torch.zeros(ids.shape[0], dtype=torch.bool)
+
+        ids = torch.tensor([prompt])
+        limits = {"max_new_tokens": count, "min_new_tokens": count, "stopping_criteria": [note]}
+        model.generate(ids, attention_mask=torch.ones_like(ids), **limits, **options, **drafting)
+        (start, first), (end, last) = seen[0], seen[-1]
+        return (last - first) / (end - start)
+
+    settings: Settings = {"transformers": run}
+    if drafter is not None:
+        assistant = load(drafter)
+
+        def assisted(k: int) -> Run:
+            def decode(prompt: list[int], sampling: Sampling, count: int) -> float:
+                assistant.generation_config.num_assistant_tokens = k
+                assistant.generation_config.num_assistant_tokens_schedule = "constant"
+                return run(prompt, sampling, count, assistant_model=assistant)
+
+            return decode
+
+        settings |= {f"transformers assisted {k}": assisted(k) for k in TRANSFORMERS_DRAFT_TOKENS}
+    return settings
+
+
+def _rate(tokens: Iterable[Any], count: int) -> float:
+    """Tokens per second after the first, of at most `count`."""
+    iterator = iter(tokens)
+    next(iterator)
+    start = time.perf_counter()
+    rest = sum(1 for _ in islice(iterator, count - 1))
+    return rest / (time.perf_counter() - start)

@@ -1,0 +1,398 @@
+"""What the command lines share: options, loading, and what they print about a generation."""
+
+import argparse
+import json
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from huggingface_hub.utils import tqdm
+
+from mlx_mtp.checkpoints.config import read_target_config
+from mlx_mtp.checkpoints.hub import is_repo, resolve_folder
+from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS
+from mlx_mtp.decoding.sampling import ACCEPTANCE_RULES, Penalties, Sampling
+from mlx_mtp.decoding.stream import check_logprobs
+from mlx_mtp.gemma4.kv_cache import check_group_size
+
+from .errors import OptionError, PromptError
+from .loading import DEMO_PAIR, PER_LAYER_EMBEDDINGS, how_to_name_a_drafter, load, plan_memory
+from .memory_plan import parse_bytes
+from .model import Model
+from .options import DEFAULT_KV_GROUP_SIZE, DEFAULT_QUANTIZED_KV_START, GenerationOptions
+from .responses import GenerationResponse
+from .shell import lacking, write_out
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = None, lengths: bool = True) -> None:
+    """`default` says what is taken where no model is named; without it one must be. `lengths` adds the draft length."""
+    what = "Target: a local folder or a Hugging Face hub id"
+    parser.add_argument(
+        "--model", required=default is None, help=f"{what} (default: {default})." if default else f"{what}."
+    )
+    parser.add_argument(
+        "--drafter",
+        help="Drafter: a local folder or a hub id, or 'none' to decode plainly. "
+        "Default: MODEL/drafter, else the sibling MODEL-assistant.",
+    )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="Verify with the bits of plain decoding, at whatever that costs here; an error where it is not possible.",
+    )
+    add_embedding_option(parser)
+    parser.add_argument(
+        "--max-context",
+        type=_context,
+        metavar="N",
+        help="Most tokens of prompt and answer together (default: the model's own).",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        type=_size,
+        metavar="SIZE",
+        help="Refuse to load what would take more, with the K/V of such a context: 6GB, 800MB; a bare number is GB.",
+    )
+    if not lengths:
+        return
+    parser.add_argument(
+        "--num-draft-tokens",
+        type=_draft_tokens,
+        default="auto",
+        metavar="N|auto",
+        help="Draft tokens per round; 0 decodes plainly. Default: auto, as many as are fastest on this machine, which "
+        "is measured once per kind of model. Never changes greedy text.",
+    )
+
+
+def add_embedding_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--per-layer-embeddings",
+        choices=PER_LAYER_EMBEDDINGS,
+        default="auto",
+        help="The per-layer table of E2B and E4B: 'resident' in memory, or 'mapped', read from disk row by row; never "
+        "changes the text. Default: auto, mapped where the model would take more than half of the machine's memory.",
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    unset = Sampling()
+    add("--temp", dest="temperature", type=float, help="Sampling temperature, 0 is greedy (default: the model's own).")
+    add("--top-k", type=int, help="Most likely tokens to draw from, 0 for all (default: the model's own).")
+    add("--top-p", type=float, help="Probability mass to draw from, 1 for all (default: the model's own).")
+    add("--min-p", type=float, help="Least share of the best token's probability (default: the model's own).")
+    add(
+        "--xtc-probability",
+        type=float,
+        default=unset.xtc_probability,
+        help="Probability of XTC, leaving out the most likely tokens (default: %(default)s).",
+    )
+    add(
+        "--xtc-threshold",
+        type=float,
+        default=unset.xtc_threshold,
+        help="Probability above which XTC leaves tokens out, all but the least likely of them (default: %(default)s).",
+    )
+    add("--seed", type=int, help="Seed of the random numbers (default: a new one each time, named with --verbose).")
+    _add_penalty_options(parser)
+    add(
+        "--acceptance",
+        choices=ACCEPTANCE_RULES,
+        default=unset.acceptance,
+        help="Rule for sampled drafts: 'block' accepts most; with 'coupled' the text for a seed does not depend on the "
+        "number of draft tokens (default: %(default)s).",
+    )
+
+
+def _add_penalty_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    unset = Sampling()
+    for name, effect in (
+        ("repetition", "divides"),
+        ("presence", "subtracts once"),
+        ("frequency", "subtracts each time"),
+    ):
+        penalty, size = f"{name}_penalty", f"{name}_context_size"
+        add(
+            f"--{name}-penalty",
+            type=float,
+            help=f"Penalty for tokens seen before, which {effect} (default: the model's own, else "
+            f"{vars(unset)[penalty]:g}, none).",
+        )
+        add(
+            f"--{name}-context-size",
+            type=int,
+            help=f"Number of preceding tokens it looks at (default: {vars(unset)[size]}, or all for the model's own).",
+        )
+    add("--logit-bias", type=_logit_bias, default={}, metavar="JSON", help='Added to logits: {"token id": bias, ...}.')
+
+
+def add_kv_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--kv-bits", type=int, metavar="8|4", help="Quantize the K/V of full-attention layers (default: no).")
+    add(
+        "--kv-group-size",
+        type=int,
+        default=DEFAULT_KV_GROUP_SIZE,
+        help="Values of a K/V row quantized together: 32, 64 or 128 (default: %(default)s).",
+    )
+    add(
+        "--quantized-kv-start",
+        type=int,
+        default=DEFAULT_QUANTIZED_KV_START,
+        metavar="N",
+        help="Number of tokens from which on they are (default: %(default)s).",
+    )
+
+
+def read_kv_options(args: argparse.Namespace) -> dict[str, Any]:
+    """As fields of `GenerationOptions`."""
+    return {name: vars(args)[name] for name in ("kv_bits", "kv_group_size", "quantized_kv_start")}
+
+
+def add_thinking_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--enable-thinking",
+        action="store_true",
+        help="Let the model think before it answers; thoughts are printed on stderr.",
+    )
+    parser.add_argument(
+        "--thinking-budget",
+        type=int,
+        metavar="N",
+        help="End a thought after this many tokens (default: no limit).",
+    )
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _context(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"expected a number of tokens, at least 2, found {text!r}")
+    return int(text)
+
+
+def _draft_tokens(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number of draft tokens or auto, found {text!r}") from None
+
+
+def _logit_bias(text: str) -> dict[int, float]:
+    try:
+        return {int(token): float(bias) for token, bias in json.loads(text).items()}
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
+        found = text if len(text) < 200 else f"{text[:200]}..."
+        raise argparse.ArgumentTypeError(f"expected a JSON object of token ids and numbers, found {found!r}") from None
+
+
+def check_template_options(args: argparse.Namespace) -> None:
+    """Raises PromptError for what needs the chat template that is to be ignored."""
+    if args.ignore_chat_template and (args.system_prompt is not None or args.enable_thinking):
+        what = "thinking" if args.system_prompt is None else "a system prompt"
+        raise PromptError(f"{what} needs a chat template: this model has none, or it is ignored")
+
+
+def load_model(
+    name: str | Path, drafter: str | Path | None, args: argparse.Namespace, options: GenerationOptions | None = None
+) -> Model:
+    """Load as the options of `add_model_options` say; `options` are those that the memory limit is checked for. What
+    "auto" maps is said. On a Mac, what the device recommends as a working set stays resident, as mlx-lm has it."""
+    _check_drafting(drafter, args, options)
+    if options is not None and (options.sampling.logit_bias or options.logprobs or options.kv_bits):
+        _check_for_model(name, options)
+    if mx.metal.is_available():
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    # Training has only some of the options.
+    given = vars(args)
+    placement = {"max_context": given.get("max_context"), "per_layer_embeddings": args.per_layer_embeddings}
+    limit = given.get("memory_limit")
+    if limit is not None:
+        # MLX's cache of freed buffers gives way before it.
+        mx.set_memory_limit(limit)
+        plan_memory(name, drafter, memory_limit=limit, options=options, **placement)
+    model = load(name, drafter, exact=given.get("exact", False), **placement)
+    if args.per_layer_embeddings == "auto" and model.per_layer_embeddings == "mapped":
+        print(
+            "the model would take more than half of this machine's memory: its per-layer embeddings are read from disk "
+            "(--per-layer-embeddings resident loads them)",
+            file=sys.stderr,
+        )
+    return model
+
+
+def _check_drafting(drafter: str | Path | None, args: argparse.Namespace, options: GenerationOptions | None) -> None:
+    """Raises OptionError for a number of draft tokens that the other options rule out, ConfigError for a drafter that
+    is not there: before the target is downloaded."""
+    requested = "auto" if options is None else options.num_draft_tokens
+    if drafter is not None and str(drafter) != "none" and not is_repo(drafter):
+        resolve_folder(drafter)
+    if requested == "auto":
+        return
+    if str(drafter) == "none" and requested != 0:
+        raise OptionError(f"num_draft_tokens is {requested}, but no drafter is loaded")
+    if args.exact and requested > MAX_DRAFT_TOKENS:
+        raise OptionError(f"num_draft_tokens is {requested}: exact passes verify at most {MAX_DRAFT_TOKENS}")
+
+
+def _check_for_model(name: str | Path, options: GenerationOptions) -> None:
+    """Raises OptionError for options that the model's config rules out: before its weights are read."""
+    text = read_target_config(resolve_folder(name)).text
+    Penalties(options.sampling, text.vocab_size)
+    check_logprobs(options.logprobs, text.vocab_size)
+    if (kv := options.kv_quantization) is not None:
+        check_group_size(text, kv)
+
+
+def load_or_demo(args: argparse.Namespace, options: GenerationOptions | None = None) -> Model:
+    """The model named, else the demo pair; what is not as a user may expect is said on stderr."""
+    name: str | Path | None = args.model
+    if name is None:
+        name = DEMO_PAIR
+        print(
+            "no --model: the demo pair in the package, 3 million parameters that know Python source only",
+            file=sys.stderr,
+        )
+    model = load_model(name, args.drafter, args, options)
+    if model.drafter is None and args.drafter is None:
+        advice = how_to_name_a_drafter(model.config)
+        print(f"no drafter found for {name}: decoding plainly ({advice})", file=sys.stderr)
+    return model
+
+
+def given_sampling(args: argparse.Namespace) -> Sampling:
+    """The options given, alone: what is wrong with them shows without a model. Raises OptionError."""
+    return Sampling(**_given_sampling(args))
+
+
+def _given_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    given = {name: vars(args)[name] for name in (field.name for field in fields(Sampling))}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def read_sampling(args: argparse.Namespace, model: Model) -> Sampling:
+    """The options given, else what the model's makers sample with, else none."""
+    given = _given_sampling(args)
+    return replace(model.default_sampling, **{"seed": secrets.randbits(32), **given})
+
+
+def print_stream(responses: Iterator[GenerationResponse]) -> tuple[list[GenerationResponse], bool]:
+    """Print text as it comes, the thought on stderr. Returns the responses, and whether Ctrl-C ended them early."""
+    seen: list[GenerationResponse] = []
+    interrupted = in_thought = False
+    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+    try:
+        for response in responses:
+            seen.append(response)
+            if response.thought:
+                print(f"{dim}{response.thought}{plain}", end="", file=sys.stderr, flush=True)
+                in_thought = True
+            if response.text:
+                if in_thought:
+                    print(file=sys.stderr, flush=True)
+                    in_thought = False
+                write_out(response.text, end="")
+    except KeyboardInterrupt:
+        interrupted = True
+    if in_thought:
+        print(file=sys.stderr)
+    write_out("")
+    if (character := lacking("".join(response.text for response in seen))) is not None:
+        print(
+            f"stdout's encoding, {sys.stdout.encoding}, lacks characters of this text, such as {character!a}: they are "
+            "written as escape sequences (PYTHONIOENCODING=utf-8 writes all)",
+            file=sys.stderr,
+        )
+    return seen, interrupted
+
+
+def calibrate(model: Model, options: GenerationOptions, *, remeasure: bool = False) -> None:
+    """Measure what rounds cost on this machine, with a progress bar, if the options need it. A known cost is measured
+    again only with `remeasure`."""
+    if model.drafter is None or options.num_draft_tokens != "auto":
+        return
+    with tqdm(desc="Measuring, once", unit="pass", leave=False, disable=None, file=sys.stderr) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        model.calibrate(
+            options.sampling,
+            kv_bits=options.kv_bits,
+            kv_group_size=options.kv_group_size,
+            remeasure=remeasure,
+            on_progress=update,
+        )
+
+
+@contextmanager
+def prefill_bar(total: int, step_size: int) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, for prompts of more than one chunk; gone before the text begins."""
+    disable = None if total > step_size else True
+    bar = tqdm(total=total, desc="Prefill", unit="tok", leave=False, disable=disable, file=sys.stderr)
+
+    def update(done: int, total: int) -> None:
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    try:
+        yield update
+    finally:
+        bar.close()
+
+
+def describe(model: Model, sampling: Sampling, seconds: float) -> None:
+    for role, config in (("target", model.config), ("drafter", model.drafter_config)):
+        if config is None:
+            print(f"{role}: none", file=sys.stderr)
+            continue
+        q = config.quantization
+        weights = f"{q.bits} bit ({q.mode}, groups of {q.group_size})" if q else "not quantized"
+        print(f"{role}: {config.path.parent}, {config.model_type}, {weights}", file=sys.stderr)
+    print(f"activations: {model.target.dtype}, context: {model.max_context} tokens", file=sys.stderr)
+    if model.per_layer_embeddings is not None:
+        print(f"per-layer embeddings: {model.per_layer_embeddings}", file=sys.stderr)
+    print("sampling: greedy" if sampling.is_greedy else f"sampling: {sampling}", file=sys.stderr)
+    print(f"loaded in {seconds:.1f} s", file=sys.stderr)
+
+
+def summarize(last: GenerationResponse, model: Model, options: GenerationOptions) -> None:
+    stats = last.stats
+    read = f"{last.cached_tokens} of them read before, " if last.cached_tokens else ""
+    lines = [
+        f"Prompt: {last.prompt_tokens} tokens, {read}{last.prompt_tps:.1f} tokens/s",
+        f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s",
+    ]
+    if stats.drafted:
+        lines += [
+            f"Rounds: {stats.rounds}, drafted: {stats.drafted} ({stats.drafted / stats.rounds:.1f} per round), "
+            f"accepted: {stats.accepted}",
+            f"Acceptance length: {stats.acceptance_length:.2f} tokens per round",
+            "Acceptance by position: " + " ".join(f"{share:.2f}" for share in stats.acceptance_by_position),
+        ]
+    else:
+        is_auto = options.num_draft_tokens == "auto"
+        reason = "plain decoding is fastest here" if is_auto else "drafter not used"
+        reason = "no drafter" if model.drafter is None else reason
+        lines.append(f"Rounds: {stats.rounds}, nothing drafted ({reason})")
+    if (rows := stats.embeddings) is not None:
+        lines.append(
+            f"Per-layer embeddings: {rows.misses} rows read from disk ({rows.bytes_read / 1e6:.1f} MB), "
+            f"{rows.hits} found in memory"
+        )
+    lines.append(f"Peak memory: {last.peak_memory:.3f} GB")
+    print("\n".join(lines), file=sys.stderr)

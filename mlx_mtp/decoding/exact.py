@@ -1,0 +1,186 @@
+"""Verify passes with the bits of plain decoding.
+
+Devices compute several rows with other kernels than one row, and these round differently. Here each projection is tried
+in three ways: as it is, with the rows as a batch of single ones (`mx.gather_qmm`, for quantized ones), and row by row.
+The first that gives the bits of single rows is taken. Attention goes row by row.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_mtp.errors import OptionError
+from mlx_mtp.gemma4.drafter import Draft, Drafter, GivenDrafter
+from mlx_mtp.gemma4.kv_cache import Cache, KVQuantization
+from mlx_mtp.gemma4.target import Experts, Router, Target
+
+from .compiled import CompiledRounds
+from .draft_length import MAX_DRAFT_TOKENS
+from .stream import Stream
+
+# Rows that a verify pass may have.
+MAX_ROWS = MAX_DRAFT_TOKENS + 1
+TOGETHER, BATCHED, APART = "together", "batched", "apart"
+# Passes that the ways are tried in, and tokens before those that are compared at last.
+_TRIALS = 3
+_CONTEXT = 40
+
+
+class ExactRows(nn.Module):
+    """A module that gives a few rows, [1, rows, ...], the bits of single rows, in a way that was found to do so."""
+
+    def __init__(self, inner: nn.Module, way: str) -> None:
+        super().__init__()
+        self.inner = inner
+        self.way = way
+
+    def __call__(self, x: mx.array, *others: mx.array) -> mx.array | tuple[mx.array, ...]:
+        if 1 < x.shape[1] <= MAX_ROWS:
+            return _compute(self.way, self.inner, x, *others)
+        result: mx.array | tuple[mx.array, ...] = self.inner(x, *others)
+        return result
+
+
+class ExactTable(nn.Module):
+    """The same for an embedding, whose head is what takes rows."""
+
+    def __init__(self, inner: nn.Module, way: str) -> None:
+        super().__init__()
+        self.inner = inner
+        self.way = way
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        embedded: mx.array = self.inner(tokens)
+        return embedded
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        way = self.way if 1 < x.shape[1] <= MAX_ROWS else TOGETHER
+        logits = _compute(way, self.inner, x)
+        assert isinstance(logits, mx.array)
+        return logits
+
+
+class _Trial(nn.Module):
+    """Stands for a module while ways are tried: strikes those out that give its kind other bits than single rows."""
+
+    def __init__(self, inner: nn.Module, ways: dict[str, list[str]]) -> None:
+        super().__init__()
+        self.inner = inner
+        self._ways = ways
+
+    def __call__(self, x: mx.array, *others: mx.array) -> mx.array | tuple[mx.array, ...]:
+        return _try_ways(self._ways, self.inner, x, *others)
+
+
+def make_exact(target: Target) -> None:
+    """Give verify passes of a loaded target the bits of single passes, in the fastest ways this device allows."""
+    ways: dict[str, list[str]] = {}
+    places = [
+        (parent, name)
+        for parent in [target, *(part for layer in target.layers for part in (layer, layer.self_attn, layer.mlp))]
+        for name, module in parent.items()
+        if isinstance(module, nn.Linear | nn.QuantizedLinear | Router | Experts) and name != "lm_head"
+    ]
+    for parent, name in places:
+        parent[name] = _Trial(parent[name], ways)
+    for layer in target.layers:
+        layer.self_attn.exact_rows = MAX_ROWS
+    head = target.lm_head if target.config.own_head else target.embed_tokens
+    for trial in range(_TRIALS):
+        cache = Cache(target.config, target.dtype, max_block=MAX_ROWS)
+        tokens = [(31 * i + 17 * trial + 5) % target.config.vocab_size for i in range(MAX_ROWS)]
+        _try_ways(ways, head, target(mx.array([tokens], mx.int32), cache).hidden)
+    for parent, name in places:
+        module = parent[name].inner
+        way = ways[_kind(module)][0]
+        parent[name] = module if way == TOGETHER else ExactRows(module, way)
+    way = ways[_kind(head)][0]
+    if way != TOGETHER:
+        exact = {"lm_head": ExactRows(head, way)} if target.config.own_head else {"embed_tokens": ExactTable(head, way)}
+        target.update_modules(exact)
+
+
+def _kind(module: nn.Module) -> str:
+    """Modules of one kind are computed by the same kernels."""
+    shapes = {name: value.shape for name, value in module.items() if isinstance(value, mx.array)}
+    return f"{type(module).__name__} {shapes}"
+
+
+def _try_ways(
+    ways: dict[str, list[str]], module: nn.Module, x: mx.array, *others: mx.array
+) -> mx.array | tuple[mx.array, ...]:
+    """The result for x row by row. `ways` keeps those of its kind that have the same bits for any number of rows."""
+    is_quantized = isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
+    left = ways.setdefault(_kind(module), [TOGETHER, BATCHED, APART] if is_quantized else [TOGETHER, APART])
+    expected = _compute(APART, module, x, *others)
+    for rows in range(2, x.shape[1] + 1):
+        few = [array[:, :rows] for array in (x, *others)]
+        left[:] = [way for way in left if way == APART or _same(_compute(way, module, *few), expected, rows)]
+    return expected
+
+
+def _same(found: mx.array | tuple[mx.array, ...], expected: mx.array | tuple[mx.array, ...], rows: int) -> bool:
+    parts = zip(_parts(found), _parts(expected), strict=True)
+    return all(mx.array_equal(left, right[:, :rows]).item() for left, right in parts)
+
+
+def _compute(way: str, module: nn.Module, x: mx.array, *others: mx.array) -> mx.array | tuple[mx.array, ...]:
+    function = module if not isinstance(module, nn.Embedding | nn.QuantizedEmbedding) else module.as_linear
+    if way == TOGETHER:
+        together: mx.array | tuple[mx.array, ...] = function(x, *others)
+        return together
+    if way == BATCHED:
+        return _batched(module, x)
+    results = [function(*(array[:, row : row + 1] for array in (x, *others))) for row in range(x.shape[1])]
+    if isinstance(results[0], tuple):
+        return tuple(mx.concatenate(list(parts), axis=1) for parts in zip(*results, strict=True))
+    return mx.concatenate(results, axis=1)
+
+
+def _batched(module: nn.Module, x: mx.array) -> mx.array:
+    rows = x.reshape(-1, 1, x.shape[-1])
+    biases = module.get("biases")
+    product = mx.gather_qmm(
+        rows,
+        module.weight[None],
+        module.scales[None],
+        None if biases is None else biases[None],
+        rhs_indices=mx.zeros(rows.shape[0], mx.uint32),
+        transpose=True,
+        group_size=module.group_size,
+        bits=module.bits,
+        mode=module.mode,
+    )
+    return product.reshape(*x.shape[:-1], -1)
+
+
+def _parts(result: mx.array | tuple[mx.array, ...]) -> tuple[mx.array, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def check_exact(target: Target, rounds: CompiledRounds, kv_quantization: KVQuantization | None = None) -> None:
+    """Compare compiled rounds that verify several rows with plain ones, bit by bit; over quantized K/V if told how.
+
+    Raises OptionError if they differ, as they would where norms or rotations depend on the number of rows.
+    """
+    plain = _stream(target, None, rounds, kv_quantization)
+    hidden, tokens = [], []
+    for _ in range(MAX_ROWS):
+        tokens += plain.round(0).tokens
+        hidden.append(plain.state.hidden)
+    given = GivenDrafter(lambda _, k: Draft(mx.array([tokens[:k]], mx.int32)))
+    for k in range(1, MAX_ROWS):
+        stream = _stream(target, given, rounds, kv_quantization)
+        result = stream.round(k)
+        if result.tokens != tokens[: k + 1] or not mx.array_equal(stream.state.hidden, hidden[k]).item():
+            raise OptionError(
+                f"exact: on this device a pass over {k + 1} rows has other bits than single passes, even with every "
+                "projection row by row; plain decoding (num_draft_tokens 0) is what is left"
+            )
+
+
+def _stream(
+    target: Target, drafter: Drafter | None, rounds: CompiledRounds, kv_quantization: KVQuantization | None
+) -> Stream:
+    stream = Stream(target, drafter, max_draft_tokens=MAX_DRAFT_TOKENS, rounds=rounds, kv_quantization=kv_quantization)
+    stream.prefill([(7 * i + 5) % target.config.vocab_size for i in range(_CONTEXT)], _CONTEXT)
+    return stream

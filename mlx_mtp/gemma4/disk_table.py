@@ -1,0 +1,198 @@
+"""The per-layer embeddings of E2B and E4B, mapped: the table stays in its files, and rows are read as tokens need them.
+
+The table has a row per token of the vocabulary and is a large part of the weights, of which a pass over n tokens needs
+n rows. Rows are kept as they lie in the files and dequantized as a resident table's are, so the bits are the same.
+"""
+
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_mtp.checkpoints.weights import TensorInfo
+from mlx_mtp.errors import WeightsError
+
+# Bytes of rows kept in memory: 13000 of E2B's at 4 bit, more kinds of token than a long text has.
+KEPT_BYTES = 64 << 20
+# How rows of a tensor are read, by the name safetensors gives its type. numpy has no bfloat16: its bits are read.
+_READ_AS: dict[str, tuple[type[np.generic], mx.Dtype]] = {
+    "U32": (np.uint32, mx.uint32),
+    "U8": (np.uint8, mx.uint8),
+    "F32": (np.float32, mx.float32),
+    "F16": (np.float16, mx.float16),
+    "BF16": (np.uint16, mx.bfloat16),
+}
+
+# Rows of each tensor of a table, [1, length, columns]: the weights' and, of a quantized one, its scales' and biases'.
+PerLayerRows = tuple[mx.array, ...]
+
+
+class EmbeddingStats(NamedTuple):
+    """Rows found in memory, rows read from the files, and the bytes of those. Tokens of a pass that are the same share
+    a row, which counts once."""
+
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+
+    def since(self, earlier: "EmbeddingStats") -> "EmbeddingStats":
+        return EmbeddingStats(*(now - before for now, before in zip(self, earlier, strict=True)))
+
+    def plus(self, other: "EmbeddingStats") -> "EmbeddingStats":
+        return EmbeddingStats(*(one + another for one, another in zip(self, other, strict=True)))
+
+
+class MappedEmbedding(nn.Module):
+    """Takes the place of a table: an `nn.Embedding`, or an `nn.QuantizedEmbedding` of which it takes the quantization.
+
+    `tensors` say where the parameters `weight` and, if there are any, `scales` and `biases` lie. Rows used last are
+    kept, up to `kept_bytes`. The files stay open until this is gone; one that is deleted meanwhile can be read on.
+
+    Raises WeightsError if a tensor has a type that such a parameter cannot have, or a file cannot be opened.
+    """
+
+    def __init__(self, table: nn.Module, tensors: Mapping[str, TensorInfo], kept_bytes: int = KEPT_BYTES) -> None:
+        super().__init__()
+        self.is_quantized = isinstance(table, nn.QuantizedEmbedding)
+        if self.is_quantized:
+            self.group_size, self.bits, self.mode = table.group_size, table.bits, table.mode
+        names = [name for name in ("weight", "scales", "biases") if name in tensors]
+        for name in names:
+            found, expected = tensors[name].dtype, table[name].dtype
+            # Types of floats were checked with all others.
+            if mx.issubdtype(expected, mx.integer) and (found not in _READ_AS or _READ_AS[found][1] != expected):
+                raise WeightsError(
+                    f"{tensors[name].file}: the per-layer table's {name} is {found}, expected U{8 * expected.size}"
+                )
+        types = [_READ_AS[tensors[name].dtype][1] for name in names]
+        floats = [dtype for dtype in types if mx.issubdtype(dtype, mx.floating)]
+        # A parameter without values: `set_dtype` of the target casts it, and with it the rows.
+        self.like = mx.zeros((0,), floats[0] if floats else mx.float32)
+        self.reader = _RowReader([tensors[name] for name in names], kept_bytes)
+
+    @property
+    def stats(self) -> EmbeddingStats:
+        """Counts since this was made."""
+        return self.reader.stats
+
+    def read(self, tokens: Sequence[int]) -> PerLayerRows:
+        """Rows of these tokens, not dequantized.
+
+        Raises WeightsError if a file was truncated or changed, or has no such row.
+        """
+        rows = [mx.array(rows).view(dtype)[None] for rows, dtype in self.reader.read(tokens)]
+        return tuple(r.astype(self.like.dtype) if mx.issubdtype(r.dtype, mx.floating) else r for r in rows)
+
+    def unpack(self, rows: PerLayerRows) -> mx.array:
+        """Embeddings, [1, length, width], from what `read` gave."""
+        if not self.is_quantized:
+            return rows[0]
+        weight, scales, *biases = rows
+        form = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        return mx.dequantize(weight, scales, biases[0] if biases else None, **form)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """Embeddings of tokens, int32 [1, length]: they are waited for, so not in a function that is compiled."""
+        ids: list[int] = tokens[0].tolist()  # type: ignore[assignment]
+        return self.unpack(self.read(ids))
+
+
+class _RowReader:
+    """Rows of a table whose tensors, [rows, columns] each, lie in files; those read last are kept."""
+
+    def __init__(self, tensors: Sequence[TensorInfo], kept_bytes: int) -> None:
+        self.stats = EmbeddingStats()
+        self._tensors = tensors
+        self._rows = tensors[0].shape[0]
+        self._files: dict[Path, int] = {}
+        # A kept row is the bytes of all its tensors, one after the other, which begin and end here.
+        self._bounds = np.cumsum([0, *((info.end - info.start) // self._rows for info in tensors)]).tolist()
+        self._most = min(self._rows, kept_bytes // self._bounds[-1])
+        # Takes memory as rows are written.
+        self._kept = np.empty((self._most, self._bounds[-1]), np.uint8)
+        # The place of each row there, that used last at the end.
+        self._places: OrderedDict[int, int] = OrderedDict()
+        self._lock = threading.Lock()
+        weakref.finalize(self, _close, self._files)
+        for info in tensors:
+            if info.file not in self._files:
+                try:
+                    self._files[info.file] = os.open(info.file, os.O_RDONLY)
+                except OSError as error:
+                    raise WeightsError(f"{info.file}: cannot be opened: {error}") from None
+        self._states = {file: _state(number) for file, number in self._files.items()}
+
+    def read(self, tokens: Sequence[int]) -> list[tuple[NDArray[np.generic], mx.Dtype]]:
+        """Of each tensor the rows of these tokens, [tokens, columns], and the type their bits have."""
+        if not all(0 <= token < self._rows for token in tokens):
+            raise WeightsError(f"{self._tensors[0].file}: the per-layer table has no row for token {max(tokens)}")
+        ids, places = np.unique(np.asarray(tokens, np.int64), return_inverse=True)
+        with self._lock:
+            rows = self._gather(ids.tolist())[places]
+        parts = []
+        for info, begin, end in zip(self._tensors, self._bounds, self._bounds[1:], strict=False):
+            read_as, dtype = _READ_AS[info.dtype]
+            parts.append((np.ascontiguousarray(rows[:, begin:end]).view(read_as), dtype))
+        return parts
+
+    def _gather(self, ids: list[int]) -> NDArray[np.uint8]:
+        rows = np.empty((len(ids), self._bounds[-1]), np.uint8)
+        missing = []
+        for index, token in enumerate(ids):
+            if token in self._places:
+                rows[index] = self._kept[self._places[token]]
+                self._places.move_to_end(token)
+            else:
+                missing.append(index)
+        if missing:
+            self._read_files(rows, ids, missing)
+            for index in missing[: self._most]:
+                # As long as there is room, places are taken in order; then that of the row not used for longest.
+                is_full = len(self._places) == self._most
+                place = self._places.popitem(last=False)[1] if is_full else len(self._places)
+                self._kept[place] = rows[index]
+                self._places[ids[index]] = place
+        size = len(missing) * self._bounds[-1]
+        self.stats = self.stats.plus(EmbeddingStats(len(ids) - len(missing), len(missing), size))
+        return rows
+
+    def _read_files(self, rows: NDArray[np.uint8], ids: list[int], missing: list[int]) -> None:
+        """Read rows[index] of the token ids[index] for the missing ones.
+
+        Read at a place, not through a memory map: touching a mapped page of a file that was truncated ends the process
+        with SIGBUS, and pages once touched would count as the process's memory. The system keeps them as it does those
+        of a map.
+        """
+        for info, begin, end in zip(self._tensors, self._bounds, self._bounds[1:], strict=False):
+            number, size = self._files[info.file], end - begin
+            for index in missing:
+                try:
+                    data = os.pread(number, size, info.start + ids[index] * size)
+                except OSError as error:
+                    raise WeightsError(f"{info.file}: cannot be read any more: {error}") from None
+                if len(data) < size:
+                    raise WeightsError(f"{info.file}: was truncated while the model was in use; load it again")
+                rows[index, begin:end] = np.frombuffer(data, np.uint8)
+        for file, number in self._files.items():
+            # Looked at after reading: whatever was read before it changed is still right.
+            if _state(number) != self._states[file]:
+                raise WeightsError(f"{file}: was changed while the model was in use; load it again")
+
+
+def _state(number: int) -> tuple[int, int]:
+    """What of an open file changes when it is written to: its size, and when that was."""
+    found = os.fstat(number)
+    return found.st_size, found.st_mtime_ns
+
+
+def _close(files: dict[Path, int]) -> None:
+    for number in files.values():
+        os.close(number)

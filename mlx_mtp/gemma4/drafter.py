@@ -1,0 +1,243 @@
+"""The drafter ("assistant"): from the target's last hidden state and K/V to the next few draft tokens.
+
+Forward pass of transformers' Gemma4AssistantForCausalLM: concat(scaled target embedding, hidden) -> pre_projection ->
+layers that hold queries only and attend to the target's K/V at one constant position -> head; post_projection gives the
+hidden state for the next step.
+"""
+
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_mtp.checkpoints.config import DrafterConfig, LayerType
+
+from .kv_cache import Cache, View
+from .target import DecoderLayer, Target, allowed_tokens
+
+# A logit below any other, of probability zero next to any.
+_LAST_RESORT = -1e9
+
+
+class Draft(NamedTuple):
+    """Draft tokens, int32 [1, k], and the distributions they were drawn from.
+
+    `log_probabilities` is [k, candidates], `ids` int32 [k, candidates]; every other token had probability zero. `ids`
+    is None where the candidates are the whole vocabulary, in order; both are None for greedy and coupled drafts.
+    """
+
+    tokens: mx.array
+    ids: mx.array | None = None
+    log_probabilities: mx.array | None = None
+
+
+class DraftContext(NamedTuple):
+    """What every draft step of a round shares: the target's K/V per layer type, and the position, int32 []."""
+
+    views: dict[LayerType, View]
+    position: mx.array
+
+
+class Candidates(NamedTuple):
+    """Token ids and their logits, both [1, candidates]; every other token has probability zero.
+
+    `ids` is None where the candidates are the whole vocabulary, in order.
+    """
+
+    ids: mx.array | None
+    logits: mx.array
+
+
+# Chooses one of the candidates at a draft step: its index, int32 [1, 1], and the log probabilities [1, candidates] it
+# was drawn from, or None where they do not matter.
+Choose = Callable[[int, Candidates], tuple[mx.array, mx.array | None]]
+
+# Which tokens may follow a token, int32 [1, 1], at the next draft step: bool [1, vocab], or None if all may.
+Allow = Callable[[mx.array], mx.array | None]
+
+
+def choose_best(_step: int, candidates: Candidates) -> tuple[mx.array, None]:
+    """The greedy choice."""
+    return mx.argmax(candidates.logits, axis=-1, keepdims=True), None
+
+
+class DraftStep(NamedTuple):
+    """`state`, [1, 1, hidden_size], is what the head reads; `hidden`, [1, 1, backbone_hidden_size], the next input."""
+
+    state: mx.array
+    hidden: mx.array
+
+
+class _Backbone(nn.Module):
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        text = config.text
+        # Used as output head only: inputs are embedded with the target's table.
+        self.embed_tokens = nn.Embedding(config.draft_vocab_size or text.vocab_size, text.hidden_size)
+        self.layers = [DecoderLayer(text, layer) for layer in text.layers]
+        self.norm = nn.RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+
+
+class _CentroidHead(nn.Module):
+    """Clusters of the vocabulary: the tokens of the `top_k` best centroids are the only candidates."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.top_k = config.centroid_top_k
+        self.centroids = nn.Linear(config.text.hidden_size, config.num_centroids, bias=False)
+        self.token_ordering = mx.zeros((config.text.vocab_size,), mx.int32)
+
+    def candidates(self, state: mx.array, allowed: mx.array | None) -> mx.array:
+        """Candidate ids, [candidates], for a state [1, 1, hidden_size]; among them some that are allowed."""
+        scores = self.centroids(state)[0, 0]
+        if allowed is not None:
+            has_allowed = allowed[0][self.token_ordering].reshape(scores.size, -1).any(axis=-1)
+            scores = mx.where(has_allowed, scores, -mx.inf)
+        best = mx.argpartition(scores, kth=-self.top_k)[-self.top_k :]
+        return self.token_ordering.reshape(scores.size, -1)[best].reshape(-1)
+
+
+class Drafter(nn.Module):
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden_size, backbone = config.text.hidden_size, config.backbone_hidden_size
+        self.model = _Backbone(config)
+        self.pre_projection = nn.Linear(2 * backbone, hidden_size, bias=False)
+        self.post_projection = nn.Linear(hidden_size, backbone, bias=False)
+        self.masked_embedding = _CentroidHead(config) if config.num_centroids else None
+        # Of a pruned head, the tokens its rows stand for.
+        self.draft_vocab_ids = mx.zeros((config.draft_vocab_size,), mx.int32) if config.draft_vocab_size else None
+        # Bool [1, vocab], all tokens but those that the target never generates; no parameter.
+        self._unsuppressed: mx.array | None = None
+        self._has_dead_cluster = False
+
+    def suppress(self, tokens: Collection[int]) -> None:
+        """Never draft these tokens, which the target never generates. To be called when the weights are loaded."""
+        self._unsuppressed = allowed_tokens(tokens, self.config.text.vocab_size) if tokens else None
+        if self._unsuppressed is not None and self.masked_embedding is not None:
+            clusters = self._unsuppressed[0][self.masked_embedding.token_ordering]
+            self._has_dead_cluster = not clusters.reshape(self.config.num_centroids, -1).any(axis=-1).all().item()
+
+    @property
+    def num_candidates(self) -> int:
+        """How many tokens a draft step chooses from."""
+        text = self.config.text
+        if self.config.num_centroids:
+            return self.config.centroid_top_k * (text.vocab_size // self.config.num_centroids)
+        # A pruned head has one of last resort.
+        return self.config.draft_vocab_size + 1 if self.config.draft_vocab_size else text.vocab_size
+
+    def context(self, cache: Cache) -> DraftContext:
+        """A round's context. The cache does not hold the bonus token yet, so its offset is the bonus token's index."""
+        position = cache.offset if self.config.draft_position == "bonus" else cache.offset - 1
+        views: dict[LayerType, View] = {
+            layer_type: cache.draft_view(layer_type) for layer_type in ("sliding_attention", "full_attention")
+        }
+        return DraftContext(views, position)
+
+    def __call__(self, embedding: mx.array, hidden: mx.array, context: DraftContext) -> DraftStep:
+        """One draft step from a token's scaled embedding and a hidden state, [1, 1, backbone_hidden_size] each."""
+        h = self.pre_projection(mx.concatenate([embedding, hidden], axis=-1))
+        for layer, config in zip(self.model.layers, self.config.text.layers, strict=True):
+            queries = layer.project(h, context.position).queries
+            h = layer(h, queries, context.views[config.layer_type])
+        state = self.model.norm(h)
+        return DraftStep(state, self.post_projection(state))
+
+    def candidates(self, state: mx.array, allowed: mx.array | None = None) -> Candidates:
+        """The head's candidates: the whole vocabulary, or its draft vocabulary, for a dense head, the best centroids'
+        tokens otherwise.
+
+        Those that are not `allowed`, bool [1, vocab], have the logit -inf, as have suppressed ones. Where `allowed` is
+        given it must exclude those too.
+        """
+        is_guided = allowed is not None
+        allowed = allowed if is_guided else self._unsuppressed
+        if self.masked_embedding is None:
+            logits = self.model.embed_tokens.as_linear(state)[0]
+            if self.draft_vocab_ids is not None:
+                return self._pruned(logits, allowed)
+            return Candidates(None, logits if allowed is None else mx.where(allowed, logits, -mx.inf))
+        # A few suppressed tokens are no reason to look for clusters that have others.
+        ids = self.masked_embedding.candidates(state, allowed if is_guided or self._has_dead_cluster else None)
+        # Calling the embedding gathers the rows, dequantizing no others.
+        logits = state[0] @ self.model.embed_tokens(ids).T
+        return Candidates(ids[None], logits if allowed is None else mx.where(allowed[:, ids], logits, -mx.inf))
+
+    def _pruned(self, logits: mx.array, allowed: mx.array | None) -> Candidates:
+        ids = self.draft_vocab_ids
+        assert ids is not None
+        # Where no token of the draft vocabulary is allowed, the first that is, as a candidate of last resort. It is
+        # always there, so that all steps of a draft have as many candidates.
+        last = mx.zeros((1,), mx.int32) if allowed is None else mx.argmax(allowed, axis=-1).astype(mx.int32)
+        ids = mx.concatenate([ids, last])
+        logits = mx.concatenate([logits, mx.full((1, 1), _LAST_RESORT, logits.dtype)], axis=-1)
+        return Candidates(ids[None], logits if allowed is None else mx.where(allowed[:, ids], logits, -mx.inf))
+
+    def draft(
+        self,
+        target: Target,
+        token: mx.array,
+        hidden: mx.array,
+        context: DraftContext,
+        k: int,
+        choose: Choose = choose_best,
+        allow: Allow | None = None,
+    ) -> Draft:
+        """k draft tokens after `token`, int32 [1, 1], and the hidden state that produced it."""
+        tokens, ids, log_probabilities = [mx.zeros((1, 0), mx.int32)], [], []
+        for index in range(k):
+            step = self(target.embed(token), hidden, context)
+            candidates = self.candidates(step.state, None if allow is None else allow(token))
+            choice, distribution = choose(index, candidates)
+            if candidates.ids is None:
+                token = choice.astype(mx.int32)
+            else:
+                token = mx.take_along_axis(candidates.ids, choice, axis=-1).astype(mx.int32)
+                ids.append(candidates.ids)
+            if distribution is not None:
+                log_probabilities.append(distribution)
+            hidden = step.hidden
+            tokens.append(token)
+        return Draft(
+            mx.concatenate(tokens, axis=1),
+            mx.concatenate(ids) if ids else None,
+            mx.concatenate(log_probabilities) if log_probabilities else None,
+        )
+
+
+def ask_for_each(allow: Allow, token: mx.array, draft: Draft) -> None:
+    """Ask for the mask of each draft token after `token`, int32 [1, 1]: for a drafter that has its tokens without
+    masks."""
+    tokens = mx.concatenate([token, draft.tokens], axis=1)
+    for index in range(draft.tokens.shape[1]):
+        allow(tokens[:, index : index + 1])
+
+
+class GivenDrafter(Drafter):
+    """Drafts what a function gives for the last token, int32 [1, 1], and a number of draft tokens, at no cost: what is
+    left of a round is the target's part. Under a guide, the tokens must be such that it allows."""
+
+    def __init__(self, give: Callable[[mx.array, int], Draft]) -> None:
+        nn.Module.__init__(self)
+        self.give = give
+
+    def context(self, cache: Cache) -> DraftContext:
+        return DraftContext({}, cache.offset)
+
+    def draft(
+        self,
+        target: Target,
+        token: mx.array,
+        hidden: mx.array,
+        context: DraftContext,
+        k: int,
+        choose: Choose = choose_best,
+        allow: Allow | None = None,
+    ) -> Draft:
+        draft = self.give(token, k)
+        if allow is not None:
+            ask_for_each(allow, token, draft)
+        return draft

@@ -1,0 +1,1 @@
+"""Grammars that hold a text to a JSON Schema or to valid tool calls."""

@@ -1,0 +1,499 @@
+"""From a folder or a hub id to a Model: finding the drafter, checking the pair, filling quantized modules."""
+
+import asyncio
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import mlx.core as mx
+
+from mlx_mtp.checkpoints.config import (
+    DrafterConfig,
+    LayerConfig,
+    TargetConfig,
+    read_drafter_config,
+    read_json,
+    read_target_config,
+)
+from mlx_mtp.checkpoints.files import fault
+from mlx_mtp.checkpoints.hub import DRAFTER_FOLDER, Downloads, is_repo, resolve_folder
+from mlx_mtp.checkpoints.weights import count_bytes, drafter_names, fill_module, resolve_head, target_names, token_ids
+from mlx_mtp.decoding.compiled import CompiledRounds
+from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS
+from mlx_mtp.decoding.exact import check_exact, make_exact
+from mlx_mtp.decoding.stream import Progress
+from mlx_mtp.gemma4.disk_table import MappedEmbedding
+from mlx_mtp.gemma4.drafter import Drafter
+from mlx_mtp.gemma4.target import Target, fuse_projections, lay_out_weights
+from mlx_mtp.text.tokenizer import load_tokenizer
+from mlx_mtp.threads.job_thread import Job, Worker
+
+from .errors import ConfigError, HubError, OptionError, PairError
+from .memory_plan import MemoryPlan, check_memory, memory_size, planner
+from .model import Model
+from .options import GenerationOptions
+
+logger = logging.getLogger(__name__)
+
+PerLayerEmbeddings = Literal["resident", "mapped", "auto"]
+PER_LAYER_EMBEDDINGS: tuple[PerLayerEmbeddings, ...] = get_args(PerLayerEmbeddings)
+# A small pair, trained on Python source, that is part of the package; its README.md says how it was made.
+DEMO_PAIR = Path(__file__).parent / "demo"
+
+# What publishers of conversions append to a model's name, as in gemma-4-E2B-it-4bit or gemma-4-E2B-it-UD-MLX-4bit.
+_PRECISION = r"(?:\d+bit|bf16|fp16|fp32|mxfp4|mxfp8|nvfp4)"
+_KIND = r"(?:mlx|ud|qat|text|dwq|gs\d+|q\d\w*|unquantized)"
+_CONVERSION = re.compile(rf"(?:-(?:{_KIND}|{_PRECISION}))*(?:-{_PRECISION}(?:-\w+)?|-{_KIND})$", re.IGNORECASE)
+# The drafters that Google publishes, by the target's hidden size, and the sizes by which names tell them.
+_OFFICIAL = {1536: "E2B", 2560: "E4B", 3840: "12B", 2816: "26B-A4B", 5376: "31B"}
+# Share of the token ids known to both tokenizers that may stand for other tokens.
+_RENAMED_TOKENS = 0.01
+
+
+def load(
+    path_or_repo: str | Path,
+    drafter: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    exact: bool = False,
+    max_context: int | None = None,
+    memory_limit: int | None = None,
+    per_layer_embeddings: PerLayerEmbeddings = "auto",
+    on_download: Progress | None = None,
+    on_load: Progress | None = None,
+) -> Model:
+    """Load a target and its drafter from folders or the hub: our own, mlx-lm's, mlx-vlm's, or Hugging Face's layout.
+
+    `drafter` is a folder or hub id, "none" for plain decoding, or None to look for one: in the folder's `drafter/`,
+    then next to the target as `<target>-assistant`, and so on (see `find_drafter`). Where none is found, the model
+    decodes plainly and `Model.drafter` is None. With `exact`, verify passes have the bits of single ones, at whatever
+    that costs on this device. `max_context` is the most tokens of prompt and answer together. `memory_limit`, in bytes,
+    is checked against the weights and the K/V of such a context before anything is loaded.
+
+    `per_layer_embeddings` is for the table of E2B and E4B: "resident" in memory, or "mapped", which leaves it in its
+    files and reads a row per token, with the same tokens and one more host read in a round that drafts. "auto" maps it
+    where the weights would take more than half of the machine's memory; `Model.per_layer_embeddings` tells.
+
+    `on_download` and `on_load` are called with bytes done and bytes in all, of target and drafter together: while the
+    hub's files are downloaded, on the threads that do it, one call at a time and not at all where there is nothing to
+    download; and while the weights are read. With `on_download` no progress bar is shown. What they raise ends the
+    loading and is raised here: the weights read so far are dropped, a download goes on where it ended the next time.
+
+    Raises MTPError kinds: HubError, ConfigError, WeightsError, TokenizerError, PairError, MemoryLimitError, and
+    OptionError for a context that is longer than the model's, where passes cannot be made exact, or where no table is
+    there to be mapped.
+    """
+    started = time.perf_counter()
+    config, drafter_config = _read_configs(path_or_repo, drafter, revision, on_download)
+    context = _context(config, max_context)
+    mapped = _is_mapped(per_layer_embeddings, config, drafter_config)
+    if memory_limit is not None:
+        plan = _planner(config, drafter_config, GenerationOptions(), mapped)
+        check_memory(plan, context, memory_limit, str(path_or_repo))
+    tokenizer = load_tokenizer(config.path.parent, config.eos_token_ids)
+    on_read = None if on_load is None else _count(on_load, config, drafter_config, mapped)
+    target = load_target(config, mapped=mapped, on_read=on_read)
+    fuse_projections(target.layers)
+    lay_out_weights(target)
+    if exact:
+        make_exact(target)
+        check_exact(target, CompiledRounds(always=True))
+    loaded = None
+    if drafter_config is not None:
+        loaded = load_drafter(drafter_config, target.dtype, on_read)
+        loaded.suppress(config.suppress_tokens)
+        fuse_projections(loaded.model.layers)
+        lay_out_weights(loaded)
+    elif drafter is None:
+        official = published_drafter(config)
+        advice = "" if official is None else f" ({how_to_name_a_drafter(config)})"
+        logger.info("no drafter found for %s: decoding plainly%s", path_or_repo, advice)
+    if mapped and per_layer_embeddings == "auto":
+        logger.info("%s would take more than half of the memory: its per-layer embeddings stay on disk", path_or_repo)
+    logger.info("loaded %s in %.1f s", config.path.parent, time.perf_counter() - started)
+    return Model(
+        target=target,
+        drafter=loaded,
+        tokenizer=tokenizer,
+        config=config,
+        drafter_config=drafter_config,
+        exact=exact,
+        context_limit=max_context,
+    )
+
+
+async def aload(
+    path_or_repo: str | Path,
+    drafter: str | Path | None = None,
+    *,
+    on_download: Progress | None = None,
+    on_load: Progress | None = None,
+    **options: Any,
+) -> Model:
+    """`load`, with its other options, for an event loop: on a thread of its own, and without progress bars.
+
+    The callbacks are called on the event loop. Cancelling the task ends the loading at the next step of its progress,
+    which is waited for; nothing half-loaded is left.
+    """
+
+    def start(job: Job[Model]) -> Iterator[Model]:
+        def progress(callback: Progress | None) -> Progress:
+            report = None if callback is None else job.on_loop(callback)
+
+            def call(done: int, total: int) -> None:
+                job.check()
+                if report is not None:
+                    report(done, total)
+
+            return call
+
+        yield load(path_or_repo, drafter, on_download=progress(on_download), on_load=progress(on_load), **options)
+
+    worker = Worker("mlx-mtp load")
+    try:
+        return await worker.submit(start).next()
+    finally:
+        await asyncio.shield(asyncio.to_thread(worker.close))
+
+
+def plan_memory(
+    path_or_repo: str | Path,
+    drafter: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    max_context: int | None = None,
+    memory_limit: int | None = None,
+    per_layer_embeddings: PerLayerEmbeddings = "auto",
+    options: GenerationOptions | None = None,
+    on_download: Progress | None = None,
+) -> MemoryPlan:
+    """What `load` and decoding would take of memory with a context of `max_context` tokens (default: the model's own),
+    from the files' headers; of `options`, K/V quantization and `prefill_step_size` matter. What is on the hub is
+    downloaded, as by `load`. Raises what `load` does."""
+    config, drafter_config = _read_configs(path_or_repo, drafter, revision, on_download)
+    context = _context(config, max_context)
+    mapped = _is_mapped(per_layer_embeddings, config, drafter_config)
+    plan = _planner(config, drafter_config, options or GenerationOptions(), mapped)
+    if memory_limit is not None:
+        check_memory(plan, context, memory_limit, str(path_or_repo))
+    return plan(context)
+
+
+def _read_configs(
+    path_or_repo: str | Path, drafter: str | Path | None, revision: str | None, on_download: Progress | None
+) -> tuple[TargetConfig, DrafterConfig | None]:
+    """The configs of a target and its drafter, which fit each other."""
+    downloads = None
+    if on_download is not None:
+        downloads = Downloads(on_download)
+        _expect(downloads, path_or_repo, drafter, revision)
+    folder = resolve_folder(path_or_repo, revision, downloads)
+    config = read_target_config(folder)
+    if drafter is None:
+        drafter_folder = find_drafter(path_or_repo, folder, downloads)
+    else:
+        drafter_folder = None if str(drafter) == "none" else resolve_folder(drafter, downloads=downloads)
+    if downloads is not None:
+        downloads.finish()
+    if drafter_folder is None:
+        return resolve_head(config), None
+    drafter_config = read_drafter_config(drafter_folder)
+    check_pair(config, drafter_config)
+    return resolve_head(config), drafter_config
+
+
+def _expect(downloads: Downloads, path_or_repo: str | Path, drafter: str | Path | None, revision: str | None) -> None:
+    """Have the bytes of a target and its drafter counted before any is downloaded."""
+    files = downloads.expect(str(path_or_repo), revision) if is_repo(path_or_repo) else []
+    if drafter is not None:
+        if str(drafter) != "none" and is_repo(drafter):
+            downloads.expect(str(drafter))
+    elif files and not any(file.startswith(f"{DRAFTER_FOLDER}/") for file in files):
+        # The first that there is.
+        name = str(path_or_repo)
+        any(downloads.expect(name) for name in filter(None, [*assistant_names(name), official_drafter(name)]))
+
+
+def _count(
+    on_load: Progress, config: TargetConfig, drafter: DrafterConfig | None, mapped: bool
+) -> Callable[[int], None]:
+    """For `fill_module`: adds up the bytes it reads of target and drafter."""
+    done, total = 0, count_bytes(config.path.parent, partial(target_names, config=config), _left(mapped))
+    if drafter is not None:
+        total += count_bytes(drafter.path.parent, partial(drafter_names, config=drafter))
+
+    def report(size: int) -> None:
+        nonlocal done
+        done += size
+        on_load(done, total)
+
+    return report
+
+
+def _left(mapped: bool) -> str | None:
+    """The part of a target that stays in its files."""
+    return "embed_tokens_per_layer" if mapped else None
+
+
+def _planner(
+    config: TargetConfig, drafter: DrafterConfig | None, options: GenerationOptions, mapped: bool
+) -> Callable[[int], MemoryPlan]:
+    return planner(
+        config,
+        drafter,
+        max_block=MAX_DRAFT_TOKENS + 1,
+        prefill_step=options.prefill_step_size,
+        kv=options.kv_quantization,
+        mapped=mapped,
+    )
+
+
+def _context(config: TargetConfig, max_context: int | None) -> int:
+    most = config.text.max_position_embeddings
+    if max_context is not None and not 2 <= max_context <= most:
+        raise OptionError(
+            f"max_context is {max_context}: expected 2 to the model's {most} (max_position_embeddings in {config.path})"
+        )
+    return max_context or most
+
+
+def _is_mapped(requested: PerLayerEmbeddings, config: TargetConfig, drafter: DrafterConfig | None) -> bool:
+    if requested not in PER_LAYER_EMBEDDINGS:
+        expected = ", ".join(PER_LAYER_EMBEDDINGS)
+        raise OptionError(f"per_layer_embeddings must be one of {expected}, found {requested!r}")
+    has_table = config.text.per_layer_input_size > 0
+    if requested == "mapped" and not has_table:
+        raise OptionError(f"per_layer_embeddings is 'mapped', but {config.path.parent} has no per-layer table")
+    if requested != "auto" or not has_table:
+        return requested == "mapped"
+    resident = _planner(config, drafter, GenerationOptions(), mapped=False)(1).resident
+    return resident > memory_size() / 2
+
+
+def load_target(config: TargetConfig, *, mapped: bool = False, on_read: Callable[[int], None] | None = None) -> Target:
+    """The target of the folder this config was read from; `mapped` leaves its per-layer table in the files. `on_read`
+    is called with every number of bytes read.
+
+    Raises WeightsError if its tensors do not fit the config.
+    """
+    target = Target(config.text)
+    target.suppress(config.suppress_tokens)
+    names = partial(target_names, config=config)
+    quantization = config.quantization
+    tensors = fill_module(target, config.path.parent, names, quantization, _left(mapped), on_read)
+    if mapped:
+        target.embed_tokens_per_layer = MappedEmbedding(target.embed_tokens_per_layer, tensors)
+    return target
+
+
+def load_drafter(config: DrafterConfig, dtype: mx.Dtype, on_read: Callable[[int], None] | None = None) -> Drafter:
+    """The drafter of the folder this config was read from, computing in the target's dtype.
+
+    Mixed types would convert the target's whole K/V in every draft step. Raises WeightsError as `load_target`.
+    """
+    drafter = Drafter(config)
+    names = partial(drafter_names, config=config)
+    fill_module(drafter, config.path.parent, names, config.quantization, on_read=on_read)
+    # Published as int64; the ids it yields are compared with the target's int32.
+    folder, vocab_size, head = config.path.parent, config.text.vocab_size, drafter.masked_embedding
+    if head is not None:
+        name = "masked_embedding.token_ordering"
+        head.token_ordering = token_ids(folder, name, head.token_ordering, vocab_size)
+    if drafter.draft_vocab_ids is not None:
+        drafter.draft_vocab_ids = token_ids(folder, "draft_vocab_ids", drafter.draft_vocab_ids, vocab_size)
+    drafter.set_dtype(dtype)
+    mx.eval(drafter.parameters())
+    return drafter
+
+
+def find_drafter(path_or_repo: str | Path, folder: Path, downloads: Downloads | None = None) -> Path | None:
+    """The drafter that belongs to a target, whose files are in `folder`: `drafter/` there, else one of the names that
+    `assistant_names` gives: of a local folder beside it, or beside each folder that it links to; of a hub id on the
+    hub.
+
+    If there is none, and the name tells the size of a published model (a fine-tune, or another publisher's
+    conversion), the drafter that Google published for it is taken, from the same place; where that cannot be had, a
+    warning says why.
+
+    None if there is none. Raises HubError if the hub fails, or refuses a drafter that is there, and ConfigError if the
+    drafter is a link to nowhere.
+    """
+    inside = folder / DRAFTER_FOLDER
+    if _is_folder(inside):
+        return inside
+    if Path(path_or_repo).is_dir():
+        return _find_sibling(Path(path_or_repo), folder)
+    for name in assistant_names(str(path_or_repo)):
+        try:
+            return resolve_folder(name, downloads=downloads)
+        except HubError as error:
+            if not error.is_absent:
+                raise
+    return _find_official(str(path_or_repo), folder, downloads)
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether a drafter's folder is there. Raises ConfigError for a link to nowhere, which is no missing drafter."""
+    if path.is_symlink() and not path.exists():
+        raise ConfigError(f"{path}: the drafter is {fault(path)}")
+    return path.is_dir()
+
+
+def _find_sibling(path: Path, folder: Path) -> Path | None:
+    places = list(dict.fromkeys(_places(path)))
+    for place in places:
+        for name in assistant_names(place.name):
+            if _is_folder(place.parent / name):
+                return place.parent / name
+    guesses = (sibling for place in places for sibling in _official_siblings(place))
+    return next((guess for guess in guesses if _fits(str(path), folder, guess)), None)
+
+
+def _places(path: Path) -> Iterator[Path]:
+    """The names of a folder: as it is given, as the shell has it, each folder that a link leads to, and the last."""
+    # A shell that went through a link knows by which name; the system does not.
+    logical = Path(os.path.normpath(os.path.join(os.environ.get("PWD", ""), path)))
+    if logical.is_absolute() and logical.is_dir() and logical.samefile(path):
+        yield logical
+        yield from _links(logical)
+    named = Path(os.path.abspath(path))
+    yield named
+    yield from _links(named)
+    yield path.resolve()
+
+
+def _links(place: Path) -> Iterator[Path]:
+    """Each folder that a link leads to, if it leads to another link."""
+    # The caller found a folder there: the chain has an end.
+    while place.is_symlink():
+        place = Path(os.path.abspath(place.parent / place.readlink()))
+        yield place
+
+
+def _official_siblings(place: Path) -> Iterator[Path]:
+    """Folders beside this one that are named like the drafter Google published for its size, or a conversion of it."""
+    official = official_drafter(place.name)
+    if official is not None:
+        named = re.compile(rf"{re.escape(official.removeprefix('google/'))}(?:-.+)?", re.IGNORECASE)
+        yield from filter(_is_folder, sorted(s for s in place.parent.glob("*") if named.fullmatch(s.name)))
+
+
+def _fits(target: str, folder: Path, guess: Path) -> bool:
+    """Whether a folder holds a drafter of the target in `folder`; a guess, so that a warning says if not."""
+    try:
+        check_pair(read_target_config(folder), read_drafter_config(guess))
+    except (ConfigError, PairError) as error:
+        logger.warning("the drafter of %s would be %s, but: %s", target, guess, error)
+        return False
+    logger.info("%s has no drafter of its own: that of the published model is taken, %s", target, guess)
+    return True
+
+
+def _find_official(repo: str, folder: Path, downloads: Downloads | None) -> Path | None:
+    """The published drafter of a fine-tune: a guess, so that nothing fails if it is not to be had."""
+    name = official_drafter(repo)
+    if name is None or name != published_drafter(read_target_config(folder)):
+        return None
+    try:
+        found = resolve_folder(name, downloads=downloads)
+    except HubError as error:
+        if not error.is_absent:
+            logger.warning("the drafter of %s would be %s, but: %s", repo, name, error)
+        return None
+    return found if _fits(repo, folder, found) else None
+
+
+def official_drafter(name: str) -> str | None:
+    """The drafter that Google published for the model whose size a name tells; None if it names none."""
+    sizes = [size for size in _OFFICIAL.values() if re.search(rf"gemma-?4-{size}(?![a-z0-9])", name, re.IGNORECASE)]
+    return f"google/gemma-4-{sizes[0]}-it-assistant" if sizes else None
+
+
+def published_drafter(config: TargetConfig) -> str | None:
+    """The drafter that Google published for models of a target's shape; None for other shapes."""
+    size = _OFFICIAL.get(config.text.hidden_size)
+    return None if size is None else f"google/gemma-4-{size}-it-assistant"
+
+
+def how_to_name_a_drafter(config: TargetConfig) -> str:
+    """What to say where no drafter was found: "pass --drafter NAME"."""
+    official = published_drafter(config)
+    return "name one with --drafter" if official is None else f"pass --drafter {official}"
+
+
+def assistant_names(name: str) -> Iterator[str]:
+    """Names a target's drafter goes by: gemma-4-E2B-it-4bit -> gemma-4-E2B-it-assistant-4bit, then -bf16, then the
+    unconverted one."""
+    conversion = _CONVERSION.search(name)
+    if conversion is None:
+        yield f"{name}-assistant"
+        return
+    base, suffix = name[: conversion.start()], conversion.group()
+    precision = re.search(rf"-{_PRECISION}(?![a-z0-9])", suffix, re.IGNORECASE)
+    endings = [suffix, *([] if precision is None else [precision.group()]), "-bf16", ""]
+    yield from dict.fromkeys(f"{base}-assistant{ending}" for ending in endings)
+
+
+def check_pair(target: TargetConfig, drafter: DrafterConfig) -> None:
+    """Check that a drafter was made for a target. Raises PairError naming the first difference and both values."""
+    pairs: list[tuple[str, Any, Any]] = [
+        ("backbone_hidden_size", drafter.backbone_hidden_size, target.text.hidden_size),
+        ("vocab_size", drafter.text.vocab_size, target.text.vocab_size),
+        ("sliding_window", drafter.text.sliding_window, target.text.sliding_window),
+    ]
+    for index, layer in enumerate(drafter.text.layers):
+        source = target.text.layers[target.text.last_kv_layer(layer.layer_type)]
+        for name in ("num_kv_heads", "head_dim"):
+            pairs.append((f"layer {index} ({layer.layer_type}) {name}", _value(layer, name), _value(source, name)))
+    for name, found, expected in pairs:
+        if found != expected:
+            raise PairError(
+                f"{drafter.path}: the drafter does not belong to {target.path}: "
+                f"its {name} is {found}, the target's {expected}"
+            )
+    _check_tokenizers(target.path.parent, drafter.path.parent)
+
+
+def _value(layer: LayerConfig, name: str) -> int:
+    value: int = vars(layer)[name]
+    return value
+
+
+def _check_tokenizers(target: Path, drafter: Path) -> None:
+    """Where both ship a tokenizer, nearly all ids that both know must be of the same tokens.
+
+    The drafter works on ids: it can do without tokens that a fine-tune added or renamed, which is warned of.
+    """
+    ours, theirs = target / "tokenizer.json", drafter / "tokenizer.json"
+    if not (ours.is_file() and theirs.is_file()) or ours.read_bytes() == theirs.read_bytes():
+        return
+    expected, found = _tokens(ours), _tokens(theirs)
+    both = expected.keys() & found.keys()
+    renamed = sorted(token for token in both if expected[token] != found[token])
+    first = f"its token {renamed[0]} is {found[renamed[0]]!r}, the target's {expected[renamed[0]]!r}" if renamed else ""
+    if len(renamed) > _RENAMED_TOKENS * len(both):
+        raise PairError(
+            f"{theirs}: the drafter does not belong to {ours}: {first} ({len(renamed)} of {len(both)} differ)"
+        )
+    added = sorted(expected.keys() ^ found.keys())
+    if renamed or added:
+        others = f"{len(renamed)} tokens differ{f' ({first})' if first else ''}, {len(added)} are in one of them alone"
+        logger.warning("%s: not the tokenizer of %s: %s; drafting goes on by ids", theirs, ours, others)
+
+
+def _tokens(path: Path) -> dict[int, str]:
+    return {index: token for token, index in _vocabulary(path).items()}
+
+
+def _vocabulary(path: Path) -> dict[str, int]:
+    content = read_json(path)
+    try:
+        vocabulary = dict(content["model"]["vocab"])
+        return vocabulary | {token["content"]: token["id"] for token in content["added_tokens"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: not a tokenizer with model.vocab and added_tokens: {error!r}") from None

@@ -1,0 +1,411 @@
+"""Requests of Anthropic's API, and the chat requests that they mean here.
+
+Fields and blocks that ask for something this server cannot do are refused. docs/anthropic.md names the ones that are
+accepted though they have no meaning for a local model.
+"""
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationError
+
+from mlx_mtp.errors import OptionError, PromptError
+from mlx_mtp.options import GenerationOptions
+
+from .openai_requests import CalledFunction, ChatRequest, Fields, Message, Request, Task, ToolCall
+
+logger = logging.getLogger(__name__)
+
+# The only key of a call's input that is no JSON object. Anthropic's documentation names it for this purpose.
+INVALID_JSON = "INVALID_JSON"
+_TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
+# Begins a block of the system prompt that Claude Code writes for Anthropic's billing. It may change with each request.
+_BILLING = "x-anthropic-billing-header:"
+# Fields of a chat request that are not taken as they are.
+_NOT_COMMON = {"model", "stream", "stream_options"}
+
+
+class TextBlock(Fields):
+    type: Literal["text"]
+    text: str
+
+
+class ThinkingBlock(Fields):
+    type: Literal["thinking"]
+    thinking: str = ""
+
+
+class ToolUseBlock(Fields):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any] = Field({})
+
+
+class SearchResultBlock(Fields):
+    type: Literal["search_result"]
+    title: str
+    source: str
+    content: list[TextBlock]
+
+
+class Source(Fields):
+    type: str
+    data: str | None = None
+    content: str | list[TextBlock] | None = None
+
+
+class DocumentBlock(Fields):
+    type: Literal["document"]
+    source: Source
+    title: str | None = None
+    context: str | None = None
+
+
+class ToolReferenceBlock(Fields):
+    type: Literal["tool_reference"]
+    tool_name: str
+
+
+class OtherBlock(Fields):
+    """An image, a block of a tool that runs on Anthropic's servers, or one not known here."""
+
+    type: str
+
+
+_RESULT_BLOCKS = ("text", "document", "search_result", "tool_reference")
+_BLOCKS = (*_RESULT_BLOCKS, "thinking", "tool_use", "tool_result")
+
+
+def _tag(known: Sequence[str], block: Any) -> str:
+    kind = block.get("type") if isinstance(block, dict) else getattr(block, "type", None)
+    return kind if isinstance(kind, str) and kind in known else "other"
+
+
+ResultBlock: TypeAlias = Annotated[
+    Annotated[TextBlock, Tag("text")]
+    | Annotated[DocumentBlock, Tag("document")]
+    | Annotated[SearchResultBlock, Tag("search_result")]
+    | Annotated[ToolReferenceBlock, Tag("tool_reference")]
+    | Annotated[OtherBlock, Tag("other")],
+    Discriminator(lambda block: _tag(_RESULT_BLOCKS, block)),
+]
+
+
+class ToolResultBlock(Fields):
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: str | list[ResultBlock] = ""
+    is_error: bool = False
+
+
+Block: TypeAlias = Annotated[
+    Annotated[TextBlock, Tag("text")]
+    | Annotated[DocumentBlock, Tag("document")]
+    | Annotated[SearchResultBlock, Tag("search_result")]
+    | Annotated[ToolReferenceBlock, Tag("tool_reference")]
+    | Annotated[ThinkingBlock, Tag("thinking")]
+    | Annotated[ToolUseBlock, Tag("tool_use")]
+    | Annotated[ToolResultBlock, Tag("tool_result")]
+    | Annotated[OtherBlock, Tag("other")],
+    Discriminator(lambda block: _tag(_BLOCKS, block)),
+]
+
+
+class Turn(Fields):
+    role: Literal["user", "assistant", "system"]
+    content: str | list[Block]
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [TextBlock(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+
+
+class Tool(Fields):
+    """A tool of the client, or one that runs on Anthropic's servers, which has no schema."""
+
+    type: str = "custom"
+    name: str = ""
+    description: str | None = None
+    input_schema: dict[str, Any] = Field({})
+    strict: bool = False
+
+
+class ToolChoice(Fields):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool = False
+
+
+class Thinking(Fields):
+    type: Literal["enabled", "adaptive", "between_tools", "disabled"]
+    budget_tokens: int | None = Field(None, ge=0)
+
+
+class OutputFormat(Fields):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Fields):
+    format: OutputFormat | None = None
+
+
+def _allow_nulls(schema: dict[str, Any]) -> None:
+    """Say of the fields in a description that null means that one is left out, as `Fields` has it."""
+    for name, field in schema["properties"].items():
+        if name not in schema.get("required", ()):
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+
+
+class _ChatRequest(ChatRequest):
+    format_field = "output_config.format"
+
+
+class MessagesRequest(Request):
+    """`/v1/messages` and `/v1/messages/count_tokens`. Beside Anthropic's fields, those of `Request`."""
+
+    model_config = ConfigDict(json_schema_extra=_allow_nulls)
+
+    messages: list[Turn] = Field(min_length=1)
+    system: str | list[TextBlock] = ""
+    tools: list[Tool] = Field([])
+    tool_choice: ToolChoice = ToolChoice(type="auto")
+    thinking: Thinking | None = None
+    output_config: OutputConfig = OutputConfig()
+    # Its older name.
+    output_format: OutputFormat | None = None
+    max_tokens: int | None = Field(None, ge=0)
+    # Without an effect on a local model, as others that all endpoints know.
+    betas: Any = None
+    diagnostics: Any = None
+    inference_geo: Any = None
+    speed: Any = None
+    user_profile_id: Any = None
+    workspace_id: Any = None
+
+    def task(self, default: GenerationOptions) -> Task:
+        """The task of the chat request that this one means.
+
+        Raises OptionError and PromptError for what cannot be honoured.
+        """
+        turns = self._turns()
+        prefill = _prefill(turns)
+        if prefill:
+            self._check_prefill()
+            turns = turns[:-1]
+        messages = [*self._system(), *_messages(turns)]
+        if not any(message.role != "system" for message in messages):
+            raise PromptError("messages: there must be one of the user")
+        fields = self._common() | self._chat_fields(bool(prefill)) | {"messages": messages}
+        try:
+            request = _ChatRequest.model_validate(fields)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            raise OptionError(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from None
+        return replace(request.task(default), prefill=prefill)
+
+    def _common(self) -> dict[str, Any]:
+        """The fields that chat requests have as well."""
+        return self.model_dump(include=Request.model_fields.keys() - _NOT_COMMON, exclude_unset=True)
+
+    def _chat_fields(self, has_prefill: bool) -> dict[str, Any]:
+        wanted = self.output_config.format or self.output_format
+        schema = None if wanted is None else {"name": "output", "schema": wanted.schema_, "strict": True}
+        thinks = None if self.thinking is None else self.thinking.type != "disabled"
+        fields: dict[str, Any] = {
+            # Reading the prompt is all that 0 asks for, but decoding begins with one token.
+            "max_tokens": None if self.max_tokens is None else max(1, self.max_tokens),
+            "tools": self._functions(),
+            "tool_choice": self._choice(),
+            "parallel_tool_calls": not self.tool_choice.disable_parallel_tool_use,
+            "response_format": None if schema is None else {"type": "json_schema", "json_schema": schema},
+            # An answer that has begun has no thought before it.
+            "enable_thinking": False if has_prefill else thinks,
+            "thinking_budget": self.thinking.budget_tokens if self.thinking is not None and thinks else None,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def _functions(self) -> list[dict[str, Any]]:
+        functions = []
+        for index, tool in enumerate(self.tools):
+            if tool.type != "custom":
+                logger.warning("the tool %s runs on Anthropic's servers: it is left out", tool.type)
+                continue
+            if not _TOOL_NAME.fullmatch(tool.name):
+                expected = "1 to 128 of a-z, A-Z, 0-9, _, . and -"
+                raise OptionError(f"tools[{index}].name must be {expected}, found {tool.name!r}")
+            function = {"name": tool.name, "parameters": tool.input_schema, "strict": tool.strict}
+            described = {} if tool.description is None else {"description": tool.description}
+            functions.append({"type": "function", "function": function | described})
+        return functions
+
+    def _choice(self) -> Any:
+        kind, name = self.tool_choice.type, self.tool_choice.name
+        if kind != "tool":
+            return "required" if kind == "any" else kind
+        if name is None:
+            raise OptionError("tool_choice is of type tool: it needs the name of one")
+        return {"type": "function", "function": {"name": name}}
+
+    def _check_prefill(self) -> None:
+        refused = {
+            "thinking": self.thinking is not None and self.thinking.type != "disabled",
+            "output_config.format": self.output_config.format is not None or self.output_format is not None,
+            "tool_choice": self.tool_choice.type in ("any", "tool"),
+        }
+        for name, is_given in refused.items():
+            if is_given:
+                raise OptionError(
+                    f"{name} contradicts the last message, of role assistant, with which the answer begins"
+                )
+
+    def _system(self) -> Iterator[Message]:
+        """The system prompt, with system messages before all others."""
+        blocks = [self.system] if isinstance(self.system, str) else [block.text for block in self.system]
+        texts = [text for text in blocks if text and not text.startswith(_BILLING)]
+        for index, turn in enumerate(self.messages):
+            if turn.role != "system":
+                break
+            texts += _texts(turn.blocks, f"messages[{index}]")
+        if texts:
+            yield Message(role="system", content="\n".join(texts))
+
+    def _turns(self) -> list["_Turn"]:
+        """The messages; of one role after the other, one."""
+        turns: list[_Turn] = []
+        for index, turn in enumerate(self.messages):
+            places = [f"messages[{index}].content[{number}]" for number in range(len(turn.blocks))]
+            blocks = list(zip(places, turn.blocks, strict=True))
+            if turn.role == "system":
+                # Those before all others belong to the system prompt.
+                blocks = [(place, _reminder(block, place)) for place, block in blocks] if turns else []
+                if not blocks:
+                    continue
+            role: Literal["user", "assistant"] = "assistant" if turn.role == "assistant" else "user"
+            if turns and turns[-1].role == role:
+                turns[-1].blocks += blocks
+            else:
+                turns.append(_Turn(role, blocks))
+        return turns
+
+
+class _Turn:
+    """Blocks of one role, each with its place in the request."""
+
+    def __init__(self, role: Literal["user", "assistant"], blocks: list[tuple[str, Block]]) -> None:
+        self.role = role
+        self.blocks = blocks
+
+
+def _reminder(block: Block, place: str) -> TextBlock:
+    """A system message between others, as part of the user's turn: Gemma has one system prompt, before all turns, and a
+    prompt that changes at its beginning would be read again."""
+    text = "\n".join(_texts([block], place))
+    return TextBlock(type="text", text=f"<system-reminder>\n{text}\n</system-reminder>")
+
+
+def _prefill(turns: Sequence[_Turn]) -> str:
+    """The text with which the answer begins, if the last message is the assistant's."""
+    if not turns or turns[-1].role != "assistant":
+        return ""
+    for place, block in turns[-1].blocks:
+        if not isinstance(block, TextBlock):
+            raise PromptError(
+                f"{place}: an answer can be continued after text only, found a block of type {block.type}"
+            )
+    text = "".join(block.text for _, block in turns[-1].blocks if isinstance(block, TextBlock))
+    if not text:
+        turns[-1].blocks.clear()
+    return text
+
+
+def _messages(turns: Sequence[_Turn]) -> Iterator[Message]:
+    # The ids of calls, and how many calls with each have no result yet.
+    called: Counter[str] = Counter()
+    for turn in turns:
+        if turn.role == "user":
+            yield from _user_messages(turn, called)
+        elif turn.blocks:
+            message = _assistant_message(turn)
+            called.update(call.id for call in message.tool_calls or [])
+            yield message
+
+
+def _assistant_message(turn: _Turn) -> Message:
+    """A thought, text and calls, in the order in which Gemma writes them."""
+    texts, thoughts, calls = [], [], []
+    for place, block in turn.blocks:
+        if isinstance(block, TextBlock):
+            texts.append(block.text)
+        elif isinstance(block, ThinkingBlock):
+            thoughts.append(block.thinking)
+        elif isinstance(block, ToolUseBlock):
+            calls.append(ToolCall(id=block.id, function=_function(block)))
+        elif isinstance(block, OtherBlock):
+            # Of a model on Anthropic's servers: a thought that is encrypted, or the call of a tool that ran there.
+            logger.warning("%s: a block of type %s is left out", place, block.type)
+        else:
+            raise PromptError(f"{place}: a block of type {block.type} cannot be in a message of role assistant")
+    # The template ends a thought with a line break, as the model does.
+    thought = "".join(thoughts).removesuffix("\n")
+    return Message(
+        role="assistant", content="".join(texts), reasoning_content=thought or None, tool_calls=calls or None
+    )
+
+
+def _function(block: ToolUseBlock) -> CalledFunction:
+    raw = block.input.get(INVALID_JSON) if block.input.keys() == {INVALID_JSON} else None
+    arguments = raw if isinstance(raw, str) else json.dumps(block.input, ensure_ascii=False)
+    return CalledFunction(name=block.name, arguments=arguments)
+
+
+def _user_messages(turn: _Turn, called: Counter[str]) -> Iterator[Message]:
+    """The results of calls, which come first, and one message of the user with all else."""
+    texts: list[str] = []
+    for place, block in turn.blocks:
+        if not isinstance(block, ToolResultBlock):
+            texts += _texts([block], place)
+            continue
+        if block.tool_use_id not in called:
+            raise PromptError(f"{place}.tool_use_id is {block.tool_use_id!r}: no tool_use block before has this id")
+        if not called[block.tool_use_id]:
+            raise PromptError(f"{place}.tool_use_id is {block.tool_use_id!r}: its call has a result already")
+        called[block.tool_use_id] -= 1
+        text = block.content if isinstance(block.content, str) else "\n".join(_texts(block.content, place))
+        if block.is_error:
+            text = f"Error: {text}" if text else "Error"
+        yield Message(role="tool", content=text, tool_call_id=block.tool_use_id)
+    if texts or not any(isinstance(block, ToolResultBlock) for _, block in turn.blocks):
+        yield Message(role="user", content="\n".join(texts))
+
+
+def _texts(blocks: Sequence[Block | ResultBlock], place: str) -> Iterator[str]:
+    """The text of what is not the model's. Raises PromptError for what has none."""
+    for block in blocks:
+        if isinstance(block, TextBlock):
+            yield block.text
+        elif isinstance(block, DocumentBlock):
+            yield _document(block, place)
+        elif isinstance(block, SearchResultBlock):
+            yield "\n".join([f"{block.title} ({block.source})", *(part.text for part in block.content)])
+        elif isinstance(block, ToolReferenceBlock):
+            yield block.tool_name
+        else:
+            raise PromptError(f"{place}: a block of type {block.type} cannot be read here: this server takes text")
+
+
+def _document(block: DocumentBlock, place: str) -> str:
+    source = block.source
+    if source.type == "text" and source.data is not None:
+        text = source.data
+    elif source.type == "content" and source.content is not None:
+        text = source.content if isinstance(source.content, str) else "\n".join(part.text for part in source.content)
+    else:
+        raise PromptError(f"{place}: a document of type {source.type} cannot be read here: this server takes text")
+    return "\n".join(filter(None, [block.title, block.context, text]))

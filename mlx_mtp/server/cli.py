@@ -1,0 +1,278 @@
+"""Command line: serve a pair over OpenAI's API. `python -m mlx_mtp.server --help`.
+
+Prints the address to stdout once it serves; everything else goes to stderr.
+"""
+
+import argparse
+import asyncio
+import ipaddress
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from mlx_mtp.command_line import (
+    add_kv_options,
+    add_model_options,
+    add_sampling_options,
+    add_thinking_options,
+    calibrate,
+    given_sampling,
+    load_or_demo,
+    read_kv_options,
+    read_sampling,
+)
+from mlx_mtp.errors import ClosedError, OptionError, OutputError, ServerError
+from mlx_mtp.loading import DEMO_PAIR
+from mlx_mtp.memory_plan import parse_bytes
+from mlx_mtp.model import Model
+from mlx_mtp.options import GenerationOptions
+from mlx_mtp.shell import Parser, exit_status, write_out
+from mlx_mtp.threads.job_thread import Worker
+
+if TYPE_CHECKING:
+    from .service import Service
+
+DEFAULT_PORT = 8080
+DEFAULT_MAX_TOKENS = 4096
+KEY_VARIABLE = "MLX_MTP_API_KEY"
+# Seconds that uvicorn waits after generations were cancelled.
+_LAST_WORDS = 3
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 once it was stopped, 1 after an error."""
+    args = _parser().parse_args(argv)
+    return exit_status(lambda: _run(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="mlx_mtp.server",
+        description="Serve Gemma 4 with its drafter over OpenAI's API, one request after the other.",
+    )
+    add_model_options(parser, default="the demo pair in the package")
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="Address to bind (default: %(default)s, this machine only).")
+    add("--port", type=int, default=DEFAULT_PORT, help="Port, 0 for any that is free (default: %(default)s).")
+    add(
+        "--api-key",
+        default=os.environ.get(KEY_VARIABLE),
+        metavar="KEY",
+        help=f"Key that clients must send (default: the environment's {KEY_VARIABLE}, else none).",
+    )
+    add("--served-model-name", metavar="NAME", help="Name of the model in the API (default: that of --model).")
+    add(
+        "--allowed-origins", type=_names, default=(), metavar="URL,URL", help="Origins of web pages that may ask; CORS."
+    )
+    add(
+        "--allowed-hosts",
+        type=_names,
+        default=(),
+        metavar="NAME,NAME",
+        help="Names this server may be asked by, *.DOMAIN for all in a domain, * for any. Where it is bound to this "
+        "machine, beside the machine's own and those under .local, .internal and .localhost.",
+    )
+    add("--max-queue", type=int, default=32, metavar="N", help="Most requests that wait (default: %(default)s).")
+    add("--max-body-size", type=_size, default=10_000_000, metavar="SIZE", help="Largest request (default: 10MB).")
+    add("--max-prompt-tokens", type=int, metavar="N", help="Longest prompt (default: what the context holds).")
+    add(
+        "--max-tokens",
+        "-m",
+        type=int,
+        default=DEFAULT_MAX_TOKENS,
+        help="Most tokens of an answer, where a request does not say (default: %(default)s).",
+    )
+    add("--prompt-cache-bytes", type=_size, metavar="SIZE", help="Most memory for prompts read before.")
+    add(
+        "--shutdown-timeout",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="How long generations may go on after SIGTERM or Ctrl-C (default: %(default)s).",
+    )
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: %(default)s).")
+    add_sampling_options(parser)
+    add_thinking_options(parser)
+    add_kv_options(parser)
+    return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ServerError(f"the server needs {error.name}: pip install 'mlx-mtp[server]'") from None
+    options = _options(args)
+    _check(args)
+    logging.basicConfig(
+        level=args.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    # Else warnings are written a second time: the handler is the one that commands without a log use.
+    if logging.lastResort is not None:
+        logging.getLogger(__package__).removeHandler(logging.lastResort)
+    listener = _bind(args.host, args.port)
+    worker = Worker("mlx-mtp-model", args.max_queue)
+    try:
+        # On the thread that will generate: MLX's streams belong to threads.
+        model, options = worker.run(lambda: _load(args, options))
+    except KeyboardInterrupt:
+        # The thread cannot be interrupted, and nothing is to be saved.
+        os._exit(130)
+    try:
+        _serve(args, model, options, worker, listener)
+    finally:
+        worker.close()
+    return 0
+
+
+def _options(args: argparse.Namespace) -> GenerationOptions:
+    """What requests begin with; where no sampling is given, the model has a say in it."""
+    return GenerationOptions(
+        sampling=given_sampling(args),
+        max_tokens=args.max_tokens,
+        num_draft_tokens=args.num_draft_tokens,
+        enable_thinking=args.enable_thinking,
+        thinking_budget=args.thinking_budget,
+        **read_kv_options(args),
+    )
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, least in (("max_queue", 0), ("max_body_size", 1), ("shutdown_timeout", 0), ("max_prompt_tokens", 1)):
+        value = vars(args)[name]
+        if value is not None and not least <= value < math.inf:
+            raise OptionError(f"--{name.replace('_', '-')} must be at least {least}, found {value}")
+    if not 0 <= args.port <= 65535:
+        raise OptionError(f"--port must be between 0 and 65535, found {args.port}")
+    if args.api_key == "":
+        raise OptionError(f"--api-key is empty (or {KEY_VARIABLE} is): leave it out, or give a key")
+    if args.api_key is None and not _is_local(args.host):
+        raise OptionError(f"--host {args.host} can be reached from other machines: give an --api-key")
+
+
+def _is_local(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that does not accept yet. Raises ServerError if the address cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ServerError(f"{host}:{port} cannot be bound: {error}") from None
+    return listener
+
+
+def _load(args: argparse.Namespace, options: GenerationOptions) -> tuple[Model, GenerationOptions]:
+    model = load_or_demo(args, options)
+    if args.prompt_cache_bytes is not None:
+        model.prompt_cache.limit = args.prompt_cache_bytes
+    options = replace(options, sampling=read_sampling(args, model))
+    calibrate(model, options)
+    # What cannot be honoured shows now: this checks everything, and decodes nothing.
+    model.stream_generate([0], options)
+    return model, options
+
+
+def _serve(
+    args: argparse.Namespace, model: Model, options: GenerationOptions, worker: Worker, listener: socket.socket
+) -> None:
+    from .app import Settings, create_app
+    from .http_entry import local_hosts
+    from .service import Service
+
+    name = args.served_model_name or (args.model if args.model and not Path(args.model).is_dir() else None)
+    name = name or Path(args.model or DEMO_PAIR).resolve().name
+    service = Service(model, worker, name, options, args.max_prompt_tokens)
+    hosts = (*local_hosts(args.host), *args.allowed_hosts) if _is_local(args.host) else args.allowed_hosts or ("*",)
+    settings = Settings(args.api_key, hosts, args.allowed_origins, args.max_body_size)
+    app = create_app(service, settings)
+    asyncio.run(_until_stopped(app, service, listener, args.shutdown_timeout, args.log_level))
+
+
+async def _until_stopped(app: Any, service: "Service", listener: socket.socket, patience: float, level: str) -> None:
+    import uvicorn
+
+    loop = asyncio.get_running_loop()
+
+    class Server(uvicorn.Server):
+        """Uvicorn's, which says where it serves, and ends generations when it is told to stop."""
+
+        failure: Exception | None = None
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            try:
+                write_out(_address(listener))
+            except (OutputError, OSError) as error:
+                # Raised once the server is down again: uvicorn would log what it cancels.
+                self.failure = error
+                self.should_exit = True
+
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            signals = (signal.SIGINT, signal.SIGTERM)
+            before = {number: signal.signal(number, self.handle_exit) for number in signals}
+            try:
+                yield
+            finally:
+                # Not raised again: to be stopped is how a server ends.
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            is_first = not self.should_exit
+            super().handle_exit(sig, frame)
+            loop.call_soon_threadsafe(stop, patience if is_first else 0)
+
+    def stop(seconds: float) -> None:
+        service.worker.cancel(ClosedError("the server is shutting down"), waiting_only=True)
+        loop.call_later(seconds, service.worker.cancel, ClosedError("the server is shutting down"))
+
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level=level,
+        timeout_graceful_shutdown=int(patience + _LAST_WORDS),
+        server_header=False,
+        ws="none",
+    )
+    server = Server(config)
+    await server.serve([listener])
+    if server.failure is not None:
+        raise server.failure
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,207 @@
+"""One model that answers many requests: its queue, what it measures, and its errors as OpenAI's API has them."""
+
+import logging
+import math
+import re
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from mlx_mtp.errors import BusyError, ClosedError, ContextLengthError, MTPError, OptionError, PromptError
+from mlx_mtp.model import Model
+from mlx_mtp.options import GenerationOptions
+from mlx_mtp.responses import GenerationResponse
+from mlx_mtp.text.tokenizer import encode_text
+from mlx_mtp.threads.job_thread import CancelledJob, Job, Worker
+
+from .openai_requests import ENDPOINTS, Task, field_names
+
+logger = logging.getLogger(__name__)
+
+# Seconds: what a client is told to wait where nothing is known of how long generations take.
+_FIRST_RETRY = 1
+_MOST_RETRY = 60
+_FIELDS = field_names(*ENDPOINTS)
+
+
+class ApiError(Exception):
+    """What a client is told: an HTTP status, and the fields of OpenAI's error object."""
+
+    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+
+    def body(self) -> dict[str, Any]:
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def api_error(error: BaseException) -> ApiError:
+    """What a client is told of an error. One that is not the client's is logged, and kept from it."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ContextLengthError):
+        return ApiError(400, str(error), code="context_length_exceeded")
+    if isinstance(error, OptionError | PromptError):
+        # Messages of options begin with the option's name, others with any word.
+        name = re.split(r"[\s.:\[]", str(error), maxsplit=1)[0]
+        return ApiError(400, str(error), code="invalid_value", param=name if name in _FIELDS else None)
+    if isinstance(error, BusyError):
+        return ApiError(429, str(error), code="queue_full")
+    if isinstance(error, ClosedError):
+        return ApiError(503, "the server is shutting down", code="shutting_down")
+    logger.error("a generation failed", exc_info=error)
+    return ApiError(
+        500, str(error) if isinstance(error, MTPError) else "the generation failed; the server's log says why"
+    )
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """How many of a prompt's tokens are read."""
+
+    done: int
+    total: int
+
+
+class Metrics:
+    """What `/metrics` shows, of one server."""
+
+    def __init__(self, worker: Worker, model: Model) -> None:
+        self.registry = CollectorRegistry()
+
+        def add(kind: Any, name: str, text: str, **options: Any) -> Any:
+            return kind(f"mlx_mtp_{name}", text, registry=self.registry, **options)
+
+        self.requests = add(Counter, "requests", "Requests by end: stop, length, cancelled, error.", labelnames=["end"])
+        self.prompt_tokens = add(Counter, "prompt_tokens", "Tokens of prompts.")
+        self.cached_tokens = add(Counter, "cached_prompt_tokens", "Tokens of prompts that were read before.")
+        self.generation_tokens = add(Counter, "generation_tokens", "Tokens generated.")
+        self.rounds = add(Counter, "rounds", "Verify passes.")
+        self.drafted = add(Counter, "draft_tokens", "Draft tokens.")
+        self.accepted = add(Counter, "accepted_draft_tokens", "Draft tokens accepted.")
+        self.unreadable_calls = add(
+            Counter, "unreadable_tool_calls", "Tool calls whose arguments were passed on as the model wrote them."
+        )
+        self.first_token = add(Histogram, "time_to_first_token_seconds", "From the request to its first token.")
+        self.duration = add(Histogram, "generation_seconds", "From the first look at a prompt to the end.")
+        self.tokens_per_second = add(Gauge, "tokens_per_second", "Of the last generation.")
+        self.acceptance_length = add(Gauge, "acceptance_length", "Tokens per round of the last generation.")
+        for name, text, value in (
+            ("requests_running", "Generations running.", lambda: worker.running),
+            ("requests_waiting", "Generations waiting.", lambda: worker.waiting),
+            ("memory_active_bytes", "Memory of MLX in use.", mx.get_active_memory),
+            ("memory_peak_bytes", "Most memory of MLX in use so far.", mx.get_peak_memory),
+            ("prompt_cache_bytes", "K/V of prompts read before.", lambda: model.prompt_cache.nbytes),
+        ):
+            add(Gauge, name, text).set_function(value)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def count(self, last: GenerationResponse | None, end: str) -> None:
+        """The figures of a generation, by its last response."""
+        self.requests.labels(end).inc()
+        if last is None:
+            return
+        self.prompt_tokens.inc(last.prompt_tokens)
+        self.cached_tokens.inc(last.cached_tokens)
+        self.generation_tokens.inc(last.generation_tokens)
+        self.rounds.inc(last.stats.rounds)
+        self.drafted.inc(last.stats.drafted)
+        self.accepted.inc(last.stats.accepted)
+        if last.generation_tps:
+            self.tokens_per_second.set(last.generation_tps)
+        if last.stats.acceptance_length is not None:
+            self.acceptance_length.set(last.stats.acceptance_length)
+
+
+@dataclass
+class Service:
+    """A model on its worker's thread. `options` are those that requests begin with; prompts of more than
+    `max_prompt_tokens` are refused."""
+
+    model: Model
+    worker: Worker
+    name: str
+    options: GenerationOptions
+    max_prompt_tokens: int | None = None
+    metrics: Metrics = field(init=False)
+    # Seconds that generations take, a running mean.
+    _seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.worker, self.model)
+
+    def submit(self, task: Task) -> Job[GenerationResponse | Prefill]:
+        """Queue a generation. Its prompt is encoded, and all else checked, when its turn comes.
+
+        Raises BusyError if too many wait.
+        """
+        asked = time.monotonic()
+
+        def start(job: Job[GenerationResponse | Prefill]) -> Iterator[GenerationResponse | Prefill]:
+            return self._run(task, job, asked)
+
+        return self.worker.submit(start)
+
+    def retry_after(self) -> int:
+        """Seconds after which there may be room in the queue: what a generation takes."""
+        return _FIRST_RETRY if self._seconds is None else min(_MOST_RETRY, max(1, math.ceil(self._seconds)))
+
+    def _run(
+        self, task: Task, job: Job[GenerationResponse | Prefill], asked: float
+    ) -> Iterator[GenerationResponse | Prefill]:
+        began, end, last = time.monotonic(), "cancelled", None
+        try:
+            responses = self.model.stream_generate(
+                self._prompt(task), task.options, on_prefill=lambda done, total: job.put(Prefill(done, total))
+            )
+            with closing(responses):
+                for response in responses:
+                    if last is None:
+                        self.metrics.first_token.observe(time.monotonic() - asked)
+                    last = response
+                    yield response
+            end = last.finish_reason or "stop" if last is not None else "stop"
+        except CancelledJob:
+            raise
+        except Exception:
+            end = "error"
+            raise
+        finally:
+            seconds = time.monotonic() - began
+            self._seconds = seconds if self._seconds is None else 0.8 * self._seconds + 0.2 * seconds
+            self.metrics.duration.observe(seconds)
+            self.metrics.count(last, end)
+
+    @property
+    def max_input_tokens(self) -> int:
+        """Most tokens of a prompt."""
+        return min(self.max_prompt_tokens or self.model.max_context, self.model.max_context)
+
+    def encode(self, task: Task) -> list[int]:
+        """The tokens of a task's prompt. Raises PromptError as `Model.encode` does."""
+        tokens = self.model.encode(
+            task.prompt,
+            enable_thinking=task.options.enable_thinking,
+            tools=task.tools,
+            template_options=task.template_options,
+        )
+        return [*tokens, *encode_text(self.model.tokenizer, task.prefill)]
+
+    def _prompt(self, task: Task) -> list[int]:
+        tokens = self.encode(task)
+        most = self.max_prompt_tokens
+        if most is not None and len(tokens) > most:
+            raise ContextLengthError(f"the prompt has {len(tokens)} tokens, but at most {most} are taken here")
+        return tokens

@@ -1,0 +1,222 @@
+"""Messages in one form, whichever of OpenAI's and Hugging Face's forms they came in.
+
+All system texts are one message, which stands first. What the model says before a result or the user comes is one
+message: its thoughts, its text and its calls. The results of calls stand behind the message that called.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from mlx_mtp.errors import PromptError
+
+Messages = list[dict[str, Any]]
+# A message and its index in the conversation.
+_Indexed = tuple[int, Mapping[str, Any]]
+
+_SYSTEM_ROLES = ("system", "developer")
+_THOUGHTS = ("reasoning", "reasoning_content")
+# Stands between the texts of two messages that become one.
+_BLANK_LINE = "\n\n"
+
+
+@dataclass
+class _Part:
+    """A message of the model or the user, its index, and the results of its calls, each with its own index."""
+
+    index: int
+    message: dict[str, Any]
+    results: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+
+
+class _Call(NamedTuple):
+    """A call without a result: the id that it came with, its own one, its name, and the part that it is in."""
+
+    given_id: Any
+    own_id: str
+    name: str
+    part: _Part
+
+
+# How to tell that a result is that of a call: by its id, by its name, or by its place.
+_WAYS: tuple[Callable[[_Call, Mapping[str, Any]], bool], ...] = (
+    lambda call, result: bool(call.given_id) and call.given_id == result.get("tool_call_id"),
+    lambda call, result: call.name == result.get("name"),
+    lambda call, result: True,
+)
+
+
+def canonical_messages(messages: Sequence[Mapping[str, Any]]) -> Messages:
+    """Copies of the messages in one form. Every call has an id of its own, and every result the id and the name of its
+    call; arguments are objects, or text that is none.
+
+    Raises PromptError for a result without a call that waits for it, and for content and arguments of other types.
+    """
+    system = [
+        _text(message.get("content"), index)
+        for index, message in enumerate(messages)
+        if message["role"] in _SYSTEM_ROLES
+    ]
+    first = [{"role": "system", "content": _BLANK_LINE.join(filter(None, system))}] if system else []
+    others = [(index, message) for index, message in enumerate(messages) if message["role"] not in _SYSTEM_ROLES]
+    parts = _merged(_parts(others))
+    return first + [message for part in parts for message in (part.message, *(result for _, result in part.results))]
+
+
+def _parts(messages: Sequence[_Indexed]) -> list[_Part]:
+    """The messages of all roles but that of tools, with the results of their calls."""
+    parts: list[_Part] = []
+    # Calls without a result: those of the latest messages first.
+    waiting: list[_Call] = []
+    ids: set[Any] = set()
+    for role, group in groupby(messages, key=lambda item: item[1]["role"]):
+        run = list(group)
+        if role == "tool":
+            _add_results(run, waiting, ids)
+            continue
+        for index, message in run:
+            parts.append(_Part(index, _answer(message, index) if role == "assistant" else dict(message)))
+        if role == "assistant":
+            new = zip(parts[-len(run) :], run, strict=True)
+            calls = [call for part, (_, message) in new for call in _calls(part, message)]
+            waiting[:0] = calls
+            ids.update(call.given_id for call in calls if call.given_id)
+    return parts
+
+
+def _calls(part: _Part, message: Mapping[str, Any]) -> list[_Call]:
+    pairs = zip(message.get("tool_calls") or [], part.message.get("tool_calls") or [], strict=True)
+    return [_Call(given.get("id"), own["id"], own["function"]["name"], part) for given, own in pairs]
+
+
+def _add_results(results: Sequence[_Indexed], waiting: list[_Call], ids: set[Any]) -> None:
+    """Add results to the parts that called. `ids` are those of all calls so far."""
+    calls: dict[int, _Call] = {}
+    for way in _WAYS:
+        for index, message in results:
+            # A result with a known id is that of no other call: if its call has one, it is a second one.
+            if index in calls or (way is not _WAYS[0] and message.get("tool_call_id") in ids):
+                continue
+            call = next((call for call in waiting if way(call, message)), None)
+            if call is not None:
+                calls[index] = call
+                waiting.remove(call)
+    for index, message in results:
+        if index not in calls:
+            raise _unexpected(message, index, ids)
+        call = calls[index]
+        own = {"content": _result_text(message, index), "tool_call_id": call.own_id, "name": call.name}
+        call.part.results.append((index, {**message, **own}))
+
+
+def _merged(parts: Sequence[_Part]) -> list[_Part]:
+    """The parts, with those of the model that follow each other as one."""
+    merged: list[_Part] = []
+    # From the end, where it is known whether calls follow.
+    for part in reversed(parts):
+        if merged and _belong_together(part, merged[-1]):
+            merged[-1] = _joined(part, merged[-1])
+        else:
+            merged.append(part)
+    return merged[::-1]
+
+
+def _belong_together(first: _Part, second: _Part) -> bool:
+    """Whether two parts are one message of the model: it said both before it had a result. Text after calls that have
+    no result is a message of its own."""
+    is_model = first.message["role"] == second.message["role"] == "assistant"
+    if not is_model or first.message.get("tool_responses"):
+        return False
+    if first.results:
+        return all(index > second.index for index, _ in first.results)
+    return bool(second.message.get("tool_calls")) or not first.message.get("tool_calls")
+
+
+def _joined(first: _Part, second: _Part) -> _Part:
+    messages = (first.message, second.message)
+    joined = {**second.message, **first.message}
+    for name in ("content", "reasoning_content"):
+        texts = [message[name] for message in messages if message.get(name)]
+        if texts:
+            joined[name] = _BLANK_LINE.join(filter(str.strip, texts)) or texts[0]
+    if calls := [call for message in messages for call in message.get("tool_calls") or []]:
+        joined["tool_calls"] = calls
+    return _Part(first.index, joined, sorted([*first.results, *second.results], key=lambda result: result[0]))
+
+
+def _text(content: Any, index: int) -> str:
+    """The text of a message's content. Raises PromptError, naming the message, for content that is no text."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    text = _parts_text(content) if isinstance(content, list | tuple) else None
+    if text is None:
+        found = repr(content)[:100]
+        raise PromptError(f"messages[{index}].content must be text, or a list of parts of type text, found {found}")
+    return text
+
+
+def _answer(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """A message of the model with text for content, its thought under one name, and calls with ids of their own."""
+    found = {name: value for name, value in message.items() if name not in _THOUGHTS}
+    thoughts = [message[name] for name in _THOUGHTS if isinstance(message.get(name), str)]
+    if thought := next(filter(None, thoughts), None):
+        found["reasoning_content"] = thought
+    if found.get("content") is not None:
+        found["content"] = _text(found["content"], index)
+    if found.get("tool_calls"):
+        found["tool_calls"] = [_own_call(call, index, number) for number, call in enumerate(found["tool_calls"])]
+    return found
+
+
+def _own_call(call: Mapping[str, Any], index: int, number: int) -> dict[str, Any]:
+    function = call["function"]
+    arguments = _arguments(function.get("arguments"), f"messages[{index}].tool_calls[{number}].function.arguments")
+    return {**call, "id": f"{index}.{number}", "function": {**function, "arguments": arguments}}
+
+
+def _arguments(arguments: Any, place: str) -> Mapping[str, Any] | str:
+    """The arguments as an object, or the text of what they are instead."""
+    if arguments is None or arguments == "":
+        return {}
+    if isinstance(arguments, Mapping):
+        return arguments
+    if not isinstance(arguments, str):
+        return _json(arguments, place)
+    try:
+        found = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    return found if isinstance(found, dict) else arguments
+
+
+def _parts_text(parts: Sequence[Any]) -> str | None:
+    """The text of a list of parts; None if one of them is no text."""
+    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part for part in parts]
+    strings = [text for text in texts if isinstance(text, str)]
+    return "".join(strings) if len(strings) == len(texts) else None
+
+
+def _result_text(message: Mapping[str, Any], index: int) -> str:
+    """The text of a result: that of its parts, or else the JSON of the value."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    has_parts = isinstance(content, list) and content and all(isinstance(part, Mapping) for part in content)
+    text = _parts_text(content or []) if has_parts else None
+    return _json(content, f"messages[{index}].content") if text is None else text
+
+
+def _json(value: Any, place: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PromptError(f"{place} cannot be written as JSON: {error}") from None
+
+
+def _unexpected(message: Mapping[str, Any], index: int, ids: set[Any]) -> PromptError:
+    given = message.get("tool_call_id")
+    if given in ids:
+        return PromptError(f"messages[{index}].tool_call_id is {given!r}: its call has a result already")
+    return PromptError(f"messages[{index}] is the result of a call, but no call before it waits for one")

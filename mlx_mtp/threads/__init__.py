@@ -1,0 +1,1 @@
+"""One model on several threads: the lock, and the thread for jobs."""

@@ -1,0 +1,258 @@
+"""One thread that runs iterators one after the other, for callers on an asyncio event loop.
+
+MLX's streams belong to threads, and a model decodes one text at a time: whoever has an event loop hands its work to
+such a thread, and gets what it yields back on the loop.
+"""
+
+import asyncio
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import mlx.core as mx
+
+from mlx_mtp.errors import BusyError, ClosedError
+
+T = TypeVar("T")
+R = TypeVar("R")
+P = ParamSpec("P")
+
+
+class CancelledJob(Exception):  # noqa: N818 - no error: the rest is no longer wanted.
+    """Ends a job on the worker's thread after `Job.cancel`."""
+
+
+class _End:
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+
+
+class Job(Generic[T]):
+    """What one iterator of a `Worker` yields, as an asynchronous iterator on the loop that submitted it.
+
+    What the iterator raises is raised there. `cancel` ends it: before it begins, or at its next item or `check`.
+    """
+
+    def __init__(self, start: "Callable[[Job[T]], Iterator[T]]") -> None:
+        self._start: Callable[[Job[T]], Iterator[T]] | None = start
+        self._loop = asyncio.get_running_loop()
+        self._items: asyncio.Queue[T | _End] = asyncio.Queue()
+        self._is_over = False
+        # Once it has begun, ended, and is no longer wanted.
+        self.started = threading.Event()
+        self.done = threading.Event()
+        self._cancelled = threading.Event()
+
+    def check(self) -> None:
+        """For the worker's thread: raises CancelledJob once the job is cancelled."""
+        if self._cancelled.is_set():
+            raise CancelledJob
+
+    def put(self, item: T) -> None:
+        """For the worker's thread: hand over an item beside those that the iterator yields. Raises CancelledJob."""
+        self.check()
+        self._put(item)
+
+    def on_loop(self, function: Callable[P, object]) -> Callable[P, None]:
+        """For the worker's thread: a function that has this one called on the loop, unless the job is cancelled.
+
+        What it raises there cancels the job, and is given to whoever waits for its items.
+        """
+
+        def call(*args: P.args, **kwargs: P.kwargs) -> None:
+            if self._cancelled.is_set():
+                return
+            try:
+                function(*args, **kwargs)
+            except Exception as error:
+                # At once, not after what the worker's thread has scheduled meanwhile.
+                self._receive(_End(error))
+                self.cancel()
+
+        def schedule(*args: P.args, **kwargs: P.kwargs) -> None:
+            self._call_on_loop(partial(call, *args, **kwargs))
+
+        return schedule
+
+    def cancel(self, error: BaseException | None = None) -> None:
+        """End the job; whoever waits for its items gets the error, if one is given. From any thread."""
+        if error is not None:
+            self._put(_End(error))
+        self._cancelled.set()
+
+    @property
+    def is_waiting(self) -> bool:
+        return not (self.started.is_set() or self._cancelled.is_set())
+
+    @property
+    def is_running(self) -> bool:
+        return self.started.is_set() and not self.done.is_set()
+
+    async def next(self, timeout: float | None = None) -> T:
+        """The next item. Raises TimeoutError after so many seconds without one, StopAsyncIteration at the end."""
+        item = await asyncio.wait_for(self._items.get(), timeout)
+        if not isinstance(item, _End):
+            return item
+        # For whoever asks again.
+        self._items.put_nowait(item)
+        if item.error is not None:
+            raise item.error
+        raise StopAsyncIteration
+
+    def __aiter__(self) -> AsyncIterator[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        return await self.next()
+
+    def run(self) -> None:
+        """For the worker's thread."""
+        end = _End()
+        self.started.set()
+        # Whatever it holds, such as a model, is let go of with the job.
+        start, self._start = self._start, None
+        try:
+            self.check()
+            assert start is not None
+            items = start(self)
+            del start
+            try:
+                for item in items:
+                    self.put(item)
+            finally:
+                # A generator's own clean-up belongs to this thread as well.
+                if (close := getattr(items, "close", None)) is not None:
+                    close()
+        except CancelledJob:
+            pass
+        except BaseException as error:
+            end = _End(error)
+        finally:
+            self.done.set()
+            self._put(end)
+
+    def _put(self, item: T | _End) -> None:
+        self._call_on_loop(partial(self._receive, item))
+
+    def _receive(self, item: T | _End) -> None:
+        """On the loop. Nothing comes after the first end."""
+        if not self._is_over:
+            self._is_over = isinstance(item, _End)
+            self._items.put_nowait(item)
+
+    def _call_on_loop(self, call: Callable[[], None]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(call)
+        except RuntimeError:
+            # The loop is closed: nobody is left to read it.
+            self._cancelled.set()
+
+
+_Queue = SimpleQueue[Callable[[], None] | None]
+
+
+class Worker:
+    """A thread that runs jobs in the order they came in. It ends with `close`, with the worker, or with the program."""
+
+    def __init__(self, name: str, max_waiting: int | None = None) -> None:
+        """`max_waiting` bounds the jobs that wait for the one that runs; None is no bound."""
+        self._queue: _Queue = SimpleQueue()
+        self._max_waiting = max_waiting
+        self._jobs: list[Job[Any]] = []
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=_work, args=[self._queue], name=name, daemon=True)
+        self._thread.start()
+        self._end = weakref.finalize(self, _end, self._queue, self._thread, self._jobs)
+
+    def submit(self, start: Callable[[Job[T]], Iterator[T]]) -> Job[T]:
+        """Queue an iterator, which `start` makes on the thread. To be called on a running event loop.
+
+        Raises BusyError if too many jobs wait, ClosedError after `close`.
+        """
+        job = Job(start)
+        with self._lock:
+            self._check_open()
+            self._jobs[:] = [other for other in self._jobs if other.is_waiting or other.is_running]
+            # One may run besides those that wait.
+            if self._max_waiting is not None and len(self._jobs) > self._max_waiting:
+                raise BusyError(f"{len(self._jobs)} generations run or wait, as many as may at once")
+            self._jobs.append(job)
+            self._queue.put(job.run)
+        return job
+
+    def run(self, function: Callable[[], R]) -> R:
+        """Run a function on the thread after all jobs before it, and wait for it. Raises ClosedError after `close`."""
+        future: Future[R] = Future()
+
+        def call() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        with self._lock:
+            self._check_open()
+            self._queue.put(call)
+        return future.result()
+
+    @property
+    def waiting(self) -> int:
+        """Number of jobs that have not begun."""
+        with self._lock:
+            return sum(job.is_waiting for job in self._jobs)
+
+    @property
+    def running(self) -> int:
+        """Number of jobs that have begun and not ended: 0 or 1."""
+        with self._lock:
+            return sum(job.is_running for job in self._jobs)
+
+    def cancel(self, error: BaseException | None = None, *, waiting_only: bool = False) -> None:
+        """End all jobs, or those that have not begun; whoever waits for their items gets the error, if one is given."""
+        with self._lock:
+            self._cancel(error, waiting_only)
+
+    def close(self, *, wait: bool = True) -> None:
+        """End all jobs, whose readers get a ClosedError, and the thread, which is waited for unless `wait` is False."""
+        with self._lock:
+            if self._end.detach() is not None:
+                self._cancel(ClosedError("closed while it generated"))
+                self._queue.put(None)
+        if wait:
+            _join(self._thread)
+
+    def _cancel(self, error: BaseException | None, waiting_only: bool = False) -> None:
+        for job in self._jobs:
+            if job.is_waiting or (job.is_running and not waiting_only):
+                job.cancel(error)
+
+    def _check_open(self) -> None:
+        if not self._end.alive:
+            raise ClosedError("nothing can be generated: it is closed")
+
+
+def _work(queue: _Queue) -> None:
+    try:
+        while (task := queue.get()) is not None:
+            task()
+            # While it waits for the next one, nothing of the last is kept alive.
+            del task
+    finally:
+        # MLX may abort the program at its end if a thread leaves its streams behind.
+        mx.clear_streams()
+
+
+def _end(queue: _Queue, thread: threading.Thread, jobs: list[Job[Any]]) -> None:
+    for job in jobs:
+        job.cancel()
+    queue.put(None)
+    _join(thread)
+
+
+def _join(thread: threading.Thread) -> None:
+    if thread is not threading.current_thread():
+        thread.join()
