@@ -396,6 +396,16 @@ def test_fields_of_responses_that_sdks_send(served: Served) -> None:
     assert (body["store"], body["truncation"], body["text"]["verbosity"]) == (False, "auto", "low")
     assert body["reasoning"] == {"effort": "none", "summary": "auto"}
     assert body["output"][0]["content"][0]["logprobs"] == []
+    # Values of other services are accepted, but a client's types of an answer do not have them.
+    odd: Any = {
+        "reasoning": {"effort": "turbo", "summary": "long"},
+        "text": {"verbosity": "some"},
+        "metadata": {"a": 1},
+    }
+    other = respond(served, "x", **odd, stream_options=None)
+    assert other.status_code == 200, other.text
+    assert other.json()["reasoning"] == {"effort": None, "summary": None}
+    assert (other.json()["text"]["verbosity"], other.json()["metadata"]) == (None, {})
     error = respond(served, "x", previous_response_id="resp_1").json()["error"]
     assert "no response is found, as `store` is always false here" in error["message"]
 

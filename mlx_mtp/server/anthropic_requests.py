@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import Discriminator, Field, Tag, ValidationError
 
 from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.options import GenerationOptions
@@ -156,21 +156,12 @@ class OutputConfig(Fields):
     format: OutputFormat | None = None
 
 
-def _allow_nulls(schema: dict[str, Any]) -> None:
-    """Say of the fields in a description that null means that one is left out, as `Fields` has it."""
-    for name, field in schema["properties"].items():
-        if name not in schema.get("required", ()):
-            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
-
-
 class _ChatRequest(ChatRequest):
     format_field = "output_config.format"
 
 
 class MessagesRequest(Request):
     """`/v1/messages` and `/v1/messages/count_tokens`. Beside Anthropic's fields, those of `Request`."""
-
-    model_config = ConfigDict(json_schema_extra=_allow_nulls)
 
     messages: list[Turn] = Field(min_length=1)
     system: str | list[TextBlock] = ""

@@ -386,6 +386,19 @@ def _with_bytes(logprob: Fields) -> Fields:
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
 
+# The values that OpenAI has for fields which an answer repeats: its clients' types know no others.
+_KNOWN = {
+    "effort": ("none", "minimal", "low", "medium", "high", "xhigh", "max"),
+    "summary": ("auto", "concise", "detailed"),
+    "verbosity": ("low", "medium", "high"),
+}
+
+
+def _known(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the fields of a request, those that an answer repeats; null for a value that OpenAI does not have."""
+    return {name: fields[name] if fields[name] in values else None for name, values in _KNOWN.items() if name in fields}
+
+
 class ResponseForm(Form):
     """`/v1/responses`: an answer is a list of items, one open at a time: thoughts, messages, calls."""
 
@@ -527,10 +540,10 @@ class ResponseForm(Form):
             "output": self._output,
             "parallel_tool_calls": request.parallel_tool_calls,
             "previous_response_id": None,
-            "reasoning": request.reasoning.model_dump(include={"effort", "summary"}),
+            "reasoning": _known(request.reasoning.model_dump()),
             "store": False,
             "temperature": request.temperature,
-            "text": request.text.model_dump(by_alias=True, exclude_none=True),
+            "text": {**request.text.model_dump(by_alias=True, exclude_none=True), **_known(request.text.model_dump())},
             "tool_choice": request.tool_choice
             if isinstance(request.tool_choice, str)
             else request.tool_choice.model_dump(),
@@ -548,5 +561,5 @@ class ResponseForm(Form):
                 "total_tokens": counted["total_tokens"],
             },
             "user": request.user,
-            "metadata": request.metadata or {},
+            "metadata": {name: value for name, value in (request.metadata or {}).items() if isinstance(value, str)},
         }

@@ -36,10 +36,17 @@ _NO_EFFORT = ("none", "minimal")
 Messages: TypeAlias = list[dict[str, Any]]
 
 
+def _allow_nulls(schema: dict[str, Any]) -> None:
+    """Say of the fields in a description that null means that one is left out."""
+    for name, described in schema.get("properties", {}).items():
+        if name not in schema.get("required", ()):
+            schema["properties"][name] = {"anyOf": [described, {"type": "null"}]}
+
+
 class Fields(BaseModel):
     """Fields of a request, in which null means that one is left out. Others are no error."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True, json_schema_extra=_allow_nulls)
 
     @model_validator(mode="before")
     @classmethod
