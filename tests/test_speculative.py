@@ -17,6 +17,7 @@ from tiny import VARIANTS, WINDOW, load_drafter, load_target, random_tokens
 from mlx_mtp.bench.operations import operations, round_outputs
 from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.constraints import Guide
+from mlx_mtp.decoding.host import Host
 from mlx_mtp.decoding.report import Stats
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.stream import Stream, decode, token_budget
@@ -316,13 +317,13 @@ def test_one_host_read_per_round(tiny_models: Models, monkeypatch: pytest.Monkey
         real_eval(*arrays)
 
     monkeypatch.setattr(mx, "eval", counting_eval)
-    read = Stream.wait_for
+    read = Host.wait_for
 
-    def counting_read(stream: Stream, report: mx.array) -> list[int]:
+    def counting_read(host: Host, report: mx.array) -> list[int]:
         calls["read"] += 1
-        return read(stream, report)
+        return read(host, report)
 
-    monkeypatch.setattr(Stream, "wait_for", counting_read)
+    monkeypatch.setattr(Host, "wait_for", counting_read)
     rounds = [stream.round(4) for _ in range(5)]
     assert calls == {"eval": 5, "read": 5}
     assert [result.host_reads for result in rounds] == [1] * 5

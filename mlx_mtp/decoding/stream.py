@@ -2,23 +2,22 @@
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import mlx.core as mx
 
 from mlx_mtp.checkpoints.config import TextConfig
 from mlx_mtp.errors import ContextLengthError, OptionError, PromptError
-from mlx_mtp.gemma4.disk_table import PerLayerRows
-from mlx_mtp.gemma4.drafter import Draft, Drafter
+from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.kv_cache import Cache, KVQuantization, KVState
 from mlx_mtp.gemma4.target import Target
 
 from .compiled import CompiledRounds
-from .constraints import Guide, RowMasks
+from .constraints import Guide
 from .draft_length import DraftLength
+from .host import Host
 from .prompt_cache import Entry, Kind, Reused, Snapshot
-from .report import Logprobs, Round
-from .round import RoundParts, Steps, Verified, draft_tokens, round_steps, token_logprobs
+from .report import Round
+from .round import RoundParts, Verified, draft_tokens, round_steps, token_logprobs
 from .rules import LogitsProcessor, TokenRules
 from .sampling import Sampling
 from .state import RoundState
@@ -67,7 +66,7 @@ class Stream:
         sampling = sampling or Sampling()
         rules = TokenRules(target, sampling, processors)
         self.parts = RoundParts(target, drafter, rules, logprobs)
-        self.guide = guide
+        self.host = Host(guide)
         # Logits processors are Python functions and take part in each round on the host: nothing can be compiled.
         self._rounds = None if processors else rounds
         self._key = repr(replace(sampling, seed=0)), logprobs, max_draft_tokens, guide is not None
@@ -78,14 +77,14 @@ class Stream:
         self._is_reading = False
         # All tokens so far, the prompt included; the last is the bonus token.
         self.tokens: list[int] = []
-        self.host_reads = 0
         self.cache = Cache(target.config, target.dtype, max_block=max_draft_tokens + 1, quantization=kv_quantization)
+        draw_key, coin_key = mx.random.split(mx.random.key(sampling.seed))
         self._state = RoundState(
             bonus=mx.zeros((1, 1), mx.int32),
             hidden=mx.zeros((1, 1, target.config.hidden_size), target.dtype),
             window=mx.full((rules.penalties.context_size,), -1, mx.int32),
-            # MLX splits a key into two that are far apart, also for seeds that are not.
-            **dict(zip(("draw_key", "coin_key"), mx.random.split(mx.random.key(sampling.seed)), strict=True)),
+            draw_key=draw_key,
+            coin_key=coin_key,
             kv=KVState.none(),
         )
 
@@ -131,20 +130,16 @@ class Stream:
         """
         logits = self.read(prompt, step_size, on_progress)
         self._slide_window(mx.array(prompt[-self._state.window.size :], mx.int32))
-        masks = None
-        if self.guide is not None:
-            asked = RowMasks(self.guide, 1)
-            asked(self._state.bonus)
-            masks = asked.stack()
+        masks = self.host.first_mask(self._state.bonus)
         no_draft = draft_tokens(self.parts, self.cache, self.state, 0)
         chosen = self.parts.rules.accept(self.state, no_draft, logits, masks, self._text(), ahead=0).tokens
         self._slide_window(chosen)
         self._state = self._state._replace(bonus=chosen[None])
         logprobs = token_logprobs(self.parts, logits, chosen)
         mx.eval(self._state.bonus, self._state.window)
-        tokens = self.wait_for(chosen)
+        tokens = self.host.wait_for(chosen)
         self._append(tokens)
-        return Round(tokens, 0, 0, self._read_logprobs(logprobs, 1), self.host_reads)
+        return Round(tokens, 0, 0, self.host.logprobs(logprobs, self.parts.logprobs, 1), self.host.reads)
 
     def read(self, prompt: list[int], step_size: int, on_progress: Progress | None = None) -> mx.array:
         """Read the prompt and choose nothing. Returns the logits after its last token, [1, vocab]."""
@@ -191,11 +186,11 @@ class Stream:
         Raises OptionError for draft tokens without a drafter.
         """
         assert k < self.cache.max_block, "more draft tokens than the stream was made for"
-        before, reads = self.cache.length, self.host_reads
+        before, reads = self.cache.length, self.host.reads
         self.cache.reserve(k + 1)
         verified = self._advance(k)
         mx.eval(verified, self.state)
-        accepted, *tokens = self.wait_for(verified.report)
+        accepted, *tokens = self.host.wait_for(verified.report)
         tokens = tokens[: accepted + 1]
         self.cache.length = before + len(tokens)
         stop = next((index for index, token in enumerate(tokens) if token in stop_ids), accepted)
@@ -203,44 +198,22 @@ class Stream:
             tokens = tokens[: stop + 1]
             self.cache.set_length(before + len(tokens))
         self._append(tokens)
-        logprobs = self._read_logprobs(verified.logprobs, len(tokens))
-        return Round(tokens, k, accepted, logprobs, self.host_reads - reads)
+        logprobs = self.host.logprobs(verified.logprobs, self.parts.logprobs, len(tokens))
+        return Round(tokens, k, accepted, logprobs, self.host.reads - reads)
 
     def _advance(self, k: int) -> Verified:
         """Replace the state by the one after a round of k draft tokens. Only the host's part is evaluated."""
-        steps = self._steps(k)
-        if self.guide is None and self.parts.target.mapped is None:
+        if self._rounds is None:
+            steps = round_steps(self.parts, self.cache, k, self._text())
+        else:
+            steps = self._rounds.steps(self.parts, self.cache, k, self._key)
+        if self.host.guide is None and self.parts.target.mapped is None:
             self.state, verified = steps.whole(self.state)
             return verified
-        draft, masks = self._draft_on_host(steps, k)
-        self.state, verified = steps.verify(self.state, draft, masks, self._read_rows(draft))
+        draft, masks = self.host.draft(self.parts, self.cache, self.state, steps, k)
+        rows = self.host.rows(self.parts.target, self.tokens[-1], draft)
+        self.state, verified = steps.verify(self.state, draft, masks, rows)
         return verified
-
-    def _steps(self, k: int) -> Steps:
-        if self._rounds is None:
-            return round_steps(self.parts, self.cache, k, self._text())
-        return self._rounds.steps(self.parts, self.cache, k, self._key)
-
-    def _draft_on_host(self, steps: Steps, k: int) -> tuple[Draft, mx.array | None]:
-        """The draft, and which tokens a guide allows at each row to verify, bool [k + 1, vocab], None for all."""
-        if self.guide is None:
-            return steps.draft(self.state), None
-        masks = RowMasks(self.guide, k + 1)
-        draft = draft_tokens(self.parts, self.cache, self.state, k, masks)
-        masks(draft.tokens[:, -1:] if k else self._state.bonus)
-        self.host_reads += masks.host_reads
-        return draft, masks.stack()
-
-    def _read_rows(self, draft: Draft) -> PerLayerRows | None:
-        """The rows of mapped per-layer embeddings for the verify pass: they are found by the draft tokens."""
-        if self.parts.target.mapped is None:
-            return None
-        drafted: list[int] = []
-        if draft.tokens.size:
-            # Evaluate all of the draft: a part that waits would hold the K/V buffers, which would then be copied.
-            mx.eval(*(part for part in draft if part is not None))
-            drafted = self.wait_for(draft.tokens[0])
-        return self.parts.target.read_rows([self.tokens[-1], *drafted])
 
     def longest_draft(self) -> int:
         """The most tokens that the next round can draft.
@@ -262,26 +235,8 @@ class Stream:
         self._state = self._state._replace(window=window)
 
     def _append(self, tokens: list[int]) -> None:
-        """Note emitted tokens, also for the guide."""
         self.tokens += tokens
-        if self.guide is not None:
-            for token in tokens:
-                self.guide.consume(token)
-
-    def _read_logprobs(self, logprobs: mx.array, count: int) -> list[Logprobs] | None:
-        n = self.parts.logprobs
-        if n is None:
-            return None
-        rows: list[list[float]] = self.wait_for(logprobs[:count])
-        return [
-            Logprobs(row[0], [(int(i), p) for i, p in zip(row[1 : n + 1], row[n + 1 :], strict=True)]) for row in rows
-        ]
-
-    def wait_for(self, values: mx.array) -> list[Any]:
-        """Read an array of the device as a list, and count that. Only a guide reads draft tokens by itself."""
-        self.host_reads += 1
-        found: list[Any] = values.tolist()  # type: ignore[assignment]
-        return found
+        self.host.note(tokens)
 
 
 def chunk_size(config: TextConfig, rows: int, itemsize: int, step_size: int) -> int:

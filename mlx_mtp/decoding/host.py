@@ -1,0 +1,81 @@
+"""The part that the host takes in the rounds of one text."""
+
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_mtp.gemma4.disk_table import PerLayerRows
+from mlx_mtp.gemma4.drafter import Draft
+from mlx_mtp.gemma4.kv_cache import Cache
+from mlx_mtp.gemma4.target import Target
+
+from .constraints import Guide, RowMasks
+from .report import Logprobs
+from .round import RoundParts, Steps, draft_tokens
+from .state import RoundState
+
+
+class Host:
+    """Waits for values of the device, follows the guide, and finds the rows of mapped per-layer embeddings.
+
+    `reads` counts how often it waited.
+    """
+
+    def __init__(self, guide: Guide | None) -> None:
+        self.guide = guide
+        self.reads = 0
+
+    def wait_for(self, values: mx.array) -> list[Any]:
+        """Read an array of the device as a list. Only a guide reads draft tokens in another way."""
+        self.reads += 1
+        found: list[Any] = values.tolist()  # type: ignore[assignment]
+        return found
+
+    def first_mask(self, bonus: mx.array) -> mx.array | None:
+        """The tokens that the guide allows after the prompt, bool [1, vocab]; None for all."""
+        if self.guide is None:
+            return None
+        masks = RowMasks(self.guide, 1)
+        masks(bonus)
+        return masks.stack()
+
+    def draft(
+        self, parts: RoundParts, layout: Cache, state: RoundState, steps: Steps, k: int
+    ) -> tuple[Draft, mx.array | None]:
+        """The draft, and the tokens that the guide allows at each row to verify, bool [k + 1, vocab], None for all."""
+        if self.guide is None:
+            return steps.draft(state), None
+        masks = RowMasks(self.guide, k + 1)
+        draft = draft_tokens(parts, layout, state, k, masks)
+        masks(draft.tokens[:, -1:] if k else state.bonus)
+        self.reads += masks.host_reads
+        return draft, masks.stack()
+
+    def rows(self, target: Target, last: int, draft: Draft) -> PerLayerRows | None:
+        """The rows of mapped per-layer embeddings for a verify pass over the last token and the draft.
+
+        None if they are not mapped. The rows are found by the draft tokens, which are waited for.
+        """
+        if target.mapped is None:
+            return None
+        drafted: list[int] = []
+        if draft.tokens.size:
+            # Evaluate all of the draft: a part that waits would hold the K/V buffers, which would then be copied.
+            mx.eval(*(part for part in draft if part is not None))
+            drafted = self.wait_for(draft.tokens[0])
+        return target.read_rows([last, *drafted])
+
+    def logprobs(self, logprobs: mx.array, n: int | None, count: int) -> list[Logprobs] | None:
+        """The first `count` rows of `token_logprobs`, with n most likely tokens each; None if n is None."""
+        if n is None:
+            return None
+        rows: list[list[float]] = self.wait_for(logprobs[:count])
+        return [
+            Logprobs(row[0], [(int(i), p) for i, p in zip(row[1 : n + 1], row[n + 1 :], strict=True)]) for row in rows
+        ]
+
+    def note(self, tokens: list[int]) -> None:
+        """Tell the guide of emitted tokens."""
+        if self.guide is not None:
+            for token in tokens:
+                self.guide.consume(token)
