@@ -1,9 +1,9 @@
-"""Command line: train a drafter for a target. `python -m mlx_mtp.train --help`."""
+"""Command line that trains a drafter for a target: `python -m mlx_mtp.train --help`."""
 
 import sys
 
 if __name__ == "__main__":
-    # Before anything that takes time is imported.
+    # This stands before the slow imports, so that Ctrl-C ends the command from its first moment on.
     from .commands import run_command
 
     sys.exit(run_command("train"))
@@ -43,7 +43,7 @@ DEFAULT_ANSWER_TOKENS = 512
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    """Run the command line. Return the exit status: 0, 1 after an error, 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
     return exit_status(lambda: _run(args))
 
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_training_options(parser: argparse.ArgumentParser) -> None:
-    """The fields of TrainingOptions."""
+    """Add an option for each field of TrainingOptions."""
     add = parser.add_argument
     defaults = TrainingOptions()
     add("--iters", type=int, default=defaults.iters, help="Updates to make (default: %(default)s).")
@@ -141,7 +141,7 @@ def _run(args: argparse.Namespace) -> int:
     config = read_drafter_config(source)
     check_pair(read_target_config(folder), config)
     _check_drafter(args, config)
-    # The drafter there is helps to answer prompts; a damaged one still does.
+    # The existing drafter helps the target to answer prompts. A damaged drafter also helps.
     model = load_model(args.model, "none" if args.drafter_config else source, args)
     mx.random.seed(options.seed)
     drafter = _initial(args, model, config)
@@ -159,7 +159,7 @@ def _run(args: argparse.Namespace) -> int:
     try:
         data = read_data(args.data, model, args.max_seq_length, answer)
     except MTPError:
-        # Where no prompt was answered there is nothing to resume.
+        # rmdir removes only an empty folder. A folder with answers stays, so that the training can be resumed.
         with suppress(OSError):
             workspace.rmdir()
         raise
@@ -205,7 +205,10 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _workspace(output: Path, resume: bool) -> Path:
-    """Where the state of the training is kept until its end."""
+    """Return the folder that holds the training state until the training ends.
+
+    Raises OutputError if there is no training to resume, or if an unfinished training is in the way.
+    """
     workspace = output.with_name(f"{output.name}.training")
     if resume and not workspace.is_dir():
         raise OutputError(f"{workspace}: no training to resume")
@@ -215,7 +218,10 @@ def _workspace(output: Path, resume: bool) -> Path:
 
 
 def _source(args: argparse.Namespace, folder: Path) -> Path:
-    """The folder of the drafter, or of the config.json, to begin with."""
+    """Return the folder of the initial drafter, or of the config.json for a training from scratch.
+
+    Raises OptionError if no drafter is found.
+    """
     if args.drafter_config is not None:
         return Path(args.drafter_config)
     found = resolve_folder(args.drafter) if args.drafter else find_drafter(args.model, folder)
@@ -225,7 +231,7 @@ def _source(args: argparse.Namespace, folder: Path) -> Path:
 
 
 def _check_drafter(args: argparse.Namespace, config: DrafterConfig) -> None:
-    """Raises OptionError for what cannot be done with a drafter of this config."""
+    """Check that the options fit the drafter config. Raises OptionError if they do not."""
     if args.draft_vocab is not None:
         check_draft_vocab(config, args.draft_vocab)
     if args.rebuild_centroids and not config.num_centroids:
@@ -238,7 +244,7 @@ def _check_drafter(args: argparse.Namespace, config: DrafterConfig) -> None:
 
 
 def _initial(args: argparse.Namespace, model: Model, config: DrafterConfig) -> Drafter:
-    """The drafter to begin with, in float32."""
+    """Return the initial drafter, in float32."""
     if args.drafter_config is not None:
         drafter = Drafter(config)
         start_from_target(drafter, model.target, args.seed)
@@ -250,7 +256,7 @@ def _initial(args: argparse.Namespace, model: Model, config: DrafterConfig) -> D
 
 
 def _unfreeze(drafter: Drafter, lora_rank: int | None) -> None:
-    """Let the weights be trained, or LoRA matrices of this rank beside them, and nothing else."""
+    """Make only the weights trainable or, with `lora_rank`, only new LoRA matrices of this rank."""
     drafter.unfreeze()
     if drafter.masked_embedding is not None:
         drafter.masked_embedding.freeze(recurse=False, keys="token_ordering")
@@ -274,7 +280,10 @@ def _add_lora(drafter: Drafter, rank: int) -> None:
 
 
 def _write(output: Path, source: Path, drafter: Drafter, config: DrafterConfig, model: Model) -> None:
-    """The drafter's folder, in the layout and the type it was read in; all at once."""
+    """Write the drafter's folder in the layout and type of its source.
+
+    LoRA matrices are fused first. The folder appears only when it is complete.
+    """
     from mlx_lm.tuner.lora import LoRALinear
 
     lora = {name: module for name, module in drafter.named_modules() if isinstance(module, LoRALinear)}

@@ -1,1 +1,1 @@
-"""Measuring speed: `python -m mlx_mtp.bench`."""
+"""Measurement of decoding speed: `python -m mlx_mtp.bench`."""

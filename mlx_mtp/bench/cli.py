@@ -1,7 +1,8 @@
-"""Command line: how fast a pair decodes here, by kind of text and draft length. `python -m mlx_mtp.bench --help`.
+"""Command line that measures the decoding speed of a pair: `python -m mlx_mtp.bench --help`.
 
-Every setting of a case is run once to warm up, and then all of them in turn, again and again, so that a machine that
-slows down slows all of them; figures are medians, with their range.
+It measures by kind of text, prompt length, temperature and draft length. Each setting of a case runs once to warm up.
+Then the settings run in turn, several times, so that a machine that slows down affects all settings. The figures are
+medians with their range.
 """
 
 import argparse
@@ -37,10 +38,11 @@ from .plots import check_plots, write_plots
 
 KINDS = ("code", "prose", "chat", "copy", "list")
 AUTO = "auto"
-# Modules whose source is the text of "code": of the standard library, so that any machine has it.
+# The source of these modules is the text of the kind "code". Each machine has them: they are in the standard library.
 _MODULES = ("argparse", "queue", "posixpath", "textwrap", "statistics", "inspect", "typing", "tarfile", "turtle")
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-# Memory bandwidth of Apple's chips, GB/s (Apple's specifications). Where it depends on the variant, the larger one.
+# Memory bandwidth of Apple's chips in GB/s, from Apple's specifications. If a chip has variants, this is the largest
+# value.
 _BANDWIDTH = {
     "M1": 68, "M2": 100, "M3": 102, "M4": 120, "M5": 153,
     "M1 Pro": 200, "M2 Pro": 200, "M3 Pro": 150, "M4 Pro": 273, "M5 Pro": 307,
@@ -50,7 +52,7 @@ _BANDWIDTH = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    """Run the command line. Return the exit status: 0, 1 after an error, 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
     return exit_status(lambda: _run(args))
 
@@ -96,6 +98,7 @@ def _split(text: str) -> list[str]:
 
 
 def names(text: str, known: tuple[str, ...] = KINDS) -> tuple[str, ...]:
+    """Parse a comma-separated list of known names. Raises ArgumentTypeError if it is empty or a name is unknown."""
     found = tuple(_split(text))
     if not found or not set(found) <= set(known):
         raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, found {text!r}")
@@ -136,9 +139,10 @@ def _lengths(text: str) -> tuple[int | str, ...]:
 
 @dataclass
 class Setting:
-    """The runs of one case with one draft length: tokens/s of each, and what was drafted in all.
+    """The runs of one case with one draft length.
 
-    With `peer`, those of another runtime, of which nothing but tokens/s is known; `error` is why it gave up.
+    `tps` holds the tokens per second of each run, and `stats` covers all runs. With `peer`, another runtime decodes, and
+    only its tokens per second are known. `error` is the reason if that runtime failed.
     """
 
     peer: Run | None = None
@@ -148,6 +152,7 @@ class Setting:
     peak_memory_gb: float = 0.0
 
     def figures(self) -> dict[str, Any]:
+        """Return the figures of this setting for the report, or only the error of a peer that failed."""
         if self.error is not None:
             return {"error": self.error}
         speed: dict[str, Any] = {"tokens_per_second": median(self.tps), "range": [min(self.tps), max(self.tps)]}
@@ -170,8 +175,8 @@ def _run(args: argparse.Namespace) -> int:
         raise OptionError("--exact is found out in the checkpoint's own type: leave out --dtype")
     if args.peers and args.kv_bits is not None:
         raise OptionError("--peers run with K/V that are not quantized: leave out --kv-bits")
-    # Made first: what is wrong with the options shows before seconds of loading.
-    # Every run reads its prompt, and leaves no K/V behind.
+    # The options are checked before the model is loaded, which takes seconds. With `reuse_prompt` false, each run reads
+    # its prompt and leaves no K/V behind.
     options = GenerationOptions(
         max_tokens=args.max_tokens, ignore_eos=True, reuse_prompt=False, **read_kv_options(args)
     )
@@ -220,13 +225,13 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _load_peers(names: tuple[str, ...], model: Model, drafter: Path | None) -> tuple[dict[str, Run], dict[str, str]]:
-    """The settings of the other runtimes, and why some cannot take part."""
+    """Load the other runtimes. Return their settings, and the reason for each runtime that failed."""
     found: dict[str, Run] = {}
     failed: dict[str, str] = {}
     for name in names:
         try:
             found |= load_peer(name, model.config.path.parent, drafter, model.target.dtype)
-        # Their errors are theirs: whatever they are, the others go on.
+        # A runtime may raise any exception. The other runtimes continue.
         except Exception as error:
             failed[name] = _reason(error)
             print(f"{name} failed to load the pair: {failed[name]}", file=sys.stderr)
@@ -246,7 +251,7 @@ def measure(
     args: Any,
     bar: Any,
 ) -> None:
-    """All settings in turn, `args.repeats` times after a first that does not count."""
+    """Run all settings in turn, `args.repeats` times, after one warm-up turn that does not count."""
     first = options.sampling
     for repeat in range(-1, args.repeats):
         for k, setting in settings.items():
@@ -284,13 +289,16 @@ def _curve(model: Model, sampling: Sampling, options: GenerationOptions) -> Cost
 
 
 def count_operations(model: Model, k: int, sampling: Sampling, options: GenerationOptions) -> int:
-    """Of a round of k draft tokens on this device, about as many as kernels are launched."""
+    """Count the operations of a round of k draft tokens on this device. It launches about one kernel per operation."""
     kv = options.kv_quantization
     return operations(round_outputs(model.target, model.drafter, k, sampling, kv_quantization=kv)).total()
 
 
 def summary(settings: dict[int | str, Setting], curve: CostCurve | None) -> dict[str, Any]:
-    """A case's figures. Ratios are medians over pairs of runs next to each other."""
+    """Summarize the figures of a case.
+
+    A ratio is the median over pairs of runs in the same turn. `best` is the fixed draft length with the largest ratio.
+    """
     results = {str(k): setting.figures() for k, setting in settings.items()}
     for k, setting in settings.items():
         if setting.error is not None:
@@ -315,6 +323,7 @@ def summary(settings: dict[int | str, Setting], curve: CostCurve | None) -> dict
 
 
 def table(case: dict[str, Any], bound: float) -> str:
+    """Format the figures of a case as a text table. `bound` is the upper bound of plain decoding, in tokens/s."""
     lines = [f"{case['kind']}, {case['context']} tokens, temperature {case['temperature']:g}"]
     width = max(8, *(len(k) for k in case["settings"]))
     header = f"{'drafted':>{width}} {'tokens/s':>9} {'range':>15} {'ratio':>6} {'of bound':>8}"
@@ -344,13 +353,17 @@ def table(case: dict[str, Any], bound: float) -> str:
 
 
 def environment() -> dict[str, Any]:
+    """Return the versions of the packages, the device, and the system, for the report."""
     packages = {name: version(name) for name in ("mlx-mtp", "mlx", "mlx-lm", "numpy")}
     device = {"device": str(mx.default_device()), "name": mx.device_info().get("device_name")}
     return packages | device | {"python": platform.python_version(), "system": platform.platform()}
 
 
 def bound(model: Model) -> dict[str, Any]:
-    """What plain decoding could be at most: the bytes of a pass, the memory's bandwidth, and one over the other."""
+    """Compute the upper bound of plain decoding in tokens per second: memory bandwidth over the bytes of a pass.
+
+    `pass_bytes` is in bytes and `bandwidth` in bytes per second. A chip that is not listed is measured.
+    """
     size = pass_bytes(model)
     name = str(mx.device_info().get("device_name"))
     listed = _BANDWIDTH.get(name.removeprefix("Apple ").strip())
@@ -364,7 +377,11 @@ def bound(model: Model) -> dict[str, Any]:
 
 
 def pass_bytes(model: Model) -> float:
-    """Bytes of weights that a pass over one token reads: of tables a row, of experts those chosen, all else once."""
+    """Return the bytes of weights that a pass over one token reads.
+
+    Of the experts, only the chosen experts count. The per-layer table does not count, because a pass reads only one row
+    of it. All other weights count in full.
+    """
     text = model.config.text
     size = 0.0
     weights: dict[str, mx.array] = tree_flatten(model.target.parameters(), destination={})  # type: ignore[assignment]
@@ -377,7 +394,10 @@ def pass_bytes(model: Model) -> float:
 
 
 def measured_bandwidth() -> float:
-    """Bytes per second that can be read from memory: the best of a few sums over what no cache holds."""
+    """Measure the memory bandwidth in bytes per second.
+
+    It is the best of four reductions over an array that is too large for the caches.
+    """
     block = mx.ones(64 * 1024 * 1024, mx.float32)
     mx.eval(block)
     best = float("inf")
@@ -389,14 +409,17 @@ def measured_bandwidth() -> float:
 
 
 def prompt(model: Model, kind: str, length: int, room: int) -> list[int]:
-    """The first `length` tokens of a kind of text. Raises OptionError if the model cannot take as many."""
+    """Return a prompt of `length` tokens of a kind of text.
+
+    Raises OptionError if the prompt and `room` more tokens do not fit in the model's context.
+    """
     if length + room > model.max_context:
         raise OptionError(f"a context of {length} and {room} more tokens: the model holds {model.max_context}")
     if kind == "chat":
         return _chat(model, length)
     pieces = {"code": _code, "prose": _prose, "list": _list}
     if kind == "copy":
-        # What has been copied halfway once is copied on.
+        # The prompt is a text, and then the first half of the text again. The model continues the copy.
         half = _fill(model, _code(), (2 * length) // 3)
         return (half + half)[:length]
     return _fill(model, pieces[kind](), length)
@@ -417,7 +440,7 @@ def _code() -> Iterator[str]:
 
 
 def _prose() -> Iterator[str]:
-    """Python's language reference, as `help` shows it."""
+    """Yield the topics of Python's language reference, as `help` shows them."""
     while True:
         yield from pydoc_data.topics.topics.values()
 
@@ -429,7 +452,10 @@ def _list() -> Iterator[str]:
 
 
 def _chat(model: Model, length: int) -> list[int]:
-    """One question about as much text as fits, so that the template's end is at the prompt's end."""
+    """Encode one question about a text with the chat template.
+
+    The text is cut to fit, so that the end of the template is also the end of the prompt.
+    """
     question = "Explain in your own words:\n\n"
 
     def encode(text: list[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a round asks of the device: the operations in its graph."""
+"""The operations in the graph of a round: a measure of its work on the device."""
 
 import re
 import tempfile
@@ -16,12 +16,12 @@ from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.kv_cache import KVQuantization
 from mlx_mtp.gemma4.target import Target
 
-# Operations that give another view of their input's memory, or none at all.
+# Operations that return a view of their input's memory, or that use no memory at all.
 _VIEWS = {
     "AsStrided", "Broadcast", "BroadcastAxes", "Depends", "ExpandDims", "Flatten", "Reshape", "Slice", "Split",
     "Squeeze", "StopGradient", "Transpose", "Unflatten", "View",
 }  # fmt: skip
-# Tokens before the round.
+# The number of tokens before the round.
 _CONTEXT = 100
 
 
@@ -34,11 +34,11 @@ def round_outputs(
     compiled: bool = True,
     kv_quantization: KVQuantization | None = None,
 ) -> list[mx.array]:
-    """Everything that a round of k draft tokens computes, not evaluated."""
+    """Return all output arrays of a round of k draft tokens, not evaluated."""
     stream = Stream(target, drafter, max_draft_tokens=k, sampling=sampling, kv_quantization=kv_quantization)
     stream.cache.set_length(_CONTEXT)
     stream.cache.reserve(k + 1)
-    # Arrays of their own, so that the graph begins here.
+    # New arrays replace the state, so that the graph begins here.
     state = tree_map(lambda array: mx.zeros(array.shape, array.dtype), stream.state)
     mx.eval(state)
     if compiled:
@@ -47,7 +47,7 @@ def round_outputs(
         steps = round_steps(stream.parts, stream.cache, k)
     if target.mapped is None:
         return _arrays(steps.whole(state))
-    # Any rows will do: the draft need not be evaluated.
+    # The values of the rows have no effect on the graph. So the draft does not have to be evaluated.
     return _arrays(steps.verify(state, steps.draft(state), None, target.read_rows([0] * (k + 1))))
 
 
@@ -57,13 +57,16 @@ def _arrays(tree: object) -> list[mx.array]:
 
 
 def operations(outputs: list[mx.array]) -> Counter[str]:
-    """The operations of a graph by kind, without those that only look at memory in another way. About as many kernels
-    are launched: a concatenation copies each of its parts, and some operations take more than one kernel."""
+    """Count the operations of a graph by kind, without operations that only return a view.
+
+    The sum is about the number of kernels that the device launches. A concatenation counts once for each of its parts,
+    because it copies each part. Some operations need more than one kernel.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "graph.dot"
         mx.export_to_dot(str(file), *outputs)
         text = file.read_text()
-    # One line per operation, even if its compiled kernel serves several.
+    # The file has one line per operation, even if several operations share one compiled kernel.
     nodes = re.findall(r'(\d+) \[label ="([^"]*)", shape=rectangle\]', text)
     kinds = dict(nodes)
     found = Counter(kind for _, kind in nodes)

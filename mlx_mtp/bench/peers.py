@@ -1,7 +1,7 @@
-"""Other runtimes on the same pair, prompts and token counts: what `bench --peers` compares with.
+"""Other runtimes that `bench --peers` compares with, on the same pair, prompts and token counts.
 
-Each is called through its own generator of tokens, without detokenizing, and timed from its first token to its last, as
-`GenerationResponse.generation_tps` is.
+Each runtime is called through its own token generator, without detokenization. The time is from its first token to its
+last token, as for `GenerationResponse.generation_tps`.
 """
 
 import time
@@ -14,24 +14,25 @@ import mlx.core as mx
 
 from mlx_mtp.decoding.sampling import Sampling
 
-# Decode so many tokens after a prompt; returns tokens per second.
+# A function that decodes a number of tokens after a prompt: (prompt, sampling, count). It returns tokens per second.
 Run = Callable[[list[int], Sampling, int], float]
 PEERS = ("mlx-lm", "mlx-vlm", "transformers")
-# What a peer's runtime may be set to, by name.
+# The settings of a runtime by name, for example one for each draft length.
 Settings = dict[str, Run]
 
-# Draft tokens and the bonus token together, as mlx-vlm counts; Hugging Face's default is 5 draft tokens for Gemma 4.
+# mlx-vlm's block size counts the draft tokens and the bonus token together. Hugging Face's default for Gemma 4 is 5
+# draft tokens.
 VLM_BLOCK_SIZES = (2, 3, 4, 5)
 TRANSFORMERS_DRAFT_TOKENS = (3, 5)
 
 
 def load_peer(name: str, target: Path, drafter: Path | None, dtype: mx.Dtype) -> Settings:
-    """Load a pair into another runtime. Raises whatever that runtime raises."""
+    """Load a pair into another runtime. Raises any exception that the runtime raises."""
     return {"mlx-lm": _mlx_lm, "mlx-vlm": _mlx_vlm, "transformers": _transformers}[name](target, drafter, dtype)
 
 
 def _mlx_lm(target: Path, drafter: Path | None, dtype: mx.Dtype) -> Settings:
-    """Plain decoding: mlx-lm has no drafting of this kind."""
+    """Load the target for plain decoding. mlx-lm does not support these drafters."""
     from mlx_lm.generate import generate_step
     from mlx_lm.sample_utils import make_sampler
     from mlx_lm.utils import load_model
@@ -53,7 +54,7 @@ def _mlx_vlm(target: Path, drafter: Path | None, dtype: mx.Dtype) -> Settings:
     from mlx_vlm.speculative.drafters import load_drafter
     from mlx_vlm.utils import load_model
 
-    # Not strict, for pairs without a vision tower, which nothing here looks at.
+    # A strict load fails for pairs without a vision tower. The measurement does not need the tower.
     model = load_model(target, strict=False)
     model.set_dtype(dtype)
     mx.eval(model.parameters())
@@ -123,7 +124,7 @@ def _transformers(target: Path, drafter: Path | None, dtype: mx.Dtype) -> Settin
 
 
 def _rate(tokens: Iterable[Any], count: int) -> float:
-    """Tokens per second after the first, of at most `count`."""
+    """Measure the tokens per second after the first token, over at most `count` tokens."""
     iterator = iter(tokens)
     next(iterator)
     start = time.perf_counter()

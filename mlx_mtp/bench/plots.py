@@ -1,4 +1,4 @@
-"""The figures of a report of `bench` as PNG files. Needs matplotlib: `pip install 'mlx-mtp[plot]'`."""
+"""Plots of a `bench` report as PNG files. They need matplotlib: `pip install 'mlx-mtp[plot]'`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
 
 def check_plots(folder: Path) -> None:
-    """Raises OptionError without matplotlib, OutputError if the folder exists or cannot be made."""
+    """Check that plots can be written to a new folder.
+
+    Raises OptionError if matplotlib is not installed, OutputError if the folder exists or cannot be made.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -24,7 +27,10 @@ def check_plots(folder: Path) -> None:
 
 
 def write_plots(report: dict[str, Any], folder: Path) -> None:
-    """`speedup.png`, `acceptance.png` and `cost.png` in a folder that appears with all of them. Raises OutputError."""
+    """Write `speedup.png`, `acceptance.png` and `cost.png` to a folder that appears only when it is complete.
+
+    Without a drafter there is only `speedup.png`. Raises OutputError if writing fails.
+    """
     figures = {"speedup": speedup(report)}
     if any("costs" in case for case in report["cases"]):
         figures |= {"acceptance": acceptance(report), "cost": cost(report)}
@@ -34,7 +40,10 @@ def write_plots(report: dict[str, Any], folder: Path) -> None:
 
 
 def speedup(report: dict[str, Any]) -> "Figure":
-    """Ratio to plain decoding by number of draft tokens, a line per case; dotted, what `auto` reached."""
+    """Plot the speed ratio to plain decoding by number of draft tokens.
+
+    There is one line per case. A dotted line shows the ratio of `auto`.
+    """
     figure, axes = _axes("draft tokens per round", "tokens/s over plain decoding")
     for index, case in enumerate(report["cases"]):
         fixed = {int(k): row["ratio"] for k, row in case["settings"].items() if k.isdigit()}
@@ -48,7 +57,7 @@ def speedup(report: dict[str, Any]) -> "Figure":
 
 
 def acceptance(report: dict[str, Any]) -> "Figure":
-    """Share of drafts accepted by position, of the longest fixed draft length of each case."""
+    """Plot the share of accepted draft tokens by position, for the longest fixed draft length of each case."""
     figure, axes = _axes("draft position", "share accepted of those that got there")
     for case in report["cases"]:
         longest = max((k for k in case["settings"] if k.isdigit()), key=int)
@@ -60,7 +69,10 @@ def acceptance(report: dict[str, Any]) -> "Figure":
 
 
 def cost(report: dict[str, Any]) -> "Figure":
-    """Milliseconds of a pass by rows, against reading the weights once at the memory's bandwidth."""
+    """Plot the milliseconds of a pass by number of rows.
+
+    A line shows the time to read the weights once at the memory bandwidth. A dotted line shows a draft step.
+    """
     figure, axes = _axes("rows of a pass", "milliseconds")
     seen = set()
     for case in report["cases"]:

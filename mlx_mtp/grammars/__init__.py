@@ -1,1 +1,1 @@
-"""Grammars that hold a text to a JSON Schema or to valid tool calls."""
+"""Grammars that restrict the generated text to a JSON Schema or to valid tool calls."""

@@ -1,47 +1,50 @@
-"""Terminals of a grammar for what JSON Schema says of strings: their length, a pattern, a format.
+"""Grammar terminals for the string keywords of JSON Schema: length, pattern and format.
 
-A terminal is in llguidance's variant of Lark. It matches the text of a string as it is, without JSON's escapes.
+A terminal is in llguidance's variant of Lark. It matches the plain text of a string, without JSON's escapes.
 """
 
 import re
 from collections.abc import Iterable, Sequence
 
 _ANY = "(?s:.*)"
-# The parts of a regular expression: an escape, a class, or one character.
+# One part of a regular expression: an escape, a class, or one character.
 _PARTS = re.compile(r"\\u[0-9a-fA-F]{4}|\\u\{[0-9a-fA-F]+\}|\\x[0-9a-fA-F]{2}|\\.|\[\^?(?:\\.|[^\]\\])*\]|.", re.DOTALL)
-# Classes of ASCII in JavaScript, whose regular expressions are those of JSON Schema; Rust's are of Unicode.
+# JSON Schema uses the regular expressions of JavaScript. These classes are ASCII in JavaScript and Unicode in Rust.
 _CLASSES = {r"\d": "0-9", r"\D": "^0-9", r"\w": "0-9A-Za-z_", r"\W": "^0-9A-Za-z_"}
-# Characters that Rust lets a backslash stand before.
+# Characters that Rust allows after a backslash.
 _ESCAPED = frozenset(r"\.+*?()|[]{}^$#&-~/")
 
 
 def search_terminal(pattern: str) -> str:
-    """What matches each string in which the pattern, a regular expression of JSON Schema, is found.
+    """Return a terminal that matches each string that contains the pattern, a regular expression of JSON Schema.
 
-    Anchors are followed at the ends of an alternative, and looks ahead at its beginning. Elsewhere they stay as they
-    are, which llguidance refuses.
+    Anchors are supported at both ends of an alternative, and lookaheads at its beginning. In other places they stay
+    unchanged, and llguidance rejects the terminal.
     """
     return _alternatives(_PARTS.findall(pattern), is_anchored=False)
 
 
 def length_terminal(least: int, most: int | None) -> str:
-    """What matches each string of `least` to `most` characters."""
+    """Return a terminal that matches each string of `least` to `most` characters (None: no limit)."""
     return f"/(?s:.{{{least},{'' if most is None else most}}})/"
 
 
 def format_terminal(name: str) -> str | None:
-    """What matches each string of a format of JSON Schema; None if the format is not known."""
+    """Return a terminal that matches each string of a JSON Schema format, or None if the format is not known."""
     return _FORMATS.get(name)
 
 
 def _alternatives(parts: Sequence[str], *, is_anchored: bool) -> str:
-    """What matches one of the alternatives, each from the string's beginning, if `is_anchored`, or from anywhere."""
+    """Return a terminal that matches one of the alternatives.
+
+    If `is_anchored`, the match begins at the start of the string, else anywhere.
+    """
     found = [_alternative(branch, is_anchored) for branch in _split(parts)]
     return found[0] if len(found) == 1 else f"({' | '.join(found)})"
 
 
 def _split(parts: Sequence[str]) -> list[list[str]]:
-    """The alternatives that are not inside of a group."""
+    """Split the parts into the alternatives that are not inside a group."""
     branches: list[list[str]] = [[]]
     depth = 0
     for part in parts:
@@ -62,13 +65,13 @@ def _alternative(parts: list[str], is_anchored: bool) -> str:
         parts = parts[end + 1 :]
     is_closed = parts[-1:] == ["$"]
     body = "".join(map(_rust, parts[:-1] if is_closed else parts))
-    # A group keeps a repetition apart from what comes before it.
+    # The group separates the body from the text before and after it. Alternatives and repetitions stay inside.
     whole = f"/{'' if is_anchored else _ANY}(?:{body}){'' if is_closed else _ANY}/"
     return whole if not looks else f"({' & '.join([whole, *looks])})"
 
 
 def _group_end(parts: Sequence[str]) -> int | None:
-    """The place of the parenthesis that closes the group at the beginning."""
+    """Return the index of the parenthesis that closes the first group, or None."""
     depth = 0
     for index, part in enumerate(parts):
         depth += (part == "(") - (part == ")")
@@ -78,7 +81,7 @@ def _group_end(parts: Sequence[str]) -> int | None:
 
 
 def _rust(part: str) -> str:
-    """A part of a regular expression in the syntax of Rust's, between slashes."""
+    """Translate one part of a regular expression to Rust's syntax, for use between slashes."""
     if part in _CLASSES:
         return f"[{_CLASSES[part]}]"
     if part.startswith("[") and len(part) > 1:
@@ -97,7 +100,7 @@ def _rust_in_class(part: str) -> str:
     if part == r"\b":
         return r"\x08"
     if part.startswith("[") or part in ("&", "~"):
-        # Rust's classes hold others and have operators.
+        # Rust's classes can contain other classes and operators. So these characters need a backslash.
         return "".join("\\" + character if character in "[]&~^" else character for character in part)
     return _rust(part)
 
@@ -109,7 +112,7 @@ def _all_of(terminals: Iterable[str]) -> str:
 _DAY = r"(0[1-9]|1[0-9]|2[0-8])"
 _LEAP_YEAR = r"([0-9]{2}(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00)"
 _DATE = rf"([0-9]{{4}}-((0[1-9]|1[0-2])-{_DAY}|(0[13-9]|1[0-2])-(29|30)|(0[13578]|1[02])-31)|{_LEAP_YEAR}-02-29)"
-# Which many libraries refuse.
+# Many libraries reject the year 0.
 _NOT_YEAR_0 = "~/0000(?s:.*)/"
 _HOUR, _SIXTY = "([01][0-9]|2[0-3])", "[0-5][0-9]"
 _TIME = rf"{_HOUR}:{_SIXTY}:{_SIXTY}(\.[0-9]{{1,9}})?([Zz]|[+-]{_HOUR}:{_SIXTY})"
@@ -127,12 +130,15 @@ _URI_TEXT = rf"([A-Za-z0-9._~:\/?@!$&'()*+,;=-]|%{_HEX}{{2}})"
 
 
 def _ipv6() -> str:
-    """Eight groups, or fewer around two colons; an address of IPv4 may stand for the last two."""
+    """Return a regular expression for IPv6 addresses.
+
+    An address has eight groups, or fewer groups around `::`. An IPv4 address may replace the last two groups.
+    """
     last = f"({_GROUP}:{_GROUP}|{_IPV4})"
     forms = [f"({_GROUP}:){{6}}{last}"]
     for before in range(8):
         head = f"({_GROUP}(:{_GROUP}){{0,{before - 1}}})?" if before else ""
-        # At least one group is left out.
+        # `::` replaces at least one group.
         after = 7 - before
         forms.append(f"{head}::" + (f"({_GROUP}:){{0,{after - 1}}}{_GROUP}" if after else ""))
         if after >= 2:

@@ -1,4 +1,4 @@
-"""A grammar that only valid tool calls follow, in the syntax of Gemma 4 (see `tool_calls`)."""
+"""A grammar that accepts only valid tool calls in the syntax of Gemma 4 (see `tool_calls`)."""
 
 import json
 import re
@@ -12,13 +12,13 @@ from mlx_mtp.text.call_syntax import CALL_END, CALL_START
 from .argument_rules import COMMON_RULES, ArgumentRules, Rules
 from .schemas import LeftOut
 
-# Before the calls; one spelled out would be taken for a call.
+# The text before the calls. It must not spell out the start mark of a call, which a reader takes for a call.
 _TEXT = r"TEXT: /(?s:.+)/ & ~/(?s:.*)<\|tool_call>(?s:.*)/"
 _TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 
 
 class ToolGrammar(NamedTuple):
-    """A grammar, and the keywords of the tools' schemas that it does not hold calls to, as `TOOL.PLACE: KEYWORD`."""
+    """A grammar, and the schema keywords that it does not enforce, as `TOOL.PLACE: KEYWORD`."""
 
     text: str
     not_enforced: tuple[str, ...]
@@ -27,17 +27,17 @@ class ToolGrammar(NamedTuple):
 def tool_grammar(
     tools: Sequence[Mapping[str, Any]], choice: str, *, parallel: bool = True, answer: Mapping[str, Any] | None = None
 ) -> ToolGrammar:
-    """A grammar for `GenerationOptions.grammar` that holds the answer to valid calls of OpenAI's function tools.
+    """Return a grammar for `GenerationOptions.grammar` that allows only valid calls of OpenAI's function tools.
 
-    `choice` is "auto": text, then any number of calls, "required": at least one call and no text, or the name of the
-    tool to call once. Without `parallel`, there is one call at most. `answer` is a JSON Schema that an answer without
-    calls must follow: then there are either calls or such an answer, and no other text.
+    `choice` is "auto" (text, then any number of calls), "required" (at least one call and no text), or the name of the
+    tool to call once. Without `parallel`, there is at most one call. `answer` is a JSON Schema for an answer without
+    calls. With `answer`, the text is either calls or an answer that follows this schema, and nothing else.
 
-    An object's properties come in alphabetical order, as the chat template writes them, and no others do, unless it
-    lists none. A part of a schema that cannot be followed is left out.
+    The properties of an object come in alphabetical order, as the chat template writes them. An object has no other
+    properties, unless its schema lists none. The grammar leaves out the parts of a schema that it cannot follow.
 
-    Raises OptionError for a tool that is malformed, that no arguments can satisfy or, if it is strict, whose schema
-    cannot be followed in full, and for a choice of no tool.
+    Raises OptionError if a tool is malformed, if no arguments can satisfy its schema, or if it is strict and its schema
+    cannot be followed in full. Raises OptionError if `choice` names no tool.
     """
     rules = Rules()
     try:
@@ -57,7 +57,7 @@ def tool_grammar(
 
 
 def _start(call: str, is_required: bool, parallel: bool, has_answer: bool) -> str:
-    """What the whole text may be. `call` is the rule of one call, empty if there are no tools."""
+    """Return the body of the start rule. `call` is the rule of one call, empty if there are no tools."""
     if is_required:
         if not call:
             raise OptionError("tools: a call is required, but there are none")
@@ -68,13 +68,13 @@ def _start(call: str, is_required: bool, parallel: bool, has_answer: bool) -> st
 
 
 def _json(schema: Mapping[str, Any]) -> str:
-    """The rule of a JSON text, which may hold as few blanks as one without tools."""
+    """Return the rule of a JSON text. The limit on its whitespace is the same as for an answer without tools."""
     guidance = {"whitespace_pattern": JSON_WHITESPACE, **schema.get("x-guidance", {})}
     return f"%json {json.dumps({**schema, 'x-guidance': guidance})}"
 
 
 def _calls(tools: Sequence[Mapping[str, Any]], rules: Rules) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The rule of each tool's call, by the tool's name, and what is not enforced."""
+    """Return the rule of each tool's call by the tool's name, and the schema keywords that are not enforced."""
     calls: dict[str, str] = {}
     not_enforced: list[str] = []
     for index, tool in enumerate(tools):

@@ -1,1 +1,1 @@
-"""Training a drafter: data, losses, and the loop."""
+"""Training of a drafter: data, losses, and the training loop."""

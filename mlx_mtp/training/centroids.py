@@ -1,4 +1,4 @@
-"""A centroid head for a drafter that has none: tokens in clusters of equal size, and a head to start training from."""
+"""Initial weights for the training of a drafter, and a centroid head whose token clusters have equal size."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,14 +14,15 @@ _ROUNDS = 12
 
 
 def start_from_target(drafter: Drafter, target: Target, seed: int) -> None:
-    """Let a drafter that is yet to be trained see and say things as the target does.
+    """Initialize an untrained drafter from the target's embeddings.
 
-    Its hidden states begin as the principal components of the target's embeddings: the head's rows are the tokens' own,
-    the projections lead from the target's hidden states to the components and back. Untrained, it thus says what the
-    target's last hidden state says; clusters of a centroid head hold tokens the target sees as alike.
+    The drafter's hidden states begin as the principal components of the target's embeddings. The rows of the head are
+    the token embeddings in these components. The projections map the target's hidden states to the components and back.
+    Without training, the drafter then predicts the token that the target's last hidden state predicts. The clusters of
+    a centroid head hold tokens with similar embeddings. `seed` seeds the clustering.
     """
     table = _rows(target.embed_tokens)
-    # The mean adds the same to every logit.
+    # The mean adds an equal amount to every logit, so it can be removed.
     table -= table.mean(axis=0)
     size = drafter.config.text.hidden_size
     _, vectors = np.linalg.eigh(table.T @ table)
@@ -30,7 +31,7 @@ def start_from_target(drafter: Drafter, target: Target, seed: int) -> None:
         basis = np.pad(basis, ((0, 0), (0, size - basis.shape[1])))
     drafter.model.embed_tokens.weight = mx.array(table @ basis)
     drafter.post_projection.weight = mx.array(basis)
-    # The embedding comes first and the hidden state second; a little of the embedding tells the tokens apart.
+    # The input is the embedding, then the hidden state. A small share of the embedding distinguishes the tokens.
     drafter.pre_projection.weight = mx.array(np.concatenate([0.1 * basis.T, basis.T], axis=1))
     scale = mx.sqrt(mx.square(target.norm.weight.astype(mx.float32)).mean())
     drafter.model.norm.weight = mx.ones((size,)) * scale
@@ -39,7 +40,7 @@ def start_from_target(drafter: Drafter, target: Target, seed: int) -> None:
 
 
 def build_centroids(drafter: Drafter, seed: int) -> None:
-    """Cluster the rows of a drafter's head anew, and put each centroid where the mean of its rows is."""
+    """Cluster the rows of a drafter's head, and set each centroid to the mean of its rows."""
     head = drafter.masked_embedding
     assert head is not None
     rows = _rows(drafter.model.embed_tokens)
@@ -51,9 +52,10 @@ def build_centroids(drafter: Drafter, seed: int) -> None:
 
 
 def balanced_clusters(rows: Floats, count: int, seed: int) -> npt.NDArray[np.int64]:
-    """The cluster of each row, [rows], all of `count` clusters holding the same number of rows.
+    """Assign the rows to `count` clusters of equal size. Return the cluster of each row, int64 [rows].
 
-    Spherical k-means; then rows choose in turn, those that prefer one cluster most first, among clusters with room.
+    Spherical k-means finds the cluster centers. Then each row takes the most similar cluster that still has room. The
+    rows with the strongest preference for one cluster choose first.
     """
     unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
     rng = np.random.default_rng(seed)
@@ -62,7 +64,7 @@ def balanced_clusters(rows: Floats, count: int, seed: int) -> npt.NDArray[np.int
         nearest = np.argmax(unit @ centers.T, axis=1)
         sums = np.zeros_like(centers)
         np.add.at(sums, nearest, unit)
-        # A center that attracts nothing goes to a row of its own.
+        # An empty cluster gets a random row as its new center.
         empty = np.bincount(nearest, minlength=count) == 0
         sums[empty] = unit[rng.choice(len(unit), int(empty.sum()), replace=False)]
         centers = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-9)
@@ -77,19 +79,22 @@ def balanced_clusters(rows: Floats, count: int, seed: int) -> npt.NDArray[np.int
 
 
 def _spread(unit: Floats, count: int, rng: np.random.Generator) -> Floats:
-    """Rows to start from (k-means++): each drawn with the square of its distance to those drawn before."""
+    """Draw the initial cluster centers from the rows, as k-means++ does.
+
+    The weight of a row is its squared distance to the nearest center that is already drawn.
+    """
     chosen = [int(rng.integers(len(unit)))]
     distance = np.full(len(unit), np.inf, np.float32)
     for _ in range(count - 1):
         distance = np.minimum(distance, np.maximum(1 - unit @ unit[chosen[-1]], 0))
-        # Rows that are all alike leave no distance to draw by.
+        # If every distance is zero (all rows are equal), the draw is uniform.
         weights = (distance if distance.any() else np.ones_like(distance)).astype(np.float64)
         chosen.append(int(rng.choice(len(unit), p=weights / weights.sum())))
     return unit[chosen]
 
 
 def _rows(table: nn.Module) -> Floats:
-    """All rows of an embedding, quantized or not, in float32."""
+    """Return all rows of an embedding in float32. The embedding may be quantized."""
     size = table.weight.shape[0]
     return np.array(
         mx.concatenate([table(mx.arange(i, min(i + 4096, size))) for i in range(0, size, 4096)]).astype(mx.float32)

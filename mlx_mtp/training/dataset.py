@@ -1,4 +1,7 @@
-"""Training texts as token ids, from JSONL files in mlx-lm's formats; prompts alone get the target's own answer."""
+"""Training texts as token ids, read from JSONL files in mlx-lm's formats.
+
+The target itself answers a prompt that has no answer in the file.
+"""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -13,21 +16,24 @@ from mlx_mtp.text.tokenizer import encode_prompt
 
 
 class Text(NamedTuple):
-    """Token ids, of which those from index `answer` on are the model's own part (1 if there is no prompt)."""
+    """The token ids of one text. The answer begins at index `answer` (1 if there is no prompt)."""
 
     tokens: list[int]
     answer: int
 
 
 class Data(NamedTuple):
-    """Texts to train on, and texts held out to measure with."""
+    """The texts to train on, and the held-out texts to measure with."""
 
     train: list[Text]
     valid: list[Text]
 
 
 class _Line(NamedTuple):
-    """Where a line is, for messages, its tokens, and whether the target is still to answer it."""
+    """One line of a JSONL file.
+
+    `place` names the line in error messages. `is_prompt` is true if the target still has to answer the text.
+    """
 
     place: str
     text: Text
@@ -37,14 +43,15 @@ class _Line(NamedTuple):
 def read_data(
     path: Path, model: Model, max_length: int, answer: Callable[[Sequence[list[int]]], list[list[int]]]
 ) -> Data:
-    """Read training texts.
+    """Read the training texts and the held-out texts.
 
-    `path` is a JSONL file, of which every twentieth text, at least one, is held out, or a folder with `train.jsonl` and
-    `valid.jsonl`. A line is {"text": ...}, {"messages": [...]}, {"prompt": ..., "completion": ...}, or, for the target
-    to answer, {"prompt": ...} or messages that end with the user's. Texts longer than `max_length` tokens are cut into
-    pieces. `answer` is called once with all the prompts and gives the tokens that answer each.
+    `path` is a JSONL file or a folder with `train.jsonl` and `valid.jsonl`. Of a single file, every twentieth text is
+    held out, and at least one text. A line is {"text": ...}, {"messages": [...]} or {"prompt": ..., "completion": ...}.
+    The target answers a line that is {"prompt": ...} alone, or messages that end with a user message. Texts longer than
+    `max_length` tokens are cut into pieces. `answer` is called once with all prompts and returns the answer tokens of
+    each prompt.
 
-    Raises DataError naming the file and line that cannot be read, or the file without a usable text.
+    Raises DataError if a line cannot be read or if there is no usable text. The message names the file and line.
     """
     lines = [list(_read_lines(file, model)) for file in _files(path)]
     prompts = [line.text.tokens for part in lines for line in part if line.is_prompt]
@@ -68,7 +75,7 @@ def read_data(
 
 
 def check_data(path: Path) -> None:
-    """Raises DataError for a file or line that is no JSONL: all that can be found out without a model."""
+    """Check the data files without a model. Raises DataError if a file or line is not JSONL, or if a file is empty."""
     for file in _files(path):
         if not list(_entries(file)):
             raise DataError(f"{file}: expected a text a line, found none")
@@ -79,7 +86,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object of a JSONL file, after where it is."""
+    """Yield each object of a JSONL file as (place, object). The place names the file and line for messages."""
     try:
         content = read_text(file)
     except (OSError, UnicodeDecodeError) as error:
@@ -126,7 +133,8 @@ def _encode(entry: dict[str, Any], model: Model, place: str) -> tuple[Text, bool
     if not isinstance(last.get("content"), str):
         raise DataError(f"{place}: expected the answer as text, found {last.get('content')!r}")
     answer = tokenizer.encode(last["content"], add_special_tokens=False)
-    # As the model itself ends it; what the template puts after the turn is not the model's.
+    # The answer ends with the token with which the model ends a turn. The model does not generate the text that the
+    # chat template adds after the turn.
     return Text([*prompt, *answer, *_turn_end(model)], len(prompt)), False
 
 
@@ -136,7 +144,10 @@ def _turn_end(model: Model) -> list[int]:
 
 
 def _pieces(text: Text, max_length: int, bos: int | None) -> Iterator[Text]:
-    """A text cut into pieces, which all begin with `<bos>` if it does; those too short are left out."""
+    """Yield the pieces of a text, without pieces that are too short.
+
+    If the text begins with `<bos>`, each piece begins with `<bos>`.
+    """
     tokens, answer = text
     start = tokens[:1] if tokens[0] == bos else []
     while len(tokens) > max_length:
@@ -147,7 +158,7 @@ def _pieces(text: Text, max_length: int, bos: int | None) -> Iterator[Text]:
 
 
 def _usable(text: Text) -> Iterator[Text]:
-    # Something to read, something to draft.
+    # A usable text has enough tokens to read, and its answer has enough tokens to draft.
     if len(text.tokens) >= 16 and text.answer < len(text.tokens) - 8:
         yield text
 
@@ -159,15 +170,16 @@ def answer_prompts(
     options: GenerationOptions,
     on_answer: Callable[[int, int], None],
 ) -> list[list[int]]:
-    """The target's answers to prompts, decoded speculatively, each appended to a file as it is complete.
+    """Answer prompts with the target, and append each complete answer to a file.
 
-    A file that holds the first of them already is gone on with. `on_answer` is told how many there are of how many.
+    Decoding is speculative. If the file already holds the first answers, the function continues after them. `on_answer`
+    gets the number of answers and the number of prompts.
 
     Raises DataError if the file holds answers to other prompts.
     """
     answers: list[list[int]] = []
     if file.is_file():
-        # A line without its end was cut off while it was written.
+        # If a line has no newline at its end, the write was interrupted.
         whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
         for number, (line, prompt) in enumerate(zip(whole, prompts, strict=False), 1):
             entry = json.loads(line)

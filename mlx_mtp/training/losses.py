@@ -1,8 +1,9 @@
-"""What a drafter is trained on: its draft steps at all positions of a text at once, against the target's distributions.
+"""Training losses of a drafter: it learns the target's distributions, at all positions of a text in one pass.
 
-A draft step sees the target's K/V before the bonus token and nothing of the draft but its own hidden state, so the
-steps of all positions differ in their masks alone and run as one pass, each fed with the text's own next token. The
-layers are those of decoding; `tests/test_distill.py` holds that the logits are, too.
+A draft step sees the target's K/V before the bonus token. Of the draft it sees only the hidden state of the step
+before. So the draft steps at different positions differ only in their masks, and they run as one pass. Each step gets
+the next token of the text as its draft token. Training uses the same layers as decoding. `tests/test_distill.py` checks
+that the logits are the same, too.
 """
 
 from typing import NamedTuple
@@ -17,10 +18,10 @@ from mlx_mtp.gemma4.target import Target
 
 
 class Lesson(NamedTuple):
-    """What the frozen target says of one text of T tokens: all that training needs to know of it.
+    """The output of the frozen target for one text of T tokens: all the data that training needs from the target.
 
-    `embeddings` and `hidden` are [1, T, hidden_size], `keys_values` the K/V rows the drafter reads by layer type,
-    [1, kv_heads, T, head_dim] each.
+    `embeddings` and `hidden` are [1, T, hidden_size]. `keys_values` holds the keys and values that the drafter reads,
+    by layer type, each [1, kv_heads, T, head_dim].
     """
 
     embeddings: mx.array
@@ -29,12 +30,12 @@ class Lesson(NamedTuple):
 
 
 class StepLoss(NamedTuple):
-    """Of one draft step, by position, float32 [rows].
+    """The losses of one draft step by position. Each field is float32 [rows].
 
-    `divergence` is KL(target || drafter) over the tokens that can be drafted, `centroids` the same over the clusters of
-    a centroid head (zero for a dense head); both in nats. `accepted` is the chance that a draft token drawn from the
-    drafter would be accepted, sum(min(p, q)), with q as decoding draws it: zero outside the centroid candidates.
-    `agrees` is 1 where the likeliest tokens are the same.
+    `divergence` is KL(target || drafter) over the tokens that can be drafted, in nats. `centroids` is the KL divergence
+    over the clusters of a centroid head, in nats (zero for a dense head). `accepted` is the probability that the target
+    accepts a token sampled from the drafter, sum(min(p, q)). Here q is the distribution that decoding samples from: it
+    is zero outside the centroid candidates. `agrees` is 1 where target and drafter have the same most likely token.
     """
 
     divergence: mx.array
@@ -44,8 +45,12 @@ class StepLoss(NamedTuple):
 
 
 class _Wanted(NamedTuple):
-    """The target's probabilities of the tokens the drafter can draft, [rows, tokens], and, for a centroid head, of its
-    clusters, [rows, clusters]; their entropies [rows], in nats; and the likeliest token of all, [rows]."""
+    """The target's distributions, which the drafter learns.
+
+    `p` is the probability of each token that can be drafted, [rows, tokens]. `best` is the most likely token of the
+    whole vocabulary, [rows]. `clusters` is the probability of each cluster of a centroid head, [rows, clusters].
+    `entropy` and `cluster_entropy` are the entropies of `p` and `clusters`, [rows], in nats.
+    """
 
     p: mx.array
     best: mx.array
@@ -55,7 +60,7 @@ class _Wanted(NamedTuple):
 
 
 def study(target: Target, tokens: list[int]) -> Lesson:
-    """Pass a text through the target."""
+    """Run the target over a text once. Return its hidden states and K/V for training."""
     cache = Cache(target.config, target.dtype, max_block=len(tokens), capacity=len(tokens))
     ids = mx.array([tokens], mx.int32)
     output = target(ids, cache)
@@ -65,7 +70,7 @@ def study(target: Target, tokens: list[int]) -> Lesson:
         keys, values = cache.keys[layer], cache.values[layer]
         assert isinstance(keys, mx.array)
         assert isinstance(values, mx.array)
-        # The ring is longer than the text, so that row p holds position p in both kinds of buffer.
+        # The ring buffer is longer than the text. So row p holds position p in both kinds of buffer.
         keys_values[layer_type] = keys[:, :, : len(tokens)], values[:, :, : len(tokens)]
     lesson = Lesson(target.embed(ids), output.hidden, keys_values)
     mx.eval(lesson)
@@ -75,9 +80,10 @@ def study(target: Target, tokens: list[int]) -> Lesson:
 def unroll(
     target: Target, drafter: Drafter, lesson: Lesson, first: int, rows: int, steps: int, *, checkpoint: bool = False
 ) -> list[StepLoss]:
-    """The losses of `steps` draft steps for the bonus tokens at positions first..first+rows-1 (first is at least 1).
+    """Compute the losses of `steps` draft steps for `rows` bonus tokens.
 
-    With `checkpoint` no logits of the drafter are kept for the gradient: they are computed again.
+    The bonus tokens are at positions first..first+rows-1, and `first` is at least 1. With `checkpoint`, the drafter's
+    logits are not kept for the gradient: the backward pass computes them again.
     """
 
     def compare(wanted: _Wanted, state: mx.array) -> StepLoss:
@@ -85,7 +91,7 @@ def unroll(
 
     if checkpoint:
         compare = checkpointed(drafter, compare)
-    # A step's distributions are the next ones of the step before.
+    # The distributions of a step are the distributions of the step before, one position later.
     wanted = _distributions(target, drafter, lesson.hidden[:, first : first + rows + steps - 1])
     states = unrolled_states(drafter, lesson, first, rows, steps)
     return [
@@ -94,7 +100,10 @@ def unroll(
 
 
 def unrolled_states(drafter: Drafter, lesson: Lesson, first: int, rows: int, steps: int) -> list[mx.array]:
-    """What the head reads at each draft step, [1, rows, hidden_size], the text's own tokens being the draft."""
+    """Compute the input of the drafter's head at each draft step, [1, rows, hidden_size].
+
+    The draft tokens are the tokens of the text.
+    """
     context = _context(drafter, lesson, first, rows)
     hidden = lesson.hidden[:, first - 1 : first - 1 + rows]
     states = []
@@ -105,13 +114,13 @@ def unrolled_states(drafter: Drafter, lesson: Lesson, first: int, rows: int, ste
 
 
 def _context(drafter: Drafter, lesson: Lesson, first: int, rows: int) -> DraftContext:
-    """What each row's draft steps share, as `Drafter.context` has it for the one row of a round."""
-    # A row's bonus token is not in the cache yet, so its position is the number of K/V rows there are.
+    """Make the draft context of all rows. `Drafter.context` makes it for the single row of a round."""
+    # The cache does not hold the bonus token of a row yet. So its position is the number of K/V rows.
     offsets = mx.arange(first, first + rows)[:, None]
     window = drafter.config.text.sliding_window
     views: dict[LayerType, View] = {}
     for layer_type, (keys, values) in lesson.keys_values.items():
-        # K/V rows that no row of this pass sees are left out.
+        # The view leaves out K/V rows that no row of this pass sees.
         start = max(0, first - 1 - window) if layer_type == "sliding_attention" else 0
         seen = slice(start, first + rows - 1)
         positions = mx.arange(seen.start, seen.stop)[None]
@@ -123,7 +132,7 @@ def _context(drafter: Drafter, lesson: Lesson, first: int, rows: int) -> DraftCo
 
 
 def _distributions(target: Target, drafter: Drafter, hidden: mx.array) -> _Wanted:
-    """The target's distributions behind hidden states [1, rows, hidden_size]."""
+    """Compute the target's distributions from its hidden states [1, rows, hidden_size]."""
     logits = target.soft_cap(target.head(hidden)[0]).astype(mx.float32)
     log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     best = mx.argmax(log_p, axis=-1)
@@ -158,12 +167,12 @@ def _compare(drafter: Drafter, wanted: _Wanted, state: mx.array) -> StepLoss:
 
 
 def _cross_entropy(p: mx.array, scores: mx.array) -> mx.array:
-    """Of distributions p, which may lack some of their mass, against those that scores stand for, by row, in nats."""
+    """Compute the cross entropy of `p` and softmax(scores) for each row, in nats. The sum of `p` may be less than 1."""
     return p.sum(axis=-1) * mx.logsumexp(scores, axis=-1) - (p * scores).sum(axis=-1)
 
 
 def _candidates_only(scores: mx.array, cluster_scores: mx.array, ordering: mx.array, top_k: int) -> mx.array:
-    """Scores with those outside the `top_k` best clusters at -inf."""
+    """Set the scores of all tokens outside the `top_k` best clusters to -inf."""
     best = mx.argpartition(cluster_scores, kth=-top_k, axis=-1)[:, -top_k:]
     chosen = mx.put_along_axis(mx.zeros(cluster_scores.shape, mx.bool_), best, mx.array(True), axis=-1)
     in_order = mx.repeat(chosen, ordering.size // chosen.shape[-1], axis=-1)
@@ -174,9 +183,9 @@ def _candidates_only(scores: mx.array, cluster_scores: mx.array, ordering: mx.ar
 
 
 def objective(losses: list[StepLoss], *, by_reach: bool) -> mx.array:
-    """The mean over steps and positions of both divergences.
+    """Return the mean of token divergence plus cluster divergence over all steps and positions.
 
-    With `by_reach` a step counts by the chance that decoding gets there, all steps before it being accepted.
+    With `by_reach`, the weight of a step is the probability that all draft tokens before it are accepted.
     """
     total, norm = mx.array(0.0), mx.array(0.0)
     reach = mx.ones_like(losses[0].accepted)
@@ -189,7 +198,10 @@ def objective(losses: list[StepLoss], *, by_reach: bool) -> mx.array:
 
 
 def acceptance_lengths(losses: list[StepLoss]) -> tuple[mx.array, mx.array]:
-    """Tokens a round may expect, [rows] each: sampled at temperature 1 and accepted one by one, and greedily."""
+    """Return the expected acceptance lengths (sampled, greedy), each [rows].
+
+    Sampled means temperature 1, with draft tokens accepted one by one.
+    """
     sampled = greedy = reach = streak = mx.ones_like(losses[0].accepted)
     for loss in losses:
         reach, streak = reach * loss.accepted, streak * loss.agrees

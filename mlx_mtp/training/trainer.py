@@ -1,4 +1,4 @@
-"""The training loop of a drafter: updates, measuring on held-out texts, a state on disk to go on from."""
+"""The training loop of a drafter: updates, measurements on held-out texts, and a state on disk to resume from."""
 
 import json
 import math
@@ -29,15 +29,15 @@ OPTIMIZERS = ("adamw", "muon")
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How to train. The names are mlx-lm's where it has one.
+    """Options of a training. Where mlx-lm has the option, the name is the same.
 
-    One update is made from `batch_size` texts, one after the other: memory is that of one, and of
-    `positions_per_pass` of its positions at a time. `optimizer` is "adamw", or "muon" for the matrices of the layers
-    and AdamW for the rest. `num_draft_tokens` is how many draft steps are unrolled.
-    `weight_by_reach` counts a step by the chance that decoding gets there. Training ends early after `patience`
-    measurements in a row, one every `steps_per_eval` updates, that are no better than the best (0: never).
+    One update reads `batch_size` texts, one after the other. Memory holds one text, and `positions_per_pass` of its
+    positions at a time. `optimizer` is "adamw" or "muon": Muon trains the matrices of the layers, and AdamW trains the
+    other weights. `num_draft_tokens` is the number of draft steps that a pass unrolls. With `weight_by_reach`, the
+    weight of a step is the probability that decoding reaches it. The trainer measures every `steps_per_eval` updates.
+    The training ends early after `patience` measurements in a row without a new best (0: never).
 
-    Raises OptionError for a value out of range.
+    Raises OptionError if a value is out of range.
     """
 
     iters: int = 1000
@@ -69,8 +69,12 @@ class TrainingOptions:
 
 
 class Measure(NamedTuple):
-    """On held-out texts: the loss in nats, the tokens a round may expect (sampled at temperature 1, and greedily), and
-    by draft step the share of positions where drafter and target agree on the likeliest token."""
+    """A measurement on held-out texts.
+
+    `loss` is in nats. `sampled_length` and `greedy_length` are the expected acceptance lengths at temperature 1 and for
+    greedy decoding. `agreement` holds, for each draft step, the share of positions where drafter and target have the
+    same most likely token.
+    """
 
     loss: float
     sampled_length: float
@@ -86,10 +90,10 @@ class Measure(NamedTuple):
 
 
 class Trainer:
-    """Trains the trainable parameters of a drafter.
+    """The training loop for the trainable parameters of a drafter.
 
-    `folder` holds the state: `state.json`, which names the files of arrays, is replaced last, so that the state on disk
-    is whole at any time. A trainer made from such a folder goes on as if it had not been interrupted, bit for bit.
+    `folder` holds the training state. `state.json` names the file of arrays and is replaced last. So the state on disk
+    is complete at any time. A resumed training gives bit for bit the result of an uninterrupted training.
     """
 
     def __init__(self, target: Target, drafter: Drafter, data: Data, options: TrainingOptions, folder: Path) -> None:
@@ -108,9 +112,10 @@ class Trainer:
         self._gradients = nn.value_and_grad(drafter, self._loss)
 
     def run(self, report: Callable[[int, float, Measure | None], None]) -> Measure:
-        """Train to the end, and leave the drafter as it was when it measured best.
+        """Train to the end, restore the best parameters, and return the best measurement.
 
-        `report` is told after each update: the update, its loss, and what was measured after it, if anything was.
+        `report` is called once before the first update of a new training, and then after each update. Its arguments are
+        the number of updates, the loss, and the measurement after the update or None.
 
         Raises TrainingError if the loss is no longer finite, OutputError if the state cannot be written.
         """
@@ -134,7 +139,10 @@ class Trainer:
         return self.best
 
     def measure(self) -> Measure:
-        """How good the drafter is on the held-out texts, `val_batches` batches of them at most, from all parts."""
+        """Measure the drafter on the held-out texts.
+
+        It uses at most `val_batches` batches of texts, at equal distances over all held-out texts.
+        """
         sums: list[float] | None = None
         count = 0
         texts = self.data.valid
@@ -189,13 +197,16 @@ class Trainer:
         return objective(losses, by_reach=options.weight_by_reach)
 
     def _passes(self, text: Text) -> Iterator[tuple[int, int]]:
-        """First position and number of positions of each pass over a text's bonus tokens."""
+        """Yield the first position and the number of positions of each pass over the bonus tokens of a text."""
         end = len(text.tokens) - self.options.num_draft_tokens + 1
         for first in range(max(1, text.answer), end, self.options.positions_per_pass):
             yield first, min(self.options.positions_per_pass, end - first)
 
     def _indices(self, update: int) -> Sequence[int]:
-        """The texts of an update: every epoch is a permutation of its own, known from the seed and its number."""
+        """Return the indices of the texts of an update.
+
+        Each epoch is a different permutation of the texts. The seed and the epoch number determine it.
+        """
         size, texts = self.options.batch_size, len(self.data.train)
         places = range(update * size, (update + 1) * size)
         orders = {epoch: self._order(epoch) for epoch in {place // texts for place in places}}
@@ -205,7 +216,10 @@ class Trainer:
         return np.random.default_rng([self.options.seed, epoch]).permutation(len(self.data.train))
 
     def save(self) -> None:
-        """Write the state. Raises OutputError if it cannot be written; the one before it is then still there."""
+        """Write the training state to the folder.
+
+        Raises OutputError if it cannot be written. The previous state then stays in place.
+        """
         name = f"state-{self.update:07}.safetensors"
         arrays = {f"drafter.{key}": value for key, value in _flat(self.drafter.parameters()).items()}
         arrays |= {f"optimizer.{key}": value for key, value in _flat(self.optimizer.state).items()}
@@ -225,9 +239,9 @@ class Trainer:
                 old.unlink()
 
     def resume(self) -> None:
-        """Go on from the state in the folder.
+        """Load the training state from the folder.
 
-        Raises TrainingError if it is not there, cannot be read, or was made with other options.
+        Raises TrainingError if the state does not exist, cannot be read, or has other options or another drafter.
         """
         file = self.folder / "state.json"
         try:
@@ -236,7 +250,7 @@ class Trainer:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise TrainingError(f"{file}: no training to go on from: {error}") from None
         for name, value in asdict(self.options).items():
-            # More or fewer updates would change the learning rate of all.
+            # This includes `iters`: the learning rate of every update depends on the number of updates.
             if state["options"].get(name) != value:
                 raise TrainingError(f"{file}: begun with {name} {state['options'].get(name)}, found {value}")
         parts: dict[str, Arrays] = {"drafter": {}, "optimizer": {}, "best": {}}
@@ -263,13 +277,14 @@ def _optimizer(options: TrainingOptions, hidden_size: int) -> optim.Optimizer:
     adamw = optim.AdamW(schedule(options.learning_rate), betas=[0.9, 0.95], weight_decay=0.01, bias_correction=True)
     if options.optimizer == "adamw":
         return adamw
-    # Steps of about the size AdamW's have, so that a learning rate means the same (Liu et al. 2025, arXiv:2502.16982).
+    # With this factor, Muon's steps are about as large as AdamW's, so that one learning rate fits both
+    # (Liu et al. 2025, arXiv:2502.16982).
     rate = 0.2 * math.sqrt(hidden_size) * options.learning_rate
     return optim.MultiOptimizer([optim.Muon(schedule(rate), weight_decay=0.0), adamw], [_is_inner_matrix])
 
 
 def _is_inner_matrix(name: str, weight: mx.array) -> bool:
-    """What Muon is made for: neither the head nor vectors."""
+    """Return whether Muon trains this weight: a matrix that does not belong to the head."""
     return weight.ndim == 2 and not name.endswith(("embed_tokens.weight", "centroids.weight"))
 
 
@@ -279,7 +294,7 @@ def _flat(tree: Any) -> Arrays:
 
 
 def save_arrays(file: Path, arrays: Arrays) -> None:
-    """Write a safetensors file that appears only when it is whole. Raises OutputError if it cannot be written."""
+    """Write a safetensors file that appears only when it is complete. Raises OutputError if it cannot be written."""
     part = file.with_name(f"{file.stem}.part.safetensors")
     try:
         mx.save_safetensors(str(part), arrays, metadata={"format": "mlx"})
