@@ -141,8 +141,8 @@ def _lengths(text: str) -> tuple[int | str, ...]:
 class Setting:
     """The runs of one case with one draft length.
 
-    `tps` holds the tokens per second of each run, and `stats` covers all runs. With `peer`, another runtime decodes, and
-    only its tokens per second are known. `error` is the reason if that runtime failed.
+    `tps` holds the tokens per second of each run, and `stats` covers all runs. With `peer`, another runtime decodes,
+    and only its tokens per second are known. `error` is the reason if that runtime failed.
     """
 
     peer: Run | None = None

@@ -1,4 +1,4 @@
-"""A JSON Schema for answers, as clients send it, and what of it llguidance can hold an answer to."""
+"""Adaptation of a client's JSON Schema for answers to the keywords that llguidance can enforce."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,23 +8,24 @@ from mlx_mtp.errors import OptionError
 
 from .schemas import COMBINING, RESTRICTING, CircleError, Document, LeftOut, NotFollowedError, restricting
 
-# Keywords whose values are a schema, a list of them, or schemas by name.
+# Keywords whose values are one schema, a list of schemas, or schemas by name.
 _ONE = frozenset(
     {"items", "additionalItems", "additionalProperties", "propertyNames", "contains", "not", "if", "then", "else"}
     | {"unevaluatedItems", "unevaluatedProperties"}
 )
 _LIST = frozenset({"allOf", "anyOf", "oneOf", "prefixItems", "items"})
 _NAMED = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
-# Keywords that are never left out: where these are wrong, so is the schema.
+# Keywords that are never left out. If one of these cannot be followed, the whole schema is rejected.
 _KEPT = frozenset({"type", "enum", "const", "properties", "required", "items", "anyOf", "$ref"})
 
 
 def answer_schema(
     schema: Mapping[str, Any], field: str, *, is_strict: bool
 ) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    """The schema for `GenerationOptions.json_schema`, and the keywords that were left out of it, as `PLACE: KEYWORD`.
+    """Adapt a client's schema for `GenerationOptions.json_schema`.
 
-    `field` is the name of the request's field that has the schema, for messages.
+    Return the adapted schema, and the keywords that it leaves out, as `PLACE: KEYWORD`. `field` is the name of the
+    request field with the schema, for messages.
 
     Raises OptionError if the schema is malformed, or is strict and cannot be followed in full.
     """
@@ -49,7 +50,7 @@ Change = Callable[[dict[str, Any], str], dict[str, Any]]
 
 
 def _rebuild(schema: Any, change: Change, path: str) -> Any:
-    """The schema with all of its parts changed, from the innermost outwards."""
+    """Apply `change` to each part of a schema, from the innermost part to the whole. Return the new schema."""
     if not isinstance(schema, Mapping):
         return schema
     found = {}
@@ -67,7 +68,10 @@ def _rebuild(schema: Any, change: Change, path: str) -> Any:
 
 
 def _check_root(schema: Mapping[str, Any], document: Document) -> None:
-    """Raises OptionError if no value satisfies the schema, as far as is seen without looking into objects and lists."""
+    """Check that some value satisfies the schema. Raises OptionError if no value does.
+
+    The check does not look into objects and lists.
+    """
     try:
         alternatives = document.flatten(schema)
     except CircleError:
@@ -79,7 +83,7 @@ def _check_root(schema: Mapping[str, Any], document: Document) -> None:
 
 
 def _check_reference(reference: Any, document: Document) -> None:
-    """Raises OptionError if the reference leads to nothing but itself."""
+    """Check a reference. Raises OptionError if it leads only to itself."""
     try:
         document.resolve(reference)
     except CircleError:
@@ -89,7 +93,11 @@ def _check_reference(reference: Any, document: Document) -> None:
 
 
 def _plain(schema: dict[str, Any], path: str, document: Document, left_out: LeftOut) -> dict[str, Any]:
-    """The same in words that llguidance knows: it takes no `oneOf` for exclusive, and leaves `nullable` aside."""
+    """Replace `oneOf` and `nullable` by keywords that llguidance follows.
+
+    llguidance does not treat `oneOf` as exclusive, and it ignores `nullable`. Keywords that restrict nothing are
+    dropped.
+    """
     document.read(schema)
     if "$ref" in schema:
         _check_reference(schema["$ref"], document)
@@ -103,14 +111,17 @@ def _plain(schema: dict[str, Any], path: str, document: Document, left_out: Left
             {**found, **branches} if "anyOf" not in found else {**found, "allOf": [*found.get("allOf", []), branches]}
         )
     if found.pop("nullable", None) is True:
-        # At the root, references must find what they point to.
+        # The definitions stay at the root, because references point to them there.
         outer: dict[str, Any] = {name: found.pop(name) for name in ("$defs", "definitions") if name in found}
         found = {"anyOf": [found, {"type": "null"}], **outer}
     return found
 
 
 def _followed(schema: dict[str, Any], path: str, left_out: LeftOut) -> dict[str, Any]:
-    """The schema without the keywords that llguidance refuses, each tried beside those before it."""
+    """Remove the keywords that llguidance rejects.
+
+    Each keyword is tried together with the keywords that are already kept.
+    """
     kept = {name: value for name, value in schema.items() if name in _KEPT or name not in RESTRICTING}
     if schema_problem(_alone(schema)) is None or schema_problem(_alone(kept)) is not None:
         return schema
@@ -122,8 +133,11 @@ def _followed(schema: dict[str, Any], path: str, left_out: LeftOut) -> dict[str,
 
 
 def _without_one(schema: Any, problem: str, left_out: LeftOut) -> tuple[Any, str | None]:
-    """The schema without one of its keywords, which is too much only beside what a reference points to; the problem if
-    that does not solve it."""
+    """Try to solve the problem by the removal of one keyword from the whole schema.
+
+    This is for a keyword that llguidance rejects only together with the schema that a reference points to. Return the
+    new schema and None, or the old schema and the problem if no keyword solves it.
+    """
     for name in sorted(RESTRICTING - _KEPT, key=lambda name: (name in COMBINING, name)):
         found, places = _without(schema, name)
         if places and schema_problem(found) is None:
@@ -134,7 +148,7 @@ def _without_one(schema: Any, problem: str, left_out: LeftOut) -> tuple[Any, str
 
 
 def _without(schema: Any, name: str) -> tuple[Any, list[str]]:
-    """The schema without a keyword, and where it was."""
+    """Remove a keyword from a schema. Return the new schema and the places of the keyword."""
     places: list[str] = []
 
     def change(part: dict[str, Any], path: str) -> dict[str, Any]:
@@ -146,7 +160,7 @@ def _without(schema: Any, name: str) -> tuple[Any, list[str]]:
 
 
 def _alone(schema: Any) -> Any:
-    """The schema without what it refers to, and with the parts of a value free."""
+    """Return a schema without its references, in which the parts of an object or list may be any value."""
     if not isinstance(schema, Mapping):
         return schema
     found: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Rules of a grammar for the arguments of a tool call, made of a JSON Schema, in the syntax of Gemma 4."""
+"""Grammar rules for the arguments of a tool call, made from a JSON Schema, in the syntax of Gemma 4."""
 
 import json
 import math
@@ -14,9 +14,10 @@ from .schemas import BY_TYPE, COMBINING, NUMERIC, Document, Flat, LeftOut, NotFo
 from .string_rules import format_terminal, length_terminal, search_terminal
 
 _BARE_KEY = re.compile(r"[\w.-]+( [\w.-]+)*")
-# Special tokens are matched as tokens; spelled out by other tokens they would end a string or begin a call as well.
+# The grammar matches special tokens as tokens. But a mark that other tokens spell out also ends a string, or begins a
+# call. So the text of a string must not contain the string mark.
 _NO_MARK = r'~/(?s:.*)<\|"\|>(?s:.*)/'
-# Numbers are bounded because a model may never end one.
+# The length of numbers has a limit, because without it a model may never end a number.
 COMMON_RULES = rf"""
 STRING: /(?s:.+)/ & {_NO_MARK}
 INTEGER: /-?(0|[1-9][0-9]{{0,15}})/
@@ -28,10 +29,10 @@ key: KEY | string
 pair: key ":" any
 any: string | NUMBER | boolean | "null" | "{{" (pair ("," pair)*)? "}}" | "[" (any ("," any)*)? "]"
 """.strip()
-# As far as a number with bounds may go, and its smallest step.
+# The largest absolute value of a number with bounds, and its smallest step.
 _LARGEST = 10**16
 _STEP = 1e-10
-# Keywords that are followed, by type. A type without any is not one of JSON Schema.
+# The keywords that the rules follow, by type. JSON Schema has no other types than these keys.
 _FOLLOWED = {
     "object": frozenset({"properties", "required", "additionalProperties"}),
     "array": frozenset({"items", "prefixItems", "additionalItems", "minItems", "maxItems"}),
@@ -44,50 +45,56 @@ _FOLLOWED = {
 
 
 class Rules:
-    """Rules of a grammar, one for each body."""
+    """The rules of a grammar. Equal bodies share one rule."""
 
     def __init__(self) -> None:
         self._names: dict[str, str] = {}
         self._reserved: dict[str, str] = {}
 
     def add(self, body: str) -> str:
-        """The name of the rule with this body."""
+        """Add a rule with this body, if it is new. Return its name."""
         return self._names.setdefault(body, f"rule_{len(self._names)}")
 
     def terminal(self, body: str) -> str:
-        """The name of the terminal with this body."""
+        """Add a terminal with this body, if it is new. Return its name."""
         return self._names.setdefault(body, f"TERMINAL_{len(self._names)}")
 
     def reserve(self) -> str:
-        """The name of a rule whose body may name it."""
+        """Reserve the name of a rule that is defined later, so that its body can refer to itself."""
         name = f"named_{len(self._reserved)}"
         self._reserved[name] = ""
         return name
 
     def define(self, name: str, body: str) -> None:
+        """Set the body of a reserved rule."""
         self._reserved[name] = body
 
     def any_of(self, bodies: Iterable[str]) -> str:
+        """Add a rule that matches any of the bodies. Return its name."""
         return self.add(" | ".join(dict.fromkeys(bodies)))
 
     def text(self) -> str:
+        """Return all rules as the text of a Lark grammar."""
         pairs = [*self._reserved.items(), *((name, body) for body, name in self._names.items())]
         return "".join(f"{name}: {body}\n" for name, body in pairs)
 
 
 class ArgumentRules:
-    """Makes rules of the JSON Schema of one tool's parameters. What cannot be followed goes to `left_out`."""
+    """The rules for the JSON Schema of one tool's parameters. Keywords that they cannot follow go to `left_out`."""
 
     def __init__(self, rules: Rules, parameters: Any, left_out: LeftOut) -> None:
         self._rules = rules
         self._parameters = parameters
         self._left_out = left_out
         self._document = Document(parameters, left_out.owner)
-        # Of schemas that may hold themselves, the names of their rules.
+        # The names of the rules for schemas that may contain themselves, by the canonical text of the schema.
         self._named: dict[str, str] = {}
 
     def arguments(self) -> str:
-        """What a call's arguments may be: always an object, an empty one if no parameters are declared."""
+        """Return the rule of a call's arguments: an object, which is empty if the tool declares no parameters.
+
+        Raises OptionError if the parameters are malformed, or if no value satisfies their schema.
+        """
         if self._parameters is None:
             return '"{" "}"'
         if not isinstance(self._parameters, Mapping):
@@ -98,7 +105,7 @@ class ArgumentRules:
         return self._value({**schema, "type": ["object"]}, "")
 
     def _value(self, schema: Any, path: str) -> str:
-        """What a value may be that satisfies the schema. `path` is where it is in the arguments."""
+        """Return the rule of a value that satisfies the schema. `path` is its place in the arguments."""
         if schema is False:
             raise self._error("no value satisfies the schema false")
         if schema is True:
@@ -127,7 +134,7 @@ class ArgumentRules:
         return self._joined(kept, path)
 
     def _joined(self, kept: Mapping[str, Any], path: str) -> str:
-        """Of a schema and the parts that hold together with it."""
+        """Return the rule of a value that satisfies a schema and the schemas that it combines."""
         kept = dict(kept)
         if "oneOf" in kept and not self._document.are_exclusive(kept["oneOf"]):
             self._left_out.add(["oneOf"], path)
@@ -137,7 +144,10 @@ class ArgumentRules:
         return self._rules.any_of([self._flat(flat, path) for flat in flats])
 
     def _flatten(self, kept: dict[str, Any], path: str) -> list[Flat]:
-        """The schema's alternatives; none, and a keyword less, if it cannot be followed."""
+        """Return the flat alternatives of a schema.
+
+        If a keyword cannot be followed, remove it from `kept` and return no alternatives.
+        """
         keyword = None
         try:
             if flats := self._document.flatten(kept):
@@ -153,7 +163,7 @@ class ArgumentRules:
         return []
 
     def _flat(self, schema: Flat, path: str) -> str:
-        """What a value may be that satisfies a flat schema."""
+        """Return the rule of a value that satisfies a flat schema."""
         if "enum" in schema:
             return self._literals(schema, path)
         types = _types(schema)
@@ -186,10 +196,11 @@ class ArgumentRules:
                 return '"{" "}"'
             return _list_of("{", f'key ":" {self._value(others, f"{path}.*")}', "}")
         properties = dict.fromkeys(required, others) | schema.get("properties", {})
-        # What the object may begin with, and the rule of what may follow, at each property from the last to the first.
+        # The loop goes from the last property to the first. `beginnings` are the possible beginnings of the object, and
+        # `rest` is the rule of the properties that may follow.
         beginnings: list[str] = []
         rest = ""
-        # The template's order leaves case aside.
+        # The order of the chat template ignores case.
         for name in sorted(properties, key=lambda name: (name.lower(), name), reverse=True):
             if properties[name] is False and name not in required:
                 continue
@@ -203,7 +214,7 @@ class ArgumentRules:
     def _array(self, schema: Flat, path: str) -> str:
         items, first = schema.get("items", True), schema.get("prefixItems", [])
         if isinstance(items, list):
-            # Of older drafts: a schema for each place.
+            # In older drafts of JSON Schema, `items` may hold one schema for each place.
             items, first = schema.get("additionalItems", True), items
         least = math.ceil(schema.get("minItems", 0))
         most = math.floor(schema["maxItems"]) if "maxItems" in schema else None
@@ -252,7 +263,7 @@ class ArgumentRules:
         bounds = {keyword: schema[keyword] for keyword in NUMERIC if keyword in schema}
         if not bounds:
             return name.upper()
-        # A bound farther out than the largest number says nothing.
+        # A bound beyond the largest number has no effect.
         kept = {
             keyword: bound
             for keyword, bound in bounds.items()
@@ -281,7 +292,7 @@ class ArgumentRules:
         kept = [value for value in schema["enum"] if not types or not is_known or json_types(value) & set(types)]
         if not kept:
             raise self._error("no value of enum is of the type beside it")
-        # Who lists the values has seen to their format.
+        # With listed values, `format` needs no check: the author of the schema chose them.
         followed = {"enum", "format", "type"} if is_known else {"enum", "format"}
         found = {name for value in kept for name in json_types(value)}
         self._left_out.add([name for name in schema if name not in followed and _applies(name, found)], path)
@@ -301,7 +312,7 @@ class ArgumentRules:
             raise self._error(f"{value!r} is not JSON") from None
 
     def _key(self, name: str) -> str:
-        """A property's name: bare where no reader could take it for something else."""
+        """Return the terminal of a property's name. It is without quotes if no reader can misread the bare name."""
         return _text(name) if _BARE_KEY.fullmatch(name) else self._quoted(name)
 
     def _quoted(self, text: str) -> str:
@@ -314,7 +325,10 @@ class ArgumentRules:
 
 
 def _types(schema: Flat) -> list[str]:
-    """The types a value may have, as far as the schema says: keywords for values of one type speak of such values."""
+    """Return the types that the schema names.
+
+    Without `type`, these are the types that the other keywords belong to.
+    """
     if "type" in schema:
         named: list[str] = schema["type"]
         return named
@@ -322,13 +336,13 @@ def _types(schema: Flat) -> list[str]:
 
 
 def _applies(keyword: str, types: Iterable[str]) -> bool:
-    """Whether a keyword may restrict values of these types."""
+    """Return whether a keyword can restrict values of these types."""
     is_for_types = any(keyword in keywords for keywords in BY_TYPE.values())
     return not is_for_types or any(keyword in BY_TYPE.get(name, ()) for name in types)
 
 
 def _with_named_properties(schema: Flat) -> Flat:
-    """A map whose keys are listed is an object with these properties."""
+    """Turn a map with listed keys (`propertyNames` with `enum`) into an object with these properties."""
     names = schema.get("propertyNames")
     listed = names.get("enum") if isinstance(names, Mapping) and names.keys() <= {"type", "enum"} else None
     if "properties" in schema or not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
@@ -338,7 +352,7 @@ def _with_named_properties(schema: Flat) -> Flat:
 
 
 def _text(text: str) -> str:
-    """What matches just this text: strings of Lark have JSON's escapes."""
+    """Return a Lark string that matches exactly this text. Lark strings use JSON's escapes."""
     return json.dumps(text)
 
 

@@ -1,7 +1,7 @@
-"""JSON Schema, read: what its keywords apply to, references, and parts that hold together put into one.
+"""A reader of JSON Schema: it resolves references and merges combined schemas into flat schemas.
 
-A flat schema is one without `$ref`, `allOf`, `anyOf`, `oneOf`, `const` and `nullable`, whose `pattern` and `format` are
-lists of all that must hold.
+A flat schema has no `$ref`, `allOf`, `anyOf`, `oneOf`, `const` or `nullable`. Its `pattern` and `format` are lists, and
+a value must satisfy every item of these lists.
 """
 
 import json
@@ -32,9 +32,9 @@ BY_TYPE: dict[str, tuple[str, ...]] = {
 }
 COMBINING = ("$ref", "allOf", "anyOf", "oneOf")
 _ANY_TYPE = ("type", "enum", "const", "nullable", "not", "if", "then", "else", "$dynamicRef", "$recursiveRef")
-# All others, such as title and default, restrict nothing.
+# The keywords that can restrict a value. All other keywords, for example title and default, restrict nothing.
 RESTRICTING = frozenset(name for names in (*BY_TYPE.values(), COMBINING, _ANY_TYPE) for name in names)
-# Values with which a keyword restricts nothing.
+# The values for which a keyword restricts nothing.
 _TRIVIAL: dict[str, tuple[Any, ...]] = {
     "nullable": (False,),
     "uniqueItems": (False,),
@@ -55,20 +55,20 @@ _KINDS: dict[str, Any] = {
 }
 _EXPECTED: dict[Any, str] = {Mapping: "an object", list: "a list", str: "a string", _NUMBER: "a number"}
 _MOST_ALTERNATIVES = 500
-# How deep two alternatives are compared.
+# The largest depth of a comparison of two alternatives.
 _MOST_LEVELS = 3
 
 
 class NotFollowedError(Exception):
-    """A keyword, the only argument, that says more than can be put into one flat schema."""
+    """An error for a keyword that flat schemas cannot express. The keyword is the only argument."""
 
 
 class CircleError(NotFollowedError):
-    """A reference that leads to nothing but itself."""
+    """An error for a reference that leads only to itself."""
 
 
 def restricting(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords that restrict something."""
+    """Return the keywords of a schema that restrict something, with their values."""
     return _without_flags(
         {
             name: value
@@ -79,7 +79,7 @@ def restricting(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def canonical(value: Any) -> str:
-    """A text that is the same for values that are the same in JSON Schema, in which 1 is 1.0 and not true."""
+    """Return a text that is equal for equal JSON values. In JSON Schema, 1 equals 1.0 but not true."""
     return json.dumps(_with_integers(value), sort_keys=True)
 
 
@@ -92,7 +92,7 @@ def _with_integers(value: Any) -> Any:
 
 
 def json_types(value: Any) -> set[str]:
-    """The types of JSON Schema that a value has."""
+    """Return the JSON Schema types of a value."""
     if isinstance(value, bool) or value is None:
         return {"null" if value is None else "boolean"}
     if isinstance(value, int | float):
@@ -101,9 +101,9 @@ def json_types(value: Any) -> set[str]:
 
 
 class LeftOut:
-    """The keywords of one schema that are not enforced, as `PLACE: KEYWORD`, once each.
+    """The keywords of one schema that are not enforced, as `PLACE: KEYWORD`, each only once.
 
-    `owner` is what errors begin with, and `place` what the schema's own is called.
+    Error messages begin with `owner`. `place` is the name of the root of the schema.
     """
 
     def __init__(self, owner: str, place: str, *, is_strict: bool) -> None:
@@ -113,7 +113,10 @@ class LeftOut:
         self._is_strict = is_strict
 
     def add(self, names: Iterable[str], path: str) -> None:
-        """Raises OptionError if the schema is strict."""
+        """Add the keywords at `path` that are not enforced.
+
+        Raises OptionError if there are any and the schema is strict.
+        """
         found = list(names)
         if found and self._is_strict:
             at = f", at {path.removeprefix('.')}" if path else ""
@@ -122,18 +125,21 @@ class LeftOut:
 
 
 class Document:
-    """A schema with all that its references point to. `owner` is what errors begin with."""
+    """A whole schema, in which references are resolved. Error messages begin with `owner`."""
 
     def __init__(self, root: Any, owner: str) -> None:
         self._root = root
         self._owner = owner
 
     def error(self, message: str) -> OptionError:
+        """Return an error whose message begins with the owner of the schema."""
         return OptionError(f"{self._owner}: {message}")
 
     def read(self, schema: Any) -> dict[str, Any]:
-        """The keywords of a schema that restrict something, `type` as a list. Raises OptionError for values of the
-        wrong type."""
+        """Return the keywords of a schema that restrict something, with `type` as a list.
+
+        Raises OptionError if a value has the wrong type.
+        """
         kept = restricting(self._expect(schema, Mapping, "a schema"))
         if isinstance(kept.get("type"), str):
             kept["type"] = [kept["type"]]
@@ -150,8 +156,11 @@ class Document:
         return value
 
     def resolve(self, reference: Any) -> Any:
-        """What a local reference points to, through others. Raises NotFollowedError if nothing is there, CircleError if
-        it leads back to itself."""
+        """Return the schema that a local reference points to. A reference to another reference is followed.
+
+        Raises NotFollowedError if the reference is not local or points to nothing, CircleError if it leads back to
+        itself.
+        """
         seen = set()
         while True:
             if not isinstance(reference, str) or not reference.startswith("#"):
@@ -178,10 +187,12 @@ class Document:
         return found
 
     def flatten(self, schema: Any, seen: tuple[str, ...] = (), level: int = 0) -> list[Flat]:
-        """Flat schemas, one of which holds where the schema does. `seen` are the references that led here.
+        """Split a schema into flat alternatives: a value that satisfies the schema satisfies one of them.
 
-        Raises NotFollowedError, also for `oneOf` of schemas that may hold together, and OptionError for a schema that
-        is malformed.
+        `seen` holds the references that led here, and `level` is the depth of the comparison.
+
+        Raises NotFollowedError if a keyword cannot be expressed, or if a value may satisfy several schemas of `oneOf`.
+        Raises OptionError if the schema is malformed.
         """
         if isinstance(schema, bool):
             return [{}] if schema else []
@@ -203,7 +214,7 @@ class Document:
         return [*found, {"type": ["null"]}] if kept.get("nullable") is True else found
 
     def are_exclusive(self, branches: Iterable[Any], level: int = 0) -> bool:
-        """Whether no value satisfies two of the schemas, as far as their types and constants tell."""
+        """Return whether no value satisfies two of the schemas, as far as their types and constants show."""
         try:
             return self._are_all_disjoint([self.flatten(branch, (), level) for branch in branches], level)
         except NotFollowedError:
@@ -223,7 +234,7 @@ class Document:
         return self._differ(one, other, level) or self._differ(other, one, level)
 
     def _differ(self, one: Flat, other: Flat, level: int) -> bool:
-        """Whether a property that the one requires cannot be in the other, or has other values there."""
+        """Return whether `one` requires a property that `other` forbids or gives disjoint values."""
         listed, others = one.get("properties", {}), other.get("properties", {})
         for name in one.get("required", []):
             if name not in others:
@@ -235,7 +246,10 @@ class Document:
 
 
 def _without_flags(kept: dict[str, Any]) -> dict[str, Any]:
-    """In older drafts and OpenAPI, exclusiveMinimum says whether minimum is a bound that values do not reach."""
+    """Replace a boolean `exclusiveMinimum` or `exclusiveMaximum` by the bound itself.
+
+    In older drafts and OpenAPI, the boolean tells whether the bound in `minimum` or `maximum` is exclusive.
+    """
     for name, inclusive in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
         if isinstance(kept.get(name), bool):
             is_exclusive = kept.pop(name)
@@ -245,14 +259,17 @@ def _without_flags(kept: dict[str, Any]) -> dict[str, Any]:
 
 
 def _own(kept: Mapping[str, Any]) -> list[Flat]:
-    """The schema's own keywords, those that combine others aside; none if they contradict each other."""
+    """Return a flat schema of the schema's own keywords, without combining keywords. Empty if they contradict."""
     own = {name: value for name, value in kept.items() if name not in (*COMBINING, "nullable", "const")}
     own |= {name: [own[name]] for name in ("pattern", "format") if name in own}
     return [own] if "const" not in kept else _both([own], [{"enum": [kept["const"]]}], "const")
 
 
 def _both(left: list[Flat], right: list[Flat], keyword: str) -> list[Flat]:
-    """Flat schemas of which one holds where one of the left and one of the right do."""
+    """Merge each flat schema on the left with each flat schema on the right. Drop merges that no value satisfies.
+
+    Raises NotFollowedError with `keyword` if a merge is not possible or there are too many alternatives.
+    """
     if len(left) * len(right) > _MOST_ALTERNATIVES:
         raise NotFollowedError(keyword)
     try:
@@ -263,14 +280,15 @@ def _both(left: list[Flat], right: list[Flat], keyword: str) -> list[Flat]:
 
 
 def _merge(one: Flat, other: Flat) -> Flat | None:
-    """What holds where both do; None if nothing can."""
+    """Merge two flat schemas into one that requires both. Return None if no value can satisfy both."""
     merged = {**one, **other}
     for name in one.keys() & other.keys():
         if name not in ("properties", "additionalProperties"):
             merged[name] = _merge_values(name, one[name], other[name])
     if "prefixItems" in merged and "items" in merged and ("prefixItems" in one) != ("prefixItems" in other):
         raise NotFollowedError("prefixItems")
-    # An object has the properties of both, each as the one that does not list it allows others.
+    # The merged object has the properties of both schemas. If only one schema lists a property, the property must also
+    # satisfy the `additionalProperties` of the other schema.
     pairs = ((one, other), (other, one))
     listed = {name: None for schema, _ in pairs for name in schema.get("properties", {})}
     if listed or "properties" in merged:
@@ -288,7 +306,7 @@ def _property(schema: Flat, name: str) -> Any:
 
 
 def _merge_values(name: str, one: Any, other: Any) -> Any:
-    """Of one keyword of two schemas."""
+    """Merge the values of one keyword of two schemas."""
     if one == other and canonical(one) == canonical(other):
         return one
     if name in _LARGER or name in _SMALLER:
@@ -325,7 +343,7 @@ def _common_types(one: list[str], other: list[str]) -> list[str]:
 
 
 def _value_types(schema: Flat) -> set[str]:
-    """The types a value may have, where those of numbers do not overlap."""
+    """Return the types that a value may have, with "number" split into the disjoint types "integer" and "fraction"."""
     types = set(schema.get("type", TYPES))
     if "number" in types:
         types = types - {"number"} | {"integer", "fraction"}

@@ -65,7 +65,7 @@ def _alternative(parts: list[str], is_anchored: bool) -> str:
         parts = parts[end + 1 :]
     is_closed = parts[-1:] == ["$"]
     body = "".join(map(_rust, parts[:-1] if is_closed else parts))
-    # The group separates the body from the text before and after it. Alternatives and repetitions stay inside.
+    # Without the group, a repetition at the start of the body would apply to the part before it.
     whole = f"/{'' if is_anchored else _ANY}(?:{body}){'' if is_closed else _ANY}/"
     return whole if not looks else f"({' & '.join([whole, *looks])})"
 

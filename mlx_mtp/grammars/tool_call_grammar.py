@@ -1,4 +1,4 @@
-"""A grammar that accepts only valid tool calls in the syntax of Gemma 4 (see `tool_calls`)."""
+"""A grammar that accepts only valid tool calls in the syntax of Gemma 4 (see `text.tool_call_parser`)."""
 
 import json
 import re
