@@ -150,7 +150,7 @@ def _with_overrides(
 def _fit(path: str, module: nn.Module, choice: Quantization, may_shrink: bool, advice: str) -> Quantization:
     """Return the choice, with the smallest group size if its own group size does not divide the weight's columns.
 
-    Only the affine mode with `may_shrink` allows the smallest group size. Without this change, mlx-lm leaves the weight
+    Only the affine mode with `may_shrink` allows the smallest group size. mlx-lm's converter leaves such a weight
     unquantized without a message. Raises OptionError if no allowed group size divides the columns.
     """
     columns = module.weight.shape[-1]

@@ -68,7 +68,7 @@ class Block(TokenRules):
 
 
 def expected_accepted(p: np.ndarray, q: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
-    """Return the expected number of accepted tokens of a draft, by block verification and by token by token."""
+    """Return the expected number of accepted tokens of a draft: by block verification, and token by token."""
     k = len(tokens)
     ratios = (p[:k] / np.maximum(q, 1e-30))[range(k), tokens]
     passes, weight = [], 1.0
