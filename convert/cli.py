@@ -1,4 +1,4 @@
-"""Command line: `python -m mlx_mtp.convert --help`."""
+"""Command line of the converter: `python -m mlx_mtp.convert --help`."""
 
 import argparse
 import signal
@@ -18,7 +18,7 @@ from .quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, DRAFTER_BITS, DTYPES,
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 after an error, 130 after an interruption."""
+    """Run the command line and return the exit status: 0, 1 after an error, 130 after an interruption."""
     args = _parser().parse_args(argv)
     return exit_status(lambda: _run_interruptibly(args))
 
@@ -127,7 +127,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 class _Bar:
-    """A progress bar in bytes of the source, on stderr."""
+    """A progress bar on stderr that counts the bytes of the source checkpoints."""
 
     def __enter__(self) -> "_Bar":
         from huggingface_hub.utils import tqdm
@@ -159,11 +159,11 @@ def _print_summary(summary: Summary, drafter: str, target: str, seconds: float) 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let the signals that end a process unwind it, so that what is half written is removed."""
+    """Turn SIGINT, SIGTERM and SIGHUP into KeyboardInterrupt, so that the cleanup removes incomplete output."""
     signals = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
 
     def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
-        # A second one must not stop the cleaning up.
+        # A second signal must not stop the cleanup.
         for number in signals:
             signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt

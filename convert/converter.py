@@ -1,4 +1,4 @@
-"""One conversion: read and check everything, then write a new folder, then put it in its place."""
+"""The conversion: check all input, write a new folder, then move the folder to its place."""
 
 import json
 import logging
@@ -78,13 +78,16 @@ _TOKENIZER_FILES = (
     "chat_template.json",
 )
 _GENERATION_CONFIG = "generation_config.json"
-# Types of checkpoints that hold nothing but the text decoder, and the type mlx-lm knows our tensor names by.
+# Model types of checkpoints that hold only a text decoder, and the model type for which mlx-lm expects our names.
 _TEXT_ONLY_TYPES = {"gemma4_text": "gemma4", "gemma4_unified_text": "gemma4_unified"}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to convert and where to; see the command line's help. `drafter` is auto, none, a folder or a hub id."""
+    """Options of a conversion. The command line's help describes each option.
+
+    `drafter` is "auto", "none", a folder or a hub id.
+    """
 
     hf_path: str
     mlx_path: Path
@@ -97,8 +100,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Part:
-    """One folder of the output, a target's or a drafter's: all that will be written there. `copies` are files of the
-    source by their name in it."""
+    """Planned content of one output folder, for the target or for the drafter.
+
+    All dictionaries have file names as keys. `copies` holds the paths of source files that are copied.
+    """
 
     shards: dict[str, list[Conversion]]
     texts: dict[str, str]
@@ -107,11 +112,12 @@ class Part:
 
     @property
     def conversions(self) -> list[Conversion]:
+        """The conversions of all shards, in order."""
         return [conversion for shard in self.shards.values() for conversion in shard]
 
     @property
     def nbytes(self) -> int:
-        """Bytes the folder's files will take."""
+        """Size of the folder's files in bytes."""
         texts = sum(len(text.encode()) for text in self.texts.values())
         copies = sum(file.stat().st_size for file in self.copies.values())
         arrays = sum(array.nbytes for file in self.arrays.values() for array in file.values())
@@ -119,12 +125,16 @@ class Part:
 
     @property
     def bits_per_weight(self) -> float:
+        """Mean number of stored bits per weight, scales and biases included."""
         return stored_bytes(self.conversions) * 8 / parameter_count(self.conversions)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written: `drafter` is None where the target was converted alone, `advice` how to name one."""
+    """Result of a conversion.
+
+    `drafter` is None if the target was converted alone. `advice` tells the user how to name a drafter.
+    """
 
     folder: Path
     target: Part
@@ -135,11 +145,13 @@ class Summary:
 def convert(
     options: Options, block_bytes: int = BLOCK_BYTES, progress: Callable[[int, int], object] | None = None
 ) -> Summary:
-    """Convert a target and its drafter. `progress` is told the source's bytes read since, and in all.
+    """Convert a target and its drafter to one folder.
 
-    Everything that can be checked is checked before anything is written, and a folder appears only when it is complete.
+    All checks come before the first write. The folder appears only when it is complete. `progress` gets two numbers of
+    source bytes after each block: the bytes done since the last call, and the total.
 
-    Raises MTPError kinds; OutputError for a folder that exists, cannot be written, or does not fit the disk.
+    Raises OutputError if the folder exists, cannot be written or does not fit the disk, and other MTPError subclasses
+    if the options, the checkpoints or the hub cause an error.
     """
     check_options(options.weights)
     if (text := options.weights.draft_vocab_text) is not None and (reason := fault(text)) is not None:
@@ -238,7 +250,7 @@ def _plan_drafter(config: DrafterConfig, options: WeightOptions, target: TargetC
         shards = {"model.safetensors": [_cut(conversion, ids) for conversion in conversions]}
         arrays = {"model-draft-vocab.safetensors": {"draft_vocab_ids": mx.array(ids)}}
         fields["draft_vocab_size"] = len(ids)
-    # One file whatever its size: the drafter's layout has no index.
+    # The drafter is one file of any size, because its layout has no index.
     texts = {"config.json": json.dumps(fields, indent=4, sort_keys=True)}
     return Part(shards, texts, _copies(source, _GENERATION_CONFIG), arrays)
 
@@ -253,7 +265,7 @@ def _draft_vocab(config: DrafterConfig, size: int, text: Path | None, target: Ta
 
 
 def _texts(file: Path) -> Iterator[str]:
-    """The lines of a file; of JSON objects, what text they hold."""
+    """Yield the lines of a file. For a line of JSON, yield the strings in it instead."""
     try:
         lines = read_text(file).splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -275,14 +287,14 @@ def _strings(entry: Any) -> Iterator[str]:
 
 
 def _cut(conversion: Conversion, ids: Ids) -> Conversion:
-    """The same, of these rows only, if it makes the drafter's head."""
+    """Limit the conversion of the drafter's head to these rows. Return any other conversion unchanged."""
     if conversion.name != "model.embed_tokens.weight":
         return conversion
     return replace(conversion, shape=(len(ids), *conversion.shape[1:]), rows=tuple(ids.tolist()))
 
 
 def _copies(source: Path, *patterns: str) -> dict[str, Path]:
-    """The files of the source that match, by their name in it."""
+    """Return the source files that match the patterns, with their paths relative to the source as keys."""
     files = (file for pattern in patterns for file in sorted(source.glob(pattern)))
     return {str(file.relative_to(source)): file for file in files if file.is_file()}
 
@@ -296,7 +308,10 @@ def _check_unquantized(config: TargetConfig | DrafterConfig) -> None:
 
 
 def _own_dtype(config: TargetConfig | DrafterConfig, tensors: dict[str, TensorInfo]) -> str:
-    """The checkpoint's dtype: what its config says, else what all its tensors are."""
+    """Return the checkpoint's dtype from its config, or else the common type of all its float tensors.
+
+    Raises ConfigError if the config names another type, or if the tensors have no common type.
+    """
     if config.dtype in DTYPES:
         return config.dtype
     if config.dtype is not None:
@@ -320,16 +335,16 @@ def _match(
     quantization: Quantization | None,
     rename: Callable[[str], str],
 ) -> list[Conversion]:
-    """A conversion for every parameter of the module, in its order, to the names that `rename` gives them.
+    """Return a conversion for each parameter of the module, in the module's order, with names from `rename`.
 
-    Raises WeightsError for a tensor that is missing, unexpected, misshapen, or of a type that cannot be converted.
+    Raises WeightsError if a tensor is missing or unexpected, or has a wrong shape or a type that cannot be converted.
     """
     shapes = {name: array.shape for name, array in lazy_parameters(module).items()}
     quantized = parameter_quantization(module, quantization)
     conversions = {}
     for key, filled in match_tensors(source, tensors, names, shapes).items():
         for part, name in enumerate(filled):
-            # Parameters that are no weights but ids of tokens, which MLX indexes with int32.
+            # These parameters hold token ids, not weights. MLX uses int32 for indices.
             is_index = name.endswith(("token_ordering", "draft_vocab_ids"))
             kind = mx.int32 if is_index else getattr(mx, dtype)
             check_shape(source, key, tensors[key].shape, shapes[name], len(filled))
@@ -350,7 +365,7 @@ def _check_type(source: Path, key: str, tensor: TensorInfo, is_index: bool) -> N
 
 
 def _weight_fields(dtype: str, quantization: Quantization | None, rename: Callable[[str], str]) -> dict[str, Any]:
-    """The fields of config.json that describe the weights, as mlx-lm writes them."""
+    """Return the fields of config.json that describe the weights, in mlx-lm's format."""
     if quantization is None:
         return {"dtype": dtype}
     overrides = {rename(path): _parameters(choice) for path, choice in quantization.overrides.items() if choice}
@@ -363,7 +378,10 @@ def _parameters(quantization: Quantization) -> dict[str, Any]:
 
 
 def _target_fields(config: TargetConfig) -> dict[str, Any]:
-    """The target's config.json in the published spelling, with every field mlx-lm has a default of its own for."""
+    """Return the fields of the target's config.json, with the names that published checkpoints use.
+
+    Each field for which mlx-lm has its own default value is present.
+    """
     fields = read_json(config.path)
     if config.model_type in _TEXT_ONLY_TYPES:
         kept = ("eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings", "transformers_version")
@@ -376,7 +394,7 @@ def _target_fields(config: TargetConfig) -> dict[str, Any]:
         name: value for name, value in fields["text_config"].items() if name not in ("per_layer_config", "torch_dtype")
     }
     fields["text_config"] = text | _published_fields(config)
-    # mlx-lm reads the inner one, transformers the outer.
+    # mlx-lm reads the field in text_config, transformers reads the field at the top level.
     for place in (fields, fields["text_config"]):
         place["tie_word_embeddings"] = not config.text.own_head
     return fields
@@ -413,7 +431,7 @@ def _published_fields(config: TargetConfig) -> dict[str, Any]:
 
 
 def _attention(config: TargetConfig, text: TextConfig, layer_type: str) -> tuple[int, int, bool]:
-    """Head size, K/V heads and whether keys are the values, of all layers of one type."""
+    """Return the head size, the number of K/V heads, and whether keys equal values, for all layers of one type."""
     shapes = {
         (layer.head_dim, layer.num_kv_heads, layer.k_eq_v) for layer in text.layers if layer.layer_type == layer_type
     }
@@ -425,8 +443,10 @@ def _attention(config: TargetConfig, text: TextConfig, layer_type: str) -> tuple
 
 
 def _license(readme: Path) -> str | None:
-    """What the source's model card gives as its license. A card that cannot be read is no reason not to convert: None,
-    with a warning."""
+    """Return the license from the source's model card, or None if the card has none.
+
+    If the card cannot be read, log a warning and return None: the conversion does not need the license.
+    """
     from huggingface_hub import ModelCard
 
     if not readme.is_file():
@@ -434,7 +454,7 @@ def _license(readme: Path) -> str | None:
     try:
         text = readme.read_text(encoding="utf-8-sig", errors="replace")
         found = ModelCard(text, ignore_metadata_errors=True).data.to_dict().get("license")
-    # YAML can go wrong in many ways, and hold anything.
+    # YAML can fail with many kinds of exceptions, and can hold any data.
     except Exception as error:
         logger.warning("%s: its license is not copied: %s", readme, " ".join(str(error).split()))
         return None
@@ -483,7 +503,7 @@ def _write(folder: Path, part: Part, block_bytes: int, advance: Callable[[int], 
         (folder / name).write_text(text, encoding="utf-8")
     for name, file in part.copies.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        # Copied without a byte order mark: other readers of JSON and templates do not expect one.
+        # The copy has no byte order mark, because other readers of JSON and templates do not expect it.
         (folder / name).write_bytes(file.read_bytes().removeprefix(BYTE_ORDER_MARK))
 
 

@@ -1,4 +1,4 @@
-"""Which parameters are quantized, and how: the options' values checked, then one choice per module."""
+"""Choice of the quantization of each module, and checks of the options for weights."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,22 +11,22 @@ from mlx_mtp.errors import OptionError
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUP_SIZES = (32, 64, 128)
-# Group size and bits; the modes other than affine have no others.
+# The default group size and bits of each mode. Modes other than affine support no other values.
 MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
 DTYPES = ("float16", "bfloat16", "float32")
-# mlx-lm's names: bits of most modules, and of the few that matter more.
+# The names are mlx-lm's: first the bits of most modules, then the bits of the few modules that matter more.
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 UNQUANTIZED_BITS = 16
 DRAFTER_BITS = (*AFFINE_BITS, UNQUANTIZED_BITS)
 _DRAFTER_DEFAULT = Quantization(64, 4)
-# Few weights that choose the experts: mlx-lm keeps them at 8 bits too.
+# The router's few weights choose the experts. mlx-lm also keeps them at 8 bits.
 _ROUTER = "router.proj"
 _ROUTER_QUANTIZATION = Quantization(64, 8)
 
 
 @dataclass(frozen=True)
 class WeightOptions:
-    """The command line's choices about weights, by its flags' names; None where a flag is not given."""
+    """Options for weights, with the names of the command line's flags. None means that the flag is not given."""
 
     quantize: bool = False
     q_bits: int | None = None
@@ -40,7 +40,11 @@ class WeightOptions:
 
 
 def check_options(options: WeightOptions) -> None:
-    """Raises OptionError naming the first flag whose value is not possible, or contradicts another's."""
+    """Check the options for weights.
+
+    Raises OptionError if a flag's value is not possible or contradicts another flag. The error names the first such
+    flag.
+    """
     affine = options.q_mode == "affine"
     _check("--q-mode", options.q_mode, tuple(MODES))
     group_size, bits = MODES[options.q_mode]
@@ -76,7 +80,7 @@ def _check(flag: str, value: object, expected: tuple[object, ...], reason: str =
 
 
 def quantize_target(target: nn.Module, options: WeightOptions) -> Quantization | None:
-    """How a target is quantized, with overrides by module path; None if it is not.
+    """Return the quantization of a target, with overrides by module path, or None if it is not quantized.
 
     Raises OptionError if the group size does not divide a weight's columns.
     """
@@ -87,11 +91,11 @@ def quantize_target(target: nn.Module, options: WeightOptions) -> Quantization |
     modules = _quantizable(target)
     chosen = dict.fromkeys(modules, default)
     if options.quant_predicate is not None:
-        # mlx-lm brings transformers along, seconds that only a recipe needs.
+        # mlx-lm imports transformers, which takes seconds. Only a recipe needs it.
         from mlx_lm.convert import mixed_quant_predicate_builder
 
         default = replace(default, bits=int(options.quant_predicate.split("_")[1]))
-        # Its annotation names an argument it does not take.
+        # The predicate's annotation in mlx-lm names an argument that the predicate does not take.
         predicate: Any = mixed_quant_predicate_builder(options.quant_predicate, target, default.group_size)
         chosen = {path: Quantization(**predicate(path, module)) for path, module in modules.items()}
     chosen |= {path: _ROUTER_QUANTIZATION for path in modules if path.endswith(_ROUTER)}
@@ -100,10 +104,10 @@ def quantize_target(target: nn.Module, options: WeightOptions) -> Quantization |
 
 
 def quantize_drafter(drafter: nn.Module, has_centroids: bool, bits: int | None) -> Quantization | None:
-    """How a drafter is quantized; None if it is not.
+    """Return the quantization of a drafter, or None if it is not quantized.
 
-    By default a dense head is, since it is read in full at every draft step; a centroid head reads few of its rows and
-    is small.
+    By default, a drafter with a dense head is quantized, because each draft step reads the whole head. A drafter with a
+    centroid head is not quantized, because it is small and a draft step reads few rows of the head.
 
     Raises OptionError if the group size does not divide a weight's columns.
     """
@@ -118,7 +122,7 @@ def quantize_drafter(drafter: nn.Module, has_centroids: bool, bits: int | None) 
 
 
 def parameter_quantization(module: nn.Module, quantization: Quantization | None) -> dict[str, Quantization]:
-    """The quantization of every parameter that is quantized, by name."""
+    """Return the quantization of each quantized parameter, by parameter name."""
     if quantization is None:
         return {}
     return {f"{path}.weight": quantization.overrides.get(path) or quantization for path in _quantizable(module)}
@@ -144,9 +148,10 @@ def _with_overrides(
 
 
 def _fit(path: str, module: nn.Module, choice: Quantization, may_shrink: bool, advice: str) -> Quantization:
-    """The choice itself, or with the smallest group size where that divides the weight and the choice's does not.
+    """Return the choice, with the smallest group size if its own group size does not divide the weight's columns.
 
-    mlx-lm would leave such a weight unquantized and say nothing.
+    Only the affine mode with `may_shrink` allows the smallest group size. mlx-lm's converter leaves such a weight
+    unquantized without a message. Raises OptionError if no allowed group size divides the columns.
     """
     columns = module.weight.shape[-1]
     sizes = [choice.group_size, *(AFFINE_GROUP_SIZES[:1] if may_shrink and choice.mode == "affine" else ())]

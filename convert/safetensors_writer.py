@@ -1,7 +1,7 @@
-"""Weights from one checkpoint's files to another's by blocks of rows: cast, split, quantized, never a whole tensor.
+"""Writer of safetensors files that casts, splits and quantizes weights in blocks of rows, never a whole tensor.
 
-A safetensors header names every tensor's place, and the outputs' shapes are known beforehand, so the header is written
-first and each block's bytes go straight to their place behind it.
+A safetensors header gives the place of each tensor, and the shapes of the outputs are known in advance. The writer
+writes the header first, and then each block directly to its place.
 """
 
 import json
@@ -18,9 +18,9 @@ from mlx_mtp.checkpoints.config import Quantization
 from mlx_mtp.checkpoints.weights import TensorInfo
 from mlx_mtp.errors import WeightsError
 
-# Bytes of the source held at a time. Casting and quantizing multiply it a few times.
+# Bytes of the source in memory at a time. A cast and quantization need a few times this size.
 BLOCK_BYTES = 32 << 20
-# As mlx-lm. A tensor larger than this gets a file of its own.
+# The size is mlx-lm's. A tensor larger than this size gets its own file.
 SHARD_BYTES = 5 << 30
 
 _NAMES = {
@@ -31,7 +31,7 @@ _NAMES = {
     mx.uint32: "U32",
     mx.uint8: "U8",
 }
-# numpy has no bfloat16: its bits are read as integers.
+# numpy has no bfloat16, so its bits are read as integers.
 _READ_AS: dict[str, type[np.generic]] = {
     "F32": np.float32,
     "F16": np.float16,
@@ -46,14 +46,14 @@ _READ_AS: dict[str, type[np.generic]] = {
     "U64": np.uint64,
 }
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# Types that token ids may have.
+# Integer types that token ids can have.
 INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
 _LARGEST_FLOAT16 = 65504
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the output."""
+    """A tensor of the output file."""
 
     name: str
     dtype: mx.Dtype
@@ -61,15 +61,17 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
+        """Size of the tensor's data in bytes."""
         return prod(self.shape) * self.dtype.size
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """How one parameter is made: from `part` of `parts` equal parts of the source along its last axis but one.
+    """Conversion of one source tensor, or of one part of it, to one parameter.
 
-    `name` is the output's, `shape` the parameter's before quantization, `dtype` what it is cast to first. `rows`, in
-    order, are those to take; None for all.
+    The source has `parts` equal parts along its second-to-last axis, and the parameter comes from part number `part`.
+    `name` is the parameter's name in the output. `shape` is its shape before quantization. The source is cast to
+    `dtype` before quantization. `rows` lists the rows to take, in order; None takes all rows.
     """
 
     name: str
@@ -82,27 +84,29 @@ class Conversion:
     rows: tuple[int, ...] | None = None
 
     def outputs(self) -> list[StoredTensor]:
-        """The tensors it writes: one, or a quantized weight with its scales and, in affine mode, biases."""
-        # Lazy: MLX itself says the shapes, and computes nothing.
+        """Return the output tensors: one, or a quantized weight with its scales and, in affine mode, biases."""
+        # These arrays are lazy: MLX gives their shapes and computes nothing.
         arrays = self.convert(mx.zeros(self.shape, self.dtype))
         module = self.name.removesuffix(".weight")
         names = [self.name, f"{module}.scales", f"{module}.biases"]
         return [StoredTensor(name, array.dtype, array.shape) for name, array in zip(names, arrays, strict=False)]
 
     def convert(self, rows: mx.array) -> tuple[mx.array, ...]:
-        """The outputs for some rows of the source, [..., columns]."""
+        """Cast and quantize rows of the source, [..., columns]. Return one array for each output tensor."""
         rows = rows.astype(self.dtype)
         q = self.quantization
         return (rows,) if q is None else tuple(mx.quantize(rows, q.group_size, q.bits, mode=q.mode))
 
     @property
     def source_bytes(self) -> int:
+        """Number of source bytes that this conversion reads."""
         size = (self.source.end - self.source.start) // self.parts
         return size if self.rows is None else size // self.source.shape[0] * len(self.rows)
 
     def blocks(self, block_bytes: int) -> Iterator[tuple[int, mx.array]]:
-        """The parameter's rows as [rows, columns], in order, at most `block_bytes` or one row at a time, each with the
-        index of its first row.
+        """Read the parameter's rows in blocks, and yield the index of each block's first row with the block.
+
+        A block is [rows, columns] and has at most `block_bytes` bytes, but at least one row. The blocks are in order.
 
         Raises WeightsError if the file ends early.
         """
@@ -126,7 +130,10 @@ class Conversion:
         return mx.concatenate([self._read(stream, int(run[0]), len(run), columns) for run in runs])
 
     def _read(self, stream: BinaryIO, first: int, rows: int, columns: int) -> mx.array:
-        """Rows of the source. Read, not mapped: pages of a mapped file would count as this process's memory."""
+        """Read rows of the source, [rows, columns].
+
+        The file is not mapped, because the pages of a mapped file count as memory of this process.
+        """
         dtype = np.dtype(_READ_AS[self.source.dtype])
         stream.seek(self.source.start + first * columns * dtype.itemsize)
         values = np.fromfile(stream, dtype, rows * columns)
@@ -150,7 +157,10 @@ class Conversion:
 
 
 def plan_shards(conversions: list[Conversion], shard_bytes: int = SHARD_BYTES) -> dict[str, list[Conversion]]:
-    """Which file holds which parameters, named as mlx-lm names them."""
+    """Distribute the parameters over files of at most `shard_bytes` bytes, with mlx-lm's file names as keys.
+
+    A larger parameter gets its own file.
+    """
     shards: list[list[Conversion]] = [[]]
     filled = 0
     for conversion in conversions:
@@ -166,7 +176,7 @@ def plan_shards(conversions: list[Conversion], shard_bytes: int = SHARD_BYTES) -
 
 
 def write_shard(path: Path, conversions: list[Conversion], block_bytes: int, advance: Callable[[int], object]) -> None:
-    """Write one safetensors file. `advance` is told the bytes of the source done with each block.
+    """Write one safetensors file. After each block, call `advance` with the block's number of source bytes.
 
     Raises WeightsError if a source file ends early, OSError if the disk fails.
     """
@@ -184,19 +194,19 @@ def write_shard(path: Path, conversions: list[Conversion], block_bytes: int, adv
                     stream.seek(places[output.name] + row * row_bytes)
                     stream.write(np.asarray(array.view(mx.uint8)).data)
                 advance(block.size * conversion.source_bytes // prod(conversion.shape))
-            # On a GPU, freed blocks would otherwise stay with the process.
+            # Without this call, the process keeps the memory of freed blocks on a GPU.
             mx.clear_cache()
 
 
 def shard_size(conversions: list[Conversion]) -> int:
-    """Bytes of the file `write_shard` writes."""
+    """Return the size in bytes of the file that `write_shard` writes."""
     return _layout(conversions)[2]
 
 
 def _layout(conversions: list[Conversion]) -> tuple[bytes, dict[str, int], int]:
-    """The header, each tensor's place in the file, and the file's size."""
+    """Return the header, the byte position of each tensor in the file, and the file size in bytes."""
     outputs = [output for conversion in conversions for output in conversion.outputs()]
-    # Wide types first keep every tensor aligned to its type, for readers that map the file.
+    # Wide types come first. This order keeps each tensor aligned to its type, for readers that map the file.
     outputs.sort(key=lambda output: -output.dtype.size)
     entries: dict[str, object] = {"__metadata__": {"format": "mlx"}}
     starts = {}
@@ -217,7 +227,7 @@ def _layout(conversions: list[Conversion]) -> tuple[bytes, dict[str, int], int]:
 
 
 def index_text(shards: dict[str, list[Conversion]]) -> str:
-    """The index file's content, as mlx-lm writes it: which file holds which tensor."""
+    """Return the text of the index file, which names the file of each tensor, in mlx-lm's format."""
     conversions = [conversion for shard in shards.values() for conversion in shard]
     weight_map = {
         output.name: file for file, shard in shards.items() for conversion in shard for output in conversion.outputs()
@@ -227,8 +237,10 @@ def index_text(shards: dict[str, list[Conversion]]) -> str:
 
 
 def stored_bytes(conversions: list[Conversion]) -> int:
+    """Return the size of all output tensors in bytes, without file headers."""
     return sum(output.nbytes for conversion in conversions for output in conversion.outputs())
 
 
 def parameter_count(conversions: list[Conversion]) -> int:
+    """Return the number of values of all parameters, before quantization."""
     return sum(prod(conversion.shape) for conversion in conversions)

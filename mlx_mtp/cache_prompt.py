@@ -1,9 +1,9 @@
-"""Command line: read a prompt ahead and keep its K/V in a file. `python -m mlx_mtp.cache_prompt --help`."""
+"""Command line that saves a prompt's K/V to a file: `python -m mlx_mtp.cache_prompt --help`."""
 
 import sys
 
 if __name__ == "__main__":
-    # Before anything that takes time is imported.
+    # This comes before the slow imports, so that Ctrl-C ends the command from the first moment on.
     from .commands import run_command
 
     sys.exit(run_command("cache_prompt"))
@@ -27,7 +27,7 @@ from .shell import Parser, exit_status, read_prompt, text_argument
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    """Run the command line and return the exit status: 0, 1 after an error, 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
     return exit_status(lambda: _run(args))
 

@@ -1,4 +1,4 @@
-"""Command line: a conversation with a target and its drafter. `python -m mlx_mtp.chat --help`.
+"""Command line for a conversation with a target and its drafter: `python -m mlx_mtp.chat --help`.
 
 Answers go to stdout, everything else to stderr.
 """
@@ -6,7 +6,7 @@ Answers go to stdout, everything else to stderr.
 import sys
 
 if __name__ == "__main__":
-    # Before anything that takes time is imported.
+    # This comes before the slow imports, so that Ctrl-C ends the command from the first moment on.
     from .commands import run_command
 
     sys.exit(run_command("chat"))
@@ -56,7 +56,7 @@ Message = dict[str, str]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    """Run the command line and return the exit status: 0, 1 after an error, 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
     return exit_status(lambda: _run(args))
 
@@ -84,7 +84,10 @@ def _parser() -> argparse.ArgumentParser:
 
 @dataclass
 class _Chat:
-    """A conversation, and the last response of every answer since the program began. Thoughts are not kept in it."""
+    """A conversation with a model.
+
+    `messages` holds no thoughts. `answers` holds the last response of every answer since the program began.
+    """
 
     model: Model
     options: GenerationOptions
@@ -94,15 +97,18 @@ class _Chat:
     context_used: int = 0
 
     def check(self) -> None:
-        """Raises MTPError for an option that cannot be honoured, before a message is asked for."""
-        # Checks everything at once, but decodes nothing until a response is asked for.
+        """Check all options before the first message.
+
+        Raises MTPError if an option is not possible.
+        """
+        # This call checks everything at once, but decodes nothing until the first response is read.
         self._stream(self._encode([{"role": "user", "content": ""}]))
 
     def ask(self, text: str) -> None:
-        """Print the answer to a message, and keep both. Ctrl-C ends the answer there.
+        """Print the answer to a message, and add both to the conversation.
 
-        Raises PromptError if the conversation no longer fits the context, KeyboardInterrupt after Ctrl-C before any
-        text: the conversation is then as it was.
+        Ctrl-C ends the answer early. Raises PromptError if the conversation no longer fits the context,
+        KeyboardInterrupt if Ctrl-C comes before any text. After an exception, the conversation is unchanged.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self._encode(messages)
@@ -117,10 +123,12 @@ class _Chat:
         self.context_used = last.prompt_tokens + last.generation_tokens
 
     def reset(self) -> None:
+        """Forget the conversation, but keep the answers' figures."""
         self.messages = []
         self.context_used = 0
 
     def print_stats(self) -> None:
+        """Print the figures of the last answer and of all answers, and the context used, on stderr."""
         if self.answers:
             print("Last answer", file=sys.stderr)
             summarize(self.answers[-1], self.model, self.options)
@@ -135,18 +143,18 @@ class _Chat:
         return self.model.encode(system + messages, enable_thinking=self.options.enable_thinking)
 
     def _stream(self, prompt: list[int], on_prefill: Progress | None = None) -> Iterator[GenerationResponse]:
-        # A seed of its own for each answer: a question asked again after /reset would get the same draws.
+        # Each answer has its own seed. With one seed, a repeated question after /reset gets the same draws.
         sampling = self.options.sampling
         sampling = replace(sampling, seed=(sampling.seed + len(self.answers)) % 2**64)
         return self.model.stream_generate(prompt, self.options, sampling=sampling, on_prefill=on_prefill)
 
 
 def _total(answers: Sequence[GenerationResponse]) -> GenerationResponse:
-    """The figures of all answers in one response."""
+    """Return one response with the figures of all answers."""
     stats = Stats()
     for answer in answers:
         stats.merge(answer.stats)
-    # Speed is of the tokens after the first, which belongs to prefill; an answer of one token has none.
+    # Generation speed leaves out the first token, which belongs to prefill. An answer of one token has no speed.
     timed = [(a.generation_tokens - 1, a.generation_tps) for a in answers if a.generation_tps]
     return replace(
         answers[-1],
@@ -159,14 +167,14 @@ def _total(answers: Sequence[GenerationResponse]) -> GenerationResponse:
 
 
 def _mean_tps(timed: list[tuple[int, float]]) -> float:
-    """Tokens per second in all, from (tokens, tokens per second); 0.0 if there are none."""
+    """Return the tokens per second of all pairs (tokens, tokens per second) together, 0.0 if there are no pairs."""
     seconds = sum(tokens / tps for tokens, tps in timed)
     return sum(tokens for tokens, _ in timed) / seconds if seconds else 0.0
 
 
 def _run(args: argparse.Namespace) -> int:
     check_stdin()
-    # Made first: what is wrong with the options shows before seconds of loading.
+    # Check the options first, because loading takes seconds.
     options = GenerationOptions(
         sampling=given_sampling(args),
         max_tokens=args.max_tokens,
@@ -205,17 +213,18 @@ def _greeting(args: argparse.Namespace, model: Model) -> str:
 
 
 def _lines() -> Iterator[str]:
-    """The lines of stdin, stripped, until it ends. On a terminal with a prompt, and Ctrl-C clears the line there.
+    """Read the lines of stdin, stripped, until stdin ends.
 
-    Raises KeyboardInterrupt for Ctrl-C while waiting for a pipe, and for a second one in a row with nothing typed.
+    A terminal shows a prompt, and Ctrl-C clears the line there. Raises KeyboardInterrupt if Ctrl-C comes during a read
+    from a pipe, or comes a second time in a row on an empty line of a terminal.
     """
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with suppress(ImportError):
-            # Imported for what it does to input(): editing, and a history on the arrow keys.
+            # This import gives input() line editing, and a history on the arrow keys.
             import readline  # noqa: F401
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # A stray byte must not end the conversation: its line is refused.
+        # A byte that is not valid text must not end the conversation. Only its line is refused.
         sys.stdin.reconfigure(errors="surrogateescape")
     cleared = False
     while True:
@@ -238,7 +247,7 @@ def _lines() -> Iterator[str]:
 
 
 def _typed() -> str:
-    """What was on the line when Ctrl-C cleared it. Unknown, and so empty, without readline."""
+    """Return the text of the line that Ctrl-C cleared, or an empty string without readline."""
     readline = sys.modules.get("readline")
     return "" if readline is None else readline.get_line_buffer()
 

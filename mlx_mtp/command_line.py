@@ -1,4 +1,4 @@
-"""What the command lines share: options, loading, and what they print about a generation."""
+"""Options, model loading and printed figures that the command lines share."""
 
 import argparse
 import json
@@ -30,7 +30,11 @@ from .shell import lacking, write_out
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = None, lengths: bool = True) -> None:
-    """`default` says what is taken where no model is named; without it one must be. `lengths` adds the draft length."""
+    """Add the options that choose and load a model.
+
+    `default` is the help text's name for the model that a command uses without --model. If it is None, --model is
+    required. `lengths` adds --num-draft-tokens.
+    """
     what = "Target: a local folder or a Hugging Face hub id"
     parser.add_argument(
         "--model", required=default is None, help=f"{what} (default: {default})." if default else f"{what}."
@@ -71,6 +75,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = 
 
 
 def add_embedding_option(parser: argparse.ArgumentParser) -> None:
+    """Add --per-layer-embeddings."""
     parser.add_argument(
         "--per-layer-embeddings",
         choices=PER_LAYER_EMBEDDINGS,
@@ -81,6 +86,7 @@ def add_embedding_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of sampling, penalties, logit bias and the acceptance rule."""
     add = parser.add_argument
     unset = Sampling()
     add("--temp", dest="temperature", type=float, help="Sampling temperature, 0 is greedy (default: the model's own).")
@@ -134,6 +140,7 @@ def _add_penalty_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_kv_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of K/V quantization."""
     add = parser.add_argument
     add("--kv-bits", type=int, metavar="8|4", help="Quantize the K/V of full-attention layers (default: no).")
     add(
@@ -152,11 +159,12 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_kv_options(args: argparse.Namespace) -> dict[str, Any]:
-    """As fields of `GenerationOptions`."""
+    """Return the K/V options as keyword arguments of `GenerationOptions`."""
     return {name: vars(args)[name] for name in ("kv_bits", "kv_group_size", "quantized_kv_start")}
 
 
 def add_thinking_options(parser: argparse.ArgumentParser) -> None:
+    """Add --enable-thinking and --thinking-budget."""
     parser.add_argument(
         "--enable-thinking",
         action="store_true",
@@ -199,7 +207,10 @@ def _logit_bias(text: str) -> dict[int, float]:
 
 
 def check_template_options(args: argparse.Namespace) -> None:
-    """Raises PromptError for what needs the chat template that is to be ignored."""
+    """Check that no option needs the chat template that --ignore-chat-template turns off.
+
+    Raises PromptError if the options combine it with a system prompt or with thinking.
+    """
     if args.ignore_chat_template and (args.system_prompt is not None or args.enable_thinking):
         what = "thinking" if args.system_prompt is None else "a system prompt"
         raise PromptError(f"{what} needs a chat template: this model has none, or it is ignored")
@@ -208,19 +219,23 @@ def check_template_options(args: argparse.Namespace) -> None:
 def load_model(
     name: str | Path, drafter: str | Path | None, args: argparse.Namespace, options: GenerationOptions | None = None
 ) -> Model:
-    """Load as the options of `add_model_options` say; `options` are those that the memory limit is checked for. What
-    "auto" maps is said. On a Mac, what the device recommends as a working set stays resident, as mlx-lm has it."""
+    """Load the model that the options of `add_model_options` describe.
+
+    The memory limit is checked for a generation with `options`. If --per-layer-embeddings is "auto" and maps the
+    table, a message on stderr says so. On a Mac, the wired limit is the working set size that the device recommends,
+    as in mlx-lm.
+    """
     _check_drafting(drafter, args, options)
     if options is not None and (options.sampling.logit_bias or options.logprobs or options.kv_bits):
         _check_for_model(name, options)
     if mx.metal.is_available():
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-    # Training has only some of the options.
+    # The training command has only some of these options.
     given = vars(args)
     placement = {"max_context": given.get("max_context"), "per_layer_embeddings": args.per_layer_embeddings}
     limit = given.get("memory_limit")
     if limit is not None:
-        # MLX's cache of freed buffers gives way before it.
+        # Near this limit, MLX releases its cache of freed buffers.
         mx.set_memory_limit(limit)
         plan_memory(name, drafter, memory_limit=limit, options=options, **placement)
     model = load(name, drafter, exact=given.get("exact", False), **placement)
@@ -234,8 +249,11 @@ def load_model(
 
 
 def _check_drafting(drafter: str | Path | None, args: argparse.Namespace, options: GenerationOptions | None) -> None:
-    """Raises OptionError for a number of draft tokens that the other options rule out, ConfigError for a drafter that
-    is not there: before the target is downloaded."""
+    """Check the drafter and the number of draft tokens before the target is downloaded.
+
+    Raises OptionError if the other options exclude this number of draft tokens, ConfigError if the drafter's folder
+    does not exist.
+    """
     requested = "auto" if options is None else options.num_draft_tokens
     if drafter is not None and str(drafter) != "none" and not is_repo(drafter):
         resolve_folder(drafter)
@@ -248,7 +266,10 @@ def _check_drafting(drafter: str | Path | None, args: argparse.Namespace, option
 
 
 def _check_for_model(name: str | Path, options: GenerationOptions) -> None:
-    """Raises OptionError for options that the model's config rules out: before its weights are read."""
+    """Check the options against the model's config, before its weights are read.
+
+    Raises OptionError if the config excludes an option.
+    """
     text = read_target_config(resolve_folder(name)).text
     Penalties(options.sampling, text.vocab_size)
     check_logprobs(options.logprobs, text.vocab_size)
@@ -257,7 +278,10 @@ def _check_for_model(name: str | Path, options: GenerationOptions) -> None:
 
 
 def load_or_demo(args: argparse.Namespace, options: GenerationOptions | None = None) -> Model:
-    """The model named, else the demo pair; what is not as a user may expect is said on stderr."""
+    """Load the named model, or the demo pair if no model is named.
+
+    Messages on stderr report the use of the demo pair and a drafter that is not found.
+    """
     name: str | Path | None = args.model
     if name is None:
         name = DEMO_PAIR
@@ -273,7 +297,10 @@ def load_or_demo(args: argparse.Namespace, options: GenerationOptions | None = N
 
 
 def given_sampling(args: argparse.Namespace) -> Sampling:
-    """The options given, alone: what is wrong with them shows without a model. Raises OptionError."""
+    """Return only the given sampling options, to check them without a model.
+
+    Raises OptionError if an option is not valid.
+    """
     return Sampling(**_given_sampling(args))
 
 
@@ -283,13 +310,16 @@ def _given_sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_sampling(args: argparse.Namespace, model: Model) -> Sampling:
-    """The options given, else what the model's makers sample with, else none."""
+    """Return the given sampling options, completed with the model's own defaults.
+
+    An option that has neither keeps its neutral value. Without --seed, the seed is random.
+    """
     given = _given_sampling(args)
     return replace(model.default_sampling, **{"seed": secrets.randbits(32), **given})
 
 
 def print_stream(responses: Iterator[GenerationResponse]) -> tuple[list[GenerationResponse], bool]:
-    """Print text as it comes, the thought on stderr. Returns the responses, and whether Ctrl-C ended them early."""
+    """Print text as it comes, thoughts on stderr. Return the responses, and whether Ctrl-C ended them early."""
     seen: list[GenerationResponse] = []
     interrupted = in_thought = False
     dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
@@ -319,8 +349,10 @@ def print_stream(responses: Iterator[GenerationResponse]) -> tuple[list[Generati
 
 
 def calibrate(model: Model, options: GenerationOptions, *, remeasure: bool = False) -> None:
-    """Measure what rounds cost on this machine, with a progress bar, if the options need it. A known cost is measured
-    again only with `remeasure`."""
+    """Measure the cost of rounds on this machine, with a progress bar, if the options need this cost.
+
+    Only automatic draft lengths with a drafter need it. A known cost is measured again only with `remeasure`.
+    """
     if model.drafter is None or options.num_draft_tokens != "auto":
         return
     with tqdm(desc="Measuring, once", unit="pass", leave=False, disable=None, file=sys.stderr) as bar:
@@ -340,7 +372,10 @@ def calibrate(model: Model, options: GenerationOptions, *, remeasure: bool = Fal
 
 @contextmanager
 def prefill_bar(total: int, step_size: int) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, for prompts of more than one chunk; gone before the text begins."""
+    """Show a progress bar of the prefill on a terminal, and yield the function that updates it.
+
+    A prompt of one chunk gets no bar. The bar disappears before the text begins.
+    """
     disable = None if total > step_size else True
     bar = tqdm(total=total, desc="Prefill", unit="tok", leave=False, disable=disable, file=sys.stderr)
 
@@ -356,6 +391,7 @@ def prefill_bar(total: int, step_size: int) -> Iterator[Callable[[int, int], Non
 
 
 def describe(model: Model, sampling: Sampling, seconds: float) -> None:
+    """Print the loaded pair, the sampling options and the loading time in seconds on stderr."""
     for role, config in (("target", model.config), ("drafter", model.drafter_config)):
         if config is None:
             print(f"{role}: none", file=sys.stderr)
@@ -371,6 +407,7 @@ def describe(model: Model, sampling: Sampling, seconds: float) -> None:
 
 
 def summarize(last: GenerationResponse, model: Model, options: GenerationOptions) -> None:
+    """Print speed, acceptance and peak memory of a generation on stderr, from its last response."""
     stats = last.stats
     read = f"{last.cached_tokens} of them read before, " if last.cached_tokens else ""
     lines = [

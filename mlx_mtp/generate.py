@@ -1,9 +1,9 @@
-"""Command line: decode one prompt with a target and its drafter. `python -m mlx_mtp.generate --help`."""
+"""Command line that decodes one prompt with a target and its drafter: `python -m mlx_mtp.generate --help`."""
 
 import sys
 
 if __name__ == "__main__":
-    # Before anything that takes time is imported.
+    # This comes before the slow imports, so that Ctrl-C ends the command from the first moment on.
     from .commands import run_command
 
     sys.exit(run_command("generate"))
@@ -51,7 +51,7 @@ _NOT_COMPARED = "--compare needs a drafter, and a --num-draft-tokens other than 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    """Run the command line and return the exit status: 0, 1 after an error, 130 after Ctrl-C."""
     parser = _parser()
     args = parser.parse_args(argv)
     if args.prompt is None and not args.dry_run:
@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # Made first: what is wrong with the options shows before seconds of loading.
+    # Check the options first, because loading takes seconds.
     options = _options(args)
     text = read_prompt(args.prompt)
     started = time.perf_counter()
@@ -164,7 +164,7 @@ def _dry_run(args: argparse.Namespace) -> int:
     write_out(str(plan))
     if args.json:
         write_json(vars(plan) | {"kv": plan.kv, "peak": plan.peak})
-    # Afterwards, so that the table shows what is too much.
+    # Check the limit after the table is printed, so that the table shows which part is too large.
     plan_memory(name, args.drafter, memory_limit=args.memory_limit, options=options, **placement)
     return 0
 
@@ -196,8 +196,10 @@ def _check_prompt_cache(args: argparse.Namespace) -> None:
 
 
 def _options(args: argparse.Namespace) -> GenerationOptions:
-    """All options that are given; where none is, the model has a say in sampling. Checked as far as can be without a
-    model."""
+    """Return the given options, checked as far as possible without a model.
+
+    The model's sampling defaults are added later.
+    """
     _check_prompt_cache(args)
     check_template_options(args)
     if args.compare and (args.drafter == "none" or args.num_draft_tokens == 0):
@@ -216,14 +218,16 @@ def _options(args: argparse.Namespace) -> GenerationOptions:
         thinking_budget=args.thinking_budget,
         num_draft_tokens=args.num_draft_tokens,
         prefill_step_size=args.prefill_step_size,
-        # One prompt, unless the beginning of it is known.
+        # There is only one prompt. Only a prompt cache file holds K/V to reuse.
         reuse_prompt=args.prompt_cache is not None,
         **read_kv_options(args),
     )
 
 
 def _compare(model: Model, prompt: list[int], options: GenerationOptions) -> list[float]:
-    """Tokens per second of decoding with the drafter over those without, of runs one right after the other.
+    """Return the speed with the drafter divided by the speed without, for COMPARED_RUNS pairs of runs.
+
+    The two runs of a pair follow each other directly.
 
     Raises OptionError if the text has no second token to time.
     """

@@ -1,13 +1,13 @@
-"""Command line: does verifying several rows give what plain decoding gives? `python -m mlx_mtp.probe --help`.
+"""Command line that compares verify passes with plain decoding: `python -m mlx_mtp.probe --help`.
 
-Devices compute several rows with other kernels than one row, and these round differently: now and then the most likely
-token is another one, the text is not that of plain decoding, and a good draft is rejected.
+A device computes several rows with different kernels than one row, and these kernels round differently. Sometimes the
+most likely token changes. Then the text differs from the text of plain decoding, and a good draft token is rejected.
 """
 
 import sys
 
 if __name__ == "__main__":
-    # Before anything that takes time is imported.
+    # This comes before the slow imports, so that Ctrl-C ends the command from the first moment on.
     from .commands import run_command
 
     sys.exit(run_command("probe"))
@@ -31,18 +31,18 @@ from .errors import OptionError
 from .model import Model
 from .shell import Parser, exit_status, write_json, write_out
 
-# Tokens before those that are compared.
+# Number of tokens before the compared tokens.
 _CONTEXT = 64
-# Draft tokens of a round, where the acceptance lost is counted.
+# Draft tokens per round in the measure of lost acceptance.
 _DRAFTED = 3
-# Modules whose inputs and results are compared.
+# The inputs and results of these modules are compared.
 _PARTS = (nn.Linear, nn.QuantizedLinear, nn.RMSNorm, Router, Experts, ExactRows)
 _TABLES = (nn.Embedding, nn.QuantizedEmbedding, ExactTable)
 _RECORDED = [*((kind, "__call__") for kind in _PARTS), *((kind, "as_linear") for kind in _TABLES)]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    """Run the command line and return the exit status: 0, 1 after an error, 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
     return exit_status(lambda: _run(args))
 
@@ -84,10 +84,10 @@ def _run(args: argparse.Namespace) -> int:
 def compare_rows(
     target: Target, texts: list[list[int]], on_progress: Callable[[int], object]
 ) -> dict[int, dict[str, int]]:
-    """Passes over 2 to 9 rows of each text after its first tokens, against passes over one row.
+    """Compare passes over 2 to 9 rows of each text, after its first tokens, with passes over one row.
 
-    By number of rows: how many were compared, of how many the hidden state has other bits, and of how many the most
-    likely token is another one. Every pass finds the K/V of single passes before it.
+    Return counts of rows by the number of rows per pass: "compared", "other_bits" for different bits in the hidden
+    state, and "other_token" for a different most likely token. Every pass finds the K/V that single passes wrote.
     """
     found = {n: {"compared": 0, "other_bits": 0, "other_token": 0} for n in range(2, MAX_ROWS + 1)}
     for text in texts:
@@ -111,9 +111,11 @@ def compare_rows(
 def acceptance(
     model: Model, texts: list[list[int]], count: int, on_progress: Callable[[int], object]
 ) -> dict[str, float]:
-    """Draft tokens accepted in plain decoding's own text, by one pass over all of them and by single passes.
+    """Compare the acceptance length of one verify pass with the acceptance length of single passes.
 
-    Each round drafts from the states and the K/V of plain decoding. Tokens per round, with the target's own.
+    Both are measured on the text of plain decoding, `count` tokens after each prompt. Each round drafts from the hidden
+    states and the K/V of plain decoding. The result holds the draft tokens per round, the number of rounds, and both
+    acceptance lengths, in tokens per round with the bonus token.
     """
     assert model.drafter is not None
     totals = {"rounds": 0, "by_verify_pass": 0, "by_single_passes": 0}
@@ -146,8 +148,10 @@ def acceptance(
 
 
 def first_differences(target: Target, text: list[int]) -> dict[int, str | None]:
-    """By number of rows, the first place in a pass where a row has other bits than in a pass of its own; None if there
-    is none."""
+    """Return the first place in a pass of 2 to 9 rows whose bits differ from single passes.
+
+    The result has one entry for each number of rows. An entry is None if all bits are equal.
+    """
     cache = _prefilled(target, text)
     single: list[list[tuple[str, mx.array]]] = []
     for at in range(_CONTEXT, _CONTEXT + MAX_ROWS):
@@ -172,7 +176,7 @@ def first_differences(target: Target, text: list[int]) -> dict[int, str | None]:
 
 @contextmanager
 def _recorded(target: Target) -> Iterator[list[tuple[str, mx.array]]]:
-    """Collects what goes into and comes out of the parts of a pass, in their order."""
+    """Collect the inputs and outputs of the modules of a pass, in the order of their calls."""
     names = {id(module): name for name, module in target.named_modules()}
     seen: list[tuple[str, mx.array]] = []
 
@@ -180,7 +184,7 @@ def _recorded(target: Target) -> Iterator[list[tuple[str, mx.array]]]:
         def record(module: nn.Module, x: mx.array, *others: mx.array) -> Any:
             name = names.get(id(module), "")
             result = call(module, x, *others)
-            # Parts of a part that goes row by row are its own affair.
+            # Leave out the inner modules of a part that computes row by row: only the part itself is compared.
             if name and not name.endswith(".inner") and ".experts." not in name and ".router." not in name:
                 seen.append((f"before {name}", x))
                 outputs = result if isinstance(result, tuple) else (result,)
@@ -207,7 +211,7 @@ def _prefilled(target: Target, text: list[int]) -> Cache:
 
 
 def _pass(target: Target, cache: Cache, tokens: list[int]) -> tuple[mx.array, list[int]]:
-    """Hidden states, and the most likely next token of each row."""
+    """Return the hidden states, and the most likely next token of each row."""
     output = target(mx.array([tokens], mx.int32), cache, logit_rows=len(tokens))
     hidden, chosen = output.hidden, mx.argmax(output.logits[0], axis=-1)
     del output
@@ -216,7 +220,7 @@ def _pass(target: Target, cache: Cache, tokens: list[int]) -> tuple[mx.array, li
 
 
 def _common(left: list[int], right: list[int]) -> int:
-    """Length of the common beginning."""
+    """Return the length of the common beginning."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 

@@ -2,9 +2,10 @@
 
     python scripts/acceptance_rules.py --model target --drafter assistant
 
-All rules leave the target's distribution as it is; they differ in how many draft tokens they accept. Each decodes the
-same prompts, beginnings of source files of Python's standard library, with the same seeds. Their texts part ways, so
-the last line compares the first two without that noise: what each may expect to accept of the very same drafts.
+All rules keep the target's distribution. They differ in the number of draft tokens that they accept. Each rule decodes
+the same prompts, beginnings of source files of Python's standard library, with the same seeds. The texts of the rules
+soon differ, which adds noise. The last line of the output compares the first two rules without this noise: it gives
+their expected number of accepted tokens on equal drafts.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from mlx_mtp.gemma4.drafter import Choose, Draft, choose_best
 
 
 class TokenByToken(TokenRules):
-    """Rejection sampling (Leviathan et al. 2022, Chen et al. 2023): each draft token by itself, by u < p / q."""
+    """Rejection sampling (Leviathan et al. 2022, Chen et al. 2023) of each draft token alone, by u < p / q."""
 
     def accept(self, state: RoundState, draft: Draft, logits: mx.array, *others: Any, ahead: int = 1) -> Acceptance:
         k = draft.tokens.shape[1]
@@ -47,7 +48,10 @@ class TokenByToken(TokenRules):
 
 
 class Block(TokenRules):
-    """Block verification, noting what it and token by token may expect to accept of each draft of k tokens."""
+    """Block verification that also records the expected number of accepted tokens of two rules.
+
+    `expected` has a pair for each draft of k tokens: block verification, then rejection sampling token by token.
+    """
 
     k: int
     expected: list[tuple[float, float]]
@@ -64,7 +68,7 @@ class Block(TokenRules):
 
 
 def expected_accepted(p: np.ndarray, q: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
-    """Expected number of accepted tokens given the draft: block verification, token by token."""
+    """Return the expected number of accepted tokens of a draft: by block verification, and token by token."""
     k = len(tokens)
     ratios = (p[:k] / np.maximum(q, 1e-30))[range(k), tokens]
     passes, weight = [], 1.0
@@ -78,7 +82,7 @@ def expected_accepted(p: np.ndarray, q: np.ndarray, tokens: np.ndarray) -> tuple
 
 
 class SampleAndCompare(TokenRules):
-    """The drafter's likeliest tokens, accepted where the target happens to draw the same."""
+    """Rule that drafts the most likely tokens, and accepts a token if the target draws an equal token."""
 
     def drafter_choice(self, state: RoundState, k: int) -> Choose:
         return choose_best
@@ -96,9 +100,10 @@ RULES: dict[str, type[TokenRules]] = {
 
 
 class Result(NamedTuple):
-    """Per generation: accepted draft tokens per round, and the share of rounds that accepted the first.
+    """Figures of one rule, with one value per generation.
 
-    `expected`, for block verification, is per round.
+    `accepted` is the number of accepted draft tokens per round. `first` is the share of rounds that accept the first
+    draft token. Only block verification fills `expected`, with one pair per round.
     """
 
     accepted: list[float]
@@ -155,7 +160,7 @@ def measure(
 
 
 def generate(stream: Stream, prompt: list[int], k: int, max_tokens: int) -> Stats:
-    """Statistics of one generation over the rounds of k draft tokens; stop tokens do not end it."""
+    """Return the statistics of one generation, over its rounds of k draft tokens. Stop tokens do not end it."""
     stats = Stats()
     for result in decode(
         stream, prompt, max_tokens=max_tokens, num_draft_tokens=k, stop_ids=frozenset(), prefill_step_size=512
@@ -183,7 +188,7 @@ def print_table(results: dict[str, Result], k: int) -> None:
 
 
 def error(values: np.ndarray) -> float:
-    """Standard error of the mean."""
+    """Return the standard error of the mean."""
     return float(values.std(ddof=1) / values.size**0.5) if values.size > 1 else float("nan")
 
 

@@ -1,10 +1,10 @@
-"""How fast rounds are where each draft token is accepted with a given chance, against what their parts cost.
+"""Compare the measured speed of rounds with a cost formula, for given chances that a draft token is accepted.
 
     python scripts/artificial_acceptance.py
 
-A drafter that knows the text drafts its next token with that chance, and another one otherwise; its draft steps cost
-what real ones do. The speed over plain decoding should be E / (v(k + 1) + k c + o): tokens per round over a round's
-cost, with costs measured in the same run.
+An artificial drafter knows the text. It drafts the correct token with the given chance, and a wrong token otherwise.
+Its draft steps have the cost of real draft steps. The expected speed-up over plain decoding is
+E / (v(k + 1) + k c + o): tokens per round over the cost of a round. The costs are measured in the same run.
 """
 
 import argparse
@@ -26,7 +26,10 @@ PROMPT_TOKENS, TOKENS = 128, 200
 
 
 class ArtificialDrafter(Drafter):
-    """Of a drafter, all that it computes, but other draft tokens: those of a known text with a given chance."""
+    """Drafter that computes a real drafter's steps, but replaces its draft tokens.
+
+    It drafts the next token of a known text with a given chance, and a wrong token otherwise.
+    """
 
     def __init__(self, drafter: Drafter, text: list[int], share: float, seed: int) -> None:
         nn.Module.__init__(self)
@@ -49,10 +52,10 @@ class ArtificialDrafter(Drafter):
         choose: Choose = choose_best,
         allow: Allow | None = None,
     ) -> Draft:
-        """`context.position` is the bonus token's index in the text."""
+        """Draft k tokens of the known text. `context.position` is the bonus token's index in the text."""
         real = self.real.draft(target, token, hidden, context, k, choose)
         tokens = self._tokens[context.position + 1 + mx.arange(k)]
-        # Nothing but a dependency: what is not used is not computed.
+        # The real tokens are only a dependency. Without it, MLX does not compute them.
         draft = Draft(tokens[None] + 0 * real.tokens)
         if allow is not None:
             ask_for_each(allow, token, draft)
@@ -60,7 +63,7 @@ class ArtificialDrafter(Drafter):
 
 
 def with_acceptance(model: mlx_mtp.Model, text: list[int], share: float, seed: int) -> mlx_mtp.Model:
-    """The model with a drafter whose tokens are each accepted with this chance in this text, its prompt included."""
+    """Return the model with a drafter whose tokens are accepted with this chance. `text` includes the prompt."""
     assert model.drafter is not None
     drafter = ArtificialDrafter(model.drafter, text, share, seed)
     return mlx_mtp.Model(model.target, drafter, model.tokenizer, model.config, model.drafter_config)

@@ -1,11 +1,11 @@
-"""Build a small pair: a Gemma 4 target and its drafter, trained on the source of Python's library and of packages.
+"""Build a small Gemma 4 target and its drafter, trained on the source of Python's standard library and of packages.
 
     pip install -c constraints.txt -e '.[test]'
     python scripts/build_demo_pair.py --output build/demo
 
-Steps, each skipped if its output is there already: tokenizer (seconds), target (PyTorch, 12 million tokens, 40 minutes
-on two cores), drafter (`mlx_mtp.train`, 50 minutes on one core; on Linux with OpenBLAS, see `fast_blas`), conversion to
-`pair/`, which is what `mlx_mtp/demo/` holds.
+The steps are: tokenizer (seconds), target (PyTorch, 12 million tokens, 40 minutes on two cores), drafter
+(`mlx_mtp.train`, 50 minutes on one core; on Linux with OpenBLAS, see `fast_blas`), and conversion to `pair/`. A step
+is skipped if its output exists. `mlx_mtp/demo/` holds the result, `pair/`.
 """
 
 import argparse
@@ -29,9 +29,9 @@ import held_out
 import numpy as np
 from tqdm import tqdm
 
-# Tables of character codes, and tests, which are more than half of all and much alike.
+# Tables of character codes, and tests. Tests are more than half of all source, and much of their text is similar.
 LEFT_OUT = {"test", "tests", "idle_test", "encodings", "site-packages", "_vendor"}
-# Installed with the tests, under MIT, BSD or Apache licences; at most so many characters of each.
+# Packages of the extra `test`, under MIT, BSD or Apache licences. PACKAGE_SIZE is the most characters of each.
 PACKAGES = (
     "_pytest", "anyio", "fsspec", "jinja2", "jsonschema", "mypy", "networkx", "pip", "pydantic", "pygments", "rich",
     "safetensors", "setuptools", "torch", "transformers",
@@ -95,7 +95,7 @@ CHAT_TEMPLATE = """\
 {% endif -%}
 """
 
-# E2B in small: per-layer inputs, half of the layers share K/V, and are twice as wide there, 4 sliding layers to 1 full.
+# A small E2B: per-layer inputs, 4 sliding layers to 1 full layer. Half of the layers share K/V, with twice the width.
 TEXT_CONFIG: dict[str, Any] = {
     "model_type": "gemma4_text",
     "vocab_size": VOCAB_SIZE,
@@ -201,7 +201,7 @@ def convert(folder: Path) -> None:
 
 
 def train_drafter(folder: Path, updates: tuple[int, int], seed: int) -> None:
-    """The drafter's texts, and its two trainings."""
+    """Write the drafter's training texts, and train the drafter in two runs."""
     config, data = folder / "drafter-config", folder / "data"
     for path in (config, data):
         path.mkdir(exist_ok=True)
@@ -211,11 +211,11 @@ def train_drafter(folder: Path, updates: tuple[int, int], seed: int) -> None:
     lines = [{"text": source} for source in sources()]
     lines += [{"prompt": prompt, "completion": text} for source in sources() for prompt, text in functions(source)]
     random.Random(seed).shuffle(lines)
-    # Cut into pieces, they are more than the updates use.
+    # In pieces of LENGTH tokens, these lines are more data than the updates use.
     (data / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:9000]))
     valid = [{"text": file.read_text()} for file in held_out.stdlib_files()]
     (data / "valid.jsonl").write_text("".join(json.dumps(line) + "\n" for line in valid))
-    # Two draft steps cost half as much as four, and teach nearly as much; the second training is for the other two.
+    # Two draft steps cost half as much as four, and teach nearly as much. The second run trains the last two steps.
     common = ["--model", str(folder / "target"), "--data", str(data), "--optimizer", "muon"]
     common += ["--max-seq-length", str(LENGTH), "--batch-size", "2", "--val-batches", "12", "--steps-per-eval", "250"]
     first = ["--drafter-config", str(config), "--iters", str(updates[0]), "--seed", str(seed)]
@@ -225,7 +225,7 @@ def train_drafter(folder: Path, updates: tuple[int, int], seed: int) -> None:
 
 
 def distil(options: list[str], output: Path) -> None:
-    """Distil a drafter with the package's own command, unless it is there."""
+    """Distil a drafter with the command `mlx_mtp.train`, unless the drafter exists."""
     if output.is_dir():
         return
     command = [sys.executable, "-m", "mlx_mtp.train", "--output", str(output), *options]
@@ -236,7 +236,10 @@ def distil(options: list[str], output: Path) -> None:
 
 
 def fast_blas() -> dict[str, str]:
-    """MLX's CPU build for Linux links the reference BLAS; OpenBLAS in its place multiplies seven times faster."""
+    """Return the environment variables that replace MLX's BLAS with OpenBLAS on Linux.
+
+    MLX's CPU build for Linux links the reference BLAS. OpenBLAS multiplies seven times faster.
+    """
     library = ctypes.util.find_library("openblas") if sys.platform == "linux" else None
     if library is None:
         print(
@@ -247,14 +250,17 @@ def fast_blas() -> dict[str, str]:
 
 
 def pin_threads() -> None:
-    """Start again with pinned threads: two that wander between cores make PyTorch twenty times slower."""
+    """Restart this program with pinned threads, unless they are pinned.
+
+    Two threads that move between cores make PyTorch twenty times slower.
+    """
     wanted = {"GOMP_CPU_AFFINITY": f"0-{(os.cpu_count() or 1) - 1}", "MALLOC_MMAP_MAX_": "0"}
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
 
 
 def sources() -> Iterator[str]:
-    """The modules of the standard library and of the packages but for those left out, in a fixed order."""
+    """Yield the source of the modules in the standard library and the packages, without LEFT_OUT, in a fixed order."""
     root = Path(sysconfig.get_path("stdlib"))
     for file, text in modules(root):
         if file.relative_to(root).as_posix() not in held_out.STDLIB:
@@ -276,7 +282,7 @@ def modules(root: Path) -> Iterator[tuple[Path, str]]:
 
 
 def functions(source: str) -> Iterator[tuple[str, str]]:
-    """The signature of each function at the top of a module or class, and the whole function."""
+    """Yield the signature and the whole text of each function at the top level of a module or class."""
     try:
         module = ast.parse(source)
     except (SyntaxError, ValueError):
@@ -291,12 +297,12 @@ def functions(source: str) -> Iterator[tuple[str, str]]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Train a BPE tokenizer in the form of Gemma's: "▁" for a blank, other characters by their bytes."""
+    """Train a BPE tokenizer in Gemma's format: "▁" replaces a blank, and unknown characters become byte tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    # Without it a merge could run across words and lines; Gemma's own splits at blanks.
+    # Without this split, merges can cross words and lines. Gemma's tokenizer splits at blanks.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(
         pattern=__import__("tokenizers").Regex("▁*[A-Za-z]+|▁*[0-9]|▁*[^▁A-Za-z0-9\n]+|\n+▁*|▁+"), behavior="isolated"
     )
@@ -309,7 +315,7 @@ def write_tokenizer(folder: Path) -> None:
     )
     tokenizer.train_from_iterator(sources(), trainer)
     content = json.loads(tokenizer.to_str())
-    # The byte tokens are ordinary ones: only Gemma's own markers are special.
+    # The byte tokens are ordinary tokens. Only Gemma's own markers are special.
     content["added_tokens"] = content["added_tokens"][: len(SPECIAL_TOKENS)]
     tokenizer = Tokenizer.from_str(json.dumps(content))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
@@ -322,7 +328,10 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def training_tokens(folder: Path, seed: int) -> np.ndarray:
-    """All texts one after the other: modules, and functions as answers to their signatures, in the chat format."""
+    """Return the token ids of all texts in one array, in random order.
+
+    The texts are modules, and functions as answers to their signatures in the chat format.
+    """
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -391,7 +400,7 @@ def train_target(folder: Path, budget: int, seed: int) -> None:
 
 
 def target_optimizers(model: Any) -> list[Any]:
-    """Muon for the matrices of the layers, AdamW for the tables and all vectors."""
+    """Return the optimizers: AdamW for the embedding tables and all vectors, Muon for the other matrices."""
     import torch
 
     named = list(model.named_parameters())
@@ -406,7 +415,7 @@ def target_optimizers(model: Any) -> list[Any]:
 
 
 def epoch_starts(size: int, rng: np.random.Generator) -> np.ndarray:
-    """Where the windows of one pass over the tokens begin, in random order, at a random phase."""
+    """Return the start of each window in one pass over the tokens, in random order and with a random first start."""
     return rng.permutation(np.arange(rng.integers(LENGTH), size - LENGTH - 1, LENGTH))
 
 

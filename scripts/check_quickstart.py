@@ -1,8 +1,8 @@
-"""Run the README's first commands as a newcomer would: in a fresh copy of the repository, in a new virtual environment.
+"""Run the README's first commands like a new user, in a fresh copy of the repository and a new virtual environment.
 
-The first needs no model and no network but the package registry's. The model that the second names comes from a hub on
-loopback, which serves a small pair under that name: the trained one where it lies beside the checkout, else a random
-one. Everything else is real: pip, the hub client, conversion, decoding.
+The first command needs no model, and no network except the package registry. The second command names a model. A fake
+hub on loopback serves a small pair under that name: the trained pair beside the checkout if it exists, else a random
+pair. All other parts are real: pip, the hub client, conversion and decoding.
 """
 
 import os

@@ -1,12 +1,11 @@
-"""Count what a round asks of the GPU: the operations in its graph, at the sizes of the published models.
+"""Count the operations in the graph of a round, at the sizes of the published models.
 
     python scripts/count_ops.py E2B --bits 4
 
-Nothing is computed: weights are zeros that take no memory. MLX's norm, rotation and attention are one kernel each on a
-Mac and many operations on the CPU backend, so that a single operation stands for each here; what only looks at memory
-in another way (reshapes, slices) counts as nothing, and a concatenation as a copy of each part. A lower bound: some
-kernels are launched twice (split-K products), attention with heads of 512 may be unfused, and rows that do not lie one
-after the other are copied first.
+Nothing is computed: the weights are zeros that take no memory. MLX's norm, rotation and attention are one kernel each
+on a Mac, but many operations on the CPU backend. Here, one operation replaces each of them. Views of memory (reshapes,
+slices) do not count. A concatenation counts as one copy of each part. The count is a lower bound: some kernels run
+twice (split-K products), attention with heads of 512 can be unfused, and rows that are not contiguous are copied first.
 """
 
 import argparse
@@ -52,12 +51,18 @@ def main() -> None:
 
 
 def draft_step(found: list[Counter[str]]) -> int:
-    """What the second draft token adds to a round: the first brings along what all share."""
+    """Return the number of operations that the second draft token adds to a round.
+
+    The first draft token also adds the operations that all draft tokens share.
+    """
     return found[2].total() - found[1].total()
 
 
 def pair(name: str, bits: int) -> tuple[Target, Drafter]:
-    """Target and drafter of real sizes, quantized and fused as they are when loaded, without memory."""
+    """Return a target and a drafter of real sizes, without memory for weights.
+
+    They are quantized and fused like a loaded pair.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(published_target(name)))
@@ -77,13 +82,13 @@ def pair(name: str, bits: int) -> tuple[Target, Drafter]:
 
 
 def weightless(module: nn.Module) -> None:
-    """Put a zero, as often as is asked for, in the place of every parameter."""
+    """Replace each parameter with one zero that is broadcast to its shape."""
     module.update(tree_map(lambda p: mx.broadcast_to(mx.zeros((), p.dtype), p.shape), module.parameters()))
     mx.eval(module.parameters())
 
 
 def mlx_lm_model(name: str, bits: int) -> Any:
-    """The target as mlx-lm has it, without memory."""
+    """Return mlx-lm's model of the target, without memory for weights."""
     from mlx_lm.models import gemma4_text
 
     model = gemma4_text.Model(gemma4_text.ModelArgs.from_dict(published_target(name)["text_config"]))
@@ -95,7 +100,7 @@ def mlx_lm_model(name: str, bits: int) -> Any:
 
 
 def mlx_lm_outputs(name: str, bits: int) -> list[mx.array]:
-    """A pass over one token of mlx-lm's model, and its choice."""
+    """Return the outputs of a pass of mlx-lm's model over one token: the most likely token and the K/V."""
     model = mlx_lm_model(name, bits)
     cache = model.make_cache()
     prompt = mx.zeros((1, 100), mx.int32)
@@ -109,7 +114,7 @@ def mlx_lm_outputs(name: str, bits: int) -> list[mx.array]:
 
 @contextmanager
 def one_kernel_each() -> Iterator[None]:
-    """Put one operation in the place of each that is one kernel on a Mac."""
+    """Replace each MLX function that is one kernel on a Mac with one operation."""
 
     def stand_in(x: mx.array, others: list[Any]) -> mx.array:
         arrays = [other for other in others if isinstance(other, mx.array)]

@@ -1,4 +1,4 @@
-"""Texts the small trained pairs have not seen: source files to take prompts from and to measure with."""
+"""Source files for prompts and measurements that are not in the training data of the small pairs."""
 
 import importlib.util
 import sysconfig
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx_mtp
 
-# Left out of the standard library when a pair is trained.
+# These files of the standard library are left out when a pair is trained.
 STDLIB = (
     "curses/has_key.py",
     "asyncio/streams.py",
@@ -21,7 +21,7 @@ STDLIB = (
     "xmlrpc/client.py",
     "hmac.py",
 )
-# Of packages that are installed with this one, by other authors.
+# These files are from installed packages of other authors.
 PACKAGES = (
     "mlx_lm/generate.py",
     "huggingface_hub/hf_file_system.py",
@@ -32,13 +32,13 @@ PACKAGES = (
 
 
 def stdlib_files() -> list[Path]:
-    """Those of this Python's standard library; not all are in every version."""
+    """Return the held-out files of this Python's standard library. Some versions lack some of the files."""
     root = Path(sysconfig.get_path("stdlib"))
     return [root / name for name in STDLIB if (root / name).is_file()]
 
 
 def package_files() -> list[Path]:
-    """Those of installed packages."""
+    """Return the held-out files of installed packages."""
     files = []
     for name in PACKAGES:
         package, _, rest = name.partition("/")
@@ -49,6 +49,6 @@ def package_files() -> list[Path]:
 
 
 def prompts(model: mlx_mtp.Model, files: list[Path], length: int) -> list[list[int]]:
-    """The first `length` tokens of each file that has as many."""
+    """Return the first `length` tokens of each file that has at least `length` tokens."""
     texts = (model.tokenizer.encode(file.read_text(encoding="utf-8")) for file in files)
     return [tokens[:length] for tokens in texts if len(tokens) >= length]

@@ -1,14 +1,14 @@
-"""What the host does per round, at E2B's depth: the main thread's processor time, which does not wait for the device.
+"""Measure the host's processor time per round, at E2B's depth. This time of the main thread excludes device waits.
 
     pip install -c constraints.txt -e '.[test,peers]'
     python scripts/host_time.py
 
-"Building" is all but MLX's evaluation, which hands the operations to the device. A random pair with the layers of E2B
-and small matrices: the same graph, cheap to compute. Next to nothing is accepted, so that a token is a round. All
-decode in turn.
+"Building" is all time except MLX's evaluation, which hands the operations to the device. The pair is random, with the
+layers of E2B and small matrices: its graph equals E2B's graph, but is cheap to compute. Almost no draft token is
+accepted, so that each round gives about one token. All programs decode in turn.
 
-With `--one-kernel-each`, norms, rotations and attention are one operation each, as they are on a Mac's GPU and not on
-the CPU backend: what is decoded is nonsense, but the graph has the size that it has there.
+With `--one-kernel-each`, norms, rotations and attention are one operation each, as on a Mac's GPU. On the CPU backend,
+each of them is many operations. The decoded text is then meaningless, but the graph has the size that it has on a Mac.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from mlx_mtp.decoding.sampling import Sampling
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-# Rounds of a long and a short run; what is beyond the short one is counted.
+# Rounds of a long run and of a short run. The difference between the two runs is measured.
 LONG, SHORT = 50, 10
 PROMPT = list(range(20, 60))
 
@@ -58,14 +58,17 @@ def main() -> None:
 
 @contextmanager
 def one_kernel_each() -> Iterator[None]:
-    """Put one operation in the place of each that is one kernel on a Mac; called as fast as MLX's own."""
+    """Replace each MLX function that is one kernel on a Mac with one operation.
+
+    A call of the replacement takes as little host time as a call of MLX's function.
+    """
     softmax, depends = mx.softmax, mx.depends
 
     def of_first(x: mx.array, *_: Any, **__: Any) -> mx.array:
         return softmax(x, -1)
 
     def attention(q: mx.array, k: Any, v: Any, **_: Any) -> mx.array:
-        # K/V must still be written.
+        # The dependency makes MLX write the K/V.
         return softmax(depends(q, [k, v]), -1)
 
     with ExitStack() as patches:
@@ -75,7 +78,7 @@ def one_kernel_each() -> Iterator[None]:
 
 
 def measure(run: Callable[[int], object], count: int) -> tuple[float, float]:
-    """Processor seconds of this thread for a run, and those of them in evaluations."""
+    """Return the processor seconds of this thread in a run, and the part of them in evaluations."""
     inside = [0.0]
 
     def timed(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,7 +105,7 @@ def load(folder: Path) -> dict[str, Callable[[int], object]]:
     types = (["sliding_attention"] * 4 + ["full_attention"]) * 7
     target = make_target(folder / "target", "e2b", layer_types=types, num_hidden_layers=35, num_kv_shared_layers=20)
     drafter = make_drafter(folder / "target-assistant", "e2b")
-    # As mlx-lm and mlx-vlm expect it.
+    # mlx-lm and mlx-vlm expect a config in this form.
     config = json.loads((target / "config.json").read_text())
     config = {name: value for name, value in config.items() if name not in ("vision_config", "audio_config")}
     (target / "config.json").write_text(json.dumps(config | {"vocab_size": config["text_config"]["vocab_size"]}))

@@ -1,8 +1,9 @@
-"""Quantized K/V against K/V that are not: tokens per round, bytes of the cache, and whether the text is the same.
+"""Compare quantized K/V with unquantized K/V: tokens per round, bytes of the cache, and equality of the texts.
 
     python scripts/kv_acceptance.py
 
-Each decodes the same prompts, beginnings of source files of Python's standard library, greedily and at temperature 1.
+All settings decode equal prompts, beginnings of source files of Python's standard library, greedily and at
+temperature 1.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def generate(
     rounds: CompiledRounds,
     args: argparse.Namespace,
 ) -> tuple[list[int], Stats, tuple[int, int]]:
-    """Tokens, statistics, and bytes of the full-attention K/V and of all."""
+    """Return the tokens, the statistics, and the bytes of the full-attention K/V and of all K/V."""
     k = args.num_draft_tokens
     stream = Stream(
         model.target, model.drafter, max_draft_tokens=k, sampling=sampling, rounds=rounds, kv_quantization=kv
@@ -92,7 +93,7 @@ def generate(
 
 
 def shared(ours: list[int], theirs: list[int]) -> int:
-    """How many tokens at the beginning are the same."""
+    """Return the number of equal tokens at the beginning."""
     return next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), len(theirs))
 
 

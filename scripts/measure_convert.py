@@ -1,9 +1,9 @@
-"""Time and peak memory of converting a large synthetic checkpoint: this project's converter, and mlx-lm's.
+"""Measure the time and peak memory of the conversion of a large synthetic checkpoint, with mlx-mtp and with mlx-lm.
 
     python scripts/measure_convert.py --layout 12b --gigabytes 6
 
-Writes a random bfloat16 checkpoint with the shapes of the named model and as many of its layers as the size allows to a
-temporary folder, quantizes it in a process of its own by each converter, and removes everything again.
+The script writes a random bfloat16 checkpoint to a temporary folder. The checkpoint has the shapes of the named model,
+and enough layers to reach the size. Each converter quantizes it in its own process. The script then removes all files.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models
 
-# On Linux a process's peak counts its parent's before exec: a small process in between keeps this program's out of it.
+# On Linux, a process's peak includes its parent's memory before exec. A small process between them excludes this one.
 PEAK = """
 import resource, subprocess, sys
 subprocess.run(sys.argv[1:], check=True)
@@ -33,7 +33,7 @@ Shapes = dict[str, tuple[int, ...]]
 VOCAB_SIZE = 262144
 SHARD_BYTES = 2 << 30
 BYTES_PER_VALUE = 2
-# The converter's promise: twice the largest tensor and this much.
+# The converter's stated memory bound is twice the largest tensor plus this size.
 SPARE_BYTES = 500e6
 
 
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def measure(command: list[str]) -> Measurement:
-    """Wall time and peak resident memory of a process. Ends this program if the process fails."""
+    """Return the wall time and peak resident memory of a process. Exit if the process fails."""
     started = time.perf_counter()
     done = run([sys.executable, "-c", PEAK, *command], capture_output=True, text=True)
     seconds = time.perf_counter() - started
@@ -89,7 +89,7 @@ def measure(command: list[str]) -> Measurement:
 
 
 def write_checkpoint(folder: Path, layout: Layout, size: float) -> Shapes:
-    """Write a checkpoint of at least `size` bytes; returns its tensors' shapes."""
+    """Write a checkpoint of at least `size` bytes, and return its tensors' shapes."""
     folder.mkdir()
     layer_types = ["full_attention"]
     while sum(prod(shape) for shape in target_shapes(layout, layer_types).values()) * BYTES_PER_VALUE < size:
@@ -100,7 +100,7 @@ def write_checkpoint(folder: Path, layout: Layout, size: float) -> Shapes:
     Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1}, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
     fields = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(fields))
-    # Repeating one block of values costs a converter as much as fresh ones, and writes much faster.
+    # A repeated block of values costs a converter as much as new values, and is much faster to write.
     normal = np.random.default_rng(0).standard_normal(1 << 24, np.float32) * 0.02
     values = (normal.view(np.uint32) >> 16).astype(np.uint16)
     shards = list(split(shapes))
@@ -113,7 +113,7 @@ def write_checkpoint(folder: Path, layout: Layout, size: float) -> Shapes:
 
 
 def split(shapes: Shapes) -> Iterator[Shapes]:
-    """The tensors in groups of about SHARD_BYTES."""
+    """Yield the tensors in groups of about SHARD_BYTES bytes."""
     shard: Shapes = {}
     for name, shape in shapes.items():
         shard[name] = shape

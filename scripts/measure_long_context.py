@@ -1,9 +1,10 @@
-"""What a long context costs a small pair: memory against the plan, acceptance, and time per round.
+"""Measure a small pair with long contexts: memory compared with the plan, acceptance, and time per round.
 
     python scripts/measure_long_context.py
 
-Each context runs in a process of its own, with `max_position_embeddings` raised in a copy of the pair's configs. Its
-prompts are the ends of the same texts, source files one after the other, so that what is generated is comparable.
+Each context runs in its own process, with a larger `max_position_embeddings` in a copy of the pair's configs. The texts
+are concatenated source files. The prompts of all contexts end at the same places of these texts, so that the generated
+texts are comparable.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import mlx.core as mx
 
 import mlx_mtp
 
-# How many texts: all the source up to so many places, evenly spread.
+# Number of texts. Each text is the source up to one of this number of evenly spread places.
 _PARTS = 3
 
 
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def lengthened(pair: Path, folder: Path, context: int) -> Path:
-    """A copy of a pair, weights linked, that takes longer contexts."""
+    """Copy a pair, with links to the weights, and raise its context to `context` tokens. Return the copy's folder."""
     for file in (file for file in pair.rglob("*") if file.is_file()):
         copy = folder / file.relative_to(pair)
         copy.parent.mkdir(exist_ok=True)
@@ -91,7 +92,7 @@ def measure(folder: Path, context: int, max_tokens: int, k: int) -> dict[str, An
 
 
 def seconds_per_round(model: mlx_mtp.Model, prompt: list[int], options: mlx_mtp.GenerationOptions, k: int) -> float:
-    """Median, of the second half of a generation's rounds."""
+    """Return the median seconds per round in the second half of a generation."""
     times = [time.perf_counter()]
     rounds = 0
     for response in model.stream_generate(prompt, options, num_draft_tokens=k):
@@ -103,7 +104,7 @@ def seconds_per_round(model: mlx_mtp.Model, prompt: list[int], options: mlx_mtp.
 
 
 def source() -> str:
-    """Modules of the standard library one after the other."""
+    """Return the concatenated source of modules in the standard library."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     return "".join(file.read_text(encoding="utf-8", errors="ignore") for file in files if file.stem[0] != "_")
 

@@ -1,10 +1,11 @@
-"""What mapping E2B's per-layer embeddings saves and costs here, with random quantized weights of that size.
+"""Measure the memory that mapped per-layer embeddings save, and their time, with random weights of E2B's size.
 
     python scripts/measure_mapped.py --dtype float32 --rounds 6
 
-Writes a pair of E2B's shapes to disk (3 GB; --layers and --vocab make it smaller), then loads it resident and mapped,
-in turn, each time in a process of its own. Prints seconds to load, the peak of MLX's memory and of the process's, and
-rounds per second. The weights are random: tokens hardly repeat, so that more rows are read from disk than in a text.
+The script writes a quantized pair with E2B's shapes to disk (3 GB; --layers and --vocab make it smaller). It then loads
+the pair resident and mapped, in turn, each time in a new process. It prints the seconds to load, the peak of MLX's
+memory and of the process's memory, and rounds per second. The weights are random, so that tokens hardly repeat, and
+more rows are read from disk than for a real text.
 """
 
 import argparse
@@ -83,11 +84,11 @@ def main() -> None:
 
 
 def write_pair(folder: Path, args: argparse.Namespace) -> None:
-    """Both models, quantized; a tensor at a time is in memory, in blocks."""
+    """Write both models, quantized. Only blocks of one tensor are in memory at a time."""
     target, drafter = published_target("E2B"), published_drafter("E2B")
     text = target["text_config"]
     text["layer_types"] = text["layer_types"][: args.layers]
-    # The last layers share K/V; the first five own one of each type.
+    # The last layers share K/V. The first five layers own K/V, and include both layer types.
     text |= {"num_hidden_layers": args.layers, "num_kv_shared_layers": min(20, args.layers - 5)}
     for config in (target, drafter):
         config["text_config"] |= {"vocab_size": args.vocab}
@@ -127,7 +128,11 @@ def write_weights(folder: Path, module: nn.Module, prefix: str, args: argparse.N
 
 
 def values(name: str, shape: tuple[int, ...], kind: str, bits: int) -> Iterator[bytes]:
-    """Random packed weights; scales and biases that make their values -1 to 1 times a bound of unit gain; else 1."""
+    """Yield the bytes of a tensor in blocks, by its type and name.
+
+    Packed weights (U32) are random. Scales and biases map them to values between -1 and 1 times a bound that gives unit
+    gain. Index tensors (I32) count from 0. All other values are 1.
+    """
     count = int(np.prod(shape))
     if kind == "I32":
         yield np.arange(count, dtype=np.int32).tobytes()
@@ -158,7 +163,7 @@ def measure(folder: Path, how: str, rounds: int) -> dict[str, float]:
         stream = Stream(target, drafter, max_draft_tokens=max(LENGTHS), rounds=CompiledRounds())
         stream.prefill([(7919 * i + 5) % config.text.vocab_size for i in range(8)], 8)
         run = partial(stream.round, k)
-        # As it is, and traced.
+        # The first warm-up round is not compiled, the second round is traced.
         for _ in range(2):
             run()
         seconds = []

@@ -1,11 +1,11 @@
-"""How well a drafter fits its target, on text neither was trained on, and how much faster it makes it.
+"""Measure the fit of a drafter to its target, and the speed-up, on text that is not in their training data.
 
     python scripts/measure_pair.py --model target --drafter assistant
 
-Prompts are beginnings of source files: of Python's standard library, and of other packages. Small models' greedy texts
-repeat themselves, which flatters a drafter, so the share of repeated 4-grams stands beside the figure, and the drafter
-is measured on the files' own text as well: agreement on the likeliest token, and sum(min(p, q)), the chance that a
-sampled draft is accepted.
+The prompts are beginnings of source files from Python's standard library and from other packages. Greedy texts of small
+models repeat themselves, which makes the acceptance length too high. The output therefore includes the share of
+repeated 4-grams. It also has two measures on the files' own text: the agreement on the most likely token, and
+sum(min(p, q)), the chance that a sampled draft token is accepted.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import mlx_mtp
 from mlx_mtp.training.losses import study, unroll
 
 STEPS = 4
-# Tokens of each file's beginning for the measures on its own text.
+# Tokens at the beginning of each file for the measures on the file's own text.
 TEXT = 512
 
 
@@ -63,7 +63,7 @@ def main() -> None:
 def generated(
     model: mlx_mtp.Model, prompts: list[list[int]], options: mlx_mtp.GenerationOptions
 ) -> tuple[np.ndarray, float]:
-    """Tokens per round of each prompt's generation, and the share of 4-grams of all that are repeated in their text."""
+    """Return the tokens per round of each prompt's generation, and the mean share of repeated 4-grams."""
     results = [model.generate(prompt, options) for prompt in prompts]
     lengths = np.array([result.last.stats.acceptance_length for result in results])
     return lengths, mean(repeated(result.tokens) for result in results)
@@ -75,7 +75,7 @@ def repeated(tokens: list[int]) -> float:
 
 
 def teacher_forced(model: mlx_mtp.Model, texts: list[list[int]]) -> tuple[list[float], list[float]]:
-    """Mean agreement and sum(min(p, q)) of the draft steps at all positions of texts."""
+    """Return the mean agreement and the mean sum(min(p, q)) of each draft step, over all positions of the texts."""
     assert model.drafter is not None
     sums, positions = np.zeros((2, STEPS)), 0
     for tokens in texts:

@@ -1,10 +1,11 @@
-"""What rounds cost here at the size of a published model, with random quantized weights, and how fast they decode.
+"""Measure the cost and speed of rounds at the size of a published model, with random quantized weights.
 
     python scripts/measure_published.py E2B --bits 4 --shares 0 0.5 0.7 0.9 --mlx-lm
 
-Prints milliseconds of rounds that verify 1 to 9 rows, of a draft step, and the operations of a round on this device.
-With `--shares`, tokens/s for draft tokens that are accepted with such chances: of plain decoding, fixed lengths and
-`auto`, in turn, against what the costs say. Random weights agree on nothing, so that the target is told a random text.
+The script prints the milliseconds of rounds that verify 1 to 9 rows and of a draft step, and the number of operations
+of a round on this device. With `--shares`, it prints tokens/s for each chance that a draft token is accepted: for plain
+decoding, fixed draft lengths and `auto`, in turn, compared with the speed that follows from the costs. Random models do
+not agree on tokens. The target is therefore made to choose the tokens of a random text.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def main() -> None:
     for module in (target, drafter):
         module.set_dtype(getattr(mx, args.dtype))
         randomize(module, args.bits)
-    # Few, so that no product over many rows is among what MLX's CUDA backend compiles first, for a minute each.
+    # With few tokens, there is no product over many rows. MLX's CUDA backend compiles each for a minute.
     calibration._CONTEXT = PROMPT_TOKENS
     if args.quick:
         calibration._WARM_UP, calibration._REPETITIONS = 2, (1, 1)
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 class ToldTarget(Target):
-    """A target of any weights whose most likely token is always the next one of a text."""
+    """Target whose most likely token is always the next token of a given text, with any weights."""
 
     _told: mx.array
 
@@ -86,7 +87,7 @@ class ToldTarget(Target):
 
 
 def measure_speed(target: Target, drafter: Drafter, curve: CostCurve, args: argparse.Namespace) -> None:
-    """Print tokens/s of all draft lengths by the chance of a draft token."""
+    """Print the tokens/s of each draft length, for each chance that a draft token is accepted."""
     text = mx.random.randint(0, target.config.vocab_size, (PROMPT_TOKENS + args.max_tokens + 10,)).tolist()
     target.__class__ = ToldTarget
     target._told = mx.array(text, mx.int32)
@@ -136,7 +137,7 @@ def measure_speed(target: Target, drafter: Drafter, curve: CostCurve, args: argp
 
 
 def mlx_lm_speed(args: argparse.Namespace) -> float:
-    """Tokens/s of mlx-lm's plain decoding."""
+    """Return the tokens/s of mlx-lm's plain decoding."""
     from mlx_lm.generate import generate_step
 
     model = mlx_lm_model(args.model, args.bits)
@@ -158,13 +159,13 @@ def progress(bar: "tqdm[None]", done: int, total: int) -> None:
 
 
 def randomize(module: nn.Module, bits: int) -> None:
-    """Random weights of unit gain in the place of zeros; norms and scales of 1. A tensor at a time is made."""
+    """Replace zeros with random weights of unit gain, and set norms and scalars to 1, one tensor at a time."""
 
     def random(name: str, old: mx.array) -> mx.array:
         if old.dtype == mx.uint32:
             new = mx.random.randint(0, 2**31 - 1, old.shape, mx.uint32)
         elif name.endswith((".scales", ".biases")):
-            # Values from -1 to 1 times a bound, for rows of as many inputs as there are groups of 64.
+            # The values are from -1 to 1 times a bound. A row has 64 inputs for each of its groups.
             bound = (3 / (64 * old.shape[-1])) ** 0.5
             new = mx.full(old.shape, -bound if name.endswith("biases") else 2 * bound / (2**bits - 1), old.dtype)
         else:

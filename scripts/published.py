@@ -1,4 +1,4 @@
-"""The configs of the published models, as far as they are public: sizes of real models without their weights."""
+"""Configs of the published models, as far as public: sizes of real models without their weights."""
 
 import copy
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 Json = dict[str, Any]
 
 NAMES = ("E2B", "E4B", "12B", "26B", "31B")
-# What differs between the text configs of the published targets.
+# The fields in which the text configs of the published targets differ.
 TARGETS: dict[str, Json] = {
     "E2B": {
         "hidden_size": 1536,
@@ -57,7 +57,7 @@ TARGETS: dict[str, Json] = {
         "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 10,
     },
 }
-# Hidden size, intermediate size and attention heads of their assistants.
+# Hidden size, intermediate size and number of attention heads of each drafter.
 DRAFTERS = {
     "E2B": (256, 2048, 4),
     "E4B": (256, 2048, 4),

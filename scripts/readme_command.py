@@ -1,4 +1,4 @@
-"""Print one of the README's commands: the code block behind the comment `<!-- command: NAME -->`."""
+"""Print one of the README's commands: the code block after the comment `<!-- command: NAME -->`."""
 
 import re
 import sys
@@ -8,7 +8,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def command(name: str) -> str:
-    """The command's text. Exits with a message if the README has no such command."""
+    """Return the command's text. Exit with a message if the README does not have the command."""
     pattern = rf"<!-- command: {re.escape(name)} -->\s*```bash\n(.*?)```"
     match = re.search(pattern, README.read_text(encoding="utf-8"), re.DOTALL)
     if match is None:

@@ -1,8 +1,8 @@
-"""Tokens per round with a JSON Schema and without.
+"""Measure tokens per round with a JSON Schema and without.
 
     python scripts/schema_acceptance.py --model target --drafter assistant
 
-Each decodes the same prompts, beginnings of source files of Python's standard library, greedily and sampled.
+Both settings decode equal prompts, beginnings of source files of Python's standard library, greedily and sampled.
 """
 
 import argparse
