@@ -81,7 +81,7 @@ def _add_weight_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--dtype",
         metavar="DTYPE",
-        help=f"Type of what is not quantized: {choices(DTYPES)} (default: the checkpoint's).",
+        help=f"Type of the weights that are not quantized: {choices(DTYPES)} (default: the checkpoint's).",
     )
     add(
         "--drafter-q-bits",

@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt-cache", "--prompt-cache-file", required=True, metavar="FILE", help="The safetensors file to write.")
     add("--system-prompt", type=text_argument, help="System prompt for the chat template.")
     add("--ignore-chat-template", action="store_true", help="Read the bare text.")
-    add("--enable-thinking", action="store_true", help="Begin as for an answer that may begin with a thought.")
+    add("--enable-thinking", action="store_true", help="Read the prompt as for an answer with a thought.")
     add_kv_options(parser)
     return parser
 

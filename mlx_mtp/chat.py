@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add_sampling_options(parser)
     add_thinking_options(parser)
     add_kv_options(parser)
-    parser.add_argument("--verbose", action="store_true", help="Say what was loaded, and the figures of each answer.")
+    parser.add_argument("--verbose", action="store_true", help="Print what was loaded, and figures of each answer.")
     return parser
 
 

@@ -47,7 +47,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = 
     parser.add_argument(
         "--exact",
         action="store_true",
-        help="Verify with the bits of plain decoding, at whatever that costs here; an error where it is not possible.",
+        help="Verify with the bits of plain decoding. It costs speed, and is an error on a device that cannot do it.",
     )
     add_embedding_option(parser)
     parser.add_argument(
@@ -60,7 +60,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = 
         "--memory-limit",
         type=_size,
         metavar="SIZE",
-        help="Refuse to load what would take more, with the K/V of such a context: 6GB, 800MB; a bare number is GB.",
+        help="Refuse to load a model that needs more memory, its K/V included: 6GB, 800MB; a bare number is GB.",
     )
     if not lengths:
         return
@@ -97,13 +97,13 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--xtc-probability",
         type=float,
         default=unset.xtc_probability,
-        help="Probability of XTC, leaving out the most likely tokens (default: %(default)s).",
+        help="Probability that XTC leaves out the most likely tokens (default: %(default)s).",
     )
     add(
         "--xtc-threshold",
         type=float,
         default=unset.xtc_threshold,
-        help="Probability above which XTC leaves tokens out, all but the least likely of them (default: %(default)s).",
+        help="XTC leaves out all tokens above this probability but the least likely of them (default: %(default)s).",
     )
     add("--seed", type=int, help="Seed of the random numbers (default: a new one each time, named with --verbose).")
     _add_penalty_options(parser)
@@ -134,7 +134,7 @@ def _add_penalty_options(parser: argparse.ArgumentParser) -> None:
         add(
             f"--{name}-context-size",
             type=int,
-            help=f"Number of preceding tokens it looks at (default: {vars(unset)[size]}, or all for the model's own).",
+            help=f"Preceding tokens that it looks at (default: {vars(unset)[size]}, or all for the model's own).",
         )
     add("--logit-bias", type=_logit_bias, default={}, metavar="JSON", help='Added to logits: {"token id": bias, ...}.')
 
@@ -154,7 +154,7 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=DEFAULT_QUANTIZED_KV_START,
         metavar="N",
-        help="Number of tokens from which on they are (default: %(default)s).",
+        help="Quantize K/V from this number of tokens on (default: %(default)s).",
     )
 
 

@@ -84,8 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_kv_options(parser)
     add("--stop", type=text_argument, action="append", default=[], help="End the text before this; may be repeated.")
-    parser.add_argument("--ignore-eos", action="store_true", help="Go on after the model's own stop tokens.")
-    parser.add_argument("--min-tokens", type=int, default=0, help="No stop token before this many (default: 0).")
+    parser.add_argument("--ignore-eos", action="store_true", help="Do not stop at the model's own stop tokens.")
+    parser.add_argument(
+        "--min-tokens", type=int, default=0, help="Generate at least this many tokens before a stop token (default: 0)."
+    )
     parser.add_argument(
         "--logprobs",
         type=int,
@@ -97,13 +99,13 @@ def _parser() -> argparse.ArgumentParser:
     constrain = grammar.add_argument
     constrain("--regex", type=text_argument, help="Answer with text that matches this regular expression as a whole.")
     constrain("--grammar", type=text_argument, help="Answer in this grammar's language, in Lark or llama.cpp's GBNF.")
-    grammar.add_argument("--grammar-file", metavar="FILE", help="The same, read from a file.")
+    grammar.add_argument("--grammar-file", metavar="FILE", help="Answer in the language of the grammar in this file.")
     add_thinking_options(parser)
     parser.add_argument(
         "--prompt-cache",
         "--prompt-cache-file",
         metavar="FILE",
-        help="A prompt read ahead by mlx_mtp.cache_prompt, which --prompt goes on from.",
+        help="A file of mlx_mtp.cache_prompt. --prompt continues the prompt in it.",
     )
     parser.add_argument("--ignore-chat-template", action="store_true", help="Continue the bare prompt.")
     parser.add_argument(
@@ -114,9 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="Load nothing and print what weights, K/V and work would take of memory.",
+        help="Load nothing. Print how much memory weights, K/V and work would take.",
     )
-    parser.add_argument("--verbose", action="store_true", help="Say what was loaded, on stderr.")
+    parser.add_argument("--verbose", action="store_true", help="Print on stderr what was loaded.")
     parser.add_argument("--json", action="store_true", help="End stdout with one line: a JSON object with all results.")
     return parser
 

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="Target: a local folder or a Hugging Face hub id; it may be quantized.")
     add("--drafter", help="Drafter to begin with. Default: MODEL/drafter, else the sibling MODEL-assistant.")
     add_embedding_option(parser)
-    add("--drafter-config", metavar="FOLDER", help="Begin from scratch instead, with the config.json in this folder.")
+    add("--drafter-config", metavar="FOLDER", help="Train a new drafter with the config.json in this folder.")
     add(
         "--data",
         type=Path,
@@ -72,13 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="Go on with a training that was interrupted.")
     add("--fine-tune-type", choices=("full", "lora"), default="full", help="What to train (default: %(default)s).")
     add("--lora-rank", type=int, default=16, help="Rank of the LoRA matrices (default: %(default)s).")
-    add("--rebuild-centroids", action="store_true", help="Cluster the drafter's vocabulary anew before training.")
+    add("--rebuild-centroids", action="store_true", help="Cluster the drafter's vocabulary again before training.")
     add("--draft-vocab", type=int, metavar="N", help="Cut a dense head to the N tokens most frequent in the data.")
     add(
         "--max-seq-length",
         type=int,
         default=DEFAULT_MAX_LENGTH,
-        help="Longest text in tokens; longer ones are cut into pieces (default: %(default)s).",
+        help="Longest text in tokens. Longer texts are cut into pieces (default: %(default)s).",
     )
     add(
         "--max-answer-tokens", type=int, default=DEFAULT_ANSWER_TOKENS, help="Longest answer to a prompt (%(default)s)."
@@ -109,7 +109,7 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--weight-by-reach",
         action="store_true",
-        help="Count a draft step by the chance that all before it are accepted.",
+        help="Weight a draft step by the chance that all steps before it are accepted.",
     )
     add(
         "--positions-per-pass",
@@ -126,7 +126,12 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--val-batches", type=int, default=defaults.val_batches, help="Batches to measure with (default: %(default)s).")
     add("--save-every", type=int, default=defaults.save_every, help="Updates between saves (default: %(default)s).")
-    add("--patience", type=int, default=defaults.patience, help="End after so many measurements without gain (0: no).")
+    add(
+        "--patience",
+        type=int,
+        default=defaults.patience,
+        help="End after this many measurements without gain (0: never).",
+    )
     add("--seed", type=int, default=defaults.seed, help="Seed of data order and new weights (default: %(default)s).")
 
 

@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="Type of activations.")
     parser.add_argument("--layers", type=int, default=35, help="Layers, a multiple of 5 (default: E2B's 35).")
     parser.add_argument("--vocab", type=int, default=262144, help="Vocabulary, a multiple of 2048 (default: E2B's).")
-    parser.add_argument("--rounds", type=int, default=10, help="CompiledRounds timed per draft length (default: 10).")
+    parser.add_argument("--rounds", type=int, default=10, help="Rounds timed per draft length (default: 10).")
     parser.add_argument("--turns", type=int, default=2, help="Runs of each, in turn (default: 2).")
     parser.add_argument("--folder", type=Path, help="Where to write the pair (default: a temporary folder).")
     parser.add_argument("--run", choices=HOW, help=argparse.SUPPRESS)

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
 from tiny import random_tokens
 
 import mlx_mtp
+from mlx_mtp.bench.cli import pass_bytes
 from mlx_mtp.convert.converter import Options, convert
 from mlx_mtp.convert.quantization import WeightOptions
 from mlx_mtp.decoding.compiled import CompiledRounds
@@ -68,6 +70,12 @@ def test_text_is_that_of_transformers(tiny_pair: TinyPair, folder: Path, model: 
     assert tied.generate(PROMPT, **GREEDY).tokens != expected
     for k in (0, 1, 4):
         assert model.generate(PROMPT, num_draft_tokens=k, **GREEDY).tokens == expected
+
+
+def test_the_bytes_of_a_pass(model: mlx_mtp.Model) -> None:
+    """Of the embedding, which is no head here, a pass reads one row."""
+    weights: dict[str, mx.array] = tree_flatten(model.target.parameters(), destination={})  # type: ignore[assignment]
+    assert pass_bytes(model) == sum(array.nbytes for name, array in weights.items() if "embed_tokens" not in name)
 
 
 def test_a_head_that_config_says_is_tied(

@@ -379,14 +379,15 @@ def bound(model: Model) -> dict[str, Any]:
 def pass_bytes(model: Model) -> float:
     """Return the bytes of weights that a pass over one token reads.
 
-    Of the experts, only the chosen experts count. The per-layer table does not count, because a pass reads only one row
-    of it. All other weights count in full.
+    Of the experts, only the chosen experts count. A table that is no head does not count, because a pass reads only one
+    row of it. All other weights count in full.
     """
     text = model.config.text
     size = 0.0
     weights: dict[str, mx.array] = tree_flatten(model.target.parameters(), destination={})  # type: ignore[assignment]
     for name, value in weights.items():
-        if "embed_tokens_per_layer" in name:
+        is_table = name.startswith("embed_tokens.") and model.config.own_head
+        if "embed_tokens_per_layer" in name or is_table:
             continue
         share = text.top_k_experts / text.num_experts if "switch_glu" in name else 1.0
         size += share * value.nbytes
