@@ -1,4 +1,4 @@
-"""Decoding of one text, in token ids alone: the round, its compiled forms, and the stream of rounds.
+"""The decode loop in token ids: the round, its compiled forms, and the stream of rounds.
 
-Nothing here knows text, tokenizers, files or options of a user.
+This package does not handle text, tokenizers, checkpoint files or the options of a user.
 """

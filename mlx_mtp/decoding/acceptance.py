@@ -1,4 +1,4 @@
-"""Which draft tokens the target accepts, decided on the device."""
+"""Acceptance of draft tokens by the target, decided on the device."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,10 @@ from mlx_mtp.gemma4.drafter import Draft
 
 
 class Acceptance(NamedTuple):
-    """`accepted` is int32 []; `tokens` int32 [k + 1], of which the first `accepted + 1` are to be emitted."""
+    """The number of accepted draft tokens, and the tokens to emit.
+
+    `accepted` is int32 []. `tokens` is int32 [k + 1]. Only its first `accepted + 1` tokens are valid.
+    """
 
     accepted: mx.array
     tokens: mx.array
@@ -17,25 +20,27 @@ class Acceptance(NamedTuple):
 def accept_matching(drafted: mx.array, scores: mx.array) -> Acceptance:
     """Accept the longest prefix of the draft tokens [1, k] equal to the argmax over scores [k + 1, vocab].
 
-    The target's choice at the first row not matched is emitted after them: where a draft was accepted it is the
-    target's choice too, so the choices themselves are the tokens to emit. Scores are logits for greedy decoding, or log
-    probabilities with noise that drafter and target share.
+    The target's choice at the first row without a match is emitted after this prefix. An accepted draft token equals
+    the target's choice, so the choices are the tokens to emit. For greedy decoding, the scores are logits. For coupled
+    acceptance, they are log probabilities plus noise that drafter and target share.
     """
     choices = mx.argmax(scores, axis=-1).astype(mx.int32)
     if not drafted.size:
-        # Not by a product over nothing: MLX's CUDA backend divides by its length, which ends the process.
+        # Do not take a product of zero elements: MLX's CUDA backend divides by their number, which ends the process.
         return Acceptance(mx.array(0), choices)
     matches = (drafted[0] == choices[:-1]).astype(mx.int32)
     return Acceptance(mx.cumprod(matches).sum(), choices)
 
 
 def accept_block(draft: Draft, log_probabilities: mx.array, key: mx.array) -> Acceptance:
-    """Block verification (Sun et al. 2024, arXiv 2403.10444): the tokens emitted are distributed as the target's own.
+    """Accept draft tokens by block verification (Sun et al. 2024, arXiv 2403.10444).
 
-    `log_probabilities` are the target's, [k + 1, vocab]. With p the target's and q the drafter's probabilities and P[0]
-    = 1, P[i] = min(P[i-1] * p(X_i) / q(X_i), 1), the first i tokens are accepted with probability h[i]: P[k] for all k,
-    and S / (S + 1 - P[i]) before, S = sum_x max(P[i] * p(x | X_1..X_i) - q(x | X_1..X_i), 0). The longest prefix that
-    passes is taken; the next token comes from the same difference, normalised, or from p after all k.
+    The emitted tokens have the target's own distribution. `log_probabilities` are the target's, [k + 1, vocab].
+
+    Let p be the target's probabilities, q the drafter's, P[0] = 1, and P[i] = min(P[i-1] * p(X_i) / q(X_i), 1). The
+    first i tokens pass with probability h[i]. For all k tokens, h[k] = P[k]. For i < k, h[i] = S / (S + 1 - P[i]) with
+    S = sum_x max(P[i] * p(x | X_1..X_i) - q(x | X_1..X_i), 0). The longest prefix that passes is accepted. The next
+    token is drawn from the same difference, normalized. After all k tokens, it is drawn from p.
     """
     k = draft.tokens.shape[1]
     uniform_key, next_key = mx.random.split(key)
@@ -43,7 +48,7 @@ def accept_block(draft: Draft, log_probabilities: mx.array, key: mx.array) -> Ac
         return Acceptance(mx.array(0), mx.random.categorical(log_probabilities, key=next_key).astype(mx.int32))
     assert draft.log_probabilities is not None
     p, q = mx.exp(log_probabilities), mx.exp(draft.log_probabilities)
-    # The target's probabilities of the drafter's candidates, of which the sums below need no others.
+    # The sums below need the target's probabilities for the drafter's candidates only.
     p_shared = p[:-1] if draft.ids is None else mx.take_along_axis(p[:-1], draft.ids, axis=-1)
     chosen = _of_token(draft, q)
     ratios = mx.take_along_axis(p[:-1], draft.tokens.T, axis=-1)[:, 0] / chosen
@@ -51,7 +56,7 @@ def accept_block(draft: Draft, log_probabilities: mx.array, key: mx.array) -> Ac
     for i in range(k):
         reached.append(mx.minimum(reached[-1] * ratios[i], 1.0))
     weights = mx.stack(reached)
-    # sum_x max(P * p - q, 0) = P - sum_x min(P * p, q), a sum over the candidates alone.
+    # sum_x max(P * p - q, 0) = P - sum_x min(P * p, q). The second sum needs the candidates only.
     surplus = weights[:-1] - mx.minimum(weights[:-1, None] * p_shared, q).sum(axis=-1)
     surplus = mx.maximum(surplus, 0)
     room = surplus + 1 - weights[:-1]
@@ -64,7 +69,7 @@ def accept_block(draft: Draft, log_probabilities: mx.array, key: mx.array) -> Ac
 
 
 def _of_token(draft: Draft, q: mx.array) -> mx.array:
-    """The drafter's probability of each token it drew, [k]."""
+    """Return the drafter's probability of each token that it drew, [k]."""
     if draft.ids is None:
         return mx.take_along_axis(q, draft.tokens.T, axis=-1)[:, 0]
     return mx.where(draft.ids == draft.tokens.T, q, 0).sum(axis=-1)
@@ -77,6 +82,7 @@ def _next_token(
     row = mx.minimum(accepted, k - 1)
     spent = q[row] if draft.ids is None else mx.zeros(p.shape[-1]).at[draft.ids[row]].add(q[row])
     left = mx.maximum(weights[row] * p[row] - spent, 0)
-    # Nothing is left only where rounding hides that nothing could have been rejected.
+    # The difference is zero everywhere only if a rejection was impossible and rounding caused one. The token is then
+    # drawn from p.
     left = mx.where((accepted < k) & (left.sum() > 0), left, p[accepted])
     return mx.random.categorical(mx.log(left), key=key).astype(mx.int32)

@@ -1,4 +1,7 @@
-"""What rounds cost on this machine: measured once for a kind of pair, and kept in the user's cache directory."""
+"""Cost measurement: the time of rounds on this machine.
+
+The costs are measured once for each kind of pair, and kept in the user's cache directory.
+"""
 
 import hashlib
 import json
@@ -31,25 +34,25 @@ from .stream import Progress, Stream
 
 logger = logging.getLogger(__name__)
 
-# Tokens before the rounds that are measured. What longer contexts add, they add to all rounds alike.
+# This is the number of tokens before the measured rounds. A longer context adds the same cost to all rounds.
 _CONTEXT = 64
-# A round is run once as it is, once to be compiled, and once more, before it is timed.
+# A round runs once uncompiled, once to be compiled, and once more, before it is timed.
 _WARM_UP = 3
-# Draft lengths that are measured with a drafter: the rest follows from the passes alone.
+# These draft lengths are measured with a drafter. The other lengths follow from the verify passes alone.
 _MEASURED = (1, MAX_DRAFT_TOKENS)
-# Seconds for which rounds of one length follow each other, and how many there are. The second half of them counts: the
-# first ones suffer from the caches that another length left.
+# Rounds of one length follow each other for `_TURN` seconds. Their number stays within the limits of `_ROUNDS`. Only
+# the second half counts: the first rounds suffer from the caches that another length left.
 _TURN = 0.08
 _ROUNDS = (2, 100)
-# How often each has its turn: until so many seconds are over, but between these.
+# The turns repeat for `_SECONDS` seconds. Their number stays within the limits of `_REPETITIONS`.
 _SECONDS = 3.0
 _REPETITIONS = (2, 10)
 
 
 def cache_directory() -> Path:
-    """Where measurements are kept: `MLX_MTP_CACHE`, else the platform's cache folder of the user.
+    """Return the folder for measurements: `MLX_MTP_CACHE`, or the user's cache folder on this platform.
 
-    Raises OSError for a user without a home folder.
+    Raises OSError if the user has no home folder.
     """
     if given := os.environ.get("MLX_MTP_CACHE"):
         return Path(given)
@@ -65,13 +68,13 @@ def cache_directory() -> Path:
 def read_or_measure(
     identity: dict[str, Any], measure: Callable[[], CostCurve], folder: Path | None = None, *, remeasure: bool = False
 ) -> CostCurve:
-    """The cost curve kept for an identity, which is everything that decides what a round costs. It is measured if none
-    is kept, or if `remeasure` is set.
+    """Return the cost curve that is kept for an identity, or measure it.
 
-    A file that cannot be read, or that is of something else, is measured again and replaced. Where the folder cannot be
-    written the curve is measured all the same, with a warning.
+    The identity is everything that decides the cost of a round. The curve is measured if none is kept, or if
+    `remeasure` is set. A file that cannot be read, or that has another identity, is replaced by a new measurement. If
+    the folder cannot be written, the curve is still measured, and a warning is logged.
 
-    Raises CalibrationError if what was measured cannot be true.
+    Raises CalibrationError if the measured costs cannot be true.
     """
     text = json.dumps(identity, sort_keys=True)
     name = f"rounds-{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
@@ -97,7 +100,7 @@ def read_or_measure(
 
 
 def _kept(file: Path, identity: dict[str, Any]) -> CostCurve | None:
-    """The curve in a file; None if there is none, with a warning if the file cannot be used."""
+    """Return the curve in a file, or None if there is none. Log a warning if the file cannot be used."""
     try:
         content = json.loads(file.read_text())
         if content["identity"] != identity:
@@ -119,7 +122,10 @@ def _keep(file: Path, content: dict[str, Any]) -> None:
 
 
 def _checked(curve: CostCurve) -> CostCurve:
-    """Raises ValueError for costs that no clock can have measured."""
+    """Return the curve if its costs are plausible.
+
+    Raises ValueError if no clock can have measured the costs.
+    """
     numbers = [*curve.verify, curve.draft, curve.overhead]
     if len(curve.verify) != MAX_DRAFT_TOKENS + 1 or not all(isinstance(n, int | float) for n in numbers):
         raise ValueError(f"expected {MAX_DRAFT_TOKENS + 1} costs of passes, of a draft step and of the rest")
@@ -129,15 +135,16 @@ def _checked(curve: CostCurve) -> CostCurve:
 
 
 def device_identity() -> dict[str, Any]:
-    """What the costs depend on beside the pair."""
+    """Return the device and the MLX version, on which the costs depend in addition to the pair."""
     info = mx.device_info()
     return {"device": str(mx.default_device()), "name": info.get("device_name"), "mlx": version("mlx")}
 
 
 def _draft_of(vocab_size: int, candidates: int | None) -> Callable[[mx.array, int], Draft]:
-    """Draft tokens for nothing, chosen among so many candidates or none: what is left is the target's part.
+    """Return a function that gives draft tokens at no cost, so that only the target's part is timed.
 
-    They depend on the last token, as real drafts do: a chain of rounds, none of which can begin early.
+    The draft tokens have `candidates` candidates each, or no distribution if it is None. They depend on the last token,
+    as real draft tokens do. The rounds are therefore a chain, and no round can begin early.
     """
 
     def give(token: mx.array, k: int) -> Draft:
@@ -151,9 +158,9 @@ def _draft_of(vocab_size: int, candidates: int | None) -> Callable[[mx.array, in
 
 
 class RoundCosts:
-    """The costs of rounds of one loaded pair, by sampling options and K/V quantization.
+    """Costs of rounds of one loaded pair, by sampling options and K/V quantization.
 
-    Each curve is read or measured when it is first asked for.
+    Each curve is read or measured when it is first requested.
     """
 
     def __init__(
@@ -180,10 +187,10 @@ class RoundCosts:
         remeasure: bool = False,
         on_progress: Progress | None = None,
     ) -> CostCurve:
-        """The cost curve, in seconds.
+        """Return the cost curve, in seconds.
 
-        Raises OptionError without a drafter or for groups of K/V that do not fit the heads, CalibrationError if the
-        clock gives nonsense.
+        Raises OptionError if there is no drafter, or if the groups of the K/V quantization do not fit the heads. Raises
+        CalibrationError if the measured costs cannot be true.
         """
         drafter = self._drafter
         if drafter is None:
@@ -199,10 +206,10 @@ class RoundCosts:
         return self._curves[key]
 
     def identity(self, sampling: Sampling, kv: KVQuantization | None) -> dict[str, Any]:
-        """Everything that decides what a round costs.
+        """Return everything that decides the cost of a round.
 
-        Of sampling, it says which options are in use. Of K/V, it says how they are quantized, but not from where on: in
-        texts so short that they never are, attention costs little either way.
+        For sampling, this is the names of the options in use. For K/V, this is the quantization without its start
+        position. In texts that are too short to reach this position, attention costs little in both cases.
         """
         defaults = asdict(Sampling())
         options = sorted(name for name, value in asdict(sampling).items() if name != "seed" and value != defaults[name])
@@ -229,9 +236,9 @@ def measure_rounds(
     on_progress: Progress | None = None,
     kv_quantization: KVQuantization | None = None,
 ) -> CostCurve:
-    """Time verify passes of 1 to 9 rows, draft steps, and whole rounds, in turn: medians, in seconds.
+    """Return the median seconds of verify passes of 1 to 9 rows, draft steps, and whole rounds.
 
-    Each pass begins with what the one before it gave.
+    The different rounds take turns. Each pass begins with the result of the pass before it.
     """
     draws = not sampling.is_greedy and sampling.acceptance == "block"
     given = GivenDrafter(_draft_of(target.config.vocab_size, drafter.num_candidates if draws else None))
@@ -257,7 +264,7 @@ def measure_rounds(
 
 
 def _round(stream: Stream, k: int) -> None:
-    """A round that begins with the token of the one before it, always at the same position."""
+    """Run a round that begins with the token of the round before it, always at the same position."""
     stream.cache.set_length(_CONTEXT)
     stream.round(k)
 
@@ -265,7 +272,7 @@ def _round(stream: Stream, k: int) -> None:
 def _time_in_turn(
     runs: dict[tuple[str, int], Callable[[], object]], on_progress: Progress | None
 ) -> dict[tuple[str, int], float]:
-    """Median seconds of each, by key."""
+    """Return the median seconds of each run, by key. The runs take turns."""
     least, most = _REPETITIONS
     total = len(runs) * (_WARM_UP + least)
     done = 0

@@ -1,4 +1,4 @@
-"""Compiled rounds, by shape."""
+"""Compiled rounds, kept by shape."""
 
 import threading
 from collections.abc import Callable
@@ -10,13 +10,16 @@ from mlx_mtp.gemma4.kv_cache import Cache, KVQuantization
 
 from .round import RoundParts, Steps, round_steps
 
-# How many shapes each thread keeps.
+# This is the largest number of shapes that each thread keeps.
 _MOST_SHAPES = 64
 
 
 class Shape(NamedTuple):
-    """What a round is compiled for: `k` draft tokens, the K/V rows that a pass sees, the rows of the buffers, their
-    quantization, and the key of the stream."""
+    """The shape for which a round is compiled.
+
+    It has `k` draft tokens. The other fields are the number of K/V rows that a pass sees, the number of rows in the
+    buffers, their quantization, and the key of the stream.
+    """
 
     k: int
     visible: int
@@ -26,11 +29,12 @@ class Shape(NamedTuple):
 
 
 class _StepsByShape(threading.local):
-    """The steps by shape, of this thread alone; None for a shape that came once.
+    """The steps of this thread by shape. The value is None for a shape that occurred once.
 
-    What `mx.compile` returns must stay on one thread (MLX 0.32.2 to 0.32.4). Each thread that calls it keeps the graph,
-    by the address of the Python function, and when the function is gone only one of them forgets it. The others keep
-    its weights in memory, and use the graph for the next function that has this address.
+    The function that `mx.compile` returns must stay on one thread (MLX 0.32.2 to 0.32.4). Each thread that calls it
+    keeps the graph under the address of the Python function. When the function is deleted, only one thread drops its
+    graph. The other threads keep the weights of the graph in memory. They also use the graph for the next function at
+    this address.
     """
 
     def __init__(self) -> None:
@@ -38,11 +42,12 @@ class _StepsByShape(threading.local):
 
 
 class CompiledRounds:
-    """Compiled steps of rounds, shared by the streams of one target and drafter. Their weights must stay as they are.
+    """Compiled steps of rounds, shared by the streams of one target and drafter.
 
-    Steps are compiled by their shape: the number of draft tokens, the K/V rows they see, whether these are quantized,
-    and the options of the stream. A shape is compiled when it comes a second time or, if `always`, the first time.
-    Where the host has a part in a round, draft and verify are compiled apart. `traces` lists the shape of each trace.
+    The weights of both networks must not change. Steps are compiled by shape: the number of draft tokens, the number of
+    K/V rows they see, the K/V quantization, and the options of the stream. A shape is compiled when it occurs for the
+    second time, or for the first time if `always` is set. If the host has a part in a round, draft and verify are
+    compiled separately. `traces` lists the shape of each trace.
     """
 
     def __init__(self, *, always: bool = False) -> None:
@@ -51,18 +56,22 @@ class CompiledRounds:
         self._steps = _StepsByShape()
 
     def steps(self, parts: RoundParts, layout: Cache, k: int, key: tuple[Any, ...]) -> Steps:
-        """The steps of a round of k draft tokens. `key` tells the options of one stream from those of another."""
+        """Return the steps of a round of k draft tokens.
+
+        `key` distinguishes the options of one stream from the options of another stream.
+        """
         shape = Shape(k, layout.visible, layout.capacity, layout.quantized_as, key)
         found = self._steps.found
         is_new = shape not in found and not self.always
-        # The shape that was used last is the last one in the dictionary; the first one is dropped.
+        # The dictionary is in order of use. The shape that was not used for the longest time is first, and is dropped.
         steps = found.pop(shape, None)
         if steps is None and not is_new:
             steps = self._compile(parts, layout, k, shape)
         found[shape] = steps
         if len(found) > _MOST_SHAPES:
             found.pop(next(iter(found)))
-        # A new shape may be the last of its kind: near the end of a text, fewer tokens are drafted.
+        # A new shape may never occur again, so its first round is not compiled. For example, rounds near the end of a
+        # text draft fewer tokens.
         return steps or round_steps(parts, layout, k)
 
     def _compile(self, parts: RoundParts, layout: Cache, k: int, shape: Shape) -> Steps:

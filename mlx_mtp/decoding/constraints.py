@@ -1,8 +1,8 @@
-"""What the next token may be: a grammar over the answer, and a limit on the thought before it.
+"""Constraints on the next token: a grammar for the answer, and a token limit for the thought before it.
 
-Both are followed on the host, token by token, by drafter and target alike, so that a constrained text is drafted as
-well as any other. Grammars are llguidance's, which needs no more than NumPy, compiles a schema in about a millisecond
-and rolls rejected tokens back in less than a microsecond.
+The host follows both, token by token, for both drafter and target. The drafter therefore works for a constrained text
+as well as for any other text. llguidance provides the grammars. It needs only NumPy, compiles a schema in about a
+millisecond, and rolls rejected tokens back in less than a microsecond.
 """
 
 import json
@@ -19,16 +19,17 @@ from mlx_mtp.errors import DraftError, OptionError
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-# One bit per token of the vocabulary, set where the token is allowed, in words of 32 bits, lowest first.
+# A mask has one bit per token of the vocabulary, in words of 32 bits, lowest bit first. The bit is set if the token is
+# allowed.
 Mask = npt.NDArray[np.int32]
 
 _NOTHING_LEFT = "the other options exclude every token that the grammar allows"
-# What may stand between the tokens of JSON: without a bound, a model that loops on blanks never ends.
+# This is the whitespace between the tokens of JSON. Without a limit, a model that loops on blanks never ends.
 JSON_WHITESPACE = r" |\n{1,2}[ \t]{0,40}"
 
 
 class Channel(NamedTuple):
-    """The tokens around a thought: `start`, `header` tokens that name the channel, the thought, `end`."""
+    """The tokens around a thought: `start`, `header` tokens that name the channel, the thought, and `end`."""
 
     start: int
     header: int
@@ -38,13 +39,13 @@ class Channel(NamedTuple):
 def compile_grammar(
     *, json_schema: str | Mapping[str, Any] | None = None, regex: str | None = None, grammar: str | None = None
 ) -> str | None:
-    """The one of these that is given, in llguidance's own form; None if none is.
+    """Return the given constraint as a grammar in llguidance's own form, or None if none is given.
 
-    `json_schema` is a JSON Schema, as text or as what it parses to; `regex` is in the syntax of Rust's regex crate and
-    must match the whole answer; `grammar` is in llguidance's variant of Lark or in llama.cpp's GBNF.
+    `json_schema` is a JSON Schema, as text or parsed. `regex` has the syntax of Rust's regex crate and must match the
+    whole answer. `grammar` is in llguidance's variant of Lark or in llama.cpp's GBNF.
 
-    Raises OptionError if more than one is given, if it is invalid or asks for what llguidance cannot do, and if
-    llguidance is not installed.
+    Raises OptionError if more than one constraint is given, or if the constraint is invalid or not supported by
+    llguidance. Raises OptionError if llguidance is not installed.
     """
     given = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
     names = [name for name, value in given.items() if value is not None]
@@ -74,18 +75,26 @@ def compile_grammar(
 
 
 def schema_problem(schema: bool | Mapping[str, Any]) -> str | None:
-    """Why no grammar follows a JSON Schema in full; None if one does. Raises OptionError without llguidance."""
+    """Return the reason why no grammar follows a JSON Schema in full, or None if one does.
+
+    Raises OptionError if llguidance is not installed.
+    """
     return _problem(_matcher_class("json_schema").grammar_from_json_schema(json.dumps(schema)))
 
 
 def lark_problem(grammar: str) -> str | None:
-    """Why a grammar in llguidance's variant of Lark cannot be followed; None if it can. Raises OptionError without
-    llguidance."""
+    """Return the reason why a grammar in llguidance's variant of Lark cannot be followed, or None if it can.
+
+    Raises OptionError if llguidance is not installed.
+    """
     return _problem(_matcher_class("grammar").grammar_from_lark(grammar))
 
 
 def _matcher_class(option: str) -> "type[LLMatcher]":
-    """Raises OptionError, which says which option needs llguidance, if it is not installed."""
+    """Import llguidance and return its matcher class.
+
+    Raises OptionError if llguidance is not installed. The message names the option that needs it.
+    """
     try:
         from llguidance import LLMatcher
     except ImportError:
@@ -94,12 +103,12 @@ def _matcher_class(option: str) -> "type[LLMatcher]":
 
 
 def _problem(source: str) -> str | None:
-    """Why a grammar in llguidance's own form cannot be followed."""
+    """Return the reason why a grammar in llguidance's own form cannot be followed, or None if it can."""
     failed, messages = _matcher_class("grammar").validate_grammar_with_warnings(source)
     if not failed:
-        # Special tokens are looked up later, in the model's tokenizer.
+        # Special tokens are looked up later in the model's tokenizer.
         messages = [message for message in messages if not message.startswith("no tokenizer - can't validate <")]
-    # A warning tells of a part that would not be followed, which is refused too.
+    # A warning names a part of the grammar that would not be followed. This is an error too.
     return _reason(messages[0]) if failed or messages else None
 
 
@@ -114,7 +123,10 @@ def _read_schema(schema: str | Mapping[str, Any]) -> str:
 
 
 def _reason(message: str) -> str:
-    """One line of llguidance's report, which shows the place in the source below the first line."""
+    """Return the line of llguidance's report that states the error.
+
+    The report shows the place in the source below its first line.
+    """
     lines = message.strip().splitlines()
     return next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
 
@@ -128,18 +140,18 @@ class _Phase(Enum):
 
 class _State(NamedTuple):
     phase: _Phase
-    # Tokens since the channel's start, and tokens the matcher has consumed.
+    # `thought` counts the tokens since the channel's start. `matched` counts the tokens that the matcher has consumed.
     thought: int = 0
     matched: int = 0
 
 
 class Guide:
-    """Follows one text and says which tokens may come next.
+    """A guide that follows one text and determines which tokens may come next.
 
-    The answer follows `matcher`'s grammar, if there is one, up to a stop token. Before it, if `channel` is given, there
-    may be one thought, of at most `thought_budget` tokens after the channel's name; then the channel is closed.
-    `thought` is the number of tokens since the channel was opened, for a prompt that ends inside it. Masks leave
-    `suppressed` tokens out.
+    The answer follows the grammar of `matcher`, if there is one, up to a stop token. If `channel` is given, one thought
+    may come before the answer. The thought has at most `thought_budget` tokens after the channel's name. Then the
+    channel is closed. If a prompt ends inside the channel, `thought` is the number of tokens since the channel was
+    opened. Masks exclude `suppressed` tokens.
     """
 
     def __init__(
@@ -159,14 +171,14 @@ class Guide:
         self._channel = channel
         self._limit = None if channel is None or thought_budget is None else channel.header + thought_budget
         self._unsuppressed = ~self._only(suppressed)
-        # A state for the text so far and for each of its beginnings, to go back to.
+        # This list holds the state at the start and after each token, so that `rollback` can return to it.
         self._states = [_State(_Phase.START) if thought is None else _State(_Phase.THOUGHT, thought)]
 
     def mask(self) -> Mask | None:
-        """The tokens that may come next; None if all may.
+        """Return the mask of the tokens that may come next, or None if all tokens may.
 
-        Raises OptionError if the grammar cannot go on: it is then too complex, can never end, or allows suppressed
-        tokens alone.
+        Raises OptionError if the grammar cannot continue. It is then too complex, can never end, or allows only
+        suppressed tokens.
         """
         mask = self._followed()
         if mask is None:
@@ -177,13 +189,16 @@ class Guide:
         return mask
 
     def _followed(self) -> Mask | None:
-        """The tokens by which the text can go on, suppressed ones among them; None for all."""
+        """Return the mask of the tokens with which the text can continue, including suppressed tokens.
+
+        The mask is None if all tokens are allowed.
+        """
         state = self._states[-1]
         if state.phase is _Phase.THOUGHT:
             assert self._channel is not None
             if self._limit is not None and state.thought >= self._limit:
                 return self._only([self._channel.end])
-            # Without a second channel inside, masks stay the same when this one is closed.
+            # A second channel cannot open inside this channel, so the masks stay the same when this channel closes.
             return ~self._only([self._channel.start, *(self._stop_ids if self._matcher is not None else ())])
         if state.phase is _Phase.ENDED:
             return None
@@ -194,7 +209,10 @@ class Guide:
         return None if may_think or self._channel is None else ~self._only([self._channel.start])
 
     def fixed_masks(self, rows: int) -> list[Mask | None] | None:
-        """The masks of the next tokens, if they are the same whatever those tokens are; None if they are not."""
+        """Return the masks of the next `rows` tokens if they do not depend on these tokens.
+
+        Otherwise, the result is None.
+        """
         state = self._states[-1]
         if self._matcher is not None or state.phase is _Phase.START:
             return None
@@ -203,7 +221,10 @@ class Guide:
         return [self.mask()] * rows
 
     def consume(self, token: int) -> None:
-        """Go on by one token. Raises OptionError if the grammar does not allow it."""
+        """Advance by one token.
+
+        Raises OptionError if the grammar does not allow the token.
+        """
         state = self._states[-1]
         if state.phase is _Phase.THOUGHT:
             assert self._channel is not None
@@ -217,7 +238,7 @@ class Guide:
         elif state.phase is not _Phase.ENDED:
             is_stop = token in self._stop_ids
             if self._matcher is not None:
-                # The matcher is not told of stop tokens: some it counts when rolling back, some it does not.
+                # The matcher never consumes stop tokens: its rollback counts some of them, but not all.
                 if not (self._matcher.is_accepting() if is_stop else self._matcher.consume_token(token)):
                     raise OptionError(_NOTHING_LEFT)
                 state = state._replace(matched=state.matched + (not is_stop))
@@ -249,7 +270,7 @@ class Guide:
 
 
 class RowMasks:
-    """The masks of the rows of one round, for each row that is asked for in turn."""
+    """The masks of the rows of one round, requested row by row."""
 
     def __init__(self, guide: Guide, rows: int) -> None:
         self._guide = guide
@@ -259,10 +280,10 @@ class RowMasks:
         self.host_reads = 0
 
     def __call__(self, token: mx.array) -> mx.array | None:
-        """Which tokens may follow this one, int32 [1, 1], at the next row: bool [1, vocab], None if all may.
+        """Return the mask of the next row, which comes after `token`, int32 [1, 1].
 
-        At the first row the guide has seen the token. Later ones are read from the device, unless no mask depends on
-        them.
+        The mask is bool [1, vocab], or None if all tokens are allowed. At the first row, the guide has already consumed
+        the token. Later tokens are read from the device, unless no mask depends on them.
         """
         index = len(self._rows)
         if self._fixed is None:
@@ -271,20 +292,22 @@ class RowMasks:
                 self._guide.consume(int(token.item()))  # type: ignore[arg-type]
             mask = self._guide.mask()
         else:
-            # `stack` refuses rows beyond those of the round.
+            # `stack` raises an error for rows beyond the end of the round.
             mask = self._fixed[index] if index < self._count else None
         self._rows.append(None if mask is None else _unpack(mask, self._guide.vocab_size))
         return self._rows[-1]
 
     def stack(self) -> mx.array | None:
-        """All rows, bool [rows, vocab], None if none is masked. The guide is where it was before the first again.
+        """Return the masks of all rows, bool [rows, vocab], or None if no row has a mask.
 
-        Raises DraftError if the drafter did not ask for each row: the masks would stand at other rows than theirs.
+        The guide returns to its state before the first row.
+
+        Raises DraftError if the drafter did not request the mask of each row. The masks would then apply to wrong rows.
         """
         if self._fixed is None:
             self._guide.rollback(len(self._rows) - 1)
         if len(self._rows) != self._count:
-            # The last row is asked for by the round itself.
+            # The round itself requests the mask of the last row.
             raise DraftError(
                 "a drafter under a guide must ask for the mask of each draft token: "
                 f"expected {self._count - 1}, found {len(self._rows) - 1}"

@@ -1,34 +1,37 @@
-"""How many tokens to draft next: what makes most tokens per second, by what rounds cost and what was accepted."""
+"""Draft length: the number of draft tokens per round that gives the most tokens per second.
+
+The choice depends on the cost of rounds and on the acceptance so far.
+"""
 
 from typing import NamedTuple
 
-# Most draft tokens of a round.
+# This is the largest number of draft tokens in a round.
 MAX_DRAFT_TOKENS = 8
-# Weight of what is expected of a draft position, in rounds, against what was seen there: of the first, and of one that
-# is expected to be like the one before it. About as many are accepted at each.
+# Prior weights in rounds: one for the first position, one for each later position. A later position is expected to
+# accept about the same share as the position before it.
 _PRIOR_WEIGHT = 1.0
 _LIKENESS = 8.0
-# What the first position is expected to be accepted with, and the weight of that at the beginning, in addition. High,
-# because a good drafter that is not tried costs more than a bad one that is.
+# This is the expected acceptance rate at the first position, and the additional weight of this prior at the start. The
+# rate is high, because a good drafter that is not tried costs more than a bad drafter that is tried.
 _EXPECTED = 0.75
 _FIRST_WEIGHT = 2.0
-# Share of what was seen that is left after each further round: segments of a text differ.
+# This share of the counts is left after each further round, because the segments of a text differ.
 _MEMORY = 0.93
-# Another number of draft tokens must promise this much more.
+# Another number of draft tokens must promise this factor in tokens per second.
 _GAIN = 1.03
-# Share of the time that trials of the drafter may take where plain decoding is faster: at first, and where trials go on
-# to fail.
+# Trials of the drafter may take this share of the time while plain decoding is faster. The first value applies at the
+# start, the last value after repeated failures.
 _FIRST_TRIALS = 0.02
 _LAST_TRIALS = 0.005
-# What is left then of what was seen before the wait.
+# This share of the earlier counts is left at the start of a trial.
 _MEMORY_OF_TRIALS = 0.7
 
 
 class CostCurve(NamedTuple):
-    """What rounds cost on one machine, in seconds.
+    """Costs of rounds on one machine, in seconds.
 
-    `verify` holds a round that only verifies 1, 2, ... rows, `draft` is one draft step, `overhead` what drafting takes
-    besides, whatever is drafted.
+    `verify[k]` is the cost of a round that only verifies k + 1 rows. `draft` is the cost of one draft step. `overhead`
+    is the additional cost of a round that drafts, for any number of draft tokens.
     """
 
     verify: list[float]
@@ -36,17 +39,17 @@ class CostCurve(NamedTuple):
     overhead: float = 0.0
 
     def round(self, k: int) -> float:
-        """Of a round of k draft tokens."""
+        """Return the cost of a round of k draft tokens."""
         return self.verify[k] + (k * self.draft + self.overhead if k else 0)
 
 
 class DraftLength:
-    """Chooses `k`, the number of tokens to draft, for one text, round by round.
+    """A policy that chooses `k`, the number of draft tokens, for one text, round by round.
 
-    Acceptance is estimated by draft position from the last rounds, and k maximizes expected tokens per second, E(k) /
-    cost(k). Where nothing drafted promises more than plain decoding, k is 0, and the drafter is tried again with one
-    token at growing intervals, unless nothing could pay even if all of it were accepted. Nothing is timed here: the
-    same costs and the same text make the same choices.
+    The policy estimates the acceptance at each draft position from the last rounds. k maximizes the expected tokens per
+    second, E(k) / cost(k). If no k > 0 promises more than plain decoding, k is 0. The drafter is then tried again with
+    one draft token, at growing intervals. There are no trials if drafting cannot pay even when all draft tokens are
+    accepted. Nothing is timed here: the same costs and the same text give the same choices.
     """
 
     def __init__(self, curve: CostCurve) -> None:
@@ -54,22 +57,23 @@ class DraftLength:
         self.k = 0
         self._trials = [0.0] * (len(curve.verify) - 1)
         self._hits = [0.0] * len(self._trials)
-        # An unlucky beginning must not end drafting; it is forgotten as what was seen is.
+        # Start with a prior, so that a few early rejections do not end drafting. The prior fades like all other counts.
         if self._trials:
             self._trials[0], self._hits[0] = _FIRST_WEIGHT, _FIRST_WEIGHT * _EXPECTED
-        # Rounds to wait until the next trial, which costs this much more than a plain round.
+        # `trial` is the extra cost of a trial, in plain rounds. It determines the number of rounds to wait before the
+        # next trial.
         trial = curve.round(1) / curve.round(0) - 1 if self._trials else 0.0
         self._waits = max(1.0, trial / _FIRST_TRIALS), max(1.0, trial / _LAST_TRIALS)
         self._wait = self._left = self._waits[0]
-        # Whether any number of draft tokens would be worth its cost if all were accepted.
+        # This is true if some number of draft tokens pays when all of them are accepted.
         self._can_pay = any((k + 1) * curve.round(0) > curve.round(k) for k in range(1, len(curve.verify)))
-        # One at first: a drafter that is of no use costs least then.
+        # Start with one draft token, because a useless drafter costs least then.
         self.k = min(1, self._best())
 
     def update(self, drafted: int, accepted: int) -> None:
-        """Take note of a round, and choose for the next one."""
+        """Record the result of a round, and choose k for the next round."""
         if not drafted:
-            # Where k is not 0, there was no room for it.
+            # If k is not 0 here, the round had no room for draft tokens.
             if not self.k and self._can_pay:
                 self._left -= 1
                 if self._left <= 0:
@@ -89,7 +93,10 @@ class DraftLength:
             self._wait = min(2 * self._wait, self._waits[1])
 
     def acceptance(self) -> list[float]:
-        """By draft position, the estimated share of drafts accepted of those that got there."""
+        """Return the estimated acceptance rate at each draft position.
+
+        A draft token counts at its position only if all draft tokens before it were accepted.
+        """
         shares: list[float] = []
         for trials, hits in zip(self._trials, self._hits, strict=True):
             expected, weight = (shares[-1], _LIKENESS) if shares else (_EXPECTED, _PRIOR_WEIGHT)
@@ -101,7 +108,10 @@ class DraftLength:
         self._hits = [hits * left for hits in self._hits]
 
     def _best(self) -> int:
-        """The best k by what is known; that of before unless the gain is worth a change, but 0 where that is better."""
+        """Return the best k by the current estimates.
+
+        The current k stays if the gain of another k is too small. If plain decoding is best, k is always 0.
+        """
         rates, tokens, reach = [1 / self.curve.round(0)], 1.0, 1.0
         for k, share in enumerate(self.acceptance(), start=1):
             reach *= share

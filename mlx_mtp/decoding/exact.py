@@ -1,8 +1,8 @@
-"""Verify passes with the bits of plain decoding.
+"""Exact verify passes: their results have the same bits as plain decoding.
 
-Devices compute several rows with other kernels than one row, and these round differently. Here each projection is tried
-in three ways: as it is, with the rows as a batch of single ones (`mx.gather_qmm`, for quantized ones), and row by row.
-The first that gives the bits of single rows is taken. Attention goes row by row.
+Devices use other kernels for several rows than for one row, and these kernels round differently. Here each projection
+is tried in three ways: unchanged, with the rows as a batch of single rows (`mx.gather_qmm`, for quantized projections),
+and row by row. The first way that gives the bits of single rows is used. Attention goes row by row.
 """
 
 import mlx.core as mx
@@ -17,16 +17,20 @@ from .compiled import CompiledRounds
 from .draft_length import MAX_DRAFT_TOKENS
 from .stream import Stream
 
-# Rows that a verify pass may have.
+# This is the largest number of rows in a verify pass.
 MAX_ROWS = MAX_DRAFT_TOKENS + 1
 TOGETHER, BATCHED, APART = "together", "batched", "apart"
-# Passes that the ways are tried in, and tokens before those that are compared at last.
+# `_TRIALS` is the number of passes in which the ways are tried. `_CONTEXT` is the number of tokens before the rounds
+# that are compared last.
 _TRIALS = 3
 _CONTEXT = 40
 
 
 class ExactRows(nn.Module):
-    """A module that gives a few rows, [1, rows, ...], the bits of single rows, in a way that was found to do so."""
+    """A module whose results for a few rows, [1, rows, ...], have the bits of single rows.
+
+    `way` is a way of computation that gives these bits on this device.
+    """
 
     def __init__(self, inner: nn.Module, way: str) -> None:
         super().__init__()
@@ -34,6 +38,7 @@ class ExactRows(nn.Module):
         self.way = way
 
     def __call__(self, x: mx.array, *others: mx.array) -> mx.array | tuple[mx.array, ...]:
+        """Return the result of the module for x, [1, rows, ...], and any other inputs."""
         if 1 < x.shape[1] <= MAX_ROWS:
             return _compute(self.way, self.inner, x, *others)
         result: mx.array | tuple[mx.array, ...] = self.inner(x, *others)
@@ -41,7 +46,10 @@ class ExactRows(nn.Module):
 
 
 class ExactTable(nn.Module):
-    """The same for an embedding, whose head is what takes rows."""
+    """An embedding whose output head gives a few rows, [1, rows, ...], the bits of single rows.
+
+    `way` is a way of computation that gives these bits on this device.
+    """
 
     def __init__(self, inner: nn.Module, way: str) -> None:
         super().__init__()
@@ -49,10 +57,12 @@ class ExactTable(nn.Module):
         self.way = way
 
     def __call__(self, tokens: mx.array) -> mx.array:
+        """Return the embeddings of tokens [1, length]."""
         embedded: mx.array = self.inner(tokens)
         return embedded
 
     def as_linear(self, x: mx.array) -> mx.array:
+        """Return the logits of hidden states x, [1, rows, hidden_size]."""
         way = self.way if 1 < x.shape[1] <= MAX_ROWS else TOGETHER
         logits = _compute(way, self.inner, x)
         assert isinstance(logits, mx.array)
@@ -60,7 +70,10 @@ class ExactTable(nn.Module):
 
 
 class _Trial(nn.Module):
-    """Stands for a module while ways are tried: strikes those out that give its kind other bits than single rows."""
+    """A stand-in for a module while the ways are tried.
+
+    It removes the ways that give this kind of module other bits than single rows.
+    """
 
     def __init__(self, inner: nn.Module, ways: dict[str, list[str]]) -> None:
         super().__init__()
@@ -72,7 +85,10 @@ class _Trial(nn.Module):
 
 
 def make_exact(target: Target) -> None:
-    """Give verify passes of a loaded target the bits of single passes, in the fastest ways this device allows."""
+    """Change a loaded target so that verify passes have the bits of single-row passes.
+
+    Each module uses the fastest way that gives these bits on this device.
+    """
     ways: dict[str, list[str]] = {}
     places = [
         (parent, name)
@@ -100,7 +116,7 @@ def make_exact(target: Target) -> None:
 
 
 def _kind(module: nn.Module) -> str:
-    """Modules of one kind are computed by the same kernels."""
+    """Return the kind of a module. The same kernels compute all modules of one kind."""
     shapes = {name: value.shape for name, value in module.items() if isinstance(value, mx.array)}
     return f"{type(module).__name__} {shapes}"
 
@@ -108,7 +124,10 @@ def _kind(module: nn.Module) -> str:
 def _try_ways(
     ways: dict[str, list[str]], module: nn.Module, x: mx.array, *others: mx.array
 ) -> mx.array | tuple[mx.array, ...]:
-    """The result for x row by row. `ways` keeps those of its kind that have the same bits for any number of rows."""
+    """Compute x row by row, and return the result.
+
+    `ways` keeps only the ways that give this kind of module the same bits for any number of rows.
+    """
     is_quantized = isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
     left = ways.setdefault(_kind(module), [TOGETHER, BATCHED, APART] if is_quantized else [TOGETHER, APART])
     expected = _compute(APART, module, x, *others)
@@ -158,9 +177,11 @@ def _parts(result: mx.array | tuple[mx.array, ...]) -> tuple[mx.array, ...]:
 
 
 def check_exact(target: Target, rounds: CompiledRounds, kv_quantization: KVQuantization | None = None) -> None:
-    """Compare compiled rounds that verify several rows with plain ones, bit by bit; over quantized K/V if told how.
+    """Compare compiled rounds that verify several rows with plain rounds, bit by bit.
 
-    Raises OptionError if they differ, as they would where norms or rotations depend on the number of rows.
+    If `kv_quantization` is given, the rounds use quantized K/V.
+
+    Raises OptionError if the bits differ. They differ if norms or rotations depend on the number of rows.
     """
     plain = _stream(target, None, rounds, kv_quantization)
     hidden, tokens = [], []

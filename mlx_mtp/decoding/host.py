@@ -1,4 +1,4 @@
-"""The part that the host takes in the rounds of one text."""
+"""The host's part in the rounds of one text."""
 
 from typing import Any
 
@@ -16,9 +16,9 @@ from .state import RoundState
 
 
 class Host:
-    """Waits for values of the device, follows the guide, and finds the rows of mapped per-layer embeddings.
+    """The host's part in a round: device reads, the guide, and the rows of mapped per-layer embeddings.
 
-    `reads` counts how often it waited.
+    `reads` counts how often the host waited for the device.
     """
 
     def __init__(self, guide: Guide | None) -> None:
@@ -26,13 +26,19 @@ class Host:
         self.reads = 0
 
     def wait_for(self, values: mx.array) -> list[Any]:
-        """Read an array of the device as a list. Only a guide reads draft tokens in another way."""
+        """Read an array of the device as a list, and count the read.
+
+        Only a guide reads draft tokens in another way (see `RowMasks`).
+        """
         self.reads += 1
         found: list[Any] = values.tolist()  # type: ignore[assignment]
         return found
 
     def first_mask(self, bonus: mx.array) -> mx.array | None:
-        """The tokens that the guide allows after the prompt, bool [1, vocab]; None for all."""
+        """Return the guide's mask for the first token after the prompt, bool [1, vocab].
+
+        The mask is None if all tokens are allowed.
+        """
         if self.guide is None:
             return None
         masks = RowMasks(self.guide, 1)
@@ -42,7 +48,10 @@ class Host:
     def draft(
         self, parts: RoundParts, layout: Cache, state: RoundState, steps: Steps, k: int
     ) -> tuple[Draft, mx.array | None]:
-        """The draft, and the tokens that the guide allows at each row to verify, bool [k + 1, vocab], None for all."""
+        """Draft k tokens, and return the draft with the guide's masks.
+
+        The masks are bool [k + 1, vocab], one for each row to verify. They are None if all tokens are allowed.
+        """
         if self.guide is None:
             return steps.draft(state), None
         masks = RowMasks(self.guide, k + 1)
@@ -52,21 +61,24 @@ class Host:
         return draft, masks.stack()
 
     def rows(self, target: Target, last: int, draft: Draft) -> PerLayerRows | None:
-        """The rows of mapped per-layer embeddings for a verify pass over the last token and the draft.
+        """Read the rows of mapped per-layer embeddings for a verify pass over the last token and the draft.
 
-        None if they are not mapped. The rows are found by the draft tokens, which are waited for.
+        Returns None if the embeddings are not mapped. The draft tokens determine the rows, so the host waits for them.
         """
         if target.mapped is None:
             return None
         drafted: list[int] = []
         if draft.tokens.size:
-            # Evaluate all of the draft: a part that waits would hold the K/V buffers, which would then be copied.
+            # Evaluate the whole draft. A part that is not evaluated holds the K/V buffers, and MLX then copies them.
             mx.eval(*(part for part in draft if part is not None))
             drafted = self.wait_for(draft.tokens[0])
         return target.read_rows([last, *drafted])
 
     def logprobs(self, logprobs: mx.array, n: int | None, count: int) -> list[Logprobs] | None:
-        """The first `count` rows of `token_logprobs`, with n most likely tokens each; None if n is None."""
+        """Read the first `count` rows of `token_logprobs`, with n most likely tokens each.
+
+        Returns None if n is None.
+        """
         if n is None:
             return None
         rows: list[list[float]] = self.wait_for(logprobs[:count])
@@ -75,7 +87,7 @@ class Host:
         ]
 
     def note(self, tokens: list[int]) -> None:
-        """Tell the guide of emitted tokens."""
+        """Tell the guide which tokens were emitted."""
         if self.guide is not None:
             for token in tokens:
                 self.guide.consume(token)

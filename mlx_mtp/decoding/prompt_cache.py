@@ -1,8 +1,8 @@
-"""The K/V of prompts read before: reused where another prompt begins alike, and kept in files.
+"""Prompt cache: K/V of earlier prompts, reused for prompts with the same beginning, and kept in files.
 
-Rows of full-attention layers serve every text that begins with the same tokens. A sliding layer's ring holds the last
-positions only, so it is kept as it was at a few of them (`Snapshot`): a prompt is read from the last one that lies
-within what it shares with an earlier text.
+Rows of full-attention layers serve every text that begins with the same tokens. The ring of a sliding layer holds only
+the last positions. The cache therefore keeps copies of the rings at a few positions (`Snapshot`). A prompt is read from
+the last snapshot inside the part that it shares with an earlier text.
 """
 
 import json
@@ -21,21 +21,24 @@ from mlx_mtp.checkpoints.weights import read_header
 from mlx_mtp.errors import PromptCacheError, WeightsError
 from mlx_mtp.gemma4.kv_cache import Buffers, KVQuantization, Quantized, Rows, parts_of
 
-# Changes with what a file holds.
+# This number changes when the content of a file changes.
 FORMAT = 1
-# Most snapshots of one text.
+# This is the largest number of snapshots of one text.
 _SNAPSHOTS = 8
 
 
 class Snapshot(NamedTuple):
-    """The rings of the sliding layers when `position` tokens were read."""
+    """The rings of the sliding layers after `position` tokens were read."""
 
     position: int
     rings: Buffers
 
 
 class Kind(NamedTuple):
-    """What K/V must have in common to be exchanged: `max_block` is that of `Cache`, on which the rings depend."""
+    """The properties that two streams must have in common to exchange K/V.
+
+    `max_block` is the value of `Cache`. The rings depend on it.
+    """
 
     max_block: int
     quantization: KVQuantization | None
@@ -43,8 +46,10 @@ class Kind(NamedTuple):
 
 @dataclass
 class Entry:
-    """A text that was read: its tokens, the rows of full-attention layers, and snapshots by position, the last one at
-    the end or the last before it."""
+    """A text in the prompt cache: its tokens, its full-attention rows, and snapshots by position.
+
+    The last snapshot is at the end of the text, or is the last snapshot before the end.
+    """
 
     kind: Kind
     tokens: list[int]
@@ -53,20 +58,26 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
+        """Size of all arrays in bytes."""
         return sum(array.nbytes for array in self.arrays())
 
     def arrays(self) -> Iterator[mx.array]:
+        """Yield all arrays of the entry."""
         for buffers in (self.full, *(snapshot.rings for snapshot in self.snapshots)):
             for keys, values in buffers.values():
                 yield from (*parts_of(keys), *parts_of(values))
 
     @property
     def is_quantized(self) -> bool:
+        """True if the full-attention rows are quantized."""
         return any(isinstance(keys, Quantized) for keys, _ in self.full.values())
 
     def drop_snapshot(self) -> None:
-        """The one that is missed least: the stretch between its neighbours is smallest for its distance from the end,
-        where texts part most often. Never the last."""
+        """Drop the least useful snapshot, but never the last snapshot.
+
+        The gap between the two neighbours of this snapshot is smallest, relative to the distance from the end of the
+        text. Texts differ most often near the end.
+        """
         positions = [0, *(snapshot.position for snapshot in self.snapshots)]
         end = positions[-1]
         stretches = [(positions[i + 2] - start) / (end - start) for i, start in enumerate(positions[:-2])]
@@ -74,7 +85,7 @@ class Entry:
 
 
 class Reused(NamedTuple):
-    """The first `length` tokens of a prompt, as an earlier text has them."""
+    """The first `length` tokens of a prompt, found in an earlier text."""
 
     entry: Entry
     snapshot: Snapshot
@@ -83,7 +94,10 @@ class Reused(NamedTuple):
 
 @dataclass
 class PromptCache:
-    """The texts read last, up to `limit` bytes in all. `reused` and `read` count the tokens of all prompts."""
+    """The texts that were used last, up to `limit` bytes in total.
+
+    Over all prompts, `reused` counts the tokens found in the cache, and `read` counts the tokens to be read.
+    """
 
     limit: int
     entries: list[Entry] = field(default_factory=list)
@@ -92,13 +106,15 @@ class PromptCache:
 
     @property
     def nbytes(self) -> int:
+        """Size of all entries in bytes."""
         return sum(entry.nbytes for entry in self.entries)
 
     def take(self, prompt: list[int], kind: Kind) -> Reused | None:
-        """The longest reusable beginning of a prompt, at least one token short of all of it.
+        """Return the longest reusable beginning of a prompt, or None if there is none.
 
-        A text that goes on, or that would not fit twice, leaves the cache and is written in place; of another, whose
-        end the prompt does not share, writing makes a copy.
+        The beginning never includes the last token of the prompt. The entry leaves the cache and is written in place if
+        the prompt continues its whole text, or if two copies would not fit. Otherwise the entry stays in the cache, and
+        a write makes a copy.
         """
         found = [reused for entry in self.entries if entry.kind == kind for reused in _reusable(entry, prompt)]
         best = max(found, key=lambda reused: reused.length, default=None)
@@ -113,7 +129,10 @@ class PromptCache:
         return best
 
     def put(self, entry: Entry) -> None:
-        """Keep a text as the one used last; older ones go, and snapshots, until all fit."""
+        """Add a text as the entry used last.
+
+        Snapshots and older entries are dropped until all entries fit.
+        """
         while len(entry.snapshots) > 1 and (len(entry.snapshots) > _SNAPSHOTS or entry.nbytes > self.limit):
             entry.drop_snapshot()
         self.entries.append(entry)
@@ -121,29 +140,31 @@ class PromptCache:
             del self.entries[0]
 
     def clear(self) -> None:
+        """Remove all entries."""
         self.entries.clear()
 
 
 def _reusable(entry: Entry, prompt: list[int]) -> Iterator[Reused]:
     pairs = zip(entry.tokens, prompt[:-1], strict=False)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    # Below where quantization begins, rows that are not quantized must be seen.
+    # Positions before the start of quantization must see rows that are not quantized.
     least = entry.kind.quantization.start if entry.kind.quantization and entry.is_quantized else 1
     for snapshot in entry.snapshots:
-        # The spare slots of a ring let it go back by as much as a rejected draft does.
+        # A ring has spare slots for rejected draft tokens, so it can go back by less than `max_block` positions.
         length = min(shared, snapshot.position)
         if snapshot.position - shared < entry.kind.max_block and length >= max(1, least):
             yield Reused(entry, snapshot, length)
 
 
 def save(entry: Entry, file: Path, identity: str) -> None:
-    """Write a text's K/V to a safetensors file of exactly this name, which appears only when it is whole. `identity` is
-    the model's.
+    """Write a text's K/V to a safetensors file with exactly this name.
 
-    Raises OutputError if it cannot be written.
+    The file appears only when it is complete. `identity` identifies the model.
+
+    Raises OutputError if the file cannot be written.
     """
     last = entry.snapshots[-1]
-    # What lies beyond the last snapshot cannot be gone on from.
+    # A stream cannot resume beyond the last snapshot.
     tokens = entry.tokens[: last.position]
     arrays = {"tokens": mx.array(tokens, mx.int32)}
     for kind, buffers in (("full", entry.full), ("rings", last.rings)):
@@ -153,25 +174,29 @@ def save(entry: Entry, file: Path, identity: str) -> None:
                 for index, part in enumerate(parts_of(rows)):
                     arrays[f"{kind}.{layer}.{name}.{index}"] = mx.contiguous(part[:, :, :count])
     header = {"format": FORMAT, "model": identity, "kind": entry.kind, "checksum": _checksum(arrays)}
-    # MLX appends the ending to other names.
+    # MLX appends the ending to a name that lacks it.
     with new_file(file, ".safetensors") as part_file:
         try:
             mx.save_safetensors(str(part_file), arrays, {"mlx_mtp": json.dumps(header)})
         except RuntimeError as error:
-            # What MLX raises where a file cannot be opened or written.
+            # MLX raises RuntimeError if a file cannot be opened or written.
             raise OSError(str(error)) from None
 
 
 def check(file: Path) -> None:
-    """Raises PromptCacheError if the file is absent, or not what `save` wrote. The model's and the data's fit show when
-    it is loaded."""
+    """Check that a file is a prompt cache, from its header alone.
+
+    Only `load` checks the data, and whether the file belongs to the model.
+
+    Raises PromptCacheError if the file is absent, or if `save` did not write it.
+    """
     _read_header(file)
 
 
 def load(file: Path, identity: str) -> Entry:
-    """The text that `save` wrote, for the model of this identity.
+    """Read the text that `save` wrote for the model with this identity.
 
-    Raises PromptCacheError if the file is absent, damaged, of another model or of another version.
+    Raises PromptCacheError if the file is absent or damaged, or if it belongs to another model or another version.
     """
     header = _read_header(file)
     for name, expected, what in (("format", FORMAT, "version"), ("model", identity, "model")):
@@ -206,7 +231,7 @@ def _rows(arrays: dict[str, mx.array], name: str, kind: Kind) -> Rows:
 
 
 def _read_header(file: Path) -> dict[str, Any]:
-    """What `save` wrote beside the arrays, once the file is known to be whole."""
+    """Read the fields that `save` wrote beside the arrays, after a check that the file is complete."""
     try:
         with file.open("rb") as stream:
             read_header(file)
@@ -224,7 +249,7 @@ def _read_header(file: Path) -> dict[str, Any]:
 
 
 def _checksum(arrays: dict[str, mx.array]) -> int:
-    """Of all names, shapes and bytes, in order of the names."""
+    """Return a CRC-32 of all names, shapes, types and bytes, in order of the names."""
     total = 0
     for name in sorted(arrays):
         array = arrays[name]

@@ -1,4 +1,4 @@
-"""What a round, and a generation, report to the host."""
+"""The reports of a round and of a generation to the host."""
 
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -6,22 +6,26 @@ from typing import NamedTuple
 
 from mlx_mtp.gemma4.disk_table import EmbeddingStats
 
-# What reports write for the log probability of a token that cannot come: JSON has no infinity.
+# Reports write this value for the log probability of a token with probability zero. JSON has no infinity.
 LOWEST_LOGPROB = -9999.0
 
 
 class Logprobs(NamedTuple):
-    """Natural log of the target's own probability, before any option, of a token and of the most likely ones."""
+    """Natural log probabilities of a token and of the most likely tokens.
+
+    They come from the target itself, before any option.
+    """
 
     token: float
     top: list[tuple[int, float]]
 
 
 class Round(NamedTuple):
-    """The tokens that one round emitted, how many it drafted, and how many of these the target accepted.
+    """The result of one round: the emitted tokens, and the numbers of drafted and accepted tokens.
 
-    The last of `tokens` is the target's own choice unless a stop token cut the round short. `logprobs` has one item per
-    token, if they were asked for. `host_reads` counts how often the round waited for a value.
+    The last of `tokens` is the target's own choice, unless a stop token cut the round short. `logprobs` has one item
+    per token. It is None if log probabilities were not requested. `host_reads` counts how often the round waited for
+    the device.
     """
 
     tokens: list[int]
@@ -33,12 +37,13 @@ class Round(NamedTuple):
 
 @dataclass
 class Stats:
-    """Counts over the rounds of one generation. The token that prefill yields belongs to no round.
+    """Counts over the rounds of one generation.
 
-    `host_reads` is how often a round waited for a value: once, but for guides, log probabilities and mapped per-layer
-    embeddings. `processed_rows` counts the rows a logits processor in Python was called for, which may read from the
-    device too. `embeddings`, of mapped ones, counts their rows, those of the prompt included and of other
-    streams meanwhile.
+    The token that prefill yields belongs to no round. `host_reads` counts how often a round waited for the device. A
+    round waits once, but more often with guides, log probabilities and mapped per-layer embeddings. `processed_rows`
+    counts the rows for which a Python logits processor was called. A processor may read from the device too.
+    `embeddings` counts the rows of mapped per-layer embeddings. It includes the rows of the prompt, and the rows that
+    other streams read in the meantime.
     """
 
     rounds: int = 0
@@ -51,6 +56,7 @@ class Stats:
     embeddings: EmbeddingStats | None = None
 
     def add(self, drafted: int, accepted: int, host_reads: int = 1) -> None:
+        """Add the counts of one round."""
         self.rounds += 1
         self.host_reads += host_reads
         self.drafted += drafted
@@ -63,7 +69,7 @@ class Stats:
             self.accepted_at[position] += position < accepted
 
     def merge(self, other: "Stats") -> None:
-        """Add another generation's counts."""
+        """Add the counts of another generation."""
         self.rounds += other.rounds
         self.host_reads += other.host_reads
         self.drafted += other.drafted
@@ -76,15 +82,18 @@ class Stats:
 
     @property
     def acceptance_length(self) -> float | None:
-        """Mean number of tokens a round yields: accepted draft tokens plus the target's own. 1.0 is plain decoding.
+        """Mean number of tokens per round: the accepted draft tokens plus the target's own token.
 
-        None before the first round.
+        The value is 1.0 for plain decoding, and None before the first round.
         """
         return (self.accepted + self.rounds) / self.rounds if self.rounds else None
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        """Per draft position, the share of rounds drafting that far in which the token there was accepted."""
+        """Acceptance rate at each draft position.
+
+        The rate is the share of accepted tokens over the rounds that drafted that far.
+        """
         return [a / d for a, d in zip(self.accepted_at, self.drafted_at, strict=True)]
 
 

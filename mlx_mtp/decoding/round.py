@@ -1,7 +1,7 @@
-"""One round: draft, verify, accept, advance. Its steps are functions from one `RoundState` to the next.
+"""One round of speculative decoding: draft, verify, accept, advance.
 
-A round needs nothing that only the report of the round before it tells, but for the guide, the logits processors and
-the mapped per-layer embeddings: these follow the text on the host.
+Each step is a function from one `RoundState` to the next. A round does not need the report of the previous round. The
+exceptions are the guide, the logits processors and the mapped per-layer embeddings, which follow the text on the host.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,11 @@ from .state import RoundState
 
 
 class RoundParts(NamedTuple):
-    """What all rounds of one text share: the pair, its rules, and how many log probabilities a token is reported with
-    (None for none)."""
+    """The parts that all rounds of one text share: target, drafter, token rules and log probability count.
+
+    `logprobs` is the number of most likely tokens that are reported with each emitted token. If it is None, no log
+    probabilities are reported.
+    """
 
     target: Target
     drafter: Drafter | None
@@ -32,8 +35,9 @@ class RoundParts(NamedTuple):
 class Verified(NamedTuple):
     """The report of a round, still on the device.
 
-    `report` is int32 [k + 2]: how many draft tokens the target accepted, then the tokens to emit, of which the first
-    `accepted + 1` count. `logprobs` is float32 [k + 1, 1 + 2 * n] (see `token_logprobs`), empty if none are reported.
+    `report` is int32 [k + 2]: the number of accepted draft tokens, then the tokens to emit. Only the first `accepted` +
+    1 tokens are valid. `logprobs` is float32 [k + 1, 1 + 2 * n] (see `token_logprobs`). It is empty if no log
+    probabilities are reported.
     """
 
     report: mx.array
@@ -43,8 +47,9 @@ class Verified(NamedTuple):
 class Steps(NamedTuple):
     """The steps of a round of k draft tokens, plain or compiled.
 
-    `draft` gives the draft of a state. `verify` takes a draft with the masks of a guide and the rows of mapped
-    per-layer embeddings, each None if there are none, and ends the round. `whole` is both, where the host has no part.
+    `draft` returns the draft for a state. `verify` takes a draft, the masks of a guide and the rows of mapped per-layer
+    embeddings, and ends the round. The masks and the rows are None if there are none. `whole` does both steps, for
+    rounds in which the host has no part.
     """
 
     draft: Callable[[RoundState], Draft]
@@ -53,11 +58,11 @@ class Steps(NamedTuple):
 
 
 def round_steps(parts: RoundParts, layout: Cache, k: int, text: mx.array | None = None) -> Steps:
-    """The steps of a round of k draft tokens over a cache of this layout; k = 0 is plain decoding.
+    """Return the steps of a round of k draft tokens over a cache of this layout.
 
-    `text`, int32 [n], is all tokens so far; only logits processors need it.
+    With k = 0, the round is plain decoding. `text`, int32 [n], holds all tokens so far. Only logits processors need it.
 
-    Raises OptionError, when they run, for draft tokens without a drafter.
+    Raises OptionError, when the steps run, if there are draft tokens but no drafter.
     """
 
     def draft(state: RoundState) -> Draft:
@@ -83,10 +88,12 @@ def round_steps(parts: RoundParts, layout: Cache, k: int, text: mx.array | None 
 
 
 def draft_tokens(parts: RoundParts, layout: Cache, state: RoundState, k: int, allow: Allow | None = None) -> Draft:
-    """k draft tokens after the bonus token. `allow` gives the mask of a guide for each draft step.
+    """Draft k tokens after the bonus token.
 
-    This is a function of its own because no K/V view may live on when the round is evaluated: it would force a copy of
-    its whole buffer.
+    `allow` returns the mask of a guide for each draft step. This is a separate function because no K/V view may exist
+    when the round is evaluated. A view would force MLX to copy the whole buffer.
+
+    Raises OptionError if there are draft tokens but no drafter.
     """
     if not k:
         return Draft(mx.zeros((1, 0), mx.int32))
@@ -98,9 +105,9 @@ def draft_tokens(parts: RoundParts, layout: Cache, state: RoundState, k: int, al
 
 
 def choose_row(state: RoundState, hidden: mx.array, choices: mx.array, row: mx.array) -> RoundState:
-    """Make the target's choice at one verified row the bonus token.
+    """Make the target's choice at one verified row the bonus token, and return the new state.
 
-    `hidden` is [1, rows, hidden_size], `choices` int32 [rows], `row` int32 [].
+    `hidden` is [1, rows, hidden_size], `choices` is int32 [rows], and `row` is int32 [].
     """
     window = state.window
     if window.size:
@@ -111,14 +118,17 @@ def choose_row(state: RoundState, hidden: mx.array, choices: mx.array, row: mx.a
 
 
 def token_logprobs(parts: RoundParts, logits: mx.array, tokens: mx.array) -> mx.array:
-    """The target's own log probabilities, before any option, float32 [rows, 1 + 2 * n]: that of each row's token, then
-    the ids of the n most likely tokens, then theirs. Empty if none are reported."""
+    """Return the target's own log probabilities, before any option, float32 [rows, 1 + 2 * n].
+
+    Each row holds the log probability of the row's token, then the ids of the n most likely tokens, then their log
+    probabilities. The result is empty if no log probabilities are reported.
+    """
     if parts.logprobs is None:
         return mx.zeros(0)
     capped = parts.target.without_suppressed(parts.target.soft_cap(logits)).astype(mx.float32)
     values = capped - mx.logsumexp(capped, axis=-1, keepdims=True)
-    # Stable order: the most likely first, equal ones by id.
+    # The sort is stable: the most likely token comes first, and equal values are in order of their ids.
     top = mx.argsort(-values, axis=-1)[:, : parts.logprobs]
     own = mx.take_along_axis(values, tokens[:, None], axis=-1)
-    # Ids are exact in float32 up to 2**24, more than any vocabulary.
+    # float32 holds ids up to 2**24 exactly. No vocabulary is that large.
     return mx.concatenate([own, top.astype(mx.float32), mx.take_along_axis(values, top, axis=-1)], axis=-1)

@@ -1,4 +1,4 @@
-"""How the options of one text choose its tokens: at each draft step, and at each verified row."""
+"""Token choice under the options of one text: at each draft step and at each verified row."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,15 +12,15 @@ from .acceptance import Acceptance, accept_block, accept_matching
 from .sampling import Penalties, Sampling, gumbel, position_key, uniform
 from .state import RoundState
 
-# As in mlx-lm: (all tokens so far, logits [1, vocab]) -> logits [1, vocab].
+# The signature is that of mlx-lm: (all tokens so far, logits [1, vocab]) -> logits [1, vocab].
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 
 class TokenRules:
-    """The sampling options, penalties and logits processors of one text, for drafter and target alike.
+    """The sampling options, penalties and logits processors of one text, for both drafter and target.
 
-    All randomness comes from the keys of the state and the position of a token: nothing advances, and it does not
-    matter how many draft tokens a round accepts.
+    All randomness comes from the keys of the state and the position of a token. No random state advances, so the number
+    of accepted draft tokens does not matter.
 
     Raises OptionError if a biased token is not in the vocabulary.
     """
@@ -32,7 +32,10 @@ class TokenRules:
         self.target = target
 
     def drafter_choice(self, state: RoundState, k: int) -> Choose:
-        """The function that picks the drafter's token at each of k draft steps, under the target's own options."""
+        """Return the function that chooses the drafter's token at each of k draft steps.
+
+        The function applies the options of the target.
+        """
         choose = choose_best if self.sampling.is_greedy else self._sampled_choice(state, k)
         if not self.penalties.is_active:
             return choose
@@ -77,10 +80,10 @@ class TokenRules:
     ) -> Acceptance:
         """Decide which of k draft tokens the target accepts, and which tokens it emits.
 
-        `logits` [k + 1, vocab] are the target's; the first row is for position offset + `ahead`. `masks`, bool [k + 1,
-        vocab], are the tokens that a guide allows. `text`, int32 [n], is all tokens so far; only processors need it.
+        `logits` [k + 1, vocab] are the target's. Row 0 is for position offset + `ahead`. `masks`, bool [k + 1, vocab],
+        mark the tokens that a guide allows. `text`, int32 [n], holds all tokens so far. Only logits processors need it.
 
-        Raises OptionError if a processor returns no logits.
+        Raises OptionError if a processor does not return logits of the same shape.
         """
         first = state.kv.offset + ahead
         logits = self._processed(state, draft.tokens[0], logits, text)
@@ -96,9 +99,9 @@ class TokenRules:
         return accept_block(draft, log_probabilities, round_keys(state.draw_key, first)[1])
 
     def _processed(self, state: RoundState, drafted: mx.array, logits: mx.array, text: mx.array | None) -> mx.array:
-        """The target's logits [rows, vocab] after soft cap, suppressed tokens, penalties and processors."""
+        """Return the target's logits [rows, vocab] after soft cap, suppressed tokens, penalties and processors."""
         if self.sampling.is_greedy and not self.penalties.is_active and not self.processors:
-            # The soft cap changes no order.
+            # The soft cap does not change the order of the logits.
             return self.target.without_suppressed(logits)
         size = self.penalties.context_size
         tokens = mx.concatenate([state.window, drafted])
@@ -127,5 +130,8 @@ class TokenRules:
 
 
 def round_keys(key: mx.array, first: mx.array) -> mx.array:
-    """The keys for drafting and for accepting in the round that decides on position `first`: uint32 [2, 2]."""
+    """Return the keys for drafting and for accepting in one round, uint32 [2, 2].
+
+    `first` is the first position that the round decides on.
+    """
     return mx.random.split(position_key(key, first))

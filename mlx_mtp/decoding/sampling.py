@@ -1,7 +1,7 @@
-"""From logits to the distribution tokens are drawn from: penalties, filters, and explicit random keys.
+"""Sampling: penalties, filters and random keys, from logits to the distribution of the next token.
 
-The filters are mlx-lm's, in mlx-lm's order: top-p, min-p, XTC, top-k, then temperature. Target and drafter go through
-the same ones, so that a drafter that agrees with the target is accepted whatever the options are.
+The filters and their order are those of mlx-lm: top-p, min-p, XTC, top-k, then temperature. Target and drafter use the
+same filters. A drafter that agrees with the target is therefore accepted under all options.
 """
 
 import math
@@ -16,9 +16,9 @@ from mlx_mtp.checkpoints.config import SamplingDefaults
 from mlx_mtp.errors import OptionError
 
 AcceptanceRule = Literal["block", "coupled"]
-# Least temperature above 0, and least top_p: less leaves nothing but rounding of float32.
+# This is the smallest temperature above 0, and the smallest top_p. Below it, only the rounding of float32 is left.
 SMALLEST = 1e-6
-# Beyond them a number would be infinite in float32, or zero.
+# Numbers beyond these limits are infinite or zero in float32.
 _LARGEST = float(np.finfo(np.float32).max)
 _LEAST = float(np.finfo(np.float32).tiny)
 ACCEPTANCE_RULES: tuple[AcceptanceRule, ...] = ("block", "coupled")
@@ -26,17 +26,18 @@ ACCEPTANCE_RULES: tuple[AcceptanceRule, ...] = ("block", "coupled")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. The defaults decode greedily.
+    """Sampling options of one text. The defaults decode greedily.
 
     `logit_bias` and the penalties act on the logits first, as in mlx-lm. A bias of -inf excludes its token.
-    `repetition_penalty` divides (1 is none), the others subtract (0 is none), each for the tokens among the last
-    `..._context_size`, prompt included. They hold for greedy decoding too.
+    `repetition_penalty` divides (1 is no penalty). The other penalties subtract (0 is no penalty). Each penalty applies
+    to the tokens among the last `..._context_size` tokens, including the prompt. Bias and penalties apply to greedy
+    decoding too.
 
-    `top_k` 0, `top_p` 1, `min_p` 0 and `xtc_probability` 0 leave the distribution as it is. The same seed gives the
-    same tokens; with `acceptance` "coupled" it does whatever is drafted, with "block" for the same number of draft
-    tokens and `max_tokens`.
+    `top_k` 0, `top_p` 1, `min_p` 0 and `xtc_probability` 0 do not change the distribution. The same seed gives the same
+    tokens. With `acceptance` "coupled", this is true for any draft tokens. With "block", it is true for the same number
+    of draft tokens and the same `max_tokens`.
 
-    Raises OptionError for a value out of range.
+    Raises OptionError if a value is out of range.
     """
 
     temperature: float = 0.0
@@ -98,17 +99,22 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
+        """True if the temperature is 0."""
         return self.temperature == 0
 
     def within(self, max_context: int) -> "Sampling":
-        """The same, for texts of so many tokens at most: penalties look at no more."""
+        """Return a copy for texts of at most `max_context` tokens.
+
+        The penalties of the copy read at most `max_context` tokens.
+        """
         names = ("repetition_context_size", "presence_context_size", "frequency_context_size")
         return replace(self, **{name: min(vars(self)[name], max_context) for name in names})
 
     def log_probabilities(self, logits: mx.array, coins: mx.array) -> mx.array:
-        """Log of the distribution each row of logits [rows, candidates] is drawn from, float32; -inf where excluded.
+        """Return the log probabilities that tokens are drawn from, float32 [rows, candidates].
 
-        `coins`, uniform [rows], decide whether XTC applies to a row; see `uniform`.
+        `logits` is [rows, candidates]. The result is -inf for excluded candidates. `coins`, uniform [rows], decide
+        whether XTC applies to a row (see `uniform`).
         """
         from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
@@ -124,7 +130,10 @@ class Sampling:
         return _normalize(x / self.temperature)
 
     def _exclude_top_choices(self, x: mx.array, coins: mx.array) -> mx.array:
-        """XTC as in mlx-lm, with given coins: drop all tokens above the threshold but the least likely of them."""
+        """Apply XTC as in mlx-lm, but with given coins.
+
+        XTC drops all tokens above the threshold except the least likely of them.
+        """
         probabilities = mx.softmax(x, axis=-1)
         above = probabilities > self.xtc_threshold
         least = mx.where(above, probabilities, mx.inf).min(axis=-1, keepdims=True)
@@ -133,7 +142,10 @@ class Sampling:
 
 
 def default_sampling(defaults: SamplingDefaults, max_context: int) -> Sampling:
-    """How a model's makers sample, as options. Their repetition penalty looks at the whole text, as in transformers."""
+    """Return the sampling defaults of a checkpoint as options.
+
+    The repetition penalty applies to the whole text, as in transformers.
+    """
     temperature, top_p = defaults.temperature, max(defaults.top_p, SMALLEST)
     chosen = Sampling(
         temperature=max(temperature, SMALLEST) if temperature else 0.0,
@@ -146,9 +158,9 @@ def default_sampling(defaults: SamplingDefaults, max_context: int) -> Sampling:
 
 
 class Penalties:
-    """Logit bias and penalties of one `Sampling` for a vocabulary, on the device.
+    """Logit bias and penalties of one `Sampling` for one vocabulary, on the device.
 
-    `context_size` is the number of preceding tokens they look at.
+    `context_size` is the number of preceding tokens that the penalties read.
 
     Raises OptionError if a biased token is not in the vocabulary.
     """
@@ -169,10 +181,11 @@ class Penalties:
         self.is_active = bool(self._sizes or sampling.logit_bias)
 
     def __call__(self, logits: mx.array, contexts: mx.array, ids: mx.array | None = None) -> mx.array:
-        """Logits [rows, candidates] after bias and penalties.
+        """Return the logits [rows, candidates] after bias and penalties.
 
-        `contexts`, int32 [rows, context_size], are the tokens before each row, the newest last, -1 where none was.
-        `ids`, [rows, candidates], are the candidates' tokens; None for the whole vocabulary.
+        `contexts`, int32 [rows, context_size], holds the tokens before each row. The newest token is last, and -1 marks
+        a place without a token. `ids`, [rows, candidates], holds the token ids of the candidates. None means the whole
+        vocabulary.
         """
         if not self.is_active:
             return logits
@@ -197,7 +210,7 @@ class Penalties:
         return logits - self.sampling.frequency_penalty * counts
 
     def _counts(self, contexts: mx.array) -> mx.array:
-        """How often each token occurs in each row's context, [rows, vocab_size]."""
+        """Count how often each token occurs in each row's context, [rows, vocab_size]."""
         rows = mx.arange(contexts.shape[0])[:, None]
         real = contexts >= 0
         counts = mx.zeros((contexts.shape[0], self.vocab_size))
@@ -205,18 +218,22 @@ class Penalties:
 
 
 def position_key(key: mx.array, position: mx.array) -> mx.array:
-    """A random key for a position, from a stream's key; computed on the device."""
-    # Words of a key made by splitting are far apart between seeds, so neighbouring seeds do not share keys.
+    """Return the random key for a position, computed on the device from the key of a stream."""
+    # The words of keys made by `mx.random.split` are far apart for different seeds. Neighbouring seeds therefore do not
+    # share keys.
     return key + mx.stack([mx.zeros_like(position), position]).astype(mx.uint32)
 
 
 def uniform(key: mx.array, first_position: mx.array, rows: int) -> mx.array:
-    """A number in [0, 1) by position, [rows]."""
+    """Return one random number in [0, 1) per position, [rows]."""
     return mx.stack([mx.random.uniform(key=position_key(key, first_position + row)) for row in range(rows)])
 
 
 def gumbel(key: mx.array, first_position: mx.array, rows: int, vocab_size: int) -> mx.array:
-    """Gumbel noise by position and token, [rows, vocab_size]: added to log probabilities, it makes an argmax a draw."""
+    """Return Gumbel noise per position and token, [rows, vocab_size].
+
+    The argmax over log probabilities plus this noise is a random draw from their distribution.
+    """
     keys = [position_key(key, first_position + row) for row in range(rows)]
     return mx.stack([mx.random.gumbel((vocab_size,), key=key) for key in keys])
 
@@ -230,7 +247,7 @@ def _default(name: str) -> object:
 
 
 def _shown(value: float) -> str:
-    """A number as it reads best; of an integer that has hundreds of digits, its size."""
+    """Format a number for an error message. Give only the size of an integer that has hundreds of digits."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
     return str(value)

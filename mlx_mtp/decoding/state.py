@@ -8,12 +8,13 @@ from mlx_mtp.gemma4.kv_cache import KVState
 
 
 class RoundState(NamedTuple):
-    """Every array that a round reads and replaces. `mx.compile` takes and returns it as it is.
+    """All arrays that a round reads and replaces.
 
-    `bonus`, int32 [1, 1], is the last emitted token, whose K/V are not in the cache yet. `hidden`, [1, 1, hidden_size],
-    is the target's hidden state that chose it. `window`, int32 [n], holds the last tokens, which penalties look at: the
-    bonus token last, -1 where the text is shorter. `draw_key` and `coin_key`, uint32 [2], are the random keys of the
-    text; they stay as they are. `kv` holds the K/V of all tokens but the bonus token.
+    `mx.compile` accepts and returns this tuple directly. `bonus`, int32 [1, 1], is the last emitted token. Its K/V are
+    not in the cache yet. `hidden`, [1, 1, hidden_size], is the target's hidden state that produced the bonus token.
+    `window`, int32 [n], holds the last n tokens, which the penalties read. The bonus token is last, and -1 marks places
+    before the start of the text. `draw_key` and `coin_key`, uint32 [2], are the random keys of the text. They never
+    change. `kv` holds the K/V of all tokens except the bonus token.
     """
 
     bonus: mx.array

@@ -1,4 +1,4 @@
-"""The stream of rounds of one text, and the one decode loop."""
+"""The stream of rounds of one text, and the decode loop."""
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
@@ -22,29 +22,34 @@ from .rules import LogitsProcessor, TokenRules
 from .sampling import Sampling
 from .state import RoundState
 
-# Called during prefill with (tokens done, tokens in all).
+# The prefill calls this function with (tokens done, tokens in total).
 Progress = Callable[[int, int], None]
 
-# Bounds a chunk of the prompt by the bytes of a layer's attention scores, and the least rows of one all the same.
+# `_SCORE_BYTES` limits the attention scores of a layer, and with them the size of a prompt chunk. The limit does not
+# reduce a chunk below `_LEAST_CHUNK` rows.
 _SCORE_BYTES = 1 << 29
 _LEAST_CHUNK = 32
 
 
 def check_logprobs(logprobs: int | None, vocab_size: int) -> None:
-    """Raises OptionError for more than there are tokens."""
+    """Check the number of log probabilities against the size of the vocabulary.
+
+    Raises OptionError if `logprobs` is larger than the vocabulary.
+    """
     if logprobs is not None and logprobs > vocab_size:
         raise OptionError(f"logprobs is {logprobs}, more than the vocabulary of {vocab_size}")
 
 
 class Stream:
-    """One text as it is decoded: its tokens on the host, its `state` on the device, and its K/V cache.
+    """One text during decoding: its tokens on the host, its `state` on the device, and its K/V cache.
 
-    After `prefill`, the cache holds exactly the K/V of all tokens but the last one, the bonus token. With `rounds`,
-    rounds are compiled. `exact` is for a target that went through `make_exact`. While the prompt is read, the rings of
-    the sliding layers are kept every `snapshot_every` tokens and at its end, for other prompts that begin alike; not at
-    all if None.
+    After `prefill`, the cache holds exactly the K/V of all tokens except the last one, which is the bonus token. If
+    `rounds` is given, rounds are compiled. `exact` is for a target that `make_exact` has changed. During prefill, the
+    stream keeps the rings of the sliding layers every `snapshot_every` tokens and at the end of the prompt. Other
+    prompts with the same beginning can resume from these snapshots. If `snapshot_every` is None, the stream keeps no
+    snapshots.
 
-    Raises OptionError for options that do not fit the target.
+    Raises OptionError if the options do not fit the target.
     """
 
     def __init__(
@@ -67,15 +72,15 @@ class Stream:
         rules = TokenRules(target, sampling, processors)
         self.parts = RoundParts(target, drafter, rules, logprobs)
         self.host = Host(guide)
-        # Logits processors are Python functions and take part in each round on the host: nothing can be compiled.
+        # Logits processors are Python functions that run on the host in each round. Nothing can be compiled.
         self._rounds = None if processors else rounds
         self._key = repr(replace(sampling, seed=0)), logprobs, max_draft_tokens, guide is not None
         self._exact = exact
         self._snapshot_every = snapshot_every
         self.snapshots: list[Snapshot] = []
-        # While a chunk of the prompt is read, the rings hold neither the old rows nor the new ones.
+        # This is true while a chunk of the prompt is read. The rings then hold neither the old rows nor the new rows.
         self._is_reading = False
-        # All tokens so far, the prompt included; the last is the bonus token.
+        # This list holds all tokens so far, including the prompt. The last token is the bonus token.
         self.tokens: list[int] = []
         self.cache = Cache(target.config, target.dtype, max_block=max_draft_tokens + 1, quantization=kv_quantization)
         draw_key, coin_key = mx.random.split(mx.random.key(sampling.seed))
@@ -90,7 +95,10 @@ class Stream:
 
     @property
     def state(self) -> RoundState:
-        """All arrays of the text. What is assigned replaces them; hold no other copy, or buffers are copied."""
+        """All arrays of the text.
+
+        An assignment replaces them. Do not hold another reference to them, because MLX then copies the buffers.
+        """
         return self._state._replace(kv=self.cache.kv)
 
     @state.setter
@@ -104,14 +112,17 @@ class Stream:
         return Kind(self.cache.max_block, self.cache.quantization)
 
     def resume(self, reused: Reused) -> None:
-        """Begin with the K/V of an earlier stream. Call it before anything else."""
+        """Start with the K/V of an earlier stream. Call this method before all others."""
         entry, snapshot, length = reused
         self.cache.restore(entry.full, snapshot.rings, length)
         self.tokens = entry.tokens[:length]
         self.snapshots = [earlier for earlier in entry.snapshots if earlier.position <= length]
 
     def entry(self) -> Entry | None:
-        """The K/V of all tokens, for later streams; this one must not go on. None if a failure left nothing usable."""
+        """Return the K/V of all tokens for later streams, or None if a failure left nothing usable.
+
+        Do not decode with this stream after this call.
+        """
         live = self.cache.buffers("sliding_attention")
         length = self.cache.length
         snapshots = [s for s in self.snapshots if s.position < length]
@@ -124,9 +135,10 @@ class Stream:
         return Entry(self.kind, self.tokens[:length], full, snapshots)
 
     def prefill(self, prompt: list[int], step_size: int, on_progress: Progress | None = None) -> Round:
-        """Read the prompt in chunks of `step_size` tokens and choose the first token after it.
+        """Read the prompt in chunks of at most `step_size` tokens and choose the first token after it.
 
-        After `resume`, only the rest of the prompt is read. If `on_progress` raises, reading ends between two chunks.
+        After `resume`, only the rest of the prompt is read. If `on_progress` raises an exception, the prefill stops
+        between two chunks.
         """
         logits = self.read(prompt, step_size, on_progress)
         self._slide_window(mx.array(prompt[-self._state.window.size :], mx.int32))
@@ -142,7 +154,7 @@ class Stream:
         return Round(tokens, 0, 0, self.host.logprobs(logprobs, self.parts.logprobs, 1), self.host.reads)
 
     def read(self, prompt: list[int], step_size: int, on_progress: Progress | None = None) -> mx.array:
-        """Read the prompt and choose nothing. Returns the logits after its last token, [1, vocab]."""
+        """Read the prompt and choose nothing. Return the logits after its last token, [1, vocab]."""
         self.tokens = list(prompt)
         while (start := self.cache.length) < len(prompt):
             rows = self.cache.rows_for(step_size)
@@ -161,8 +173,10 @@ class Stream:
         return logits
 
     def _read_chunk(self, chunk: list[int], *, is_last: bool) -> mx.array:
-        """Read some tokens of the prompt. The logits, [1, vocab], are those of the last token of the last chunk; before
-        it there are none."""
+        """Read some tokens of the prompt, and return the logits after its last token.
+
+        The logits are [1, vocab] for the last chunk, and [0, vocab] before it.
+        """
         target, count = self.parts.target, int(is_last)
         rows = target.read_rows(chunk)
         tokens = mx.array([chunk], mx.int32)
@@ -171,19 +185,20 @@ class Stream:
         if is_last:
             logits = output.logits[0]
             self._state = self._state._replace(hidden=output.hidden)
-        # What no row needs is not computed.
+        # Nothing needs the rest of the output, so MLX does not compute it.
         del output
         mx.eval(logits, self._state.hidden, self.cache.arrays())
         return logits
 
     def round(self, k: int, stop_ids: frozenset[int] = frozenset()) -> Round:
-        """Draft k tokens, verify them in one pass, and emit the accepted ones and one more. k = 0 is plain decoding.
+        """Draft k tokens, verify them in one pass, and emit the accepted tokens and one more token.
 
-        There is one evaluation and one host read. Under a guide whose masks depend on the draft tokens, these are read
-        one by one; with mapped per-layer embeddings, the draft is read before it is verified. A stop token ends the
-        round early: nothing after it is emitted, and the stream must not go on.
+        With k = 0, this is plain decoding. A round has one evaluation and one host read. If log probabilities are
+        reported, they are a second read. If the masks of a guide depend on the draft tokens, the guide reads these
+        tokens one by one. With mapped per-layer embeddings, the host reads the draft before the target verifies it. A
+        stop token ends the round early: no token after it is emitted, and the stream must not continue.
 
-        Raises OptionError for draft tokens without a drafter.
+        Raises OptionError if there are draft tokens but no drafter.
         """
         assert k < self.cache.max_block, "more draft tokens than the stream was made for"
         before, reads = self.cache.length, self.host.reads
@@ -202,7 +217,7 @@ class Stream:
         return Round(tokens, k, accepted, logprobs, self.host.reads - reads)
 
     def _advance(self, k: int) -> Verified:
-        """Replace the state by the one after a round of k draft tokens. Only the host's part is evaluated."""
+        """Run a round of k draft tokens and replace the state. Only the host's part is evaluated."""
         if self._rounds is None:
             steps = round_steps(self.parts, self.cache, k, self._text())
         else:
@@ -216,20 +231,20 @@ class Stream:
         return verified
 
     def longest_draft(self) -> int:
-        """The most tokens that the next round can draft.
+        """Return the largest number of draft tokens for the next round.
 
-        Its rows lie on one side of where K/V quantization begins. An exact round looks at no more K/V rows than a plain
-        one would.
+        All rows of a round lie on one side of the position where K/V quantization begins. An exact round sees no more
+        K/V rows than a plain round does.
         """
         most = self.cache.longest_pass(self.cache.max_block) - 1
         return min(most, self.cache.rows_for(1) - self.cache.length - 1) if self._exact else most
 
     def _text(self) -> mx.array | None:
-        """All tokens so far, int32 [n], for logits processors; None if there are none."""
+        """Return all tokens so far, int32 [n], for logits processors. Return None if there are no processors."""
         return mx.array(self.tokens, mx.int32) if self.parts.rules.processors else None
 
     def _slide_window(self, tokens: mx.array) -> None:
-        """Append tokens to the window that penalties look at."""
+        """Append tokens to the window that the penalties read."""
         window = self._state.window
         window = mx.concatenate([window, tokens])[tokens.size :][: window.size]
         self._state = self._state._replace(window=window)
@@ -240,16 +255,21 @@ class Stream:
 
 
 def chunk_size(config: TextConfig, rows: int, itemsize: int, step_size: int) -> int:
-    """Tokens of a prompt to read at once where `rows` rows of K/V are looked at: at most so many that their attention
-    scores, which MLX keeps whole where it has no kernel for a head size, stay below a bound."""
+    """Return the number of prompt tokens to read in one pass that sees `rows` K/V rows.
+
+    MLX keeps all attention scores in memory if it has no kernel for a head size. The chunk keeps the scores of a layer
+    below a limit in bytes.
+    """
     most = _SCORE_BYTES // (config.num_attention_heads * rows * itemsize)
     return min(step_size, max(_LEAST_CHUNK, most))
 
 
 def token_budget(prompt: list[int], max_tokens: int, max_context: int) -> int:
-    """Most tokens that may follow a prompt: `max_tokens`, or what is left of the context.
+    """Return the largest number of tokens that may follow a prompt.
 
-    Raises PromptError for an empty prompt, ContextLengthError for one that leaves no room.
+    This is `max_tokens`, or the rest of the context if that is smaller.
+
+    Raises PromptError if the prompt is empty. Raises ContextLengthError if the prompt leaves no room.
     """
     if not prompt:
         raise PromptError("the prompt is empty: expected at least one token")
@@ -270,17 +290,17 @@ def decode(
     prefill_step_size: int,
     on_prefill: Progress | None = None,
 ) -> Generator[Round, None, None]:
-    """Decode from a prompt of token ids; `num_draft_tokens` are drafted in a round, or as many as a policy says.
+    """Decode from a prompt of token ids, and yield the result of each round.
 
-    The first item is what prefill yields (drafted = accepted = 0).
-
-    Ends after a stop token, which is emitted, or after `max_tokens` (see `token_budget`).
+    `num_draft_tokens` is the number of draft tokens in a round, or a `DraftLength` that chooses it. The first item is
+    the result of prefill (drafted = accepted = 0). The loop ends after a stop token, which is emitted, or after
+    `max_tokens` tokens (see `token_budget`).
     """
     first = stream.prefill(prompt, prefill_step_size, on_prefill)
     yield first
     last, left = first.tokens[-1], max_tokens - 1
     while left and last not in stop_ids:
-        # A round yields up to k + 1 tokens: never draft more than may still be emitted.
+        # A round yields up to k + 1 tokens. Never draft more tokens than may still be emitted.
         k = num_draft_tokens if isinstance(num_draft_tokens, int) else num_draft_tokens.k
         result = stream.round(min(k, left - 1, stream.longest_draft()), stop_ids)
         if isinstance(num_draft_tokens, DraftLength):

@@ -1,1 +1,1 @@
-"""The two networks of Gemma 4, target and drafter, with the K/V cache: arrays in, arrays out."""
+"""The two networks of Gemma 4, target and drafter, and the K/V cache: functions of arrays."""

@@ -1,7 +1,8 @@
-"""The per-layer embeddings of E2B and E4B, mapped: the table stays in its files, and rows are read as tokens need them.
+"""Mapped per-layer embeddings of E2B and E4B: the table stays in its files, and rows are read when needed.
 
-The table has a row per token of the vocabulary and is a large part of the weights, of which a pass over n tokens needs
-n rows. Rows are kept as they lie in the files and dequantized as a resident table's are, so the bits are the same.
+The table has one row per token of the vocabulary and is a large part of the weights. A pass over n tokens needs only n
+rows. Rows are kept as they are in the files. They are dequantized in the same way as the rows of a resident table, so
+the bits are the same.
 """
 
 import os
@@ -20,9 +21,11 @@ from numpy.typing import NDArray
 from mlx_mtp.checkpoints.weights import TensorInfo
 from mlx_mtp.errors import WeightsError
 
-# Bytes of rows kept in memory: 13000 of E2B's at 4 bit, more kinds of token than a long text has.
+# This is the number of bytes of rows kept in memory. It holds 13000 rows of E2B at 4 bit. A long text has fewer
+# distinct tokens.
 KEPT_BYTES = 64 << 20
-# How rows of a tensor are read, by the name safetensors gives its type. numpy has no bfloat16: its bits are read.
+# Rows of a tensor are read with these types, by the safetensors name of the tensor's type. NumPy has no bfloat16, so
+# its bits are read.
 _READ_AS: dict[str, tuple[type[np.generic], mx.Dtype]] = {
     "U32": (np.uint32, mx.uint32),
     "U8": (np.uint8, mx.uint8),
@@ -31,32 +34,39 @@ _READ_AS: dict[str, tuple[type[np.generic], mx.Dtype]] = {
     "BF16": (np.uint16, mx.bfloat16),
 }
 
-# Rows of each tensor of a table, [1, length, columns]: the weights' and, of a quantized one, its scales' and biases'.
+# These are rows of each tensor of a table, [1, length, columns]: the weights and, for a quantized table, the scales and
+# biases.
 PerLayerRows = tuple[mx.array, ...]
 
 
 class EmbeddingStats(NamedTuple):
-    """Rows found in memory, rows read from the files, and the bytes of those. Tokens of a pass that are the same share
-    a row, which counts once."""
+    """Counts of rows found in memory, rows read from the files, and bytes read.
+
+    Equal tokens of a pass share a row, which counts once.
+    """
 
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0
 
     def since(self, earlier: "EmbeddingStats") -> "EmbeddingStats":
+        """Return the counts since an earlier state."""
         return EmbeddingStats(*(now - before for now, before in zip(self, earlier, strict=True)))
 
     def plus(self, other: "EmbeddingStats") -> "EmbeddingStats":
+        """Return the sum of both counts."""
         return EmbeddingStats(*(one + another for one, another in zip(self, other, strict=True)))
 
 
 class MappedEmbedding(nn.Module):
-    """Takes the place of a table: an `nn.Embedding`, or an `nn.QuantizedEmbedding` of which it takes the quantization.
+    """An embedding whose table stays in its files.
 
-    `tensors` say where the parameters `weight` and, if there are any, `scales` and `biases` lie. Rows used last are
-    kept, up to `kept_bytes`. The files stay open until this is gone; one that is deleted meanwhile can be read on.
+    It replaces `table`, an `nn.Embedding` or an `nn.QuantizedEmbedding`, and has the same quantization. `tensors` give
+    the places of the parameters `weight` and, if there are any, `scales` and `biases`. The rows used last are kept in
+    memory, up to `kept_bytes`. The files stay open as long as this object exists. A file that is deleted in the
+    meantime can still be read.
 
-    Raises WeightsError if a tensor has a type that such a parameter cannot have, or a file cannot be opened.
+    Raises WeightsError if a tensor has a type that its parameter cannot have, or if a file cannot be opened.
     """
 
     def __init__(self, table: nn.Module, tensors: Mapping[str, TensorInfo], kept_bytes: int = KEPT_BYTES) -> None:
@@ -67,32 +77,32 @@ class MappedEmbedding(nn.Module):
         names = [name for name in ("weight", "scales", "biases") if name in tensors]
         for name in names:
             found, expected = tensors[name].dtype, table[name].dtype
-            # Types of floats were checked with all others.
+            # The float types were checked together with all other tensors.
             if mx.issubdtype(expected, mx.integer) and (found not in _READ_AS or _READ_AS[found][1] != expected):
                 raise WeightsError(
                     f"{tensors[name].file}: the per-layer table's {name} is {found}, expected U{8 * expected.size}"
                 )
         types = [_READ_AS[tensors[name].dtype][1] for name in names]
         floats = [dtype for dtype in types if mx.issubdtype(dtype, mx.floating)]
-        # A parameter without values: `set_dtype` of the target casts it, and with it the rows.
+        # This parameter has no values. `set_dtype` of the target casts it, and `read` casts the rows to its type.
         self.like = mx.zeros((0,), floats[0] if floats else mx.float32)
         self.reader = _RowReader([tensors[name] for name in names], kept_bytes)
 
     @property
     def stats(self) -> EmbeddingStats:
-        """Counts since this was made."""
+        """Counts since this object was made."""
         return self.reader.stats
 
     def read(self, tokens: Sequence[int]) -> PerLayerRows:
-        """Rows of these tokens, not dequantized.
+        """Read the rows of these tokens, and do not dequantize them.
 
-        Raises WeightsError if a file was truncated or changed, or has no such row.
+        Raises WeightsError if a file was truncated or changed, or has no row for a token.
         """
         rows = [mx.array(rows).view(dtype)[None] for rows, dtype in self.reader.read(tokens)]
         return tuple(r.astype(self.like.dtype) if mx.issubdtype(r.dtype, mx.floating) else r for r in rows)
 
     def unpack(self, rows: PerLayerRows) -> mx.array:
-        """Embeddings, [1, length, width], from what `read` gave."""
+        """Return the embeddings, [1, length, width], of the rows that `read` returned."""
         if not self.is_quantized:
             return rows[0]
         weight, scales, *biases = rows
@@ -100,25 +110,32 @@ class MappedEmbedding(nn.Module):
         return mx.dequantize(weight, scales, biases[0] if biases else None, **form)
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        """Embeddings of tokens, int32 [1, length]: they are waited for, so not in a function that is compiled."""
+        """Return the embeddings of tokens, int32 [1, length].
+
+        The call waits for the tokens, so it cannot be part of a compiled function.
+        """
         ids: list[int] = tokens[0].tolist()  # type: ignore[assignment]
         return self.unpack(self.read(ids))
 
 
 class _RowReader:
-    """Rows of a table whose tensors, [rows, columns] each, lie in files; those read last are kept."""
+    """Reader of the rows of a table whose tensors, [rows, columns] each, lie in files.
+
+    The rows used last are kept in memory.
+    """
 
     def __init__(self, tensors: Sequence[TensorInfo], kept_bytes: int) -> None:
         self.stats = EmbeddingStats()
         self._tensors = tensors
         self._rows = tensors[0].shape[0]
         self._files: dict[Path, int] = {}
-        # A kept row is the bytes of all its tensors, one after the other, which begin and end here.
+        # A kept row has the bytes of all its tensors, one after the other. The bounds tell where each tensor begins and
+        # ends.
         self._bounds = np.cumsum([0, *((info.end - info.start) // self._rows for info in tensors)]).tolist()
         self._most = min(self._rows, kept_bytes // self._bounds[-1])
-        # Takes memory as rows are written.
+        # This array takes memory only as rows are written.
         self._kept = np.empty((self._most, self._bounds[-1]), np.uint8)
-        # The place of each row there, that used last at the end.
+        # This maps a token to the place of its row in `_kept`. The row used last is at the end.
         self._places: OrderedDict[int, int] = OrderedDict()
         self._lock = threading.Lock()
         weakref.finalize(self, _close, self._files)
@@ -131,7 +148,7 @@ class _RowReader:
         self._states = {file: _state(number) for file, number in self._files.items()}
 
     def read(self, tokens: Sequence[int]) -> list[tuple[NDArray[np.generic], mx.Dtype]]:
-        """Of each tensor the rows of these tokens, [tokens, columns], and the type their bits have."""
+        """Return the rows of these tokens for each tensor, [tokens, columns], and the type of their bits."""
         if not all(0 <= token < self._rows for token in tokens):
             raise WeightsError(f"{self._tensors[0].file}: the per-layer table has no row for token {max(tokens)}")
         ids, places = np.unique(np.asarray(tokens, np.int64), return_inverse=True)
@@ -155,7 +172,8 @@ class _RowReader:
         if missing:
             self._read_files(rows, ids, missing)
             for index in missing[: self._most]:
-                # As long as there is room, places are taken in order; then that of the row not used for longest.
+                # Free places are taken in order. After that, a row takes the place of the row that was not used for the
+                # longest time.
                 is_full = len(self._places) == self._most
                 place = self._places.popitem(last=False)[1] if is_full else len(self._places)
                 self._kept[place] = rows[index]
@@ -165,11 +183,11 @@ class _RowReader:
         return rows
 
     def _read_files(self, rows: NDArray[np.uint8], ids: list[int], missing: list[int]) -> None:
-        """Read rows[index] of the token ids[index] for the missing ones.
+        """Read rows[index] of the token ids[index] for each missing index.
 
-        Read at a place, not through a memory map: touching a mapped page of a file that was truncated ends the process
-        with SIGBUS, and pages once touched would count as the process's memory. The system keeps them as it does those
-        of a map.
+        The method reads at a file position, and not through a memory map. If a mapped file is truncated, an access to
+        its pages ends the process with SIGBUS. Pages that were accessed would also count as memory of the process. The
+        system caches the file's pages in both cases.
         """
         for info, begin, end in zip(self._tensors, self._bounds, self._bounds[1:], strict=False):
             number, size = self._files[info.file], end - begin
@@ -182,13 +200,13 @@ class _RowReader:
                     raise WeightsError(f"{info.file}: was truncated while the model was in use; load it again")
                 rows[index, begin:end] = np.frombuffer(data, np.uint8)
         for file, number in self._files.items():
-            # Looked at after reading: whatever was read before it changed is still right.
+            # Check this after the read: data that was read before the file changed is still right.
             if _state(number) != self._states[file]:
                 raise WeightsError(f"{file}: was changed while the model was in use; load it again")
 
 
 def _state(number: int) -> tuple[int, int]:
-    """What of an open file changes when it is written to: its size, and when that was."""
+    """Return the size of an open file and the time of its last change, which change with each write."""
     found = os.fstat(number)
     return found.st_size, found.st_mtime_ns
 

@@ -1,6 +1,7 @@
-"""A smaller vocabulary for a drafter with a dense head, whose rows are most of what a draft step reads.
+"""A smaller vocabulary for a drafter with a dense head.
 
-Nothing is lost: a token that cannot be drafted is still the target's to say.
+The rows of this head are most of the data that a draft step reads. No output is lost: the target can still choose a
+token that cannot be drafted.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -19,7 +20,10 @@ Ids = npt.NDArray[np.int32]
 
 
 def check_draft_vocab(config: DrafterConfig, size: int) -> None:
-    """Raise OptionError unless this drafter's vocabulary can be cut to `size` tokens."""
+    """Check that the vocabulary of a drafter can be cut to `size` tokens.
+
+    Raises OptionError if it cannot.
+    """
     if config.num_centroids:
         raise OptionError(
             f"{config.path}: --draft-vocab needs a dense head, found one with centroids, which is as cheap"
@@ -33,8 +37,11 @@ def check_draft_vocab(config: DrafterConfig, size: int) -> None:
 
 
 def choose_ids(texts: Iterable[Sequence[int]], kept: Collection[int], vocab_size: int, size: int) -> Ids:
-    """The ids of the `size` most useful tokens, in order: those `kept`, then those most frequent in texts of token ids,
-    then the first ones, whose order in a BPE vocabulary is that of their use."""
+    """Return the ids of the `size` most useful tokens, in ascending order.
+
+    The `kept` tokens are chosen first, then the most frequent tokens in `texts` of token ids, then the lowest ids. In a
+    BPE vocabulary, tokens are in order of their use.
+    """
     counts = np.zeros(vocab_size, np.int64)
     for text in texts:
         counts += np.bincount(np.asarray(text, np.int64), minlength=vocab_size)
@@ -43,7 +50,7 @@ def choose_ids(texts: Iterable[Sequence[int]], kept: Collection[int], vocab_size
 
 
 def prune(drafter: Drafter, ids: Ids) -> None:
-    """Leave only these rows of a drafter's head, quantized or not."""
+    """Keep only the rows of these ids in a drafter's head, quantized or not."""
     drafter.config = replace(drafter.config, draft_vocab_size=len(ids))
     chosen = mx.array(ids)
     head = drafter.model.embed_tokens

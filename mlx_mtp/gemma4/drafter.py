@@ -1,8 +1,8 @@
-"""The drafter ("assistant"): from the target's last hidden state and K/V to the next few draft tokens.
+"""The drafter ("assistant"): from the target's last hidden state and K/V to the next draft tokens.
 
-Forward pass of transformers' Gemma4AssistantForCausalLM: concat(scaled target embedding, hidden) -> pre_projection ->
-layers that hold queries only and attend to the target's K/V at one constant position -> head; post_projection gives the
-hidden state for the next step.
+The forward pass is that of transformers' Gemma4AssistantForCausalLM: concat(scaled target embedding, hidden) ->
+pre_projection -> layers -> head. The layers have queries only. They attend to the target's K/V at one constant
+position. post_projection gives the hidden state for the next step.
 """
 
 from collections.abc import Callable, Collection
@@ -16,15 +16,16 @@ from mlx_mtp.checkpoints.config import DrafterConfig, LayerType
 from .kv_cache import Cache, View
 from .target import DecoderLayer, Target, allowed_tokens
 
-# A logit below any other, of probability zero next to any.
+# This logit is below any other logit, and its probability is zero next to any other.
 _LAST_RESORT = -1e9
 
 
 class Draft(NamedTuple):
-    """Draft tokens, int32 [1, k], and the distributions they were drawn from.
+    """Draft tokens, int32 [1, k], and the distributions from which they were drawn.
 
-    `log_probabilities` is [k, candidates], `ids` int32 [k, candidates]; every other token had probability zero. `ids`
-    is None where the candidates are the whole vocabulary, in order; both are None for greedy and coupled drafts.
+    `log_probabilities` is [k, candidates], and `ids` is int32 [k, candidates]. All other tokens have probability zero.
+    `ids` is None if the candidates are the whole vocabulary, in order. Greedy and coupled drafts have no
+    `log_probabilities` and need no `ids`.
     """
 
     tokens: mx.array
@@ -33,37 +34,45 @@ class Draft(NamedTuple):
 
 
 class DraftContext(NamedTuple):
-    """What every draft step of a round shares: the target's K/V per layer type, and the position, int32 []."""
+    """The inputs that all draft steps of a round share.
+
+    `views` holds the target's K/V per layer type. `position` is int32 [].
+    """
 
     views: dict[LayerType, View]
     position: mx.array
 
 
 class Candidates(NamedTuple):
-    """Token ids and their logits, both [1, candidates]; every other token has probability zero.
+    """Token ids and logits of the candidates, both [1, candidates].
 
-    `ids` is None where the candidates are the whole vocabulary, in order.
+    All other tokens have probability zero. `ids` is None if the candidates are the whole vocabulary, in order.
     """
 
     ids: mx.array | None
     logits: mx.array
 
 
-# Chooses one of the candidates at a draft step: its index, int32 [1, 1], and the log probabilities [1, candidates] it
-# was drawn from, or None where they do not matter.
+# This function chooses one candidate at a draft step. It returns the index, int32 [1, 1], and the log probabilities of
+# the draw, [1, candidates]. The log probabilities are None if nothing needs them.
 Choose = Callable[[int, Candidates], tuple[mx.array, mx.array | None]]
 
-# Which tokens may follow a token, int32 [1, 1], at the next draft step: bool [1, vocab], or None if all may.
+# This function returns the mask of the tokens that may follow a token, int32 [1, 1], at the next draft step. The mask
+# is bool [1, vocab], or None if all tokens may.
 Allow = Callable[[mx.array], mx.array | None]
 
 
 def choose_best(_step: int, candidates: Candidates) -> tuple[mx.array, None]:
-    """The greedy choice."""
+    """Choose the candidate with the largest logit."""
     return mx.argmax(candidates.logits, axis=-1, keepdims=True), None
 
 
 class DraftStep(NamedTuple):
-    """`state`, [1, 1, hidden_size], is what the head reads; `hidden`, [1, 1, backbone_hidden_size], the next input."""
+    """The result of one draft step.
+
+    `state`, [1, 1, hidden_size], is the input of the head. `hidden`, [1, 1, backbone_hidden_size], is an input of the
+    next step.
+    """
 
     state: mx.array
     hidden: mx.array
@@ -73,14 +82,17 @@ class _Backbone(nn.Module):
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         text = config.text
-        # Used as output head only: inputs are embedded with the target's table.
+        # This embedding is the output head only. The target's table embeds the inputs.
         self.embed_tokens = nn.Embedding(config.draft_vocab_size or text.vocab_size, text.hidden_size)
         self.layers = [DecoderLayer(text, layer) for layer in text.layers]
         self.norm = nn.RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
 
 
 class _CentroidHead(nn.Module):
-    """Clusters of the vocabulary: the tokens of the `top_k` best centroids are the only candidates."""
+    """A head over clusters of the vocabulary.
+
+    Only the tokens of the `top_k` best centroids are candidates.
+    """
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
@@ -89,7 +101,10 @@ class _CentroidHead(nn.Module):
         self.token_ordering = mx.zeros((config.text.vocab_size,), mx.int32)
 
     def candidates(self, state: mx.array, allowed: mx.array | None) -> mx.array:
-        """Candidate ids, [candidates], for a state [1, 1, hidden_size]; among them some that are allowed."""
+        """Return the candidate ids, [candidates], for a state [1, 1, hidden_size].
+
+        If `allowed` is given, clusters with an allowed token come first. Some candidates are then allowed.
+        """
         scores = self.centroids(state)[0, 0]
         if allowed is not None:
             has_allowed = allowed[0][self.token_ordering].reshape(scores.size, -1).any(axis=-1)
@@ -99,6 +114,8 @@ class _CentroidHead(nn.Module):
 
 
 class Drafter(nn.Module):
+    """The drafter network, which drafts tokens from the target's hidden state and K/V."""
+
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         self.config = config
@@ -107,14 +124,17 @@ class Drafter(nn.Module):
         self.pre_projection = nn.Linear(2 * backbone, hidden_size, bias=False)
         self.post_projection = nn.Linear(hidden_size, backbone, bias=False)
         self.masked_embedding = _CentroidHead(config) if config.num_centroids else None
-        # Of a pruned head, the tokens its rows stand for.
+        # For a pruned head, these are the token ids of its rows.
         self.draft_vocab_ids = mx.zeros((config.draft_vocab_size,), mx.int32) if config.draft_vocab_size else None
-        # Bool [1, vocab], all tokens but those that the target never generates; no parameter.
+        # This mask, bool [1, vocab], excludes the tokens that the target never generates. It is not a parameter.
         self._unsuppressed: mx.array | None = None
         self._has_dead_cluster = False
 
     def suppress(self, tokens: Collection[int]) -> None:
-        """Never draft these tokens, which the target never generates. To be called when the weights are loaded."""
+        """Never draft these tokens, which the target never generates.
+
+        Call this method after the weights are loaded.
+        """
         self._unsuppressed = allowed_tokens(tokens, self.config.text.vocab_size) if tokens else None
         if self._unsuppressed is not None and self.masked_embedding is not None:
             clusters = self._unsuppressed[0][self.masked_embedding.token_ordering]
@@ -122,15 +142,18 @@ class Drafter(nn.Module):
 
     @property
     def num_candidates(self) -> int:
-        """How many tokens a draft step chooses from."""
+        """The number of candidates of a draft step."""
         text = self.config.text
         if self.config.num_centroids:
             return self.config.centroid_top_k * (text.vocab_size // self.config.num_centroids)
-        # A pruned head has one of last resort.
+        # A pruned head has one additional candidate of last resort.
         return self.config.draft_vocab_size + 1 if self.config.draft_vocab_size else text.vocab_size
 
     def context(self, cache: Cache) -> DraftContext:
-        """A round's context. The cache does not hold the bonus token yet, so its offset is the bonus token's index."""
+        """Return the context of a round.
+
+        The cache does not hold the bonus token yet, so its offset is the position of the bonus token.
+        """
         position = cache.offset if self.config.draft_position == "bonus" else cache.offset - 1
         views: dict[LayerType, View] = {
             layer_type: cache.draft_view(layer_type) for layer_type in ("sliding_attention", "full_attention")
@@ -138,7 +161,10 @@ class Drafter(nn.Module):
         return DraftContext(views, position)
 
     def __call__(self, embedding: mx.array, hidden: mx.array, context: DraftContext) -> DraftStep:
-        """One draft step from a token's scaled embedding and a hidden state, [1, 1, backbone_hidden_size] each."""
+        """Run one draft step from a token's scaled embedding and a hidden state.
+
+        Both are [1, 1, backbone_hidden_size].
+        """
         h = self.pre_projection(mx.concatenate([embedding, hidden], axis=-1))
         for layer, config in zip(self.model.layers, self.config.text.layers, strict=True):
             queries = layer.project(h, context.position).queries
@@ -147,11 +173,11 @@ class Drafter(nn.Module):
         return DraftStep(state, self.post_projection(state))
 
     def candidates(self, state: mx.array, allowed: mx.array | None = None) -> Candidates:
-        """The head's candidates: the whole vocabulary, or its draft vocabulary, for a dense head, the best centroids'
-        tokens otherwise.
+        """Return the candidates of the head for a state [1, 1, hidden_size].
 
-        Those that are not `allowed`, bool [1, vocab], have the logit -inf, as have suppressed ones. Where `allowed` is
-        given it must exclude those too.
+        For a dense head, the candidates are the whole vocabulary or the draft vocabulary. For a centroid head, they are
+        the tokens of the best centroids. Suppressed tokens, and tokens that are not `allowed`, bool [1, vocab], have
+        the logit -inf. If `allowed` is given, it must exclude the suppressed tokens too.
         """
         is_guided = allowed is not None
         allowed = allowed if is_guided else self._unsuppressed
@@ -160,17 +186,17 @@ class Drafter(nn.Module):
             if self.draft_vocab_ids is not None:
                 return self._pruned(logits, allowed)
             return Candidates(None, logits if allowed is None else mx.where(allowed, logits, -mx.inf))
-        # A few suppressed tokens are no reason to look for clusters that have others.
+        # Suppressed tokens alone do not restrict the clusters, unless all tokens of a cluster are suppressed.
         ids = self.masked_embedding.candidates(state, allowed if is_guided or self._has_dead_cluster else None)
-        # Calling the embedding gathers the rows, dequantizing no others.
+        # This call gathers the rows of the ids, and dequantizes no other rows.
         logits = state[0] @ self.model.embed_tokens(ids).T
         return Candidates(ids[None], logits if allowed is None else mx.where(allowed[:, ids], logits, -mx.inf))
 
     def _pruned(self, logits: mx.array, allowed: mx.array | None) -> Candidates:
         ids = self.draft_vocab_ids
         assert ids is not None
-        # Where no token of the draft vocabulary is allowed, the first that is, as a candidate of last resort. It is
-        # always there, so that all steps of a draft have as many candidates.
+        # If no token of the draft vocabulary is allowed, the first allowed token is the candidate of last resort. This
+        # candidate is always present, so that all steps of a draft have the same number of candidates.
         last = mx.zeros((1,), mx.int32) if allowed is None else mx.argmax(allowed, axis=-1).astype(mx.int32)
         ids = mx.concatenate([ids, last])
         logits = mx.concatenate([logits, mx.full((1, 1), _LAST_RESORT, logits.dtype)], axis=-1)
@@ -186,7 +212,7 @@ class Drafter(nn.Module):
         choose: Choose = choose_best,
         allow: Allow | None = None,
     ) -> Draft:
-        """k draft tokens after `token`, int32 [1, 1], and the hidden state that produced it."""
+        """Draft k tokens after `token`, int32 [1, 1], from the hidden state that produced it."""
         tokens, ids, log_probabilities = [mx.zeros((1, 0), mx.int32)], [], []
         for index in range(k):
             step = self(target.embed(token), hidden, context)
@@ -209,22 +235,28 @@ class Drafter(nn.Module):
 
 
 def ask_for_each(allow: Allow, token: mx.array, draft: Draft) -> None:
-    """Ask for the mask of each draft token after `token`, int32 [1, 1]: for a drafter that has its tokens without
-    masks."""
+    """Request the mask of each draft token after `token`, int32 [1, 1].
+
+    This function is for a drafter that finds its draft tokens without masks.
+    """
     tokens = mx.concatenate([token, draft.tokens], axis=1)
     for index in range(draft.tokens.shape[1]):
         allow(tokens[:, index : index + 1])
 
 
 class GivenDrafter(Drafter):
-    """Drafts what a function gives for the last token, int32 [1, 1], and a number of draft tokens, at no cost: what is
-    left of a round is the target's part. Under a guide, the tokens must be such that it allows."""
+    """A drafter that takes its draft tokens from a function, at no cost.
+
+    The function gets the last token, int32 [1, 1], and the number of draft tokens. Only the target's part of a round
+    remains. Under a guide, the function must return tokens that the guide allows.
+    """
 
     def __init__(self, give: Callable[[mx.array, int], Draft]) -> None:
         nn.Module.__init__(self)
         self.give = give
 
     def context(self, cache: Cache) -> DraftContext:
+        """Return a context without views."""
         return DraftContext({}, cache.offset)
 
     def draft(
@@ -237,6 +269,7 @@ class GivenDrafter(Drafter):
         choose: Choose = choose_best,
         allow: Allow | None = None,
     ) -> Draft:
+        """Return the draft that the function gives."""
         draft = self.give(token, k)
         if allow is not None:
             ask_for_each(allow, token, draft)

@@ -1,14 +1,15 @@
-"""K/V buffers of one stream: fixed capacity, written at a device-side offset; a rollback is arithmetic on one number.
+"""K/V cache of one stream: buffers that are written at an offset on the device.
 
-Full-attention layers hold position p in row p. Sliding layers hold it in slot p % ring of a ring of `sliding_window +
-max_block` slots: the `max_block` spare slots keep rejected rows from overwriting a key still inside the window. Which
-position a slot holds follows from the offset alone, and masks are made from positions, so the order of rows in the ring
-does not matter (keys are stored rotated). Rows at or beyond the offset are never visible; the next pass overwrites
-them.
+A rollback changes one number, the offset. Full-attention layers hold position p in row p. Sliding layers hold it in
+slot p % ring of a ring of `sliding_window + max_block` slots. The `max_block` spare slots prevent rejected rows from
+overwriting a key that is still inside the window. The offset alone determines which position a slot holds. Masks are
+made from positions, so the order of rows in the ring does not matter (keys are stored rotated). Rows at or beyond the
+offset are never visible. The next pass overwrites them.
 
 Full-attention buffers may be quantized. Passes from position `KVQuantization.start` on write and see quantized rows
-only, passes before it none, and no pass lies on both sides: what a row sees depends on its position alone, however many
-rows a pass has. Rings, whose size is fixed, are never quantized.
+only. Passes before this position write and see no quantized rows. No pass lies on both sides of it. The K/V that a row
+sees therefore depend on its position alone, and not on the number of rows in a pass. Rings have a fixed size and are
+never quantized.
 """
 
 from collections.abc import Callable
@@ -20,12 +21,15 @@ import mlx.core as mx
 from mlx_mtp.checkpoints.config import LayerType, TextConfig
 from mlx_mtp.errors import OptionError
 
-# Full-attention buffers grow by at least this many rows at a time.
+# Full-attention buffers grow by at least this number of rows at a time.
 CAPACITY_STEP = 256
 
 
 class KVQuantization(NamedTuple):
-    """How the K/V of full-attention layers are quantized (affine, along head_dim), and the position it begins at."""
+    """Quantization of the K/V of full-attention layers, and the position at which it begins.
+
+    The quantization is affine, along head_dim.
+    """
 
     bits: int
     group_size: int
@@ -33,8 +37,11 @@ class KVQuantization(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """Quantized K/V rows: `packed` is uint32 [1, kv_heads, rows, head_dim * bits / 32], `scales` and `biases` are
-    [1, kv_heads, rows, head_dim / group_size]."""
+    """Quantized K/V rows.
+
+    `packed` is uint32 [1, kv_heads, rows, head_dim * bits / 32].
+    `scales` and `biases` are [1, kv_heads, rows, head_dim / group_size].
+    """
 
     packed: mx.array
     scales: mx.array
@@ -44,32 +51,39 @@ class Quantized(NamedTuple):
 
     @property
     def parts(self) -> tuple[mx.array, mx.array, mx.array]:
+        """The packed values, the scales and the biases."""
         return self.packed, self.scales, self.biases
 
     def each(self, change: Callable[[mx.array], mx.array]) -> "Quantized":
-        """With every part changed in the same way."""
+        """Return a copy with `change` applied to each part."""
         packed, scales, biases = map(change, self.parts)
         return Quantized(packed, scales, biases, self.bits, self.group_size)
 
 
-# K/V rows, [1, kv_heads, rows, head_dim] where they are not quantized.
+# K/V rows are [1, kv_heads, rows, head_dim] if they are not quantized.
 Rows = mx.array | Quantized
 
 
 class View(NamedTuple):
-    """K/V rows a layer attends to, and which of them each query sees: `mask` is boolean [queries, rows]."""
+    """The K/V rows that a layer attends to, and a mask of the rows that each query sees.
+
+    `mask` is boolean [queries, rows].
+    """
 
     keys: Rows
     values: Rows
     mask: mx.array
 
 
-# Keys and values by layer.
+# These are keys and values by layer.
 Buffers = dict[int, tuple[Rows, Rows]]
 
 
 class KVState(NamedTuple):
-    """The arrays of a cache: how many positions are valid, int32 [], and the buffers of keys and values by layer."""
+    """The arrays of a cache.
+
+    `offset`, int32 [], is the number of valid positions. `keys` and `values` are the buffers by layer.
+    """
 
     offset: mx.array
     keys: dict[int, Rows]
@@ -77,20 +91,20 @@ class KVState(NamedTuple):
 
     @staticmethod
     def none() -> "KVState":
-        """A state without buffers."""
+        """Return a state without buffers."""
         return KVState(mx.array(0, mx.int32), {}, {})
 
 
 class Cache:
     """The K/V buffers of one stream: their layout, known on the host, and their arrays, `kv`.
 
-    `offset` (device) and `length` (host) are the number of valid positions; they are the same number, and `length` is
-    what the host last knew. `max_block` is the largest number of rows one verify pass may write. `visible` is how many
-    rows of the full-attention buffers a pass and the drafter look at: no fewer than are valid, in steps, so that passes
-    of the same shape follow each other, at a cost that does not depend on the capacity. `is_quantized` says whether the
-    full-attention buffers are quantized yet; once they are, they stay so.
+    `offset` (device) and `length` (host) are the number of valid positions. `length` is the last value that the host
+    knew. `max_block` is the largest number of rows that one verify pass may write. `visible` is the number of
+    full-attention rows that a pass and the drafter see. It is at least the number of valid rows, and grows in steps.
+    Successive passes therefore have the same shape, and their cost does not depend on the capacity. `is_quantized`
+    tells whether the full-attention buffers are quantized. Once they are quantized, they stay quantized.
 
-    Raises OptionError if groups of `quantization` do not divide the full-attention heads.
+    Raises OptionError if the groups of `quantization` do not divide the full-attention heads.
     """
 
     def __init__(
@@ -142,41 +156,47 @@ class Cache:
 
     @property
     def quantized_as(self) -> KVQuantization | None:
-        """How the full-attention buffers are quantized; None as long as they are not."""
+        """The quantization of the full-attention buffers, or None while they are not quantized."""
         if self.quantization is None or not self.is_quantized:
             return None
-        # Where quantization began does not matter any more.
+        # The position where quantization began does not matter any more.
         return self.quantization._replace(start=0)
 
     def over(self, kv: KVState) -> "Cache":
-        """A cache of the same layout over other arrays. A pass over it leaves `kv` as it is."""
+        """Return a cache of the same layout over other arrays. A pass over it does not change `kv`."""
         other = copy(self)
         other.kv = KVState(kv.offset, dict(kv.keys), dict(kv.values))
         return other
 
     def without_rows(self) -> "Cache":
-        """A cache of the same layout that holds no buffers."""
+        """Return a cache of the same layout without buffers."""
         return self.over(KVState.none())
 
     def start(self, length: int) -> "Pass":
-        """A forward pass that will write `length` rows at the offset. The offset itself is the caller's to advance."""
+        """Start a forward pass that writes `length` rows at the offset. The caller advances the offset."""
         self.reserve(length)
         return Pass(self, length)
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` more rows, and make them visible. Where quantization begins, it does here."""
+        """Make room for `length` more rows, and make them visible.
+
+        If the start position of quantization is reached, the buffers are quantized here.
+        """
         if self.quantization is not None and not self.is_quantized and self.length >= self.quantization.start:
             self._quantize(self.quantization)
         self.visible = self.rows_for(length)
         self._grow(self.visible)
 
     def rows_for(self, length: int) -> int:
-        """How many rows are visible with room for `length` more."""
+        """Return the number of visible rows with room for `length` more rows."""
         return rows_in_buffers(self.length + length)
 
     def longest_pass(self, length: int) -> int:
-        """How many of `length` rows the next pass can write: none goes beyond where quantization begins, since its rows
-        would see others than those of shorter passes do."""
+        """Return how many of `length` rows the next pass can write.
+
+        No pass goes beyond the position where quantization begins. Otherwise its rows would see other K/V
+        than the rows of shorter passes do.
+        """
         start = 0 if self.quantization is None else self.quantization.start
         return min(length, start - self.length) if self.length < start else length
 
@@ -186,7 +206,10 @@ class Cache:
         self.offset = mx.array(length, mx.int32)
 
     def buffers(self, layer_type: LayerType) -> Buffers:
-        """Keys and values of all layers of a type that own any. A write after this copies those still held."""
+        """Return the keys and values of all layers of a type that own K/V.
+
+        If the caller still holds them, the next write copies them.
+        """
         return {
             index: (keys, self.values[index])
             for index, keys in self.keys.items()
@@ -194,8 +217,10 @@ class Cache:
         }
 
     def restore(self, full: Buffers, rings: Buffers, length: int) -> None:
-        """Go on after the first `length` positions of what such buffers hold. Rings made at an offset serve any length
-        up to it, and down to `max_block` - 1 below."""
+        """Continue after the first `length` positions of the given buffers.
+
+        Rings that were made at an offset serve any length from offset - (`max_block` - 1) to offset.
+        """
         for index, (keys, values) in (full | rings).items():
             self.keys[index], self.values[index] = keys, values
         keys, _ = next(iter(full.values()))
@@ -204,9 +229,10 @@ class Cache:
         self.set_length(length)
 
     def draft_view(self, layer_type: LayerType) -> View:
-        """What the drafter sees of the last K/V layer of this type: valid rows only, never those of rejected tokens.
+        """Return the K/V that the drafter sees: the valid rows of the last K/V layer of this type.
 
-        A sliding layer shows the last `sliding_window + 1` rows, as transformers' drafter mask does.
+        Rows of rejected tokens are never visible. A sliding layer shows the last `sliding_window + 1` rows, as
+        transformers' drafter mask does.
         """
         layer = self.config.last_kv_layer(layer_type)
         if layer_type == "full_attention":
@@ -218,7 +244,7 @@ class Cache:
         return View(self.keys[layer], self.values[layer], mask[None])
 
     def arrays(self) -> list[mx.array]:
-        """Every array, to be evaluated together."""
+        """Return all arrays, which are to be evaluated together."""
         rows = [rows for buffers in (self.keys, self.values) for rows in buffers.values()]
         return [self.offset, *(part for each in rows for part in parts_of(each))]
 
@@ -233,7 +259,7 @@ class Cache:
         self.is_quantized = True
 
     def _replace_full(self, change: Callable[[Rows], Rows]) -> None:
-        """Replace the buffers of full attention one at a time, so that two copies of all never exist together."""
+        """Replace full-attention buffers one at a time, so that two copies of all never exist together."""
         for index, layer in enumerate(self.config.layers):
             if layer.has_kv and layer.layer_type == "full_attention":
                 for buffers in (self.keys, self.values):
@@ -242,7 +268,10 @@ class Cache:
 
 
 class Pass:
-    """One forward pass of `length` rows over a cache: writes each layer's K/V and says what it attends to."""
+    """One forward pass of `length` rows over a cache.
+
+    It writes the K/V of each layer and returns the view that the layer attends to.
+    """
 
     def __init__(self, cache: Cache, length: int) -> None:
         self.cache = cache
@@ -251,8 +280,8 @@ class Pass:
         self._views: dict[int, View] = {}
         queries = (self.offset + mx.arange(length))[:, None]
         self._full_mask = mx.arange(cache.visible)[None] <= queries
-        # A block that fits the spare slots is read back from the ring. A longer one (prefill) would overwrite keys its
-        # own first rows still need, so it attends to the ring as it was plus its own rows.
+        # A block that fits the spare slots is read back from the ring. A longer block (prefill) would overwrite keys
+        # that its own first rows still need. It therefore attends to the old ring plus its own rows.
         self._fits = length <= cache.max_block
         end = self.offset + length if self._fits else self.offset
         positions = ring_positions(end, cache.ring)[None]
@@ -264,7 +293,10 @@ class Pass:
         self._slots = queries[-min(length, cache.ring) :, 0] % cache.ring
 
     def write(self, layer: int, keys: mx.array, values: mx.array) -> View:
-        """Store a layer's new rows, [1, kv_heads, length, head_dim] each, and return what that layer attends to."""
+        """Store the new rows of a layer, and return the view that the layer attends to.
+
+        `keys` and `values` are [1, kv_heads, length, head_dim] each.
+        """
         if self.cache.config.layers[layer].layer_type == "full_attention":
             write, mask = self._write_full, self._full_mask
         else:
@@ -274,7 +306,7 @@ class Pass:
         return view
 
     def read(self, layer: int) -> View:
-        """What an earlier layer attended to in this pass, for the layers that share its K/V."""
+        """Return the view of an earlier layer in this pass, for the layers that share its K/V."""
         return self._views[layer]
 
     def _write_full(self, buffers: dict[int, Rows], layer: int, rows: mx.array) -> Rows:
@@ -300,16 +332,19 @@ class Pass:
 
 
 def ring_positions(end: mx.array, ring: int) -> mx.array:
-    """Position held by each slot after 0..end-1 were written: the largest p < end with p % ring == slot.
+    """Return the position in each slot after 0..end-1 were written, int32 [ring].
 
-    int32 [ring]; negative where nothing was written yet.
+    It is the largest p < end with p % ring == slot. It is negative if nothing was written to the slot yet.
     """
     last = end - 1
     return last - (last - mx.arange(ring)) % ring
 
 
 def check_group_size(config: TextConfig, quantization: KVQuantization) -> None:
-    """Raises OptionError if the groups do not divide the full-attention heads."""
+    """Check that the quantization groups divide the full-attention heads.
+
+    Raises OptionError if they do not.
+    """
     head_dim, group_size = config.layers[config.last_kv_layer("full_attention")].head_dim, quantization.group_size
     if head_dim % group_size:
         raise OptionError(
@@ -318,7 +353,7 @@ def check_group_size(config: TextConfig, quantization: KVQuantization) -> None:
 
 
 def _zeros(shape: tuple[int, ...], dtype: mx.Dtype, quantization: KVQuantization | None) -> Rows:
-    """Rows of zeros, which quantized have scales and biases of zero."""
+    """Return rows of zeros. Quantized rows have scales and biases of zero."""
     if quantization is None:
         return mx.zeros(shape, dtype)
     bits, group_size, _ = quantization
@@ -329,13 +364,13 @@ def _zeros(shape: tuple[int, ...], dtype: mx.Dtype, quantization: KVQuantization
 
 
 def _quantize(rows: mx.array, how: KVQuantization | Quantized) -> Quantized:
-    """Each row by itself, so that its bits do not depend on how many there are."""
+    """Quantize each row separately, so that its bits do not depend on the number of rows."""
     packed, scales, biases = mx.quantize(rows, group_size=how.group_size, bits=how.bits)
     return Quantized(packed, scales, biases, how.bits, how.group_size)
 
 
 def parts_of(rows: Rows) -> tuple[mx.array, ...]:
-    """The arrays that rows consist of."""
+    """Return the arrays of which the rows consist."""
     return (rows,) if isinstance(rows, mx.array) else rows.parts
 
 
@@ -344,7 +379,7 @@ def _first(rows: Rows, count: int) -> Rows:
 
 
 def _extend(rows: Rows, more: int) -> Rows:
-    """With `more` rows of zeros."""
+    """Append `more` rows of zeros."""
 
     def extend(part: mx.array) -> mx.array:
         *lead, _, width = part.shape
@@ -354,7 +389,9 @@ def _extend(rows: Rows, more: int) -> Rows:
 
 
 def rows_in_buffers(rows: int) -> int:
-    """Rows of full-attention buffers for so many positions: a multiple of a step that grows with the number, at most an
-    eighth more than needed beyond 4096."""
+    """Return the number of rows that full-attention buffers have for `rows` positions.
+
+    It is a multiple of a step that grows with `rows`. Beyond 4096 rows, it is at most an eighth more than needed.
+    """
     step = max(CAPACITY_STEP, 1 << rows.bit_length() >> 4)
     return -(-rows // step) * step

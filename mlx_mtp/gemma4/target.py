@@ -1,6 +1,7 @@
-"""The Gemma 4 target's text decoder: tokens and K/V in, hidden states and logits out. Knows nothing of drafting.
+"""The text decoder of the Gemma 4 target: from tokens and K/V to hidden states and logits.
 
-Covers E2B, E4B, 12B, 26B-A4B and 31B. Parameter names are those of mlx-lm's Gemma 4 below `language_model.model.`.
+It covers E2B, E4B, 12B, 26B-A4B and 31B, and does not depend on drafting. Parameter names are those of mlx-lm's Gemma 4
+below `language_model.model.`.
 """
 
 from collections.abc import Collection
@@ -16,14 +17,16 @@ from mlx_mtp.checkpoints.config import LayerConfig, RopeConfig, TextConfig
 from .disk_table import MappedEmbedding, PerLayerRows
 from .kv_cache import Cache, Quantized, Rows, View
 
-# Fields of mlx.nn.QuantizedLinear.
+# These are fields of mlx.nn.QuantizedLinear.
 _QUANTIZATION = ("group_size", "bits", "mode")
 
 
 class TargetOutput(NamedTuple):
-    """`hidden` is [1, length, hidden_size], after the final norm; `logits` [1, rows, vocab_size], before the soft-cap.
+    """Hidden states and logits of one pass.
 
-    The soft-cap is monotone, so the argmax needs none (and in bfloat16 its tanh would make ties): see `soft_cap`.
+    `hidden` is [1, length, hidden_size], after the final norm. `logits` is [1, rows, vocab_size], before the soft cap.
+    The soft cap is monotone, so the argmax does not need it. In bfloat16, its tanh would also make ties. See
+    `soft_cap`.
     """
 
     hidden: mx.array
@@ -37,7 +40,10 @@ def _geglu(gate: mx.array, x: mx.array) -> mx.array:
 
 
 class Rope:
-    """Rotary embedding of one head size: pairs (i, i + head_dim / 2), only the first of them if `proportional`."""
+    """Rotary position embedding for one head size.
+
+    It rotates the pairs (i, i + head_dim / 2). With RoPE type `proportional`, it rotates only the first of these pairs.
+    """
 
     def __init__(self, config: RopeConfig, head_dim: int) -> None:
         rotated = int(head_dim * config.rotated_fraction)
@@ -45,16 +51,18 @@ class Rope:
         # An infinite period leaves the remaining pairs unrotated.
         still = mx.full((head_dim - rotated) // 2, mx.inf)
         self.periods = mx.concatenate([config.theta**exponents, still])
-        # What is left to be computed belongs to this thread's stream, and could not be used on another.
+        # An array that is not evaluated belongs to this thread's stream and cannot be used on another thread.
         mx.eval(self.periods)
         self.dims = head_dim
 
     def __call__(self, x: mx.array, offset: mx.array) -> mx.array:
-        """Rotate x, [1, heads, length, head_dim], whose first row is at position `offset`."""
+        """Rotate x [1, heads, length, head_dim]. Row 0 is at position `offset`."""
         return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self.periods)
 
 
 class MLP(nn.Module):
+    """Gated feed-forward block with GELU activation."""
+
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
@@ -62,12 +70,13 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Return the output for x [1, length, hidden_size], in the same shape."""
         if "gate_up_proj" in self:
             return self.down_proj(_geglu(*mx.split(self.gate_up_proj(x), 2, axis=-1)))
         return self.down_proj(_geglu(self.gate_proj(x), self.up_proj(x)))
 
     def fuse(self) -> None:
-        """Compute both inner projections in one, where they are quantized alike."""
+        """Join the gate and up projections into one projection, if their quantization is the same."""
         fused = _join([self.gate_proj, self.up_proj])
         if fused is not None:
             self.gate_up_proj = fused
@@ -75,9 +84,9 @@ class MLP(nn.Module):
 
 
 class Projected(NamedTuple):
-    """A layer's queries, keys and values, normed and rotated, [1, heads, length, head_dim] each.
+    """Queries, keys and values of a layer, [1, heads, length, head_dim] each.
 
-    `keys` and `values` are None for a layer that has none of its own.
+    All are normed. Queries and keys are also rotated. `keys` and `values` are None for a layer without K/V of its own.
     """
 
     queries: mx.array
@@ -86,7 +95,10 @@ class Projected(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with normed queries and keys and no scale. Layers that share K/V have queries only."""
+    """Grouped-query attention with normed queries and keys, and without a scale.
+
+    Layers that share K/V have queries only.
+    """
 
     def __init__(self, config: TextConfig, layer: LayerConfig) -> None:
         super().__init__()
@@ -97,7 +109,7 @@ class Attention(nn.Module):
         self.heads = config.num_attention_heads
         self.kv_heads = layer.num_kv_heads
         self.k_eq_v = layer.k_eq_v
-        # Passes of up to so many rows attend row by row: see exact.py.
+        # Passes with up to this number of rows attend row by row (see decoding/exact.py).
         self.exact_rows = 0
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
@@ -109,7 +121,7 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(layer.head_dim, eps=config.rms_norm_eps)
 
     def fuse(self) -> None:
-        """Compute all projections of the input in one, where they are quantized alike."""
+        """Join all projections of the input into one projection, if their quantization is the same."""
         names = [name for name in ("q_proj", "k_proj", "v_proj") if self.get(name) is not None]
         fused = _join([self[name] for name in names]) if len(names) > 1 else None
         if fused is not None:
@@ -120,7 +132,7 @@ class Attention(nn.Module):
                 del self[name]
 
     def project(self, x: mx.array, offset: mx.array) -> Projected:
-        """Of x, [1, length, hidden_size], whose first row is at position `offset`."""
+        """Project x [1, length, hidden_size] to queries, keys and values. Row 0 is at position `offset`."""
         if "qkv_proj" in self:
             return self._project_at_once(x, offset)
         queries = self.rope(self.q_norm(self._heads(self.q_proj(x))), offset)
@@ -131,13 +143,14 @@ class Attention(nn.Module):
         return Projected(queries, self.rope(self.k_norm(keys), offset), mx.fast.rms_norm(values, None, self.eps))
 
     def _project_at_once(self, x: mx.array, offset: mx.array) -> Projected:
-        """The same with one product, one norm and one rotation for all heads."""
+        """Project as `project` does, with one product, one norm and one rotation for all heads."""
         normed = mx.fast.rms_norm(self._heads(self.qkv_proj(x)), None, self.eps)
         rotated = self.rope(normed[:, : self.heads + self.kv_heads] * self.qk_scale, offset)
-        # The last heads are those of the values, or of keys that are the values too.
+        # The last heads are the values, or the keys if these are the values too.
         return Projected(rotated[:, : self.heads], rotated[:, self.heads :], normed[:, -self.kv_heads :])
 
     def __call__(self, queries: mx.array, view: View) -> mx.array:
+        """Return the attention output [1, length, hidden_size] of queries over the K/V of the view."""
         rows = queries.shape[2]
         at_once = 1 if rows <= self.exact_rows else rows
         parts = [
@@ -148,12 +161,12 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
 
     def _heads(self, x: mx.array) -> mx.array:
-        """[1, length, heads * head_dim] -> [1, heads, length, head_dim]"""
+        """Change the shape from [1, length, heads * head_dim] to [1, heads, length, head_dim]."""
         return x.reshape(*x.shape[:-1], -1, self.head_dim).transpose(0, 2, 1, 3)
 
 
 def _attend(queries: mx.array, keys: Rows, values: Rows, mask: mx.array) -> mx.array:
-    """Attention of queries [1, heads, length, head_dim] without a scale: the same shape."""
+    """Return the attention output of queries [1, heads, length, head_dim], without a scale, in their shape."""
     if isinstance(keys, mx.array) and isinstance(values, mx.array):
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
     assert isinstance(keys, Quantized)
@@ -164,8 +177,8 @@ def _attend(queries: mx.array, keys: Rows, values: Rows, mask: mx.array) -> mx.a
 def _attend_quantized(queries: mx.array, keys: Quantized, values: Quantized, mask: mx.array) -> mx.array:
     _, heads, length, head_dim = queries.shape
     kv_heads = keys.packed.shape[1]
-    # Query heads that share K/V are more rows to the same matrix: as a dimension of their own they would have it copied
-    # for each of them on some devices.
+    # Query heads that share K/V become more rows for the same matrix. As a separate dimension, they would make some
+    # devices copy the matrix for each head.
     grouped = queries.reshape(1, kv_heads, -1, head_dim)
     multiply = partial(mx.quantized_matmul, group_size=keys.group_size, bits=keys.bits)
     scores = multiply(grouped, *keys.parts, transpose=True)
@@ -175,7 +188,10 @@ def _attend_quantized(queries: mx.array, keys: Quantized, values: Quantized, mas
 
 
 class Router(nn.Module):
-    """Each row's experts and their weights: softmax over the chosen scores, times a learned scale per expert."""
+    """Router that chooses the experts of each row and their weights.
+
+    The weights are a softmax over the chosen scores, times a learned scale per expert.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -186,7 +202,7 @@ class Router(nn.Module):
         self.per_expert_scale = mx.ones((config.num_experts,))
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Expert indices and weights, both [1, length, top_k]."""
+        """Return expert indices and weights, both [1, length, top_k]."""
         scores = self.proj(mx.fast.rms_norm(x, self.scale * x.shape[-1] ** -0.5, self.eps))
         chosen = mx.argpartition(scores, kth=-self.top_k, axis=-1)[..., -self.top_k :]
         weights = mx.softmax(mx.take_along_axis(scores, chosen, axis=-1), axis=-1, precise=True)
@@ -199,9 +215,11 @@ class _ExpertActivation(nn.Module):
 
 
 class Experts(nn.Module):
+    """The expert feed-forward blocks of a mixture-of-experts layer."""
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        # Imported here because mlx-lm brings transformers along, seconds that only the 26B model has a use for.
+        # Import it here: mlx-lm imports transformers, which takes seconds, and only the 26B model needs it.
         from mlx_lm.models.switch_layers import SwitchGLU
 
         self.switch_glu = SwitchGLU(
@@ -209,10 +227,13 @@ class Experts(nn.Module):
         )
 
     def __call__(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
+        """Return the weighted sum of the outputs of the chosen experts, [1, length, hidden_size]."""
         return (self.switch_glu(x, chosen) * weights[..., None]).sum(-2)
 
 
 class DecoderLayer(nn.Module):
+    """One decoder layer: attention and feed-forward block, with optional experts and per-layer input."""
+
     def __init__(self, config: TextConfig, layer: LayerConfig) -> None:
         super().__init__()
         norm = partial(nn.RMSNorm, config.hidden_size, eps=config.rms_norm_eps)
@@ -236,11 +257,11 @@ class DecoderLayer(nn.Module):
             self.post_per_layer_input_norm = norm()
 
     def project(self, h: mx.array, offset: mx.array) -> Projected:
-        """The beginning of this layer: what its attention needs of the residual stream h."""
+        """Project the residual stream h to queries, keys and values. Row 0 is at position `offset`."""
         return self.self_attn.project(self.input_layernorm(h), offset)
 
     def __call__(self, h: mx.array, queries: mx.array, view: View, per_layer_input: mx.array | None = None) -> mx.array:
-        """The residual stream after this layer; `queries` are those of `project(h)`."""
+        """Return the residual stream after this layer. `queries` come from `project(h)`."""
         h = h + self.post_attention_layernorm(self.self_attn(queries, view))
         h = h + self.post_feedforward_layernorm(self._feed_forward(h))
         if per_layer_input is not None:
@@ -258,33 +279,39 @@ class DecoderLayer(nn.Module):
 
 
 def fuse_projections(layers: list[DecoderLayer]) -> None:
-    """Compute projections of the same input in one, for fewer and larger multiplications. Results stay the same up to
-    rounding; no weight is kept twice."""
+    """Join projections of the same input, for fewer and larger multiplications.
+
+    Results stay the same up to rounding. No weight is kept twice.
+    """
     for layer in layers:
         for module in (layer.self_attn, layer.mlp):
             module.fuse()
-            # One layer at a time, so that no more than its weights are in memory twice.
+            # Evaluate one module at a time, so that only its weights are in memory twice.
             mx.eval(module.parameters())
 
 
 def lay_out_weights(module: nn.Module) -> None:
-    """On the CPU, keep the weights of float32 projections in memory the way products with them are fastest: by input
-    instead of by output. Shapes stay, and products up to rounding.
+    """Store float32 projection weights by input instead of by output, if the device is the CPU.
 
-    The BLAS of MLX's CPU build for Linux adds up one output after another, each sum waiting for its last term; with
-    weights that lie by input, it adds to all outputs at once. Other types and devices have kernels for either.
+    Products are fastest with this memory layout. Shapes stay the same, and products stay the same up to rounding.
+
+    The BLAS of MLX's CPU build for Linux computes one output after another, and each sum waits for its last term. With
+    weights stored by input, it adds to all outputs at once. Other types and devices have kernels for both layouts.
     """
     if mx.default_device() != mx.Device(mx.cpu):
         return
     for part in module.modules():
         if type(part) is nn.Linear and part.weight.dtype == mx.float32:
             part.weight = mx.contiguous(part.weight.T).T
-            # One at a time, so that no more than one is in memory twice.
+            # Evaluate one weight at a time, so that only this weight is in memory twice.
             mx.eval(part.weight)
 
 
 def _join(projections: list[nn.Module]) -> nn.Module | None:
-    """One projection with the outputs of all, or None if they are not of one kind and quantization."""
+    """Return one projection with the outputs of all projections.
+
+    Returns None if their types or quantization differ.
+    """
     first = projections[0]
     kinds = {(type(p), p.get("bias") is None, *(vars(p).get(n) for n in _QUANTIZATION)) for p in projections}
     if len(kinds) > 1 or type(first) not in (nn.Linear, nn.QuantizedLinear) or "bias" in first:
@@ -295,16 +322,16 @@ def _join(projections: list[nn.Module]) -> nn.Module | None:
 
 
 def allowed_tokens(suppressed: Collection[int], vocab_size: int) -> mx.array:
-    """Bool [1, vocab]: all tokens but these."""
+    """Return a mask of all tokens except the suppressed tokens, bool [1, vocab]."""
     allowed = mx.ones((1, vocab_size), mx.bool_)
     allowed[:, mx.array(sorted(suppressed))] = False
-    # What is left to be computed belongs to this thread's stream, and could not be used on another.
+    # An array that is not evaluated belongs to this thread's stream and cannot be used on another thread.
     mx.eval(allowed)
     return allowed
 
 
 class Target(nn.Module):
-    """The text decoder with its head: the embedding, or one of its own."""
+    """The text decoder with its output head, which is the embedding or a separate projection."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -319,7 +346,8 @@ class Target(nn.Module):
             self.per_layer_projection_norm = nn.RMSNorm(config.per_layer_input_size, eps=config.rms_norm_eps)
         if config.own_head:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # Bool [vocab], true for tokens that are never generated; no parameter, for its name begins with "_".
+        # This mask, bool [vocab], is true for tokens that are never generated. It is not a parameter, because its name
+        # begins with "_".
         self._suppressed: mx.array | None = None
 
     def suppress(self, tokens: Collection[int]) -> None:
@@ -330,7 +358,7 @@ class Target(nn.Module):
             mx.eval(self._suppressed)
 
     def without_suppressed(self, logits: mx.array) -> mx.array:
-        """Logits [..., vocab] with -inf at the tokens that are never generated."""
+        """Return the logits [..., vocab] with -inf at the tokens that are never generated."""
         return logits if self._suppressed is None else mx.where(self._suppressed, -mx.inf, logits)
 
     @property
@@ -341,14 +369,16 @@ class Target(nn.Module):
 
     @property
     def mapped(self) -> MappedEmbedding | None:
-        """The per-layer table if it stays in its files."""
+        """The per-layer table if it stays in its files, otherwise None."""
         table = self.get("embed_tokens_per_layer")
         return table if isinstance(table, MappedEmbedding) else None
 
     def read_rows(self, tokens: list[int]) -> PerLayerRows | None:
-        """What a pass over these tokens needs of a per-layer table that stays in its files; None if none does.
+        """Read the rows of the mapped per-layer table that a pass over these tokens needs.
 
-        Raises WeightsError if it cannot be read any more.
+        Returns None if no table is mapped.
+
+        Raises WeightsError if the table can no longer be read.
         """
         return None if self.mapped is None else self.mapped.read(tokens)
 
@@ -360,11 +390,12 @@ class Target(nn.Module):
         hidden_rows: int | None = None,
         per_layer_rows: PerLayerRows | None = None,
     ) -> TargetOutput:
-        """One pass over tokens, [1, length], at positions offset..offset+length-1.
+        """Run one pass over tokens [1, length] at positions offset..offset+length-1.
 
-        Writes their K/V into `cache` without advancing its offset. Hidden states are computed for the last
-        `hidden_rows` rows only (default: all), logits for the last `logit_rows`. `per_layer_rows` is what `read_rows`
-        gives for the tokens; where it is needed and not given, the tokens are waited for.
+        The pass writes the K/V of the tokens into `cache` and does not advance its offset. Hidden states are computed
+        for the last `hidden_rows` rows only (default: all rows), and logits for the last `logit_rows` rows.
+        `per_layer_rows` is the result of `read_rows` for the tokens. If it is needed but not given, the pass waits for
+        the tokens.
         """
         length = tokens.shape[1]
         rows = length if hidden_rows is None else hidden_rows
@@ -376,7 +407,7 @@ class Target(nn.Module):
             queries, keys, values = layer.project(h, offset)
             view = step.read(config.kv_layer) if keys is None or values is None else step.write(index, keys, values)
             if index == last_own and rows < length:
-                # No row sees another one's hidden states from here on, only K/V, which are all written.
+                # From here on, no row needs the hidden states of another row. It needs only K/V, which are all written.
                 if not rows:
                     h = h[:, :0]
                     break
@@ -389,23 +420,29 @@ class Target(nn.Module):
         return TargetOutput(hidden, self.head(hidden[:, hidden.shape[1] - logit_rows :]))
 
     def head(self, hidden: mx.array) -> mx.array:
-        """Logits [1, rows, vocab], before the soft-cap, of hidden states [1, rows, hidden_size]."""
+        """Return the logits [1, rows, vocab], before the soft cap, of hidden states [1, rows, hidden_size]."""
         logits: mx.array = self.lm_head(hidden) if self.config.own_head else self.embed_tokens.as_linear(hidden)
         return logits
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """Scaled input embeddings of tokens [1, length]: [1, length, hidden_size]. The drafter uses them too."""
+        """Return the scaled input embeddings, [1, length, hidden_size], of tokens [1, length].
+
+        The drafter uses them too.
+        """
         scale: float = self.config.hidden_size**0.5
         embedded: mx.array = self.embed_tokens(tokens)
         return embedded * scale
 
     def soft_cap(self, logits: mx.array) -> mx.array:
-        """The model's own logits: `tanh(logits / cap) * cap` (config field `final_logit_softcapping`)."""
+        """Return the model's own logits: `tanh(logits / cap) * cap` (config field `final_logit_softcapping`)."""
         cap = self.config.final_logit_softcapping
         return logits if cap is None else mx.tanh(logits / cap) * cap
 
     def _per_layer_inputs(self, tokens: mx.array, h: mx.array, rows: PerLayerRows | None) -> mx.array | None:
-        """[1, length, layers, per_layer_input_size]: each layer's own embedding of the token, and a projection of h."""
+        """Return the per-layer inputs, [1, length, layers, per_layer_input_size].
+
+        Each input is the scaled sum of the layer's own embedding of the token and a projection of h.
+        """
         size = self.config.per_layer_input_size
         if not size:
             return None
