@@ -1,10 +1,10 @@
-"""Gemma 4 with its multi-token-prediction drafter, lossless, on Apple Silicon."""
+"""Lossless speculative decoding of Gemma 4 with its multi-token-prediction drafter, on Apple Silicon."""
 
 import sys
 from importlib import import_module
 from types import ModuleType
 
-# As in typing, which takes its time to import.
+# This stands for `typing.TYPE_CHECKING`, because the import of typing takes time.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .decoding.sampling import Sampling
@@ -59,13 +59,16 @@ __all__ = [
     "load",
     "plan_memory",
 ]
-# The modules that hold these names.
+# The modules that hold the public names.
 _HOLDERS = ("errors", "decoding.sampling", "options", "responses", "memory_plan", "model", "loading")
 
 
 class _Package(ModuleType):
-    """Imports what holds a public name when it is asked for: a command, for which Python imports the package first,
-    thus starts at once and can take care of Ctrl-C before it imports anything that takes time."""
+    """A package that imports the module of a public name when the name is first used.
+
+    Python imports the package before it runs a command. With these late imports, the command starts at once. It can
+    handle Ctrl-C before it imports anything that takes time.
+    """
 
     def __getattr__(self, name: str) -> object:
         if name == "__version__":

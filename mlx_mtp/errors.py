@@ -1,22 +1,22 @@
-"""The errors this package raises: each message names the file or field, what was expected and what was found."""
+"""The errors of this package. Each message names the file or field, the expected value and the found value."""
 
 import logging
 
-# Silent unless the program sets up logging. Here, because every module that logs imports this one, and the package
-# itself imports nothing that takes time.
+# The package logs nothing unless the program sets up logging. The handler is added here because every module that logs
+# imports this module, and `mlx_mtp/__init__.py` imports nothing that takes time.
 logging.getLogger(__package__).addHandler(logging.NullHandler())
 
 
 class MTPError(ValueError):
-    """Base of every error a caller or a command line is expected to see."""
+    """Base class of every error that a caller or a command line can expect."""
 
 
 class ConfigError(MTPError):
-    """A config.json is absent, unreadable, incomplete or of an unsupported model."""
+    """A config.json is missing, unreadable or incomplete, or describes an unsupported model."""
 
 
 class WeightsError(MTPError):
-    """A checkpoint's tensors are absent, truncated, misshapen or unexpected."""
+    """A checkpoint's tensors are missing, truncated or unexpected, or have the wrong shape."""
 
 
 class PairError(MTPError):
@@ -24,14 +24,14 @@ class PairError(MTPError):
 
 
 class TokenizerError(MTPError):
-    """A tokenizer is absent or unreadable."""
+    """A tokenizer is missing or unreadable."""
 
 
 class HubError(MTPError):
-    """A model is neither a local folder nor reachable on the Hugging Face hub.
+    """A model is neither a local folder nor available on the Hugging Face hub.
 
-    `is_absent` says that the hub has no such repository, or none that this token may see, or, offline, that the cache
-    has none; it is false where the hub fails or refuses one that is there.
+    `is_absent` is true if the hub has no such repository, or none that this token may see. Offline, it is true if the
+    cache has none. It is false if the hub fails, or if it refuses a repository that exists.
     """
 
     def __init__(self, message: str, *, is_absent: bool = False) -> None:
@@ -48,43 +48,43 @@ class ContextLengthError(PromptError):
 
 
 class MemoryLimitError(MTPError):
-    """A model, with the K/V of its context, needs more memory than it may take."""
+    """A model with the K/V of its context needs more memory than the limit."""
 
 
 class PromptCacheError(MTPError):
-    """A file of a prompt's K/V is damaged, of another model, or of another version."""
+    """A file with a prompt's K/V is damaged, or belongs to another model, version or K/V quantization."""
 
 
 class OutputError(MTPError):
-    """An output folder exists, cannot be written, or does not fit the disk."""
+    """An output exists already, cannot be written, or does not fit on the disk."""
 
 
 class OptionError(MTPError):
-    """An option's value is not one this version can honour."""
+    """An option has a value that this version cannot use."""
 
 
 class DraftError(MTPError):
-    """A drafter does not draft as a round asks it to."""
+    """A drafter does not draft in the way that the round needs."""
 
 
 class CalibrationError(MTPError):
-    """What rounds cost on this machine could not be measured."""
+    """The cost of rounds on this machine could not be measured."""
 
 
 class DataError(MTPError):
-    """A file of training data is absent, unreadable or holds nothing to train on."""
+    """A file of training data is missing or unreadable, or has nothing to train on."""
 
 
 class TrainingError(MTPError):
-    """Training cannot go on; its last good state is kept."""
+    """Training cannot continue. Its last good state is kept."""
 
 
 class BusyError(MTPError):
-    """More generations are asked for at once than may wait."""
+    """The number of requested generations is larger than the number that may wait."""
 
 
 class ClosedError(MTPError):
-    """A model is asked for something after it was closed."""
+    """A model is used after it was closed."""
 
 
 class ServerError(MTPError):

@@ -1,4 +1,4 @@
-"""One generation of a loaded model: from the tokens of a prompt to responses."""
+"""One generation of a loaded model, from the tokens of a prompt to the responses."""
 
 from collections.abc import Callable, Generator, Iterable
 
@@ -17,17 +17,19 @@ from .loaded_model import LoadedModel
 from .options import GenerationOptions
 from .responses import GenerationResponse, respond
 
-# Tokens of a prompt between two snapshots that other prompts can resume from.
+# The number of prompt tokens between two snapshots. Other prompts can resume from a snapshot.
 SNAPSHOT_EVERY = 2048
 
 
 def begin(
     model: LoadedModel, prompt: list[int], options: GenerationOptions, on_prefill: Progress
 ) -> Generator[GenerationResponse, None, None]:
-    """Check everything, and return the generator of responses. `on_prefill` is called between chunks of the prompt and
-    of the measurement of rounds; if it raises, the generation ends.
+    """Check the prompt and all options, and return the generator of responses.
 
-    Raises PromptError and OptionError for what cannot be honoured.
+    `on_prefill` is called between chunks of the prompt, and during the measurement of rounds. If it raises, the
+    generation ends.
+
+    Raises PromptError if the prompt cannot be used, and OptionError if an option cannot be used.
     """
     parts = model.parts
     budget = token_budget(prompt, options.max_tokens, model.max_context)
@@ -40,12 +42,12 @@ def begin(
     thought = None if channel is None else open_thought(parts.tokenizer, channel, prompt)
     _check_exact(model, options.kv_quantization)
     k = _draft_tokens(model, options, on_prefill)
-    # An exact model reads every prompt: how its sums round depends on how it was read.
+    # An exact model reads every prompt, because the rounding of sums depends on how it is read.
     reuses = options.reuse_prompt and not model.exact
     stream = Stream(
         parts.target,
         parts.drafter,
-        # The order of K/V rows, and with it how sums round, is the same for all numbers of draft tokens.
+        # With one maximum, the order of K/V rows and the rounding of sums are the same for all numbers of draft tokens.
         max_draft_tokens=max(k, MAX_DRAFT_TOKENS) if isinstance(k, int) else MAX_DRAFT_TOKENS,
         sampling=options.sampling.within(model.max_context),
         processors=processors,
@@ -78,7 +80,7 @@ def begin(
 
 
 def checked(on_progress: Progress | None, check: Callable[[], None]) -> Progress:
-    """The callback, with a check before and after it. Both may raise."""
+    """Return a progress callback that runs `check` before and after `on_progress`. Both may raise."""
 
     def report(done: int, total: int) -> None:
         check()
@@ -90,7 +92,7 @@ def checked(on_progress: Progress | None, check: Callable[[], None]) -> Progress
 
 
 def _no_stop_before(length: int, stop_ids: Iterable[int]) -> LogitsProcessor:
-    """A processor that excludes these tokens while the text is shorter."""
+    """Return a logits processor that excludes these tokens while the text has fewer than `length` tokens."""
     excluded = mx.array(sorted(stop_ids))
 
     def process(tokens: mx.array, logits: mx.array) -> mx.array:
@@ -100,7 +102,7 @@ def _no_stop_before(length: int, stop_ids: Iterable[int]) -> LogitsProcessor:
 
 
 def _draft_tokens(model: LoadedModel, options: GenerationOptions, on_progress: Progress) -> int | DraftLength:
-    """How many draft tokens a round has, or the policy that says how many."""
+    """Return the number of draft tokens of a round, or the policy that chooses the number."""
     requested = options.num_draft_tokens
     if model.drafter is None:
         if requested not in (0, "auto"):
@@ -116,7 +118,7 @@ def _draft_tokens(model: LoadedModel, options: GenerationOptions, on_progress: P
 
 
 def _check_exact(model: LoadedModel, kv: KVQuantization | None) -> None:
-    """Compare exact rounds over quantized K/V with plain ones, once. `load` has done so over K/V that are not."""
+    """Compare exact rounds over quantized K/V with plain rounds, once. `load` compared them over unquantized K/V."""
     if not model.exact or kv is None:
         return
     kv = kv._replace(start=0)
@@ -129,7 +131,10 @@ def _check_exact(model: LoadedModel, kv: KVQuantization | None) -> None:
 def _reusing(
     model: LoadedModel, stream: Stream, prompt: list[int], responses: Generator[GenerationResponse, None, None]
 ) -> Generator[GenerationResponse, None, None]:
-    """The responses. The stream begins with the K/V of an earlier prompt, and leaves its own in the prompt cache."""
+    """Yield the responses of a stream that uses the prompt cache.
+
+    The stream starts from the K/V of an earlier prompt, and puts its own K/V into the prompt cache.
+    """
     reused = model.prompt_cache.take(prompt, stream.kind)
     if reused is not None:
         stream.resume(reused)
@@ -139,6 +144,6 @@ def _reusing(
     finally:
         entry = stream.entry()
         if entry is not None and not model.is_closed:
-            # After a failure or Ctrl-C the last pass may be due still.
+            # After a failure or Ctrl-C, the last pass may not be evaluated yet.
             mx.eval(list(entry.arrays()))
             model.prompt_cache.put(entry)

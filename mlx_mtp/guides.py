@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class GuideMaker:
-    """Makes a guide for each generation of one model. It keeps the tokenizer as grammars need it."""
+    """Maker of the guides for one model's generations. It keeps the tokenizer in the form that grammars need."""
 
     def __init__(self, tokenizer: "TokenizerWrapper", config: TargetConfig) -> None:
         self.channel = thought_channel(tokenizer)
@@ -24,9 +24,12 @@ class GuideMaker:
         self._grammar_tokenizer: LLTokenizer | None = None
 
     def guide(self, options: GenerationOptions, thought: int | None, stop_ids: frozenset[int]) -> Guide | None:
-        """The guide that constrains the tokens of a text; None if nothing does. `thought` is as for `Guide`.
+        """Return the guide that constrains the tokens of a text, or None if there is no constraint.
 
-        Raises OptionError for a thought without its tokens in the tokenizer, and for a grammar without any text.
+        `thought` has the same meaning as in `Guide`.
+
+        Raises OptionError if thinking is enabled but the tokenizer has no tokens for thoughts, or if the grammar
+        accepts no text.
         """
         if options.enable_thinking and self.channel is None:
             raise OptionError("enable_thinking is set, but the tokenizer has no <|channel> token for thoughts")
@@ -47,12 +50,12 @@ class GuideMaker:
             thought=thought,
             suppressed=self._config.suppress_tokens,
         )
-        # A grammar without any text is an error now rather than after the prompt.
+        # A grammar that accepts no text raises an error here, before the prompt is read.
         guide.mask()
         return guide
 
     def _tokenizer_of_grammars(self) -> "LLTokenizer":
-        """Making it takes seconds for a vocabulary of 262144."""
+        """Return the tokenizer in llguidance's form. The first call takes seconds for a vocabulary of 262144."""
         if self._grammar_tokenizer is None:
             from llguidance.hf import from_tokenizer
 

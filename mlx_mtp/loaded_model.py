@@ -1,4 +1,4 @@
-"""What is loaded of a model, and how it is closed."""
+"""The parts of a loaded model, and how they are released."""
 
 import logging
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ _PROMPT_CACHE_SHARE = 0.1
 
 @dataclass
 class Parts:
-    """The parts of a loaded model, which `LoadedModel.close` releases."""
+    """The parts of a loaded model. `LoadedModel.close` releases them."""
 
     target: Target
     drafter: Drafter | None
@@ -41,16 +41,16 @@ class Parts:
     rounds: CompiledRounds
     guides: GuideMaker
     costs: RoundCosts
-    # The fingerprint of the weights, once it is needed.
+    # The fingerprint of the weights; None until it is needed.
     fingerprint: str | None = None
-    # The K/V quantizations for which exact rounds were compared with plain ones.
+    # The K/V quantizations for which exact rounds were compared with plain rounds.
     checked: set[KVQuantization] = field(default_factory=set)
 
 
 class LoadedModel:
-    """A loaded target with its tokenizer and, unless it decodes plainly, its drafter, until it is closed.
+    """A loaded target with its tokenizer and, except for plain decoding, its drafter, until it is closed.
 
-    In a `with` statement, or with `close`, its memory is released. After that, its parts raise ClosedError.
+    A `with` statement or `close` releases the memory. After that, the parts raise ClosedError.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class LoadedModel:
             drafter,
             tokenizer,
             PromptCache(int(_PROMPT_CACHE_SHARE * memory_size())),
-            # A compiled round may round differently from one that is not.
+            # The sums of a compiled round may be rounded differently from the sums of an uncompiled round.
             CompiledRounds(always=exact),
             GuideMaker(tokenizer, config),
             RoundCosts(target, drafter, config, drafter_config, exact=exact),
@@ -83,8 +83,9 @@ class LoadedModel:
     def close(self) -> None:
         """Release the memory: weights, the K/V of prompts, compiled rounds, and MLX's cache of freed buffers.
 
-        Generations that run or wait end with a ClosedError, in whatever thread, as do iterators that are open, at their
-        next item. Waits for the round, or the part of a prompt, that is being computed. Closing again does nothing.
+        Running and waiting generations end with a ClosedError, in any thread. Open iterators raise it at their next
+        item. The call waits for the round, or the chunk of a prompt, that is being computed. A second call does
+        nothing.
         """
         if not self.life.end():
             return
@@ -95,14 +96,14 @@ class LoadedModel:
 
     @property
     def parts(self) -> Parts:
-        """The loaded parts. Raises ClosedError once the model is closed."""
+        """The loaded parts. Raises ClosedError if the model is closed."""
         if self._parts is None:
             raise ClosedError("the model is closed: load it again")
         return self._parts
 
     @property
     def is_closed(self) -> bool:
-        """Whether `close` was called."""
+        """True after `close` was called."""
         return self.life.is_closed
 
     def __enter__(self) -> Self:
@@ -129,28 +130,37 @@ class LoadedModel:
 
     @property
     def prompt_cache(self) -> PromptCache:
-        """The K/V of prompts that were read before."""
+        """The K/V of earlier prompts."""
         return self.parts.prompt_cache
 
     @property
     def max_context(self) -> int:
-        """Most tokens of prompt and answer together: `context_limit`, else config field `max_position_embeddings`."""
+        """The largest number of tokens of prompt and answer together.
+
+        It is `context_limit` if that is given, and at most the config field `max_position_embeddings`.
+        """
         most = self.config.text.max_position_embeddings
         return most if self.context_limit is None else min(most, self.context_limit)
 
     @property
     def per_layer_embeddings(self) -> Literal["resident", "mapped"] | None:
-        """Where the table of per-layer embeddings is: in memory or in its files. None for a target without one."""
+        """The place of the per-layer table: "resident" is in memory, "mapped" is in its files.
+
+        It is None for a target without a per-layer table.
+        """
         if not self.config.text.per_layer_input_size:
             return None
         return "resident" if self.target.mapped is None else "mapped"
 
     @property
     def embedding_stats(self) -> EmbeddingStats | None:
-        """Counts of the rows of mapped per-layer embeddings since loading; None if they are in memory."""
+        """Row counts of the mapped per-layer embeddings since loading; None if they are in memory."""
         return None if self.target.mapped is None else self.target.mapped.stats
 
     @property
     def default_sampling(self) -> Sampling:
-        """The sampling options of the model's makers (`generation_config.json`), with which the command lines begin."""
+        """The sampling options of the model's makers (`generation_config.json`).
+
+        The command lines use them as defaults.
+        """
         return default_sampling(self.config.sampling, self.max_context)

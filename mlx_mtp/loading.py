@@ -1,4 +1,4 @@
-"""From a folder or a hub id to a Model: finding the drafter, checking the pair, filling quantized modules."""
+"""Load a `Model` from a folder or a hub id: find the drafter, check the pair and fill quantized modules."""
 
 import asyncio
 import logging
@@ -42,16 +42,16 @@ logger = logging.getLogger(__name__)
 
 PerLayerEmbeddings = Literal["resident", "mapped", "auto"]
 PER_LAYER_EMBEDDINGS: tuple[PerLayerEmbeddings, ...] = get_args(PerLayerEmbeddings)
-# A small pair, trained on Python source, that is part of the package; its README.md says how it was made.
+# A small pair that is part of the package. It was trained on Python source; its README.md describes the training.
 DEMO_PAIR = Path(__file__).parent / "demo"
 
-# What publishers of conversions append to a model's name, as in gemma-4-E2B-it-4bit or gemma-4-E2B-it-UD-MLX-4bit.
+# Publishers of conversions append these parts to a model's name: gemma-4-E2B-it-4bit, gemma-4-E2B-it-UD-MLX-4bit.
 _PRECISION = r"(?:\d+bit|bf16|fp16|fp32|mxfp4|mxfp8|nvfp4)"
 _KIND = r"(?:mlx|ud|qat|text|dwq|gs\d+|q\d\w*|unquantized)"
 _CONVERSION = re.compile(rf"(?:-(?:{_KIND}|{_PRECISION}))*(?:-{_PRECISION}(?:-\w+)?|-{_KIND})$", re.IGNORECASE)
-# The drafters that Google publishes, by the target's hidden size, and the sizes by which names tell them.
+# The sizes in the names of the drafters that Google publishes, by the target's hidden size.
 _OFFICIAL = {1536: "E2B", 2560: "E4B", 3840: "12B", 2816: "26B-A4B", 5376: "31B"}
-# Share of the token ids known to both tokenizers that may stand for other tokens.
+# The largest share of the ids in both tokenizers that may stand for different tokens.
 _RENAMED_TOKENS = 0.01
 
 
@@ -67,26 +67,32 @@ def load(
     on_download: Progress | None = None,
     on_load: Progress | None = None,
 ) -> Model:
-    """Load a target and its drafter from folders or the hub: our own, mlx-lm's, mlx-vlm's, or Hugging Face's layout.
+    """Load a target and its drafter from folders or from the hub.
 
-    `drafter` is a folder or hub id, "none" for plain decoding, or None to look for one: in the folder's `drafter/`,
-    then next to the target as `<target>-assistant`, and so on (see `find_drafter`). Where none is found, the model
-    decodes plainly and `Model.drafter` is None. With `exact`, verify passes have the bits of single ones, at whatever
-    that costs on this device. `max_context` is the most tokens of prompt and answer together. `memory_limit`, in bytes,
-    is checked against the weights and the K/V of such a context before anything is loaded.
+    The checkpoints have this project's, mlx-lm's, mlx-vlm's or Hugging Face's layout.
 
-    `per_layer_embeddings` is for the table of E2B and E4B: "resident" in memory, or "mapped", which leaves it in its
-    files and reads a row per token, with the same tokens and one more host read in a round that drafts. "auto" maps it
-    where the weights would take more than half of the machine's memory; `Model.per_layer_embeddings` tells.
+    `drafter` is a folder, a hub id, "none" for plain decoding, or None. With None, `load` looks for a drafter: first in
+    the folder's `drafter/`, then next to the target as `<target>-assistant`, and so on (see `find_drafter`). If it
+    finds none, the model decodes plainly and `Model.drafter` is None.
 
-    `on_download` and `on_load` are called with bytes done and bytes in all, of target and drafter together: while the
-    hub's files are downloaded, on the threads that do it, one call at a time and not at all where there is nothing to
-    download; and while the weights are read. With `on_download` no progress bar is shown. What they raise ends the
-    loading and is raised here: the weights read so far are dropped, a download goes on where it ended the next time.
+    With `exact`, a verify pass gives the same bits as passes over single tokens, at any cost in speed on this device.
+    `max_context` is the largest number of tokens of prompt and answer together. `memory_limit` is in bytes. Before
+    anything is loaded, the weights and the K/V of that context are checked against it.
 
-    Raises MTPError kinds: HubError, ConfigError, WeightsError, TokenizerError, PairError, MemoryLimitError, and
-    OptionError for a context that is longer than the model's, where passes cannot be made exact, or where no table is
-    there to be mapped.
+    `per_layer_embeddings` is the place of the per-layer table of E2B and E4B. "resident" holds the table in memory.
+    "mapped" leaves it in its files and reads one row per token. The tokens are the same, but a round that drafts needs
+    one more host read. "auto" maps the table if the weights would take more than half of the machine's memory.
+    `Model.per_layer_embeddings` gives the choice.
+
+    `on_download` and `on_load` are called with the bytes done and the total bytes, of target and drafter together.
+    `on_download` is called on the threads that download the hub's files, one call at a time. It is not called if there
+    is nothing to download. With `on_download`, no progress bar is shown. `on_load` is called while the weights are
+    read. If a callback raises, loading ends and the exception is raised here. The weights read so far are released. The
+    next call continues a download from its last state.
+
+    Raises MTPError kinds: HubError, ConfigError, WeightsError, TokenizerError, PairError and MemoryLimitError. Raises
+    OptionError if the context is longer than the model's, if passes cannot be made exact, or if there is no table to
+    map.
     """
     started = time.perf_counter()
     config, drafter_config = _read_configs(path_or_repo, drafter, revision, on_download)
@@ -135,10 +141,11 @@ async def aload(
     on_load: Progress | None = None,
     **options: Any,
 ) -> Model:
-    """`load`, with its other options, for an event loop: on a thread of its own, and without progress bars.
+    """Load a model as `load` does, for callers on an event loop.
 
-    The callbacks are called on the event loop. Cancelling the task ends the loading at the next step of its progress,
-    which is waited for; nothing half-loaded is left.
+    Loading runs on a thread of its own and shows no progress bars. `options` are the other options of `load`. The
+    callbacks are called on the event loop. If the task is cancelled, loading ends at the next step of its progress, and
+    this call waits for that. No partly loaded model remains.
     """
 
     def start(job: Job[Model]) -> Iterator[Model]:
@@ -172,9 +179,13 @@ def plan_memory(
     options: GenerationOptions | None = None,
     on_download: Progress | None = None,
 ) -> MemoryPlan:
-    """What `load` and decoding would take of memory with a context of `max_context` tokens (default: the model's own),
-    from the files' headers; of `options`, K/V quantization and `prefill_step_size` matter. What is on the hub is
-    downloaded, as by `load`. Raises what `load` does."""
+    """Return the memory that `load` and decoding would need for a context of `max_context` tokens.
+
+    The default context is the model's own. The plan is made from the headers of the files. Only the K/V quantization
+    and `prefill_step_size` matter among `options`. Files on the hub are downloaded, as by `load`.
+
+    Raises the errors of `load`.
+    """
     config, drafter_config = _read_configs(path_or_repo, drafter, revision, on_download)
     context = _context(config, max_context)
     mapped = _is_mapped(per_layer_embeddings, config, drafter_config)
@@ -187,7 +198,7 @@ def plan_memory(
 def _read_configs(
     path_or_repo: str | Path, drafter: str | Path | None, revision: str | None, on_download: Progress | None
 ) -> tuple[TargetConfig, DrafterConfig | None]:
-    """The configs of a target and its drafter, which fit each other."""
+    """Read the configs of a target and its drafter, and check that the two fit each other."""
     downloads = None
     if on_download is not None:
         downloads = Downloads(on_download)
@@ -208,13 +219,13 @@ def _read_configs(
 
 
 def _expect(downloads: Downloads, path_or_repo: str | Path, drafter: str | Path | None, revision: str | None) -> None:
-    """Have the bytes of a target and its drafter counted before any is downloaded."""
+    """Count the bytes of a target and its drafter before the first download begins."""
     files = downloads.expect(str(path_or_repo), revision) if is_repo(path_or_repo) else []
     if drafter is not None:
         if str(drafter) != "none" and is_repo(drafter):
             downloads.expect(str(drafter))
     elif files and not any(file.startswith(f"{DRAFTER_FOLDER}/") for file in files):
-        # The first that there is.
+        # `any` stops at the first repository that exists.
         name = str(path_or_repo)
         any(downloads.expect(name) for name in filter(None, [*assistant_names(name), official_drafter(name)]))
 
@@ -222,7 +233,7 @@ def _expect(downloads: Downloads, path_or_repo: str | Path, drafter: str | Path 
 def _count(
     on_load: Progress, config: TargetConfig, drafter: DrafterConfig | None, mapped: bool
 ) -> Callable[[int], None]:
-    """For `fill_module`: adds up the bytes it reads of target and drafter."""
+    """Return a callback for `fill_module` that adds up the bytes read of target and drafter."""
     done, total = 0, count_bytes(config.path.parent, partial(target_names, config=config), _left(mapped))
     if drafter is not None:
         total += count_bytes(drafter.path.parent, partial(drafter_names, config=drafter))
@@ -236,7 +247,7 @@ def _count(
 
 
 def _left(mapped: bool) -> str | None:
-    """The part of a target that stays in its files."""
+    """Return the name of the part of a target that stays in its files, or None."""
     return "embed_tokens_per_layer" if mapped else None
 
 
@@ -276,10 +287,11 @@ def _is_mapped(requested: PerLayerEmbeddings, config: TargetConfig, drafter: Dra
 
 
 def load_target(config: TargetConfig, *, mapped: bool = False, on_read: Callable[[int], None] | None = None) -> Target:
-    """The target of the folder this config was read from; `mapped` leaves its per-layer table in the files. `on_read`
-    is called with every number of bytes read.
+    """Load the target from the folder that its config was read from.
 
-    Raises WeightsError if its tensors do not fit the config.
+    `mapped` leaves the per-layer table in its files. `on_read` is called with the number of bytes of each read.
+
+    Raises WeightsError if the tensors do not fit the config.
     """
     target = Target(config.text)
     target.suppress(config.suppress_tokens)
@@ -292,14 +304,16 @@ def load_target(config: TargetConfig, *, mapped: bool = False, on_read: Callable
 
 
 def load_drafter(config: DrafterConfig, dtype: mx.Dtype, on_read: Callable[[int], None] | None = None) -> Drafter:
-    """The drafter of the folder this config was read from, computing in the target's dtype.
+    """Load the drafter from the folder that its config was read from. It computes in the target's `dtype`.
 
-    Mixed types would convert the target's whole K/V in every draft step. Raises WeightsError as `load_target`.
+    With mixed types, every draft step would convert the target's whole K/V.
+
+    Raises WeightsError as `load_target` does.
     """
     drafter = Drafter(config)
     names = partial(drafter_names, config=config)
     fill_module(drafter, config.path.parent, names, config.quantization, on_read=on_read)
-    # Published as int64; the ids it yields are compared with the target's int32.
+    # The published ids are int64, but draft tokens are compared with the target's int32 ids.
     folder, vocab_size, head = config.path.parent, config.text.vocab_size, drafter.masked_embedding
     if head is not None:
         name = "masked_embedding.token_ordering"
@@ -312,16 +326,16 @@ def load_drafter(config: DrafterConfig, dtype: mx.Dtype, on_read: Callable[[int]
 
 
 def find_drafter(path_or_repo: str | Path, folder: Path, downloads: Downloads | None = None) -> Path | None:
-    """The drafter that belongs to a target, whose files are in `folder`: `drafter/` there, else one of the names that
-    `assistant_names` gives: of a local folder beside it, or beside each folder that it links to; of a hub id on the
-    hub.
+    """Find the drafter of a target whose files are in `folder`. Return its folder, or None if there is none.
 
-    If there is none, and the name tells the size of a published model (a fine-tune, or another publisher's
-    conversion), the drafter that Google published for it is taken, from the same place; where that cannot be had, a
-    warning says why.
+    The first place is `drafter/` in `folder`. The next places have the names of `assistant_names`. For a local folder,
+    they are next to it, or next to each folder that it links to. For a hub id, they are on the hub.
 
-    None if there is none. Raises HubError if the hub fails, or refuses a drafter that is there, and ConfigError if the
-    drafter is a link to nowhere.
+    If no such drafter exists, the name may tell the size of a published model, as for a fine-tune or another
+    publisher's conversion. Then the function takes the drafter that Google published for that size, from the same
+    place. If that drafter cannot be used, a warning gives the reason.
+
+    Raises HubError if the hub fails or refuses a drafter that exists, and ConfigError if the drafter is a broken link.
     """
     inside = folder / DRAFTER_FOLDER
     if _is_folder(inside):
@@ -338,7 +352,7 @@ def find_drafter(path_or_repo: str | Path, folder: Path, downloads: Downloads | 
 
 
 def _is_folder(path: Path) -> bool:
-    """Whether a drafter's folder is there. Raises ConfigError for a link to nowhere, which is no missing drafter."""
+    """Return whether a drafter's folder exists. Raises ConfigError if it is a broken link."""
     if path.is_symlink() and not path.exists():
         raise ConfigError(f"{path}: the drafter is {fault(path)}")
     return path.is_dir()
@@ -355,8 +369,8 @@ def _find_sibling(path: Path, folder: Path) -> Path | None:
 
 
 def _places(path: Path) -> Iterator[Path]:
-    """The names of a folder: as it is given, as the shell has it, each folder that a link leads to, and the last."""
-    # A shell that went through a link knows by which name; the system does not.
+    """Yield the names of a folder: the shell's, the given one, each folder that a link leads to, the resolved path."""
+    # After a change of folder through a link, the shell knows the link's name; the system does not.
     logical = Path(os.path.normpath(os.path.join(os.environ.get("PWD", ""), path)))
     if logical.is_absolute() and logical.is_dir() and logical.samefile(path):
         yield logical
@@ -368,15 +382,15 @@ def _places(path: Path) -> Iterator[Path]:
 
 
 def _links(place: Path) -> Iterator[Path]:
-    """Each folder that a link leads to, if it leads to another link."""
-    # The caller found a folder there: the chain has an end.
+    """Yield each folder along a chain of links."""
+    # The caller found a folder at this place, so the chain has an end.
     while place.is_symlink():
         place = Path(os.path.abspath(place.parent / place.readlink()))
         yield place
 
 
 def _official_siblings(place: Path) -> Iterator[Path]:
-    """Folders beside this one that are named like the drafter Google published for its size, or a conversion of it."""
+    """Yield sibling folders with the name of Google's drafter for this size, or of a conversion of it."""
     official = official_drafter(place.name)
     if official is not None:
         named = re.compile(rf"{re.escape(official.removeprefix('google/'))}(?:-.+)?", re.IGNORECASE)
@@ -384,7 +398,7 @@ def _official_siblings(place: Path) -> Iterator[Path]:
 
 
 def _fits(target: str, folder: Path, guess: Path) -> bool:
-    """Whether a folder holds a drafter of the target in `folder`; a guess, so that a warning says if not."""
+    """Return whether `guess` holds a drafter of the target in `folder`. Log a warning if it does not."""
     try:
         check_pair(read_target_config(folder), read_drafter_config(guess))
     except (ConfigError, PairError) as error:
@@ -395,7 +409,7 @@ def _fits(target: str, folder: Path, guess: Path) -> bool:
 
 
 def _find_official(repo: str, folder: Path, downloads: Downloads | None) -> Path | None:
-    """The published drafter of a fine-tune: a guess, so that nothing fails if it is not to be had."""
+    """Return the published drafter of a fine-tune, or None. It is only a guess, so a failure raises nothing."""
     name = official_drafter(repo)
     if name is None or name != published_drafter(read_target_config(folder)):
         return None
@@ -409,26 +423,29 @@ def _find_official(repo: str, folder: Path, downloads: Downloads | None) -> Path
 
 
 def official_drafter(name: str) -> str | None:
-    """The drafter that Google published for the model whose size a name tells; None if it names none."""
+    """Return the drafter that Google published for the model size in a name, or None if there is no size."""
     sizes = [size for size in _OFFICIAL.values() if re.search(rf"gemma-?4-{size}(?![a-z0-9])", name, re.IGNORECASE)]
     return f"google/gemma-4-{sizes[0]}-it-assistant" if sizes else None
 
 
 def published_drafter(config: TargetConfig) -> str | None:
-    """The drafter that Google published for models of a target's shape; None for other shapes."""
+    """Return the drafter that Google published for targets of this shape, or None for other shapes."""
     size = _OFFICIAL.get(config.text.hidden_size)
     return None if size is None else f"google/gemma-4-{size}-it-assistant"
 
 
 def how_to_name_a_drafter(config: TargetConfig) -> str:
-    """What to say where no drafter was found: "pass --drafter NAME"."""
+    """Return advice for a target without a drafter, such as "pass --drafter NAME"."""
     official = published_drafter(config)
     return "name one with --drafter" if official is None else f"pass --drafter {official}"
 
 
 def assistant_names(name: str) -> Iterator[str]:
-    """Names a target's drafter goes by: gemma-4-E2B-it-4bit -> gemma-4-E2B-it-assistant-4bit, then -bf16, then the
-    unconverted one."""
+    """Yield the names that a target's drafter may have.
+
+    For gemma-4-E2B-it-UD-MLX-4bit, they are gemma-4-E2B-it-assistant-UD-MLX-4bit, then the names that end in -4bit and
+    in -bf16, then the name of the unconverted drafter.
+    """
     conversion = _CONVERSION.search(name)
     if conversion is None:
         yield f"{name}-assistant"
@@ -440,7 +457,7 @@ def assistant_names(name: str) -> Iterator[str]:
 
 
 def check_pair(target: TargetConfig, drafter: DrafterConfig) -> None:
-    """Check that a drafter was made for a target. Raises PairError naming the first difference and both values."""
+    """Check that a drafter belongs to a target. Raises PairError with the first difference and both values."""
     pairs: list[tuple[str, Any, Any]] = [
         ("backbone_hidden_size", drafter.backbone_hidden_size, target.text.hidden_size),
         ("vocab_size", drafter.text.vocab_size, target.text.vocab_size),
@@ -465,9 +482,10 @@ def _value(layer: LayerConfig, name: str) -> int:
 
 
 def _check_tokenizers(target: Path, drafter: Path) -> None:
-    """Where both ship a tokenizer, nearly all ids that both know must be of the same tokens.
+    """Check that both tokenizers agree on nearly all ids that both have. Raises PairError if not.
 
-    The drafter works on ids: it can do without tokens that a fine-tune added or renamed, which is warned of.
+    The check is made only if both checkpoints have a tokenizer. The drafter works on ids. It can work without tokens
+    that a fine-tune added or renamed; a warning reports them.
     """
     ours, theirs = target / "tokenizer.json", drafter / "tokenizer.json"
     if not (ours.is_file() and theirs.is_file()) or ours.read_bytes() == theirs.read_bytes():

@@ -1,4 +1,4 @@
-"""What a pair takes of memory, from its files' headers alone, and what there is."""
+"""The memory that a pair needs, planned from the headers of its files, and the memory of the machine."""
 
 import math
 import os
@@ -17,7 +17,7 @@ from mlx_mtp.gemma4.kv_cache import KVQuantization, check_group_size, rows_in_bu
 
 from .errors import MemoryLimitError, OptionError
 
-# Copies of the logits of a round that live at the same time: warped, sorted, compared.
+# The number of copies of a round's logits that exist at the same time: warped, sorted, compared.
 _LOGITS = 6
 _UNITS = {"": 1e9, "GB": 1e9, "MB": 1e6, "GIB": 2.0**30, "MIB": 2.0**20, "B": 1.0}
 # MLX counts bytes in 64 bits.
@@ -25,13 +25,16 @@ _LARGEST_SIZE = 2**63
 
 
 def memory_size() -> int:
-    """Bytes of this machine's memory."""
+    """Return the size of this machine's memory in bytes."""
     size = mx.device_info().get("memory_size")
     return int(size) if size else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes from "6", "6GB" (1e9 bytes each), "6GiB", "800MB", "800MiB". Raises OptionError for anything else."""
+    """Convert a size such as "6", "6GB", "6GiB", "800MB" or "800MiB" to bytes.
+
+    A number alone is in GB (1e9 bytes). Raises OptionError for any other text.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in _UNITS:
         raise OptionError(f"expected a number of GB, or one with GB, MB, GiB or MiB behind it, found {text!r}")
@@ -43,10 +46,11 @@ def parse_bytes(text: str) -> int:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that a pair takes, at its peak, with a context of so many tokens, of which `kv` depends on it.
+    """The memory in bytes that a pair needs at its peak, for a context of `context` tokens.
 
-    `rings` are the K/V of sliding layers, `work` what a chunk of the prompt, a round, or a buffer that grows takes for
-    a time. Not in it: what is kept of earlier prompts (`Model.prompt_cache`).
+    `kv` is the K/V of full-attention layers, which grow with the context. `rings` is the K/V of sliding layers. `work`
+    is the temporary memory of a chunk of the prompt, of a round, or of a buffer that grows. The plan leaves out the K/V
+    of earlier prompts (`Model.prompt_cache`).
     """
 
     context: int
@@ -60,19 +64,21 @@ class MemoryPlan:
 
     @property
     def kv(self) -> int:
+        """Bytes of the K/V of full-attention layers."""
         return rows_in_buffers(self.context) * self.kv_per_token
 
     @property
     def resident(self) -> int:
-        """Of the weights of both models."""
+        """Bytes of the weights of both models."""
         return self.weights + self.token_embeddings + self.per_layer_embeddings + self.drafter
 
     @property
     def peak(self) -> int:
+        """Bytes of weights, K/V and work together."""
         return self.resident + self.rings + self.kv + self.work
 
     def rows(self) -> Iterator[tuple[str, int]]:
-        """Names and bytes, as a table shows them."""
+        """Yield the name and the bytes of each part, as a table shows them."""
         yield "target's layers", self.weights
         yield "token embeddings (both models)", self.token_embeddings
         if self.per_layer_embeddings:
@@ -98,10 +104,12 @@ def planner(
     kv: KVQuantization | None = None,
     mapped: bool = False,
 ) -> Callable[[int], MemoryPlan]:
-    """What makes a plan for a context of so many tokens. `max_block` is the most rows of a verify pass, `prefill_step`
-    those of a chunk of the prompt, `kv` how K/V are quantized; `mapped` leaves the per-layer embeddings on disk.
+    """Return a function that makes the plan for a context of a given number of tokens.
 
-    Raises WeightsError for a checkpoint that cannot be read, OptionError for groups that do not fit the heads.
+    `max_block` is the largest number of rows of a verify pass. `prefill_step` is the largest number of rows of a chunk
+    of the prompt. `kv` is the K/V quantization. `mapped` leaves the per-layer embeddings on disk.
+
+    Raises WeightsError if a checkpoint cannot be read, and OptionError if the groups of `kv` do not fit the heads.
     """
     shares = {"embed_tokens": 0, "embed_tokens_per_layer": 0, "": 0}
     size = 4
@@ -115,12 +123,12 @@ def planner(
     text = target.text
     largest = max(layer.num_kv_heads * layer.head_dim for layer in text.layers if layer.has_kv)
     ring = text.sliding_window + max_block
-    # The last layer with K/V of its own attends with one row only.
+    # The last layer that owns K/V attends with one row only.
     last_own = max(layer.kv_layer for layer in text.layers)
     attends = any(layer.layer_type == "full_attention" for layer in text.layers[:last_own])
     table = shares["embed_tokens_per_layer"]
     if mapped:
-        # The rows kept.
+        # Only the rows used last are kept in memory.
         table = min(table, KEPT_BYTES)
     width = _kv_width(text, "full_attention")
     if kv is not None:
@@ -129,7 +137,8 @@ def planner(
     def plan(context: int) -> MemoryPlan:
         rows = rows_in_buffers(context)
         chunk = min(chunk_size(text, rows, size, prefill_step), context)
-        # MLX allocates ahead: scores, and masks, of a full-attention layer and a sliding one, or two layers' products.
+        # MLX allocates ahead. The scores and masks of a sliding layer and the activations of a layer exist at the same
+        # time as the scores and masks of a full-attention layer, or as the activations of a second layer.
         score, layer = text.num_attention_heads * size + 1, _activations(text) * size
         full = rows * (score if attends else 1)
         reading = chunk * ((ring + chunk) * score + layer + max(full, layer))
@@ -142,7 +151,7 @@ def planner(
             drafter=drafter_size,
             kv_per_token=int(width * size if kv is None or context <= kv.start else width * _quantized_size(kv, size)),
             rings=_kv_width(text, "sliding_attention") * ring * size,
-            # Growing takes a second copy of one buffer.
+            # A buffer that grows needs a second copy.
             work=max(reading, deciding, rows * largest * size),
         )
 
@@ -150,12 +159,15 @@ def planner(
 
 
 def check_memory(plan: Callable[[int], MemoryPlan], context: int, limit: int, source: str) -> None:
-    """Raise MemoryLimitError if the plan for a context does not keep a limit of so many bytes; it says what would."""
+    """Raise MemoryLimitError if the plan for a context needs more than `limit` bytes.
+
+    The message says which changes would keep the limit.
+    """
     wanted = plan(context)
     if wanted.peak <= limit:
         return
     ways = []
-    # The longest context that fits: a plan grows with it.
+    # Search the longest context that fits: the peak grows with the context.
     fitting = bisect_right(range(2, context), limit, key=lambda tokens: plan(tokens).peak) + 1
     if fitting > 1:
         ways.append(f"a context of {fitting} tokens (--max-context {fitting})")
@@ -171,7 +183,7 @@ def check_memory(plan: Callable[[int], MemoryPlan], context: int, limit: int, so
 
 
 def _kv_width(text: TextConfig, layer_type: LayerType) -> int:
-    """Values per position in the K/V of all layers of a type."""
+    """Return the number of values per position in the K/V of all layers of a type."""
     return sum(
         2 * layer.num_kv_heads * layer.head_dim
         for layer in text.layers
@@ -180,13 +192,15 @@ def _kv_width(text: TextConfig, layer_type: LayerType) -> int:
 
 
 def _quantized_size(kv: KVQuantization, size: int) -> float:
-    """Bytes of a value, with its share of a scale and a bias."""
+    """Return the bytes of a quantized value, with its share of a scale and a bias."""
     return kv.bits / 8 + 2 * size / kv.group_size
 
 
 def _activations(text: TextConfig) -> int:
-    """Values per row that a layer and the per-layer inputs take of a chunk of the prompt, beside attention scores.
-    Chunks end at the last layer with K/V of its own."""
+    """Return the number of values that a layer and the per-layer inputs need for a row of a prompt chunk.
+
+    Attention scores are not included. Chunks end at the last layer that owns K/V.
+    """
     read = text.layers[: 1 + max(layer.kv_layer for layer in text.layers)]
     feed_forward = max(3 * layer.intermediate_size for layer in read)
     heads = max(2 * text.num_attention_heads * layer.head_dim for layer in read)
@@ -194,7 +208,10 @@ def _activations(text: TextConfig) -> int:
 
 
 def _drafter_bytes(config: DrafterConfig, size: int) -> int:
-    """A drafter's values take the target's type, its token ids four bytes; U8 are scales, which stay as they are."""
+    """Return the number of bytes of a loaded drafter.
+
+    Float values take the target's type, and token ids take four bytes each. U8 values are scales and stay as they are.
+    """
     total = 0
     for key, tensor in read_checkpoint(config.path.parent).items():
         if drafter_names(key, config):

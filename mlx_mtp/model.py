@@ -1,4 +1,4 @@
-"""A loaded model: text in, text out."""
+"""The public class `Model`: a loaded target and drafter that generate text from prompts."""
 
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing
@@ -24,13 +24,14 @@ from .responses import GenerationResponse, GenerationResult, whole
 
 
 class Model(LoadedModel):
-    """A loaded target with its tokenizer and, unless it decodes plainly, its drafter. `mlx_mtp.load` makes it.
+    """A loaded target with its tokenizer and, except for plain decoding, its drafter. `mlx_mtp.load` makes it.
 
-    With `exact`, verify passes have the bits of plain decoding. Rounds are compiled with the weights as they are:
-    change none after the first generation.
+    With `exact`, a verify pass gives the same bits as plain decoding. Compiled rounds keep the weights that they were
+    compiled with: do not change a weight after the first generation.
 
-    Any thread may use it; threads take turns, round by round and chunk by chunk of a prompt. In a `with` statement, or
-    with `close`, its memory is released. After that, all but what its folder says raises ClosedError.
+    Any thread may use the model. Threads take turns after each round and after each chunk of a prompt. A `with`
+    statement or `close` releases the memory. After that, only the facts from the model's folder are available, such as
+    `config` and `max_context`. Every other use raises ClosedError.
     """
 
     def encode(
@@ -41,12 +42,12 @@ class Model(LoadedModel):
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_options: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a prompt. Messages go through the chat template; text is encoded as it stands.
+        """Return the token ids of a prompt. Messages go through the chat template; text is encoded as it is.
 
-        For messages, `tools` are functions as OpenAI's API describes them, and `template_options` are further switches
-        of the chat template, such as `preserve_thinking`.
+        For messages, `tools` are function definitions in the format of OpenAI's API. `template_options` are other
+        variables of the chat template, such as `preserve_thinking`.
 
-        Raises PromptError for messages that cannot be rendered and for token ids that are not in the vocabulary.
+        Raises PromptError if messages cannot be rendered, or if a token id is not in the vocabulary.
         """
         loaded = self.parts
         return encode(
@@ -66,13 +67,14 @@ class Model(LoadedModel):
         on_prefill: Progress | None = None,
         **changes: Unpack[OptionChanges],
     ) -> Generator[GenerationResponse, None, None]:
-        """Decode, one response per token. For the kinds of prompt see `encode`.
+        """Return a generator that decodes a prompt and yields one response per token.
 
-        `changes` are fields of `GenerationOptions`, as in `stream_generate(prompt, max_tokens=100)`. Everything is
-        checked here, before the first token is asked for. Closing the generator ends the generation.
+        `encode` describes the kinds of prompt. `changes` are fields of `GenerationOptions`, as in
+        `stream_generate(prompt, max_tokens=100)`. This call checks the prompt and the options before the first token is
+        requested. Closing the generator ends the generation.
 
-        Raises PromptError for a prompt that is empty or too long, OptionError for an option that cannot be honoured,
-        ClosedError once the model is closed.
+        Raises PromptError if the prompt is empty or too long, OptionError if an option cannot be used, and ClosedError
+        if the model is closed.
         """
         with self.life:
             chosen = replace(options or GenerationOptions(), **changes)
@@ -86,16 +88,16 @@ class Model(LoadedModel):
         on_prefill: Progress | None = None,
         **changes: Unpack[OptionChanges],
     ) -> AsyncGenerator[GenerationResponse, None]:
-        """`stream_generate` for an event loop.
+        """Yield one response per token, as `stream_generate` does, for callers on an event loop.
 
-        The model computes on a thread of its own, several generations one after the other in the order in which their
-        first items were asked for. `on_prefill` is called on the event loop, so that it may touch a user interface; an
-        exception from it ends the generation and is raised here. Closing the iterator (`aclose`, or
-        `contextlib.aclosing`), and cancelling the task that waits for it, ends the generation within a round or between
-        two chunks of the prompt.
+        The model computes on a thread of its own. Several generations run one after the other, in the order in which
+        their first items were requested. `on_prefill` is called on the event loop, so it may update a user interface.
+        If it raises, the generation ends and the exception is raised here. The generation also ends if the iterator is
+        closed (`aclose` or `contextlib.aclosing`), or if the task that waits for it is cancelled. It ends within a
+        round, or between two chunks of the prompt.
 
-        Raises what `stream_generate` raises when the first item is asked for, and ClosedError when the model is closed
-        meanwhile.
+        Raises the errors of `stream_generate` when the first item is requested, and ClosedError if the model is closed
+        during the generation.
         """
 
         def start(job: Job[GenerationResponse]) -> Iterator[GenerationResponse]:
@@ -118,13 +120,16 @@ class Model(LoadedModel):
     def generate(
         self, prompt: Prompt, options: GenerationOptions | None = None, **changes: Unpack[OptionChanges]
     ) -> GenerationResult:
-        """The whole of `stream_generate`."""
+        """Decode a prompt as `stream_generate` does, and return the whole result at the end."""
         return whole(list(self.stream_generate(prompt, options, **changes)))
 
     async def agenerate(
         self, prompt: Prompt, options: GenerationOptions | None = None, **changes: Unpack[OptionChanges]
     ) -> GenerationResult:
-        """The whole of `astream_generate`. Cancelling the task that waits for it ends the generation."""
+        """Decode a prompt as `astream_generate` does, and return the whole result at the end.
+
+        The generation ends if the task that waits for it is cancelled.
+        """
         async with aclosing(self.astream_generate(prompt, options, **changes)) as responses:
             return whole([response async for response in responses])
 
@@ -137,11 +142,13 @@ class Model(LoadedModel):
         on_prefill: Progress | None = None,
         **changes: Unpack[OptionChanges],
     ) -> int:
-        """Read a prompt and write its K/V to a safetensors file, for `load_prompt`. Returns its number of tokens.
+        """Read a prompt and write its K/V to a safetensors file for `load_prompt`. Return its number of tokens.
 
-        Of the options, K/V quantization and `prefill_step_size` matter. `load_prompt` needs the same K/V quantization.
+        Only the K/V quantization and `prefill_step_size` matter among the options. `load_prompt` needs the same K/V
+        quantization.
 
-        Raises PromptError and OptionError as `stream_generate` does, OutputError if the file cannot be written.
+        Raises PromptError and OptionError as `stream_generate` does, OptionError if the model is exact, and OutputError
+        if the file cannot be written.
         """
         with self.life:
             chosen = replace(options or GenerationOptions(), **changes)
@@ -156,13 +163,13 @@ class Model(LoadedModel):
     def load_prompt(
         self, file: str | Path, options: GenerationOptions | None = None, **changes: Unpack[OptionChanges]
     ) -> list[int]:
-        """Take a saved prompt into the prompt cache. Returns its tokens.
+        """Add a saved prompt to the prompt cache. Return its tokens.
 
-        Prompts that begin with these tokens and have at least one more go on from there, if they are generated with the
-        same options of K/V quantization.
+        A later prompt resumes from it if the prompt begins with these tokens and has at least one more token. The later
+        prompt must have the same options of K/V quantization.
 
-        Raises PromptCacheError if the file is damaged, of another model or of another version, or was read with other
-        such options.
+        Raises PromptCacheError if the file is damaged, belongs to another model or another format version, or was made
+        with other options of K/V quantization. Raises OptionError if the model is exact.
         """
         with self.life:
             expected = replace(options or GenerationOptions(), **changes).kv_quantization
@@ -172,7 +179,7 @@ class Model(LoadedModel):
             return list(entry.tokens)
 
     def _identity(self) -> str:
-        """The name of these weights in files of prompts. Raises OptionError for an exact model, which reuses none."""
+        """Return the name of these weights in prompt files. Raises OptionError if the model is exact."""
         if self.exact:
             raise OptionError("an exact model reuses no prompts: how its sums round depends on how they were read")
         loaded = self.parts
@@ -189,14 +196,15 @@ class Model(LoadedModel):
         remeasure: bool = False,
         on_progress: Progress | None = None,
     ) -> CostCurve:
-        """The cost of rounds on this machine with such sampling (default: greedy), in seconds. With `kv_bits`, the cost
-        once K/V are quantized.
+        """Return the cost of rounds on this machine, in seconds, for this sampling (default: greedy).
 
-        It is measured once, in a few seconds, for all pairs of the same shapes, and kept in the user's cache directory
-        (see `calibration.cache_directory`). The first generation that needs it measures it otherwise. `remeasure`
-        measures again.
+        With `kv_bits`, the result is the cost of rounds over quantized K/V.
 
-        Raises OptionError without a drafter or for K/V options that cannot be honoured, CalibrationError if the clock
+        The measurement takes a few seconds. It is made once for all pairs with the same shapes, and is kept in the
+        user's cache directory (see `calibration.cache_directory`). Without this call, the first generation that needs
+        the cost measures it. `remeasure` measures the cost again.
+
+        Raises OptionError if there is no drafter or a K/V option cannot be used, and CalibrationError if the clock
         gives nonsense.
         """
         with self.life:

@@ -13,44 +13,52 @@ from .errors import OptionError
 
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_PREFILL_STEP = 512
-# Far beyond what is ever accepted; the buffers of a longer draft would take the memory.
+# No target accepts this many draft tokens in a round. A longer draft would only fill the memory with its buffers.
 LARGEST_DRAFT = 1024
-# As in mlx-lm.
+# The defaults of mlx-lm.
 DEFAULT_KV_GROUP_SIZE = 64
 DEFAULT_QUANTIZED_KV_START = 5000
 KV_BITS = (4, 8)
-# Those that MLX has kernels for.
+# The group sizes that MLX has kernels for.
 KV_GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How to generate. `num_draft_tokens`, of a round, is "auto" by default: as many as make most tokens per second, by
-    what rounds cost on this machine (see `Model.calibrate`) and by what was accepted so far. 0 decodes plainly.
+    """The options of one generation. Their values are checked when the object is made.
 
-    Greedy tokens do not depend on it; sampled ones keep their distribution, and do not depend on it either with
-    `Sampling(acceptance="coupled")`. With block verification a seed gives the same text for the same number, or for
-    "auto" on the same machine as long as the measurement is kept.
+    `num_draft_tokens` is the number of draft tokens in a round; 0 decodes plainly. "auto", the default, chooses the
+    number that gives the most tokens per second. The choice uses the cost of rounds on this machine (see
+    `Model.calibrate`) and the acceptance so far.
 
-    The text ends before the first of the `stop` strings, wherever tokens or blocks break it. `ignore_eos` goes on after
-    the model's own stop tokens; before `min_tokens` there can be none. `logits_processors` are called as by mlx-lm, for
-    every row of a verify pass with the tokens before it; the drafter does not know of them. `logprobs` is the number of
-    most likely tokens reported with each token's log probability.
+    Greedy tokens do not depend on this number. Sampled tokens keep their distribution. With
+    `Sampling(acceptance="coupled")`, sampled tokens do not depend on the number either. With block verification, a seed
+    gives the same text for the same number. With "auto", it gives the same text on the same machine as long as the
+    measurement is kept.
 
-    With one of `json_schema`, `regex` and `grammar` (see `guide.compile_grammar`) the answer is always in that
-    language: up to its end, where the text stops, or a beginning of it where `max_tokens` cut it short.
+    The text ends before the first of the `stop` strings, even if the string spans several tokens or rounds. With
+    `ignore_eos`, the text continues after the model's own stop tokens. Stop tokens cannot occur before `min_tokens`.
+    `logits_processors` are called as in mlx-lm: for every row of a verify pass, with the tokens before that row. The
+    drafter does not use them. `logprobs` is the number of most likely tokens that are reported with the log probability
+    of each token.
 
-    `enable_thinking` lets the answer begin with a thought, and is the switch of the chat template for messages.
-    `thinking_budget` is the most tokens of a thought, after which it is closed and the answer begins.
+    At most one of `json_schema`, `regex` and `grammar` may be given (see `constraints.compile_grammar`). The answer is
+    then always in that language, and the text stops at the answer's end. If `max_tokens` cuts the answer short, it is
+    the beginning of a valid answer.
 
-    With `reuse_prompt`, what the prompt has in common with earlier ones of the same model is not read again, and it is
-    kept for later ones (see `Model.prompt_cache`). An exact model reads every prompt, as sums round by their order.
+    With `enable_thinking`, the answer may begin with a thought. For messages, it is also the switch of the chat
+    template. `thinking_budget` is the largest number of tokens in a thought. After that number, the thought is closed
+    and the answer begins.
 
-    With `kv_bits`, 8 or 4, the K/V of full-attention layers are quantized in groups of `kv_group_size` values (32, 64
-    or 128, dividing the head size) as soon as there are `quantized_kv_start` tokens. That may change the text, but what
-    was said of `num_draft_tokens` still holds.
+    With `reuse_prompt`, the model does not read again the beginning that a prompt shares with an earlier prompt. It
+    keeps the prompt's K/V for later prompts (see `Model.prompt_cache`). An exact model reads every prompt, because the
+    rounding of sums depends on their order.
 
-    Raises OptionError for a value out of range, and for options that contradict each other.
+    With `kv_bits` (8 or 4), the K/V of full-attention layers are quantized as soon as there are `quantized_kv_start`
+    tokens. Each group has `kv_group_size` values: 32, 64 or 128, a divisor of the head size. Quantization may change
+    the text, but the statements about `num_draft_tokens` stay true.
+
+    Raises OptionError if a value is out of range, or if options contradict each other.
     """
 
     max_tokens: int = DEFAULT_MAX_TOKENS
@@ -75,7 +83,7 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         for name, choices in (("kv_bits", (None, *KV_BITS)), ("kv_group_size", KV_GROUP_SIZES)):
             value = getattr(self, name)
-            # Of the type as well: 8.0 equals 8, but MLX takes no float.
+            # The type must match as well: 8.0 equals 8, but MLX accepts no float.
             if not any(type(value) is type(choice) and value == choice for choice in choices):
                 *most, last = [choice for choice in choices if choice is not None]
                 raise OptionError(f"{name} must be {', '.join(map(str, most))} or {last}, found {value!r}")
@@ -102,17 +110,19 @@ class GenerationOptions:
             raise OptionError(f"{name} contradicts a json_schema, regex or grammar, which says where the answer ends")
 
     def compiled_grammar(self) -> str | None:
-        """What the answer is constrained to, in llguidance's form; None if to nothing."""
+        """Return the constraint on the answer in llguidance's form, or None if there is no constraint."""
         return compile_grammar(json_schema=self.json_schema, regex=self.regex, grammar=self.grammar)
 
     @property
     def kv_quantization(self) -> KVQuantization | None:
+        """The K/V quantization of these options; None if K/V are not quantized."""
         return (
             None if self.kv_bits is None else KVQuantization(self.kv_bits, self.kv_group_size, self.quantized_kv_start)
         )
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings as a tuple, also if `stop` is a single string."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 

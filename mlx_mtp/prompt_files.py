@@ -1,4 +1,4 @@
-"""Prompts that are read ahead and kept in files."""
+"""Prompts that are read in advance and kept in files."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from .errors import PromptCacheError
 def read_ahead(
     target: Target, tokens: list[int], step_size: int, kv: KVQuantization | None, on_progress: Progress
 ) -> Entry:
-    """The K/V of a prompt, read in chunks of `step_size` tokens. If `on_progress` raises, reading ends."""
+    """Read a prompt in chunks of `step_size` tokens, and return its K/V. If `on_progress` raises, reading ends."""
     stream = Stream(target, None, max_draft_tokens=MAX_DRAFT_TOKENS, kv_quantization=kv)
     stream.read(tokens, step_size, on_progress)
     entry = stream.entry()
@@ -24,10 +24,10 @@ def read_ahead(
 
 
 def load_entry(file: Path, identity: str, expected: KVQuantization | None) -> Entry:
-    """The K/V of a prompt from a file, for the model of this identity.
+    """Load the K/V of a prompt from a file, for the model with this identity.
 
-    Raises PromptCacheError if the file is damaged, of another model or of another version, or was read with another K/V
-    quantization than `expected`.
+    Raises PromptCacheError if the file is damaged, belongs to another model or another format version, or has another
+    K/V quantization than `expected`.
     """
     entry = prompt_cache.load(file, identity)
     if entry.kind.quantization != expected:

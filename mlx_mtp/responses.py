@@ -1,4 +1,4 @@
-"""The responses of a generation: one per token, with text, thought and figures."""
+"""The responses of a generation: one per token, with text, thought and statistics."""
 
 import time
 from collections.abc import Generator, Iterable, Sequence
@@ -16,12 +16,15 @@ from mlx_mtp.text.answer import TextStream
 class GenerationResponse:
     """One token of a generation, with mlx-lm's field names.
 
-    `text` is the readable text of the answer since the last response, `thought` the text of the thought before the
-    answer (without the tokens and the name of its channel); both are valid UTF-8. `in_thought` says whether the token
-    belongs to a thought, its channel included. `cached_tokens` of the prompt's tokens were read for an earlier prompt;
-    `prompt_tps` counts the others. It and `generation_tps` are tokens per second so far, `peak_memory` is in GB (1e9
-    bytes). `finish_reason` is set on the last response: "stop" after a stop token or string, "length" at `max_tokens`
-    or the end of the context. `stop_string` is the one of `GenerationOptions.stop` that ended the text.
+    `text` is the new readable text of the answer since the last response. `thought` is the new text of the thought
+    before the answer, without the tokens and the name of its channel. Both are valid UTF-8. `in_thought` says whether
+    the token belongs to a thought; the tokens of its channel belong to the thought.
+
+    `cached_tokens` is the number of prompt tokens whose K/V come from an earlier prompt. `prompt_tps` counts the other
+    prompt tokens. `prompt_tps` and `generation_tps` are tokens per second so far. `peak_memory` is in GB (1e9 bytes).
+
+    `finish_reason` is set on the last response: "stop" after a stop token or a stop string, "length" at `max_tokens` or
+    at the end of the context. `stop_string` is the string of `GenerationOptions.stop` that ended the text.
     """
 
     text: str
@@ -43,7 +46,10 @@ class GenerationResponse:
 
 @dataclass
 class GenerationResult:
-    """A whole generation: answer, thought, all tokens (a stop token included), and the last response's figures."""
+    """A whole generation: the answer, the thought, all tokens and the last response.
+
+    `tokens` includes a stop token. `last` has the figures of the whole generation.
+    """
 
     text: str
     thought: str
@@ -52,24 +58,25 @@ class GenerationResult:
 
 
 def whole(responses: Sequence[GenerationResponse]) -> GenerationResult:
-    """The result that the responses of one generation make."""
+    """Combine the responses of one generation into a result."""
     text, thought = "".join(r.text for r in responses), "".join(r.thought for r in responses)
     return GenerationResult(text, thought, [r.token for r in responses], responses[-1])
 
 
 @dataclass
 class _Clock:
-    """Tokens per second of prefill and decoding."""
+    """The speed of prefill and of decoding, in tokens per second."""
 
     prompt_tokens: int
     started: float = field(default_factory=time.perf_counter)
     first_token: float = 0.0
 
     def prompt_tps(self) -> float:
+        """Return the speed of prefill."""
         return self.prompt_tokens / (self.first_token - self.started)
 
     def generation_tps(self, tokens: int) -> float:
-        """The rate of the tokens after the first, which belongs to prefill. 0.0 as long as there are none."""
+        """Return the speed of the tokens after the first, which belongs to prefill; 0.0 if there are none."""
         return (tokens - 1) / (time.perf_counter() - self.first_token) if tokens > 1 else 0.0
 
 
@@ -83,9 +90,9 @@ def respond(
     budget: int,
     counts_rows: bool,
 ) -> Generator[GenerationResponse, None, None]:
-    """A response for each token of the rounds of a stream, until a stop or `budget` tokens.
+    """Yield a response for each token of the rounds of a stream, until a stop or `budget` tokens.
 
-    `counts_rows` says whether the rows that logits processors see are counted in the statistics.
+    `counts_rows` says whether the statistics count the rows that logits processors see.
     """
     stats = Stats()
     generated = 0

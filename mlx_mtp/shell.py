@@ -1,4 +1,4 @@
-"""What a shell gives to a command and expects of it: descriptors, encodings, one line for an error, an exit status."""
+"""The interface of a command to the shell: descriptors, encodings, one line for an error, an exit status."""
 
 import argparse
 import io
@@ -18,22 +18,23 @@ _DASHES = re.compile(r"(--[\w-]+=|-\w)--")
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, without the usage that would hide it."""
+    """An argument parser that reports an error in one line, without the usage text that would hide it."""
 
     def error(self, message: str) -> NoReturn:
+        """Print the error in one line, and exit with status 2."""
         self.exit(2, f"error: {message}\n")
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """As argparse does, but a negative number with an exponent is a value, as one without is."""
+        """Parse arguments as argparse does, but take a negative number with an exponent as a value."""
         given: list[str] = []
         for argument in sys.argv[1:] if args is None else args:
             if (match := _DASHES.fullmatch(argument)) is not None:
-                # argparse drops the dashes and makes a list of nothing.
+                # argparse would drop the dashes and return an empty list.
                 self.error(f"argument {match[1].rstrip('=')}: expected a value, found --")
             if given and given[-1].startswith("-") and _EXPONENT.fullmatch(argument):
-                # argparse takes it for an option.
+                # argparse would take the number for an option.
                 given[-1] += f"={argument}" if given[-1].startswith("--") else argument
             else:
                 given.append(argument)
@@ -41,9 +42,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_status(run: Callable[[], int]) -> int:
-    """Run a command: its own exit status, 1 after an error, which is printed in one line, or 130 after Ctrl-C.
+    """Run a command and return its exit status, 1 after an error, or 130 after Ctrl-C.
 
-    Warnings of the library go to stderr.
+    An error is printed in one line. Warnings of the library go to stderr.
     """
     prepare_streams()
     handler = logging.lastResort
@@ -60,7 +61,7 @@ def exit_status(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output is gone.
+        # The program that reads the output has ended.
         return 1
     except OSError as error:
         print(f"error: {_describe(error)}", file=sys.stderr)
@@ -72,31 +73,34 @@ def exit_status(run: Callable[[], int]) -> int:
 
 def _describe(error: OSError) -> str:
     if isinstance(error, FileNotFoundError) and error.filename is None:
-        # What asking for the current folder raises.
+        # Python raises this error when it looks up a current folder that was removed.
         return "the current folder is gone: change to another one"
     return str(error)
 
 
 def prepare_streams() -> None:
-    """Open the standard descriptors that are closed, for nothing: MLX takes a file with descriptor 0 for one that could
-    not be opened. What stdout's encoding lacks is written as an escape sequence."""
+    """Open closed standard descriptors on the null device, and make stdout escape unknown characters.
+
+    MLX treats a file with descriptor 0 as a file that could not be opened. A character that stdout's encoding does not
+    have is written as an escape sequence.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            # Gets the lowest number that is free.
+            # The new descriptor gets the lowest free number.
             os.open(os.devnull, os.O_RDWR)
-    # None where they were closed when Python began.
+    # A stream is None if its descriptor was closed when Python started.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    # In UTF-8, bytes of a path that are no text may go through as they came.
+    # In UTF-8, the bytes of a path that are not text may be written unchanged.
     is_lenient = sys.stdout.errors == "surrogateescape" and sys.stdout.encoding.lower() == "utf-8"
     if isinstance(sys.stdout, io.TextIOWrapper) and not is_lenient:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _drop_unwritable() -> None:
-    """Drop what cannot be written to stdout: Python would complain about it at the end."""
+    """Drop text that cannot be written to stdout. Otherwise Python would report it when the program ends."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -114,14 +118,19 @@ def write_out(text: str, end: str = "\n") -> None:
 
 
 def write_json(report: dict[str, Any]) -> None:
-    """Print a line of JSON to stdout: characters as they are, escaped as JSON has it where stdout's encoding lacks one.
-    Raises what `write_out` does."""
+    """Print a report to stdout as one line of JSON.
+
+    Characters are printed as they are. If stdout's encoding does not have one of them, all characters outside ASCII are
+    escaped as in JSON.
+
+    Raises the errors of `write_out`.
+    """
     text = json.dumps(report, ensure_ascii=False)
     write_out(text if lacking(text) is None else json.dumps(report))
 
 
 def lacking(text: str) -> str | None:
-    """The first character of a text that stdout's encoding does not have."""
+    """Return the first character of a text that stdout's encoding does not have, or None."""
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError as error:
@@ -130,7 +139,7 @@ def lacking(text: str) -> str | None:
 
 
 def text_argument(text: str) -> str:
-    """For argparse: an argument that is a text, in UTF-8 where the locale does not know its bytes."""
+    """Read a text argument for argparse, as UTF-8 if the locale does not know its bytes."""
     try:
         return read_escaped(text)
     except PromptError as error:
@@ -138,8 +147,10 @@ def text_argument(text: str) -> str:
 
 
 def read_escaped(text: str) -> str:
-    """A text in which Python escaped the bytes that the locale does not know, read as UTF-8. Raises PromptError if it
-    is no such text."""
+    """Read a text as UTF-8 if Python escaped some of its bytes.
+
+    Python escapes the bytes that the locale does not know. Raises PromptError if the bytes are not UTF-8.
+    """
     try:
         text.encode()
         return text
@@ -152,9 +163,11 @@ def read_escaped(text: str) -> str:
 
 
 def read_prompt(prompt: str) -> str:
-    """A prompt given as an argument: "-" stands for all of stdin, in UTF-8 unless the locale says otherwise.
+    """Return the prompt of an argument; "-" stands for all of stdin.
 
-    Raises PromptError for an empty prompt, and if stdin is closed or is no such text.
+    Stdin is in UTF-8 unless the locale gives another encoding.
+
+    Raises PromptError if the prompt is empty, if stdin is closed, or if stdin cannot be read in its encoding.
     """
     text = prompt if prompt != "-" else _read_stdin()
     if not text:
@@ -167,7 +180,7 @@ def _read_stdin() -> str:
     encoding = sys.stdin.encoding.lower()
     try:
         content = sys.stdin.buffer.read()
-        # ASCII is the locale C, which says nothing about the text.
+        # ASCII means the locale C, which says nothing about the encoding of the text.
         text = content.decode("utf-8-sig" if encoding in ("utf-8", "ascii", "ansi_x3.4-1968") else encoding)
     except UnicodeDecodeError as error:
         raise PromptError(f"stdin: {_not_utf8(error)}") from None
@@ -177,7 +190,7 @@ def _read_stdin() -> str:
 
 
 def check_stdin() -> None:
-    """Raises PromptError if stdin is closed."""
+    """Raise PromptError if stdin is closed."""
     if sys.stdin is None or sys.stdin.closed:
         raise PromptError("expected text on stdin, which is closed")
 

@@ -1,1 +1,1 @@
-"""Folders of checkpoints: configs, tensors on disk, the hub, and files that appear whole. No networks."""
+"""Checkpoint folders: configs, tensors on disk, the hub, and files that appear only when complete. No networks."""

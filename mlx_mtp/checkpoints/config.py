@@ -1,8 +1,8 @@
-"""Typed configurations read from a checkpoint folder; the only reader of `config.json`.
+"""Typed configurations of a checkpoint folder. Only this module reads `config.json`.
 
-Two spellings of the same model are accepted: the published one (`global_head_dim`, `num_global_key_value_heads`) and
-the one transformers writes when it saves again (`per_layer_config`). A field that decides a tensor's shape and is
-missing is an error, never a default.
+Two spellings of the same model are accepted: the published spelling (`global_head_dim`, `num_global_key_value_heads`),
+and the spelling of transformers when it saves a model again (`per_layer_config`). If a field decides a tensor's shape
+and is missing, that is an error. The field never gets a default.
 """
 
 import json
@@ -26,7 +26,7 @@ TARGET_TYPES = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"
 DRAFTER_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 LAYER_TYPES: tuple[LayerType, ...] = ("sliding_attention", "full_attention")
 DRAFT_POSITIONS: tuple[DraftPosition, ...] = ("bonus", "last")
-# The files of a checkpoint that anything here reads.
+# The files of a checkpoint that the package reads.
 _CHECKPOINT_FILES = (
     "config.json",
     "generation_config.json",
@@ -37,7 +37,8 @@ _CHECKPOINT_FILES = (
     "chat_template*",
 )
 
-# Fields of generation_config.json that would change the text if they were honoured, and values that change nothing.
+# Fields of generation_config.json that would change the text but are not supported, with the values that change
+# nothing.
 _IGNORED: dict[str, tuple[Any, ...]] = {
     "bad_words_ids": (),
     "begin_suppress_tokens": (),
@@ -64,7 +65,7 @@ _IGNORED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding of one layer type: `theta`, and the fraction of the head that is rotated."""
+    """The rotary embedding of one layer type: `theta`, and the fraction of the head that is rotated."""
 
     theta: float
     rotated_fraction: float
@@ -72,9 +73,10 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What differs between the layers of one decoder.
+    """The settings that differ between the layers of one decoder.
 
-    `kv_layer` is the index of the layer whose K/V this one attends to: its own, or an earlier one's when K/V is shared.
+    `kv_layer` is the index of the layer whose K/V this layer attends to: its own index, or the index of an earlier
+    layer if K/V are shared.
     """
 
     layer_type: LayerType
@@ -90,7 +92,7 @@ class LayerConfig:
 class TextConfig:
     """A text decoder: the target's, or the drafter's (whose layers own no K/V).
 
-    `own_head` says that its output head is not the embedding. Not config.json decides, but the weights: see
+    `own_head` is true if the output head is not the embedding. The weights decide this, not config.json: see
     `weights.resolve_head`.
     """
 
@@ -108,19 +110,20 @@ class TextConfig:
     num_experts: int
     top_k_experts: int
     moe_intermediate_size: int
-    # Not in what names a model by its config: a head has a parameter of its own.
+    # The repr of a config is part of a model's fingerprint. It leaves this field out: a head has a parameter of its
+    # own.
     own_head: bool = field(default=False, repr=False)
 
     def last_kv_layer(self, layer_type: LayerType) -> int:
-        """Index of the last layer of this type that owns K/V: the one whose K/V the drafter reads."""
+        """Return the index of the last layer of this type that owns K/V; the drafter reads its K/V."""
         return max(i for i, layer in enumerate(self.layers) if layer.has_kv and layer.layer_type == layer_type)
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """MLX quantization of a checkpoint: the default, and per-module overrides by the name the config uses.
+    """The MLX quantization of a checkpoint: the default, and overrides by the module's name in the config.
 
-    An override is a set of parameters, or False for a module left unquantized.
+    An override is a set of parameters, or False for a module that is not quantized.
     """
 
     group_size: int
@@ -131,8 +134,11 @@ class Quantization:
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """How the model's makers sample (`generation_config.json`), as transformers reads it: temperature 0 without
-    `do_sample`, no filters where the checkpoint names none. `top_p` 0 leaves the most likely token alone."""
+    """The sampling of the model's makers (`generation_config.json`), as transformers reads it.
+
+    The temperature is 0 without `do_sample`. There are no filters if the checkpoint names none. `top_p` 0 keeps only
+    the most likely token.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -143,10 +149,10 @@ class SamplingDefaults:
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """A target checkpoint's `config.json`, with what its `generation_config.json` says: stop ids, sampling defaults and
-    `suppress_tokens`, the ids in the vocabulary that the model never generates, whatever the options are.
+    """A target checkpoint's `config.json`, with the stop ids and sampling of its `generation_config.json`.
 
-    `is_tied` is `tie_word_embeddings`, of the top level as in transformers.
+    `suppress_tokens` also comes from `generation_config.json`. It holds the ids in the vocabulary that the model never
+    generates, with any options. `is_tied` is `tie_word_embeddings` of the top level, as in transformers.
     """
 
     path: Path
@@ -164,9 +170,9 @@ class TargetConfig:
 class DrafterConfig:
     """A drafter ("assistant") checkpoint's `config.json`.
 
-    `num_centroids` is 0 for a dense head. `draft_vocab_size` is the number of tokens a dense head can draft, 0 for all
-    of the vocabulary. `draft_position` is the position all draft steps of a round share: `bonus`,
-    the index of the bonus token (as in transformers), or `last`, one less (as in some other engines).
+    `num_centroids` is 0 for a dense head. `draft_vocab_size` is the number of tokens that a dense head can draft, or 0
+    for the whole vocabulary. `draft_position` is the position that all draft steps of a round share: `bonus` is the
+    index of the bonus token (as in transformers), and `last` is one less (as in some other engines).
     """
 
     path: Path
@@ -182,7 +188,7 @@ class DrafterConfig:
 
 
 class _Fields:
-    """A JSON object whose missing or mistyped fields raise an error that names the file and the field."""
+    """A JSON object. A missing or mistyped field raises an error that names the file and the field."""
 
     def __init__(self, values: dict[str, Any], path: Path, prefix: str = "") -> None:
         self.values = values
@@ -193,15 +199,17 @@ class _Fields:
         return self.values.get(name) is not None
 
     def error(self, name: str, message: str) -> ConfigError:
+        """Return an error that names the file and the field."""
         return ConfigError(f"{self.path}: field {self.prefix}{name} {message}")
 
     def require(self, name: str) -> Any:
+        """Return the value of a field, which may be null."""
         if name not in self.values:
             raise self.error(name, "is missing")
         return self.values[name]
 
     def integer(self, name: str, minimum: int = 1) -> int:
-        """Also one that is written as a string, or as a float."""
+        """Return an integer, which may be written as a string or as a float."""
         value = self.require(name)
         number = _as_number(value)
         if number is None or not number.is_integer() or number < minimum:
@@ -209,7 +217,7 @@ class _Fields:
         return int(number)
 
     def number(self, name: str) -> float:
-        """A positive number, also one that is written as a string."""
+        """Return a positive number, which may be written as a string."""
         value = self.require(name)
         number = _as_number(value)
         if number is None or number <= 0:
@@ -217,18 +225,21 @@ class _Fields:
         return number
 
     def boolean(self, name: str) -> bool:
+        """Return a field that is true or false."""
         value = self.require(name)
         if not isinstance(value, bool):
             raise self.error(name, f"must be true or false, found {value!r}")
         return value
 
     def object(self, name: str) -> "_Fields":
+        """Return the fields of an object in a field."""
         value = self.require(name)
         if not isinstance(value, dict):
             raise self.error(name, f"must be an object, found {value!r}")
         return _Fields(value, self.path, f"{self.prefix}{name}.")
 
     def string(self, name: str) -> str:
+        """Return a string."""
         value = self.require(name)
         if not isinstance(value, str):
             raise self.error(name, f"must be a string, found {value!r}")
@@ -236,9 +247,9 @@ class _Fields:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
-    Raises ConfigError if the file is absent, unreadable, or holds anything but an object.
+    Raises ConfigError if the file is missing or unreadable, or does not hold an object.
     """
     if not path.parent.is_dir():
         raise ConfigError(f"{path.parent}: no such folder")
@@ -254,9 +265,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_target_config(folder: Path) -> TargetConfig:
-    """The target configuration of a checkpoint folder.
+    """Read the target configuration of a checkpoint folder.
 
-    Raises ConfigError if the file is missing, incomplete, or not a Gemma 4 target's.
+    Raises ConfigError if the file is missing or incomplete, or does not describe a Gemma 4 target.
     """
     root = _read_config(folder, TARGET_TYPES, "target")
     text = _text_fields(root)
@@ -276,9 +287,9 @@ def read_target_config(folder: Path) -> TargetConfig:
 
 
 def read_drafter_config(folder: Path) -> DrafterConfig:
-    """The drafter configuration of a checkpoint folder.
+    """Read the drafter configuration of a checkpoint folder.
 
-    Raises ConfigError if the file is missing, incomplete, or not a Gemma 4 assistant's.
+    Raises ConfigError if the file is missing or incomplete, or does not describe a Gemma 4 assistant.
     """
     root = _read_config(folder, DRAFTER_TYPES, "drafter")
     text = _text_fields(root)
@@ -335,7 +346,7 @@ def _text_fields(root: _Fields) -> _Fields:
 
 
 def _vocab_size(root: _Fields, text: _Fields) -> int:
-    """The vocabulary, from the text config or the top level; both, where given, must agree."""
+    """Return the vocabulary size of the text config or the top level. If both give a size, they must agree."""
     sizes = {fields.integer("vocab_size") for fields in (root, text) if "vocab_size" in fields}
     if len(sizes) > 1:
         raise root.error("vocab_size", f"and {text.prefix}vocab_size disagree: {sorted(sizes)}")
@@ -344,7 +355,8 @@ def _vocab_size(root: _Fields, text: _Fields) -> int:
 
 def _read_text(text: _Fields, vocab_size: int, *, shares_all: bool) -> TextConfig:
     _reject_unsupported(text, is_drafter=shares_all)
-    # transformers' unified text config has no field for per-layer inputs or experts: a re-save loses them.
+    # transformers' unified text config has no field for per-layer inputs or experts. They are lost when it saves a
+    # model again.
     unified = "model_type" in text and "unified" in text.string("model_type")
     per_layer = 0 if unified and "hidden_size_per_layer_input" not in text else _per_layer_size(text)
     moe = not (unified and "enable_moe_block" not in text) and text.boolean("enable_moe_block")
@@ -376,11 +388,11 @@ def _per_layer_size(text: _Fields) -> int:
 
 
 def _reject_unsupported(text: _Fields, *, is_drafter: bool) -> None:
-    """Refuse variations that no Gemma 4 checkpoint has and this runtime would silently compute wrongly."""
+    """Raise ConfigError for a variation that no Gemma 4 checkpoint has and that would give wrong results silently."""
     supported: dict[str, tuple[Any, ...]] = {
         "hidden_activation": ("gelu_pytorch_tanh",),
         "attention_bias": (False,),
-        # A target's head is as its weights say.
+        # The weights decide whether a target has a head of its own.
         "tie_word_embeddings": (True,) if is_drafter else (True, False),
         "use_bidirectional_attention": ("vision",),
     }
@@ -411,7 +423,7 @@ def _read_layers(text: _Fields, *, shares_all: bool) -> tuple[LayerConfig, ...]:
         if heads % kv_heads:
             raise text.error("num_attention_heads", f"must be a multiple of the {kv_heads} K/V heads, found {heads}")
         has_kv = index < count - shared
-        # A drafter's layers read the target's K/V: no source inside the drafter itself.
+        # A drafter's layers read the target's K/V, so they have no source inside the drafter.
         source = index if has_kv or shares_all else max(i for i, t in enumerate(owners) if t == layer_type)
         layers.append(
             LayerConfig(
@@ -428,7 +440,7 @@ def _read_layers(text: _Fields, *, shares_all: bool) -> tuple[LayerConfig, ...]:
 
 
 def _attention_shape(text: _Fields, index: int, layer_type: LayerType, k_eq_v: bool) -> tuple[int, int]:
-    """Head size and number of K/V heads of one layer, from either spelling of the full-attention layers."""
+    """Return head size and number of K/V heads of one layer, from either spelling of full-attention layers."""
     head_dim, kv_heads = text.integer("head_dim"), text.integer("num_key_value_heads")
     if "per_layer_config" in text:
         per_layer = text.object("per_layer_config")
@@ -489,7 +501,10 @@ def _read_quantization_entry(fields: _Fields) -> Quantization:
 
 
 def _read_generation_config(path: Path) -> _Fields:
-    """The fields of `generation_config.json`: all optional, so that a file that cannot be read is only warned of."""
+    """Read the fields of `generation_config.json`.
+
+    All fields are optional, so a file that cannot be read only gives a warning.
+    """
     values: dict[str, Any] = {}
     if path.is_file():
         try:
@@ -503,7 +518,10 @@ def _read_generation_config(path: Path) -> _Fields:
 
 
 def _read_eos(generation: _Fields, root: _Fields, text: _Fields) -> tuple[int, ...]:
-    """Stop ids: `generation_config.json` first (it alone lists all of them), then `config.json`."""
+    """Return the stop ids of `generation_config.json`, or else of `config.json`.
+
+    Only `generation_config.json` lists all stop ids.
+    """
     for fields in (generation, root, text):
         ids = _read_ids(fields, "eos_token_id")
         if ids:
@@ -526,7 +544,7 @@ def _read_sampling(generation: _Fields) -> SamplingDefaults:
 
     samples = generation.values.get("do_sample") in (True, "true", "True")
     temperature = number("temperature", 1.0, lambda x: x >= 0)
-    # Zero and less mean no filter.
+    # Zero and negative numbers mean no filter.
     top_k = number("top_k", none.top_k, float.is_integer)
     return SamplingDefaults(
         temperature=temperature if samples else 0.0,
@@ -538,7 +556,10 @@ def _read_sampling(generation: _Fields) -> SamplingDefaults:
 
 
 def _read_ids(fields: _Fields, name: str) -> tuple[int, ...]:
-    """Token ids of a field that holds one, a list of them, or nothing. What is no id is warned of and left out."""
+    """Return the token ids of a field that holds one id, a list of ids, or nothing.
+
+    A value that is no id is left out with a warning.
+    """
     value = fields.values.get(name)
     ids = []
     for item in value if isinstance(value, list) else [value]:
@@ -551,7 +572,7 @@ def _read_ids(fields: _Fields, name: str) -> tuple[int, ...]:
 
 
 def _as_number(value: object) -> float | None:
-    """A finite number, also one written as a string; None for anything else."""
+    """Return a finite number, which may be written as a string; None for any other value."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

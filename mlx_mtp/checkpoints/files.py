@@ -1,4 +1,4 @@
-"""Files as publishers leave them: with a byte order mark, as a git-lfs pointer, as a link to nowhere."""
+"""Files as publishers leave them: with a byte order mark, as a git-lfs pointer, or as a broken link."""
 
 import os
 from pathlib import Path
@@ -10,12 +10,15 @@ _POINTER = b"version https://git-lfs"
 
 
 def read_text(file: Path) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark. Raises OSError, or UnicodeDecodeError."""
+    """Read a UTF-8 file, with or without a byte order mark. Raises OSError or UnicodeDecodeError."""
     return file.read_text(encoding="utf-8-sig")
 
 
 def fault(file: Path) -> str | None:
-    """Why nothing can be read in a file: it is absent, empty, not permitted, or holds a git-lfs pointer. Else None."""
+    """Return the reason why nothing can be read from a file, or None.
+
+    The file is missing, empty, not permitted, or a git-lfs pointer.
+    """
     try:
         with file.open("rb") as stream:
             start = stream.read(len(_POINTER))
@@ -29,9 +32,12 @@ def fault(file: Path) -> str | None:
 
 
 def check_links(folder: Path, patterns: tuple[str, ...]) -> None:
-    """Raise ConfigError if a file whose name matches a pattern is a link to nowhere: it would count as absent
-    without a word, and some files may be absent."""
-    # A pattern without a wildcard would leave out links to nowhere.
+    """Raise ConfigError if a file whose name matches a pattern is a broken link.
+
+    Without this check, a broken link would count as a missing file without a message, because some files may be
+    missing.
+    """
+    # `glob` with a pattern without a wildcard would leave out broken links.
     for file in sorted(folder.glob("*")):
         if file.is_symlink() and not file.exists() and any(file.match(pattern) for pattern in patterns):
             raise ConfigError(f"{file}: {fault(file)}")

@@ -1,4 +1,4 @@
-"""Folders of models: local ones as they are, those of hub repositories downloaded, with progress in bytes."""
+"""Folders of models: local folders, and downloads of hub repositories with their progress in bytes."""
 
 import os
 import re
@@ -23,7 +23,7 @@ from mlx_mtp.errors import ConfigError, HubError
 
 from .files import fault
 
-# Where a converted pair keeps its drafter.
+# The folder of the drafter in a converted pair.
 DRAFTER_FOLDER = "drafter"
 
 _DOWNLOADED = [
@@ -35,7 +35,7 @@ _DOWNLOADED = [
     f"{DRAFTER_FOLDER}/model*.safetensors",
 ]
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# A connection that is cut raises HTTPError, of httpx, or RuntimeError where Xet's Rust code downloads.
+# A broken connection raises httpx's HTTPError, or RuntimeError if Xet's Rust code downloads.
 _REFUSED = (
     HfHubHTTPError,
     HFValidationError,
@@ -45,15 +45,15 @@ _REFUSED = (
     OSError,
     RuntimeError,
 )
-# The name by which huggingface-hub knows its bar of the bytes written; others count files, or what the network gave.
+# huggingface-hub's name for its bar of the bytes written. Its other bars count files, or bytes from the network.
 _BYTES_BAR = "huggingface_hub.snapshot_download"
 
 
 class Downloads:
-    """Counts the bytes of all that is downloaded for one model, and calls `on_progress(done, total)`.
+    """A counter of the bytes of all downloads for one model. It calls `on_progress(done, total)`.
 
-    It is called on the threads that download, one at a time. What it raises ends the download, and is raised by
-    `resolve_folder`.
+    The callback runs on the threads that download, one call at a time. If it raises, the download ends and
+    `resolve_folder` raises the exception.
     """
 
     def __init__(self, on_progress: Callable[[int, int], None]) -> None:
@@ -64,7 +64,7 @@ class Downloads:
         downloads = self
 
         class Bar(tqdm):
-            # No thread that looks after bars.
+            # tqdm starts no thread that monitors the bars.
             monitor_interval = 0
 
             def __init__(self, *args: Any, name: str | None = None, **kwargs: Any) -> None:
@@ -78,30 +78,30 @@ class Downloads:
         self.bar_class: type[Any] = Bar
 
     def expect(self, name: str, revision: str | None = None) -> list[str]:
-        """Add what is to be downloaded of a repository to the total: its files' names, [] where the hub gives none."""
+        """Add the bytes to download from a repository to the total. Return its file names; [] if the hub gives none."""
         try:
             files = snapshot_download(
                 name, revision=revision, allow_patterns=_DOWNLOADED, tqdm_class=self.bar_class, dry_run=True
             )
         except _REFUSED:
-            # Not there, or offline: said, or served from the cache, when it is asked for.
+            # The repository is missing, or the hub is offline. `resolve_folder` reports that, or uses the cache.
             return []
         self._total += sum(file.file_size or 0 for file in files if file.will_download)
         return [file.filename for file in files]
 
     def check(self) -> None:
-        """Raises what the callback raised."""
+        """Raise the exception that the callback raised, if there is one."""
         if self._error is not None:
             raise self._error
 
     def finish(self) -> None:
-        """All was downloaded: say so, if that was not the last that was said."""
+        """Report that all bytes are downloaded, unless the last report said so."""
         if self._done != self._total:
             self._add(self._total - self._done)
 
     def _add(self, size: int) -> None:
         with self._lock:
-            # Files that are downloaded beside the one whose progress raised end as well.
+            # If the callback raised for one file, the downloads of the other files end as well.
             self.check()
             self._done += size
             try:
@@ -112,12 +112,13 @@ class Downloads:
 
 
 def resolve_folder(path_or_repo: str | Path, revision: str | None = None, downloads: Downloads | None = None) -> Path:
-    """A local folder as it is, or a hub repository's snapshot, downloaded or from the cache (offline mode, tokens and
-    cache folder as huggingface-hub's environment variables say). Without `downloads`, the hub's own progress bars are
-    shown on a terminal.
+    """Return a local folder as it is, or the snapshot of a hub repository.
 
-    Raises ConfigError if it can only be a folder and is none, HubError if the hub does not give it, and what the
-    callback of `downloads` raises.
+    The snapshot is downloaded or comes from the cache. huggingface-hub's environment variables decide the offline mode,
+    the token and the cache folder. Without `downloads`, a terminal shows the hub's own progress bars.
+
+    Raises ConfigError if the name can only be a folder but is none, HubError if the hub does not give the repository,
+    and the exception of the callback of `downloads`.
     """
     name = str(path_or_repo)
     if Path(name).is_dir():
@@ -139,13 +140,16 @@ def resolve_folder(path_or_repo: str | Path, revision: str | None = None, downlo
 
 
 def is_repo(name: str | Path) -> bool:
-    """Whether it is spelled like a hub repository, and no file, folder or link is there."""
+    """Return whether a name has the form of a hub repository, and no file, folder or link has that name."""
     text = str(name)
     return not os.path.lexists(text) and _REPO_ID.fullmatch(text) is not None and not text.startswith(".")
 
 
 def _is_absent(error: Exception) -> bool:
-    """Whether the hub, or in offline mode the cache, has no such repository; a gated one is there."""
+    """Return whether the hub has no such repository. In offline mode, the question is about the cache.
+
+    A gated repository exists.
+    """
     if isinstance(error, RepositoryNotFoundError):
         return not isinstance(error, GatedRepoError)
     is_offline = isinstance(error.__cause__, OfflineModeIsEnabled) or isinstance(error, OfflineModeIsEnabled)

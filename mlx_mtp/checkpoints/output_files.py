@@ -1,4 +1,4 @@
-"""Folders that appear only when they are complete."""
+"""Output folders and files that appear only when they are complete."""
 
 import fcntl
 import glob
@@ -16,10 +16,11 @@ logger = logging.getLogger(__name__)
 
 
 def check_output(output: Path, option: str, overwrite: bool) -> None:
-    """Check a folder that is yet to be written, named by a command line's `option`, once what is left of it by a run
-    that was killed is removed.
+    """Check that an output folder can be written. `option` is the command-line option that names it.
 
-    Raises OutputError if it exists and may not be replaced, or nothing can be written next to it.
+    First, the remains of a run that was killed are removed.
+
+    Raises OutputError if the folder exists and must not be replaced, or if nothing can be written next to it.
     """
     _check_name(output)
     remove_abandoned(output)
@@ -36,7 +37,7 @@ def check_output(output: Path, option: str, overwrite: bool) -> None:
 
 
 def _check_name(path: Path) -> None:
-    """Raises OutputError for a name that MLX, which takes UTF-8, could not open."""
+    """Raise OutputError for a name that is not UTF-8, because MLX could not open it."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -44,15 +45,15 @@ def _check_name(path: Path) -> None:
 
 
 def existing_parent(path: Path) -> Path:
-    """The nearest folder above a path that is there."""
+    """Return the nearest folder above a path that exists."""
     return next(parent for parent in path.parents if parent.exists())
 
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A new empty folder next to the output, which takes its place at the end; removed if anything fails.
+    """Create an empty folder next to the output. It takes the place of the output at the end.
 
-    Raises OutputError if writing fails.
+    The new folder is removed if anything fails. Raises OutputError if writing fails.
     """
     created = [parent for parent in output.parents if not parent.exists()]
     workspace: Path | None = None
@@ -61,7 +62,7 @@ def new_folder(output: Path) -> Iterator[Path]:
         output.parent.mkdir(parents=True, exist_ok=True)
         workspace = Path(tempfile.mkdtemp(prefix=_workspace_prefix(output), dir=output.parent))
         lock = _lock(workspace)
-        # Inside, because the workspace itself is closed to other users.
+        # The new folder is inside the workspace, because other users have no access to the workspace itself.
         new = workspace / "new"
         new.mkdir()
         yield new
@@ -84,14 +85,16 @@ def new_folder(output: Path) -> Iterator[Path]:
 def _clean_up(output: Path, workspace: Path) -> None:
     old = workspace / "old"
     if os.path.lexists(old) and not os.path.lexists(output):
-        # Interrupted between the two renames.
+        # The run was interrupted between the two renames.
         old.rename(output)
     shutil.rmtree(workspace, ignore_errors=True)
 
 
 def remove_abandoned(output: Path) -> None:
-    """Remove what a run that was killed left of a folder it wrote, and name it. Where it was killed while it replaced
-    the folder, that is put back."""
+    """Remove the remains of a run that was killed while it wrote a folder, and log their names.
+
+    If the run was killed while it replaced the folder, the old folder is put back.
+    """
     for workspace in sorted(output.parent.glob(f"{glob.escape(_workspace_prefix(output))}*")):
         lock = _lock(workspace)
         if lock is None:
@@ -108,8 +111,11 @@ def _workspace_prefix(output: Path) -> str:
 
 
 def _lock(workspace: Path) -> int | None:
-    """An open descriptor that marks a folder as in use until it is closed, or the process ends; None if another one
-    does, or the file system has no locks."""
+    """Mark a folder as in use. Return an open descriptor, or None.
+
+    The mark lasts until the descriptor is closed or the process ends. The result is None if another descriptor marks
+    the folder, or if the file system has no locks.
+    """
     descriptor: int | None = None
     try:
         descriptor = os.open(workspace, os.O_RDONLY)
@@ -136,17 +142,19 @@ def check_file(file: Path) -> None:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a file that appears only when it is whole. Raises OutputError if it cannot be written."""
+    """Write a text file that appears only when it is complete. Raises OutputError if it cannot be written."""
     with new_file(file) as part:
         part.write_text(text)
 
 
 @contextmanager
 def new_file(file: Path, ending: str = "") -> Iterator[Path]:
-    """A name next to a file, with this ending, for what takes its place at the end; removed if anything fails. Of a
-    link, the file that it names is meant.
+    """Yield a path next to a file. The new file at that path takes the place of the file at the end.
 
-    Raises OutputError if writing fails, and for a device, a pipe or a folder, which no file may replace.
+    The path has this ending. The new file is removed if anything fails. If `file` is a link, the file behind it is
+    replaced.
+
+    Raises OutputError if writing fails, or if `file` is a device, a pipe or a folder, which no file may replace.
     """
     target = _named(file)
     part = _part(target, ending)
@@ -161,7 +169,7 @@ def new_file(file: Path, ending: str = "") -> Iterator[Path]:
 
 
 def _named(file: Path) -> Path:
-    """The file that a link names, or the path as it is. Raises OutputError if it is there and no regular file."""
+    """Return the file that a link names, or the path itself. Raises OutputError if it exists but is no regular file."""
     target = Path(os.path.realpath(file)) if os.path.islink(file) else file
     if os.path.lexists(target) and not os.path.isfile(target):
         raise OutputError(f"{file}: cannot be written: expected a file or a free name, found {_kind(target)}")

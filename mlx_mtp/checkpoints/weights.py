@@ -1,7 +1,8 @@
-"""Checkpoint folders: which tensors they hold, under which names, and how they fill a module.
+"""The tensors of checkpoint folders: which tensors they hold, under which names, and how they fill a module.
 
-Names differ between Hugging Face, mlx-lm and mlx-vlm layouts; `target_names` and `drafter_names` map all of them to the
-parameter names of `Target` and `Drafter`. Headers are read without the tensors, so a bad checkpoint fails at once.
+The layouts of Hugging Face, mlx-lm and mlx-vlm have different names. `target_names` and `drafter_names` map all of them
+to the parameter names of `Target` and `Drafter`. Headers are read without the tensors, so a bad checkpoint fails at
+once.
 """
 
 import hashlib
@@ -24,13 +25,13 @@ from .files import fault
 logger = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
-# Types of weights that are not quantized, as safetensors spells them.
+# The types of unquantized weights, as safetensors spells them.
 FLOAT_TYPES = ("F32", "F16", "BF16")
-# What mlx-lm puts before the parameter names of a Gemma 4 target, in files and in quantization overrides, but for those
-# of its own head.
+# mlx-lm's prefix of the parameter names of a Gemma 4 target, in files and in quantization overrides. The parameters of
+# a head of its own do not have this prefix.
 MLX_PREFIX = "language_model.model."
 
-# Parts in which weights are read, for progress that is seen.
+# The number of steps in which weights are read, so that progress is visible.
 _STEPS = 50
 _OTHER_MODALITIES = (
     "vision_tower.",
@@ -40,18 +41,21 @@ _OTHER_MODALITIES = (
     "vision_embedder.",
     "multi_modal_projector.",
 )
-# Bounds of the towers' clipped layers, and cached rotary tables.
+# The bounds of the towers' clipped layers, and cached rotary tables.
 _UNUSED = ("input_min", "input_max", "output_min", "output_max", "rotary_emb")
 _HEAD = "lm_head."
 _EMBEDDING = "embed_tokens."
-# Bytes of two tensors that are compared at a time.
+# The number of bytes of two tensors that are compared at a time.
 _COMPARED = 1 << 24
 _KV_MODULES = ("self_attn.k_proj.", "self_attn.v_proj.", "self_attn.k_norm.", "self_attn.v_norm.")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `dtype` as safetensors spells it (`BF16`, `F32`, ...), bytes `start`..`end` of `file`."""
+    """The place of a tensor: bytes `start`..`end` of `file`.
+
+    `dtype` is spelled as in safetensors (`BF16`, `F32`, ...).
+    """
 
     file: Path
     dtype: str
@@ -61,15 +65,17 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        """Size of the tensor in bytes."""
         return self.end - self.start
 
 
 def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a checkpoint folder by the name its file gives it, read from the headers alone. A tensor that
-    several files hold is that of the file which the index names for it.
+    """Return every tensor of a checkpoint folder by its name in the file, from the headers alone.
 
-    Raises WeightsError if there is no safetensors file, a shard named by the index is missing, a file is truncated, a
-    tensor the index names is in none of them, or no index says which of two files a tensor is to be taken from.
+    If several files hold a tensor, the file that the index names for it is used.
+
+    Raises WeightsError if there is no safetensors file, a shard of the index is missing, a file is truncated, a tensor
+    of the index is in no file, or no index chooses between two files with the same tensor.
     """
     index = folder / INDEX_NAME
     weight_map = _read_index(index) if index.is_file() else {}
@@ -87,7 +93,7 @@ def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """The file's name for each tensor that an index names. Raises WeightsError if one of the files is not there."""
+    """Return the file name of each tensor in an index. Raises WeightsError if one of the files is missing."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise WeightsError(f"{index}: field weight_map must name a file for each tensor, found {weight_map!r:.200}")
@@ -112,7 +118,7 @@ def _choose_copy(folder: Path, name: str, copies: list[TensorInfo], shard: str |
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file. Raises WeightsError if the file is truncated or no safetensors file."""
+    """Return the tensors of one safetensors file. Raises WeightsError if it is truncated or no safetensors file."""
     if (reason := fault(file)) is not None:
         raise WeightsError(f"{file}: {reason}")
     size = file.stat().st_size
@@ -140,21 +146,26 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def mlx_name(name: str) -> str:
-    """The name that mlx-lm gives a parameter, or a module, of `Target`."""
+    """Return mlx-lm's name of a parameter or a module of `Target`."""
     return f"language_model.{name}" if name.startswith(_HEAD.removesuffix(".")) else MLX_PREFIX + name
 
 
 def plain_name(key: str) -> str:
-    """A tensor's or a module's name without what the layouts put before it: `model.language_model.` (Hugging Face),
-    `language_model.model.` (mlx-lm), `model.` or `language_model.` (text decoders alone)."""
+    """Return the name of a tensor or a module without the prefix of its layout.
+
+    The prefixes are `model.language_model.` (Hugging Face), `language_model.model.` (mlx-lm), and `model.` or
+    `language_model.` (text decoders alone).
+    """
     return key.removeprefix("model.").removeprefix("language_model.").removeprefix("model.")
 
 
 def resolve_head(config: TargetConfig) -> TargetConfig:
-    """The config with `text.own_head` as the weights have it, by the rule of transformers: a head that is in the
-    checkpoint is used if it differs from the embedding, even where `tie_word_embeddings` is true, which is warned of.
+    """Return the config with `text.own_head` set from the weights, by the rule of transformers.
 
-    Raises WeightsError where `tie_word_embeddings` is false and there is no head, or the checkpoint cannot be read.
+    A head in the checkpoint is used if it differs from the embedding. If `tie_word_embeddings` is true, such a head is
+    used too, with a warning.
+
+    Raises WeightsError if `tie_word_embeddings` is false and there is no head, or if the checkpoint cannot be read.
     """
     folder = config.path.parent
     named = {plain_name(key): info for key, info in read_checkpoint(folder).items()}
@@ -178,7 +189,7 @@ def resolve_head(config: TargetConfig) -> TargetConfig:
 
 
 def _equal(left: TensorInfo, right: TensorInfo) -> bool:
-    """Whether two tensors in files have the same type, shape and bytes; read up to where they differ."""
+    """Return whether two tensors in files have the same type, shape and bytes. Stop reading at the first difference."""
     if (left.dtype, left.shape) != (right.dtype, right.shape):
         return False
     with left.file.open("rb") as one, right.file.open("rb") as other:
@@ -192,9 +203,9 @@ def _equal(left: TensorInfo, right: TensorInfo) -> bool:
 
 
 def target_names(key: str, config: TargetConfig) -> list[str]:
-    """Parameter names of `Target` that a checkpoint's tensor fills; [] if the text decoder has no use for it.
+    """Return the parameter names of `Target` that a checkpoint's tensor fills; [] if it is not used.
 
-    Two names mean that the tensor is split in halves along its last axis but one (fused expert projections).
+    Two names mean that the tensor is split in halves along its second last axis (fused expert projections).
     """
     name = plain_name(key)
     if name.startswith(_HEAD):
@@ -203,7 +214,7 @@ def target_names(key: str, config: TargetConfig) -> list[str]:
         return []
     if name.startswith("layers.") and any(module in name for module in _KV_MODULES):
         index = name.split(".")[1]
-        # Published E2B and E4B checkpoints ship dead K/V projections for the layers that share another's K/V.
+        # Published E2B and E4B checkpoints have unused K/V projections in the layers that share another layer's K/V.
         if index.isdigit() and int(index) < len(config.text.layers) and not config.text.layers[int(index)].has_kv:
             return []
     if name.endswith(".experts.gate_up_proj"):
@@ -215,27 +226,34 @@ def target_names(key: str, config: TargetConfig) -> list[str]:
 
 
 def drafter_names(key: str, config: DrafterConfig) -> list[str]:
-    """As `target_names`, for `Drafter`: the published names are its own, and a drafter owns no K/V."""
+    """Return the parameter names of `Drafter` that a checkpoint's tensor fills; [] if it is not used.
+
+    The published names are the names of the parameters. A drafter owns no K/V.
+    """
     unused = "lm_head" in key or "rotary_emb" in key or any(module in key for module in _KV_MODULES)
     return [] if unused else [key]
 
 
 def lazy_parameters(module: nn.Module) -> dict[str, mx.array]:
-    """Every parameter of a module by name, for its shape and type. Nothing is computed: MLX initialises lazily."""
+    """Return every parameter of a module by name, for its shape and type.
+
+    Nothing is computed, because MLX initialises parameters lazily.
+    """
     parameters: dict[str, mx.array] = tree_flatten(module.parameters(), destination={})  # type: ignore[assignment]
     return parameters
 
 
 def fingerprint(module: nn.Module, config: str) -> str:
-    """A name for a loaded model: of its config, and of the shape, type and first bytes of every parameter.
+    """Return a name for a loaded model, made from its config and its parameters.
 
-    Embeddings per layer are left out: where they are mapped they are no parameters.
+    The shape, the type and the first bytes of every parameter count. Per-layer embeddings are left out, because mapped
+    embeddings are not parameters.
     """
     digest = hashlib.sha256(config.encode())
     for name, parameter in sorted(lazy_parameters(module).items()):
         if not name.startswith("embed_tokens_per_layer"):
             digest.update(f"{name} {parameter.shape} {parameter.dtype}".encode())
-            # A few bytes of the first rows.
+            # A few bytes of the first rows are used.
             first = parameter.reshape(-1, parameter.shape[-1])[:4, :16]
             digest.update(np.array(mx.contiguous(first).view(mx.uint8)).data)
     return digest.hexdigest()[:32]
@@ -244,9 +262,9 @@ def fingerprint(module: nn.Module, config: str) -> str:
 def match_tensors(
     folder: Path, tensors: Iterable[str], names: Callable[[str], list[str]], expected: Iterable[str]
 ) -> dict[str, list[str]]:
-    """The checkpoint's tensors that fill a model, each with the parameters it fills.
+    """Match the checkpoint's tensors to a model. Return each used tensor with the parameters that it fills.
 
-    Raises WeightsError if a parameter is filled by none or by two, or a tensor fills no parameter the model has.
+    Raises WeightsError if no tensor or two tensors fill a parameter, or if a tensor fills no parameter of the model.
     """
     sources: dict[str, str] = {}
     wanted = set(expected)
@@ -274,14 +292,14 @@ def fill_module(
     left: str | None = None,
     on_read: Callable[[int], None] | None = None,
 ) -> dict[str, TensorInfo]:
-    """Load a checkpoint folder into a module, quantizing the modules whose scales the checkpoint holds.
+    """Load a checkpoint folder into a module, and quantize the modules whose scales the checkpoint holds.
 
-    `left` is a part of the module
-    whose parameters stay in the files, after the same checks: where they lie is what is returned, by their names in it.
-    They must never be evaluated. `on_read` is called with every number of bytes read, those of `count_bytes` in all;
-    what it raises is passed on.
+    `left` is a part of the module whose parameters stay in the files, after the same checks. The function returns the
+    places of these parameters, by their names in that part. These parameters must never be evaluated. `on_read` is
+    called with the number of bytes of each read; their sum is that of `count_bytes`. If `on_read` raises, the exception
+    is passed on.
 
-    Raises WeightsError for a missing, unexpected, truncated or misshapen tensor.
+    Raises WeightsError if a tensor is missing, unexpected or truncated, or has the wrong shape.
     """
     tensors = read_checkpoint(folder)
     present = {name for key in tensors for name in names(key)}
@@ -303,14 +321,14 @@ def fill_module(
         if _is_left(filled, left):
             unread[filled[0]] = tensors[key]
             del matched[key]
-    # By file: two may hold tensors of the same name.
+    # Arrays are kept by file, because two files may hold tensors of the same name.
     arrays: dict[Path, dict[str, mx.array]] = {
         file: mx.load(str(file))  # type: ignore[misc]
         for file in sorted({tensors[key].file for key in matched})
     }
     weights = []
     for key, filled in matched.items():
-        # Only the arrays taken here are ever read: MLX loads lazily.
+        # MLX loads lazily, so only the arrays that are taken here are read.
         array = arrays[tensors[key].file][key]
         parts = mx.split(array, len(filled), axis=-2) if len(filled) > 1 else [array]
         weights += list(zip(filled, parts, strict=True))
@@ -321,7 +339,7 @@ def fill_module(
 
 
 def count_bytes(folder: Path, names: Callable[[str], list[str]], left: str | None = None) -> int:
-    """Bytes that `fill_module` reads of a checkpoint folder."""
+    """Return the number of bytes that `fill_module` reads from a checkpoint folder."""
     tensors = read_checkpoint(folder).items()
     return sum(info.nbytes for key, info in tensors if (filled := names(key)) and not _is_left(filled, left))
 
@@ -336,9 +354,9 @@ def _read(
     parameters: dict[str, mx.array],
     on_read: Callable[[int], None] | None,
 ) -> None:
-    """Read the tensors of these sizes into the parameters they fill: some at a time if `on_read` is to be told."""
+    """Read the tensors of `sizes` into the parameters that they fill, in steps if there is an `on_read`."""
     step, size, group = sum(sizes.values()) / (1 if on_read is None else _STEPS), 0, list[mx.array]()
-    # As they lie in the files.
+    # The tensors are in the order of the files.
     for index, (key, nbytes) in enumerate(sizes.items(), start=1):
         group += [parameters[name] for name in matched[key]]
         size += nbytes
@@ -350,7 +368,8 @@ def _read(
 
 
 def _quantize_modules(module: nn.Module, quantization: Quantization, present: set[str]) -> None:
-    # Their names follow those of the tensors, in whatever layout. One that no module has means nothing, as in mlx-lm.
+    # The names of overrides follow the names of the tensors, in any layout. An override that fits no module is ignored,
+    # as in mlx-lm.
     overrides = {plain_name(name): choice for name, choice in quantization.overrides.items()}
 
     def parameters(path: str, leaf: nn.Module) -> bool | dict[str, object]:
@@ -363,16 +382,16 @@ def _quantize_modules(module: nn.Module, quantization: Quantization, present: se
 
 
 def check_shape(folder: Path, key: str, found: tuple[int, ...], shape: tuple[int, ...], parts: int) -> None:
-    """Raise WeightsError unless a tensor of shape `found` fills `parts` parameters of this shape."""
+    """Raise WeightsError unless a tensor of shape `found` fills `parts` parameters of shape `shape`."""
     expected = [*shape[:-2], shape[-2] * parts, shape[-1]] if parts > 1 else list(shape)
     if list(found) != expected:
         raise WeightsError(f"{folder}: tensor {key} has shape {list(found)}, expected {expected} from config.json")
 
 
 def token_ids(folder: Path, key: str, values: mx.array, vocab_size: int = 2**31) -> mx.array:
-    """A tensor of token ids, each there once, as int32: also if it was cast to a float type that kept them.
+    """Return a tensor of different token ids as int32. The tensor may have a float type that kept the ids.
 
-    Raises WeightsError if they are not that, as after a cast that rounds.
+    Raises WeightsError if the values are not different token ids, as after a cast that rounds.
     """
     found = np.array(values.astype(mx.float32) if mx.issubdtype(values.dtype, mx.floating) else values)
     ids = np.unique(found[(found == np.floor(found)) & (found >= 0) & (found < vocab_size)])

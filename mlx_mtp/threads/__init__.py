@@ -1,1 +1,1 @@
-"""One model on several threads: the lock, and the thread for jobs."""
+"""One model on several threads: its lock, and the thread that runs jobs."""

@@ -1,7 +1,7 @@
-"""One thread that runs iterators one after the other, for callers on an asyncio event loop.
+"""A thread that runs iterators one after the other, for callers on an asyncio event loop.
 
-MLX's streams belong to threads, and a model decodes one text at a time: whoever has an event loop hands its work to
-such a thread, and gets what it yields back on the loop.
+MLX's streams belong to threads, and a model decodes one text at a time. Callers on an event loop give their work to
+this thread, and get the items back on the loop.
 """
 
 import asyncio
@@ -22,8 +22,8 @@ R = TypeVar("R")
 P = ParamSpec("P")
 
 
-class CancelledJob(Exception):  # noqa: N818 - no error: the rest is no longer wanted.
-    """Ends a job on the worker's thread after `Job.cancel`."""
+class CancelledJob(Exception):  # noqa: N818 - it is not an error: the caller no longer needs the rest.
+    """The exception that ends a job on the worker's thread after `Job.cancel`."""
 
 
 class _End:
@@ -32,9 +32,10 @@ class _End:
 
 
 class Job(Generic[T]):
-    """What one iterator of a `Worker` yields, as an asynchronous iterator on the loop that submitted it.
+    """The items of one iterator of a `Worker`, as an asynchronous iterator on the loop that submitted it.
 
-    What the iterator raises is raised there. `cancel` ends it: before it begins, or at its next item or `check`.
+    An exception of the iterator is raised on that loop. `cancel` ends the job before it begins, at its next item, or at
+    its next `check`.
     """
 
     def __init__(self, start: "Callable[[Job[T]], Iterator[T]]") -> None:
@@ -42,25 +43,25 @@ class Job(Generic[T]):
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[T | _End] = asyncio.Queue()
         self._is_over = False
-        # Once it has begun, ended, and is no longer wanted.
+        # These events are set when the job has begun, has ended, and is cancelled.
         self.started = threading.Event()
         self.done = threading.Event()
         self._cancelled = threading.Event()
 
     def check(self) -> None:
-        """For the worker's thread: raises CancelledJob once the job is cancelled."""
+        """Raise CancelledJob if the job is cancelled. Only the worker's thread calls it."""
         if self._cancelled.is_set():
             raise CancelledJob
 
     def put(self, item: T) -> None:
-        """For the worker's thread: hand over an item beside those that the iterator yields. Raises CancelledJob."""
+        """Hand over an extra item. Only the worker's thread calls it. Raises CancelledJob if the job is cancelled."""
         self.check()
         self._put(item)
 
     def on_loop(self, function: Callable[P, object]) -> Callable[P, None]:
-        """For the worker's thread: a function that has this one called on the loop, unless the job is cancelled.
+        """Return a function for the worker's thread that calls `function` on the loop, unless the job is cancelled.
 
-        What it raises there cancels the job, and is given to whoever waits for its items.
+        If `function` raises, the job is cancelled and the reader of its items gets the exception.
         """
 
         def call(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -69,7 +70,7 @@ class Job(Generic[T]):
             try:
                 function(*args, **kwargs)
             except Exception as error:
-                # At once, not after what the worker's thread has scheduled meanwhile.
+                # The reader gets the error at once, before items that the worker's thread has scheduled meanwhile.
                 self._receive(_End(error))
                 self.cancel()
 
@@ -79,25 +80,30 @@ class Job(Generic[T]):
         return schedule
 
     def cancel(self, error: BaseException | None = None) -> None:
-        """End the job; whoever waits for its items gets the error, if one is given. From any thread."""
+        """End the job, from any thread. If an error is given, the reader of the items gets it."""
         if error is not None:
             self._put(_End(error))
         self._cancelled.set()
 
     @property
     def is_waiting(self) -> bool:
+        """True if the job has not begun and is not cancelled."""
         return not (self.started.is_set() or self._cancelled.is_set())
 
     @property
     def is_running(self) -> bool:
+        """True if the job has begun and has not ended."""
         return self.started.is_set() and not self.done.is_set()
 
     async def next(self, timeout: float | None = None) -> T:
-        """The next item. Raises TimeoutError after so many seconds without one, StopAsyncIteration at the end."""
+        """Return the next item.
+
+        Raises TimeoutError after `timeout` seconds without an item, and StopAsyncIteration at the end.
+        """
         item = await asyncio.wait_for(self._items.get(), timeout)
         if not isinstance(item, _End):
             return item
-        # For whoever asks again.
+        # The next call must find the end again.
         self._items.put_nowait(item)
         if item.error is not None:
             raise item.error
@@ -110,10 +116,10 @@ class Job(Generic[T]):
         return await self.next()
 
     def run(self) -> None:
-        """For the worker's thread."""
+        """Run the iterator and hand over its items. Only the worker's thread calls it."""
         end = _End()
         self.started.set()
-        # Whatever it holds, such as a model, is let go of with the job.
+        # The job must not keep alive what `start` holds, such as a model, after its end.
         start, self._start = self._start, None
         try:
             self.check()
@@ -124,7 +130,7 @@ class Job(Generic[T]):
                 for item in items:
                     self.put(item)
             finally:
-                # A generator's own clean-up belongs to this thread as well.
+                # A generator's own clean-up must run on this thread as well.
                 if (close := getattr(items, "close", None)) is not None:
                     close()
         except CancelledJob:
@@ -139,7 +145,7 @@ class Job(Generic[T]):
         self._call_on_loop(partial(self._receive, item))
 
     def _receive(self, item: T | _End) -> None:
-        """On the loop. Nothing comes after the first end."""
+        """Receive an item on the loop. Ignore items after the first end."""
         if not self._is_over:
             self._is_over = isinstance(item, _End)
             self._items.put_nowait(item)
@@ -148,7 +154,7 @@ class Job(Generic[T]):
         try:
             self._loop.call_soon_threadsafe(call)
         except RuntimeError:
-            # The loop is closed: nobody is left to read it.
+            # The loop is closed, so nobody can read the item.
             self._cancelled.set()
 
 
@@ -156,10 +162,13 @@ _Queue = SimpleQueue[Callable[[], None] | None]
 
 
 class Worker:
-    """A thread that runs jobs in the order they came in. It ends with `close`, with the worker, or with the program."""
+    """A thread that runs jobs in the order in which they were submitted.
+
+    The thread ends with `close`, when the worker is garbage-collected, or with the program.
+    """
 
     def __init__(self, name: str, max_waiting: int | None = None) -> None:
-        """`max_waiting` bounds the jobs that wait for the one that runs; None is no bound."""
+        """Start the thread. `max_waiting` is the largest number of jobs that may wait; None means no limit."""
         self._queue: _Queue = SimpleQueue()
         self._max_waiting = max_waiting
         self._jobs: list[Job[Any]] = []
@@ -169,15 +178,15 @@ class Worker:
         self._end = weakref.finalize(self, _end, self._queue, self._thread, self._jobs)
 
     def submit(self, start: Callable[[Job[T]], Iterator[T]]) -> Job[T]:
-        """Queue an iterator, which `start` makes on the thread. To be called on a running event loop.
+        """Queue an iterator, which `start` makes on the thread. The caller must be on a running event loop.
 
-        Raises BusyError if too many jobs wait, ClosedError after `close`.
+        Raises BusyError if too many jobs wait, and ClosedError after `close`.
         """
         job = Job(start)
         with self._lock:
             self._check_open()
             self._jobs[:] = [other for other in self._jobs if other.is_waiting or other.is_running]
-            # One may run besides those that wait.
+            # One job may run in addition to the jobs that wait.
             if self._max_waiting is not None and len(self._jobs) > self._max_waiting:
                 raise BusyError(f"{len(self._jobs)} generations run or wait, as many as may at once")
             self._jobs.append(job)
@@ -185,7 +194,7 @@ class Worker:
         return job
 
     def run(self, function: Callable[[], R]) -> R:
-        """Run a function on the thread after all jobs before it, and wait for it. Raises ClosedError after `close`."""
+        """Run a function on the thread after all earlier jobs, and wait for it. Raises ClosedError after `close`."""
         future: Future[R] = Future()
 
         def call() -> None:
@@ -212,12 +221,15 @@ class Worker:
             return sum(job.is_running for job in self._jobs)
 
     def cancel(self, error: BaseException | None = None, *, waiting_only: bool = False) -> None:
-        """End all jobs, or those that have not begun; whoever waits for their items gets the error, if one is given."""
+        """End all jobs, or only the waiting jobs. If an error is given, the readers of their items get it."""
         with self._lock:
             self._cancel(error, waiting_only)
 
     def close(self, *, wait: bool = True) -> None:
-        """End all jobs, whose readers get a ClosedError, and the thread, which is waited for unless `wait` is False."""
+        """End all jobs and the thread. The readers of the jobs get a ClosedError.
+
+        The call waits for the thread unless `wait` is False.
+        """
         with self._lock:
             if self._end.detach() is not None:
                 self._cancel(ClosedError("closed while it generated"))
@@ -239,10 +251,10 @@ def _work(queue: _Queue) -> None:
     try:
         while (task := queue.get()) is not None:
             task()
-            # While it waits for the next one, nothing of the last is kept alive.
+            # The last task must not stay alive while the thread waits for the next task.
             del task
     finally:
-        # MLX may abort the program at its end if a thread leaves its streams behind.
+        # MLX may abort the program at its end if a thread ends without this call.
         mx.clear_streams()
 
 

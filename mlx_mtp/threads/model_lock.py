@@ -1,4 +1,4 @@
-"""Whether a model is open: one thread at a time uses it, and what is open ends when it is closed."""
+"""The lifetime of a model: one thread at a time uses it, and open generators end when it is closed."""
 
 import threading
 import weakref
@@ -12,9 +12,10 @@ from .job_thread import Worker
 
 
 class Lifetime:
-    """Of a model, until `end`. In a `with` statement, which threads enter one after the other, it stays open.
+    """The lifetime of a model, until `end`. The model stays open during a `with` statement.
 
-    Entering it again in the same thread is fine, as callbacks of a generation do. Raises ClosedError after `end`.
+    Only one thread at a time can be in the `with` statement. The same thread may enter it again, as callbacks of a
+    generation do. Entering it after `end` raises ClosedError.
     """
 
     def __init__(self) -> None:
@@ -23,7 +24,7 @@ class Lifetime:
         self._depth = 0
         self._is_closed = False
         self._generators: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
-        # A lock of its own: whoever asks for the worker must not wait for a generation.
+        # This is a lock of its own, because a caller of `worker` must not wait for a generation.
         self._worker_lock = threading.Lock()
         self._worker: Worker | None = None
 
@@ -46,15 +47,19 @@ class Lifetime:
 
     @property
     def is_closed(self) -> bool:
+        """True after `end` was called."""
         return self._is_closed
 
     def check(self) -> None:
-        """Raises ClosedError after `end`."""
+        """Raise ClosedError after `end`."""
         if self._is_closed:
             raise ClosedError("the model is closed: load it again")
 
     def guard(self, items: Generator[Any, None, None]) -> Generator[Any, None, None]:
-        """The items of a generator that holds parts of the model, each made in a `with` statement of this."""
+        """Return the items of a generator that holds parts of the model. `end` closes the generator.
+
+        Each item is made in a `with` statement of this object.
+        """
         self._generators.add(items)
         return self._take_turns(items)
 
@@ -73,7 +78,7 @@ class Lifetime:
                 items.close()
 
     def worker(self) -> Worker:
-        """A thread for jobs that use the model. Raises ClosedError after `end`."""
+        """Return a thread for jobs that use the model. Raises ClosedError after `end`."""
         with self._worker_lock:
             self.check()
             if self._worker is None:
@@ -81,16 +86,18 @@ class Lifetime:
             return self._worker
 
     def end(self) -> bool:
-        """End what runs, and close the generators that are open. False if that was done before.
+        """End running jobs and close open generators. Return False if this was done before.
 
-        Waits for the round or the part of a prompt that is being computed, but for one whose callback called this.
+        The call waits for the round, or the chunk of a prompt, that is being computed. It does not wait for a
+        generation whose callback makes the call.
         """
         with self._worker_lock:
             was_closed, self._is_closed = self._is_closed, True
         if was_closed:
             return False
         if self._worker is not None:
-            # It may wait for the generation whose callback this is.
+            # If a callback of a generation makes this call, the worker may wait for that generation. Then this call
+            # must not wait for the worker.
             self._worker.close(wait=self._owner != threading.get_ident())
         with self._lock:
             for items in list(self._generators):
