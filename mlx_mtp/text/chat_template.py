@@ -1,8 +1,8 @@
 """Rendering of conversations with tool calls, correct with every published chat template of Gemma 4.
 
 Google published several templates, and each of them has faults. Most of them write the text of an answer after the
-results of its calls. The first one writes a result as a turn of its own. The older ones write a null argument as
-`None`. None of them accepts arguments that are not a JSON object.
+results of its calls. The first template writes a result as a turn of its own. The older templates write a null argument
+as `None`. None of them accepts arguments that are not a JSON object.
 
 The template stays the owner of the format. This module puts a marker in place of each part that the template would
 render wrong. It then replaces the marker in the rendered text with the part. If a marker is not at its place in Gemma's

@@ -1,4 +1,4 @@
-"""Tokenizer of a checkpoint folder: a thin layer over mlx-lm's wrapper, chat template and detokenizer."""
+"""Tokenizer of a checkpoint folder, in a thin layer over mlx-lm's wrapper: chat template and detokenizer."""
 
 import json
 import sys
