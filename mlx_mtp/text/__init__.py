@@ -1,1 +1,1 @@
-"""Between text and tokens: tokenizer, chat template, answers, and the tool calls in them."""
+"""Conversion between text and tokens: tokenizer, chat template, answers and their tool calls."""

@@ -1,4 +1,4 @@
-"""From tokens to readable text as they come: the answer up to a stop string, and the thought before it."""
+"""Conversion of tokens to text as they arrive: the answer up to a stop string, and the thought before it."""
 
 import re
 from collections.abc import Sequence
@@ -13,8 +13,11 @@ if TYPE_CHECKING:
 
 
 class Piece(NamedTuple):
-    """Text that became readable, valid UTF-8, the stop string that ends it, and whether the token belongs to a thought
-    or its channel."""
+    """Text that becomes readable with one token.
+
+    `text` is a part of the answer, and `thought` is a part of the thought. Both are valid UTF-8. `stopped` is the stop
+    string that ends the answer. `in_thought` is true if the token belongs to a thought or to its channel.
+    """
 
     text: str = ""
     thought: str = ""
@@ -23,11 +26,11 @@ class Piece(NamedTuple):
 
 
 class TextStream:
-    """Makes text of one generation's tokens.
+    """Stream that converts the tokens of one generation to text.
 
-    What is inside the thought channel, but for the first line, its name, is the thought; the rest is the answer, which
-    ends before the first of the `stop` strings. `thought` is the number of tokens since the channel was opened, for a
-    prompt that ends inside it.
+    The thought is the text inside the thought channel, without its first line, which is the channel's name. All other
+    text is the answer. The answer ends before the first of the `stop` strings. `thought` is the number of tokens since
+    the prompt opened the channel; None if the prompt does not end inside it.
     """
 
     def __init__(
@@ -41,7 +44,10 @@ class TextStream:
         self._detokenizer = tokenizer.detokenizer
 
     def add(self, token: int | None, *, is_last: bool) -> Piece:
-        """Add a token, None for one that has no text; after the last one, nothing is held back."""
+        """Add a token and return the text that becomes readable.
+
+        `token` is None for a token that has no text. After the last token, no text is held back.
+        """
         edge = None if self._channel is None else self._channel.end if self._in_thought else self._channel.start
         is_edge = token is not None and token == edge
         if token is not None and not is_edge:
@@ -54,7 +60,7 @@ class TextStream:
         in_thought = self._in_thought or is_edge
         if is_edge:
             self._in_thought, self._is_named = not self._in_thought, False
-            # Bytes of a character cut short must not run into what follows.
+            # The bytes of an incomplete character must not run into the text after this token.
             self._detokenizer = self._tokenizer.detokenizer
         return Piece(text, thought, stopped, in_thought)
 
@@ -67,14 +73,17 @@ class TextStream:
 
 
 _CALL_MARK = re.compile(f"{re.escape(CALL_END)}|{re.escape(STRING_MARK)}")
-# What follows the mark that begins a call, and every beginning of it.
+# This text follows the start mark of a call. The second pattern matches each beginning of it.
 _CALL_HEAD = re.compile(r"\s*call:")
 _CALL_HEAD_BEGINNING = re.compile(r"\s*(?:c|ca|cal|call)?")
 
 
 class _StopStrings:
-    """Cuts text at the first stop string, and holds back what may yet become one. A tool call is passed on as it is: no
-    stop string is looked for inside it."""
+    """Filter that cuts text at the first stop string.
+
+    It holds back text that may become a stop string. It passes tool calls on unchanged and looks for no stop string
+    inside them.
+    """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = stop
@@ -82,7 +91,7 @@ class _StopStrings:
         self._in_call = self._in_string = False
 
     def add(self, text: str, *, is_last: bool) -> tuple[str, str | None]:
-        """The text that can be emitted now, and the stop string that ends it."""
+        """Return the text that can be emitted now and the stop string that ends it, None if there is none."""
         if not self._stop:
             return text, None
         self._held += text
@@ -96,7 +105,10 @@ class _StopStrings:
         return "".join(parts), stopped
 
     def _take_text(self, is_last: bool) -> tuple[str, bool, str | None]:
-        """Text up to a stop string or the beginning of a call, whether more can be taken, and the stop string."""
+        """Take text up to a stop string or the start of a call.
+
+        Return the text, whether more can be taken, and the stop string.
+        """
         found = [(index, stop) for stop in self._stop if (index := self._held.find(stop)) >= 0]
         call = self._held.find(CALL_START)
         if found:
@@ -113,7 +125,10 @@ class _StopStrings:
         return self._cut(len(self._held) - held), False, None
 
     def _take_call(self, is_last: bool) -> tuple[str, bool, str | None]:
-        """As `_take_text`, up to the mark that ends the call: within a string it ends nothing."""
+        """Take text of a call up to its next mark, and return the values that `_take_text` returns.
+
+        An end mark inside a string does not end the call.
+        """
         mark = _CALL_MARK.search(self._held)
         if mark is None:
             held = 0 if is_last else beginning_at_end(self._held, CALL_END, STRING_MARK)

@@ -1,6 +1,6 @@
-"""A tool's JSON Schema as a help in reading: the types a value may have, and the names it may hold.
+"""JSON Schema of a tool's parameters as an aid to read arguments: allowed types and property names.
 
-Nothing is checked here. A schema that says nothing, or that cannot be understood, allows everything.
+This module validates nothing. A schema that is empty or not understood allows every value.
 """
 
 from collections.abc import Mapping
@@ -8,12 +8,15 @@ from functools import cached_property
 from typing import Any
 
 _TYPES = frozenset({"string", "integer", "number", "boolean", "null", "object", "array"})
-# References that lead to each other are followed this far.
+# This limit ends the resolution of references that lead to each other.
 _MOST_STEPS = 32
 
 
 class ArgumentSchema:
-    """One value's schema, with references and alternatives resolved. `root` is where references are looked up."""
+    """Schema of one value, with references and alternatives resolved.
+
+    `root` is the schema in which references are looked up.
+    """
 
     def __init__(self, schema: Any = None, root: Any = None) -> None:
         self._root = schema if root is None else root
@@ -21,18 +24,18 @@ class ArgumentSchema:
 
     @cached_property
     def types(self) -> frozenset[str] | None:
-        """The types of JSON Schema that the value may have; None if it may have any."""
+        """JSON Schema types that the value may have; None if it may have any type."""
         found = [_branch_types(branch) for branch in self._branches]
         known = [types for types in found if types is not None]
         return frozenset().union(*known) if known and len(known) == len(found) else None
 
     def allows(self, kind: str) -> bool:
-        """Whether the value may be of this type."""
+        """Return whether the value may have the type `kind`."""
         return self.types is None or kind in self.types or (kind == "integer" and "number" in self.types)
 
     @cached_property
     def names(self) -> dict[str, "ArgumentSchema"]:
-        """The schemas of an object's properties; empty if none are declared."""
+        """Schemas of an object's properties by name; empty if none are declared."""
         found: dict[str, ArgumentSchema] = {}
         for branch in self._branches:
             properties = branch.get("properties")
@@ -42,19 +45,19 @@ class ArgumentSchema:
 
     @cached_property
     def required(self) -> frozenset[str]:
-        """The properties that every alternative requires."""
+        """Names of the properties that every alternative requires."""
         found = [branch.get("required") for branch in self._branches]
         lists = [frozenset(names) if isinstance(names, list) else frozenset() for names in found]
         return frozenset.intersection(*lists)
 
     @cached_property
     def items(self) -> "ArgumentSchema":
-        """The schema of a list's items."""
+        """Schema of a list's items; ANYTHING unless exactly one alternative declares it."""
         found = [branch["items"] for branch in self._branches if isinstance(branch.get("items"), Mapping)]
         return ArgumentSchema(found[0], self._root) if len(found) == 1 else ANYTHING
 
     def member(self, name: str) -> "ArgumentSchema":
-        """The schema of an object's property."""
+        """Return the schema of an object's property; ANYTHING if it is not declared."""
         return self.names.get(name, ANYTHING)
 
     @cached_property
@@ -66,7 +69,7 @@ ANYTHING = ArgumentSchema()
 
 
 def _branches(schema: Any, root: Any, steps: int) -> list[Mapping[str, Any]]:
-    """The alternatives of a schema, none of which refers to another."""
+    """Return the alternatives of a schema. No alternative refers to another schema."""
     if not isinstance(schema, Mapping) or not steps:
         return [{}]
     rest = {name: value for name, value in schema.items() if name not in ("$ref", "anyOf", "oneOf", "allOf")}
@@ -84,7 +87,7 @@ def _branches(schema: Any, root: Any, steps: int) -> list[Mapping[str, Any]]:
 
 
 def _merge(schema: dict[str, Any], other: Any) -> dict[str, Any]:
-    """A schema together with one beside it."""
+    """Merge two schemas that apply together. `schema` has priority where both have a keyword."""
     if not isinstance(other, Mapping):
         return schema
     merged = {**other, **schema}
@@ -97,7 +100,7 @@ def _merge(schema: dict[str, Any], other: Any) -> dict[str, Any]:
 
 
 def _lookup(root: Any, reference: Any) -> Any:
-    """What a reference within the schema points at; None if there is nothing."""
+    """Return the value that a reference within the schema points to; None if there is none."""
     if not isinstance(reference, str) or not reference.startswith("#"):
         return None
     found = root

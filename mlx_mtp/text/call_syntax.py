@@ -1,4 +1,4 @@
-"""The marks of Gemma's tool calls, and the JSON that single values of their arguments mean."""
+"""Marks of Gemma's tool calls, and conversion of single argument values to JSON."""
 
 import json
 import re
@@ -11,21 +11,22 @@ BLANKS = " \t\r\n"
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _WORDS = {"true": "boolean", "false": "boolean", "null": "null"}
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
-# What Python reads besides: a sign, digits in groups, no digits on one side of the point.
+# Python also reads a plus sign, digits in groups, and a point without digits on one side.
 _LOOSE_NUMBER = re.compile(r"([+-]?)(0|[1-9][0-9]*(?:_[0-9]+)*|(?=\.[0-9]))(?:\.([0-9]*))?")
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|x([0-9a-fA-F]{2})|([nrtbf\"'/\\]))")
-# Python's other escapes; hardly anybody means them, and hardly anybody means what they look like.
+# These are the other escapes of Python. A model rarely means them as escapes, and rarely as plain text.
 _RARE_ESCAPE = re.compile(r"\\(?:[av0-7\n]|N\{)")
 _BACKSLASH = re.compile(r"(?s:\\.?)")
 _ESCAPED = {"n": "\n", "r": "\r", "t": "\t", "b": "\b", "f": "\f"}
 
 
 def json_string(text: str) -> str:
+    """Return the text as a JSON string, in quotes. Characters outside ASCII stay unescaped."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def literal_type(text: str) -> str | None:
-    """The type in JSON Schema of a number, true, false or null as JSON has them; None for other text."""
+    """Return the JSON Schema type of a JSON number, true, false or null; None for other text."""
     found = _NUMBER.fullmatch(text)
     if found is None:
         return _WORDS.get(text)
@@ -34,8 +35,11 @@ def literal_type(text: str) -> str | None:
 
 
 def bare_value(text: str, schema: ArgumentSchema) -> str:
-    """The JSON of a value without quotes. It is a string unless it is a literal of JSON or Python; a number or a truth
-    value is one where the schema allows strings instead."""
+    """Return the JSON of a value without quotes.
+
+    The value is a string unless it is a literal of JSON or Python. A number or a boolean also becomes a string if the
+    schema allows strings but not its type.
+    """
     literal = _PYTHON_WORDS.get(text, text)
     kind = literal_type(literal)
     if kind is None and not schema.allows("string"):
@@ -45,7 +49,10 @@ def bare_value(text: str, schema: ArgumentSchema) -> str:
 
 
 def quoted_value(text: str, schema: ArgumentSchema) -> str:
-    """The JSON of a value in quotes: a string, unless the schema allows none and the text is what it allows."""
+    """Return the JSON of a value in quotes.
+
+    The value is a string, unless the schema allows no strings but allows the value that the text represents.
+    """
     if schema.allows("string"):
         return json_string(text)
     stripped = text.strip(BLANKS)
@@ -63,7 +70,7 @@ def quoted_value(text: str, schema: ArgumentSchema) -> str:
 
 
 def is_json(text: str) -> bool:
-    """Whether the text is JSON as RFC 8259 has it."""
+    """Return whether the text is JSON according to RFC 8259."""
     try:
         json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
@@ -72,7 +79,7 @@ def is_json(text: str) -> bool:
 
 
 def _loose_number(text: str, schema: ArgumentSchema) -> str | None:
-    """The JSON of a number as Python may write it, where the schema allows it."""
+    """Return the JSON of a number in Python's notation; None if it is no number or the schema forbids it."""
     found = _LOOSE_NUMBER.fullmatch(text)
     if found is None:
         return None
@@ -82,10 +89,10 @@ def _loose_number(text: str, schema: ArgumentSchema) -> str | None:
 
 
 def unescape(text: str, quote: str) -> str | None:
-    """Text in these quotes of JSON or Python, without the escapes of both; None if it is not certain.
+    """Return the text between quotes of JSON or Python without its escapes; None if it is not certain.
 
-    A backslash before anything else shows that nothing was escaped: then each backslash is text. This is not certain
-    where some backslashes do escape, a quote or each other.
+    A backslash that begins no escape shows that the text has no escapes. Each backslash is then text. This is not
+    certain if a backslash in the text precedes a quote or another backslash.
     """
     sequences = [found.start() for found in _BACKSLASH.finditer(text)]
     unknown = [at for at in sequences if not _ESCAPE.match(text, at)]
@@ -95,7 +102,7 @@ def unescape(text: str, quote: str) -> str | None:
 
 
 def python_text(prefix: str, text: str, quote: str) -> str | None:
-    """The text of a string of Python with a prefix, such as r; None if it is not certain, or is no text."""
+    """Return the text of a Python string with a prefix such as r; None if it is not certain or not text."""
     kinds = prefix.lower()
     if "f" in kinds and ("{" in text or "}" in text):
         return None
@@ -104,7 +111,7 @@ def python_text(prefix: str, text: str, quote: str) -> str | None:
 
 
 def _without_escapes(text: str) -> str | None:
-    """Text without the escapes of JSON and Python; None if it has half a surrogate pair."""
+    """Return the text without the escapes of JSON and Python; None if it has half a surrogate pair."""
 
     def character(found: "re.Match[str]") -> str:
         code = found[1] or found[2] or found[3]
@@ -113,7 +120,7 @@ def _without_escapes(text: str) -> str | None:
         return chr(int(code, 16)) if int(code, 16) <= 0x10FFFF else found[0]
 
     try:
-        # Two halves of a surrogate pair are one character.
+        # UTF-16 joins the two halves of a surrogate pair to one character.
         return _ESCAPE.sub(character, text).encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
         return None
@@ -124,6 +131,6 @@ def _refuse(name: str) -> None:
 
 
 def beginning_at_end(text: str, *marks: str) -> int:
-    """The number of characters at the end of the text that may yet become one of these marks."""
+    """Return the number of characters at the end of the text that may become one of these marks."""
     counts = (count for mark in marks for count in range(1, len(mark)) if text.endswith(mark[:count]))
     return max(counts, default=0)

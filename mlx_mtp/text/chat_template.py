@@ -1,10 +1,12 @@
-"""Conversations with tool calls as every published chat template of Gemma 4 renders them right.
+"""Rendering of conversations with tool calls, correct with every published chat template of Gemma 4.
 
-Google published several templates. Each of them goes wrong somewhere: most write the text of an answer behind the
-results of its calls, the first one writes a result as a turn of its own, the older ones write a null argument as
-`None`, and none takes arguments that are no JSON object. The template stays the owner of the format: a part that it
-would render wrong is replaced by a marker, and the marker in the rendered text by the part. A template with another
-format, in which a marker is not found where Gemma's format has it, gets the messages and the tools as they are.
+Google published several templates, and each of them has faults. Most of them write the text of an answer after the
+results of its calls. The first template writes a result as a turn of its own. The older templates write a null argument
+as `None`. None of them accepts arguments that are not a JSON object.
+
+The template stays the owner of the format. This module puts a marker in place of each part that the template would
+render wrong. It then replaces the marker in the rendered text with the part. If a marker is not at its place in Gemma's
+format, the template has another format. It then gets the messages and the tools unchanged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,25 +19,26 @@ from .tool_schemas import marked_tools
 
 Tools = Sequence[Mapping[str, Any]]
 
-# What a template writes for a message of role `tool` if it does not know the role.
+# A template writes this text for a message of role `tool` if it does not know the role.
 _TOOL_TURN = "<|turn>tool\n"
 _MODEL_TURN, _TURN_END = "<|turn>model\n", "<turn|>\n"
 _CALL = f"{CALL_START}call:"
 
 
 class Render(Protocol):
-    """A chat template."""
+    """Function that renders messages and tools with a chat template."""
 
-    def __call__(self, messages: Messages, tools: Tools | None, /) -> str: ...
+    def __call__(self, messages: Messages, tools: Tools | None, /) -> str:
+        """Return the rendered text."""
 
 
 def render_conversation(messages: Sequence[Mapping[str, Any]], render: Render, tools: Tools | None = None) -> str:
-    """The text of a conversation, up to where the model's answer goes on.
+    """Return the text of a conversation, up to the point where the model's answer continues.
 
-    `messages` have OpenAI's form or that of Hugging Face; the arguments of a call are an object, or the text of one.
-    Arguments of another kind are rendered as they stand. `tools` are declarations as `usable_tools` makes them.
+    `messages` have the form of OpenAI or of Hugging Face. The arguments of a call are an object, or the text of an
+    object. Arguments of another kind are rendered unchanged. `tools` are declarations from `usable_tools`.
 
-    Raises PromptError for messages that no template could render, and what `render` raises.
+    Raises PromptError if no template can render the messages. Exceptions of `render` pass through.
     """
     plain = canonical_messages(messages)
     markers = Markers(plain, tools)
@@ -51,7 +54,7 @@ def render_conversation(messages: Sequence[Mapping[str, Any]], render: Render, t
 
 
 def _writes_tool_turns(render: Render, tools: Tools | None, markers: Markers) -> bool:
-    """Whether a template writes a result as a turn of its own, as the first published one does."""
+    """Return whether the template writes a result as its own turn, as the first published template does."""
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
     probe: Messages = [
         {"role": "user", "content": "Call."},
@@ -62,20 +65,26 @@ def _writes_tool_turns(render: Render, tools: Tools | None, markers: Markers) ->
 
 
 class _Marked:
-    """Conversations with markers, in the forms that templates take."""
+    """Conversations with markers, in the forms that templates accept."""
 
     def __init__(self, markers: Markers) -> None:
         self._add = markers.add
 
     def separate(self, messages: Messages) -> Messages:
-        """The messages, and an empty one of the model where another role speaks after a result: it closes the turn."""
+        """Return the messages with markers, each result as a message of its own.
+
+        An empty message of the model closes the turn where another role speaks after a result.
+        """
         return [self._message(message) for message in _closed(messages)]
 
     def embedded(self, messages: Messages) -> Messages:
-        """The form that the first published template takes: the results of calls are part of the message that called,
-        and so is the answer after them."""
+        """Return the messages in the form of the first published template.
+
+        The results of calls are a part of the message with the calls. The answer after the results is also a part of
+        this message.
+        """
         embedded: Messages = []
-        # The message with results that the model has not gone on from.
+        # This is the message with results after which the model has not continued.
         caller: dict[str, Any] | None = None
         for message in _closed(messages):
             if message["role"] == "tool":
@@ -91,7 +100,8 @@ class _Marked:
                 embedded.append(self._message(message, continues_turn=is_next))
                 caller = embedded[-1] if message.get("tool_responses") else None
         if caller is None and embedded[-1].get("tool_responses"):
-            # Behind a message with results, the template begins no turn for an answer: it does so behind this one.
+            # The template begins no turn for an answer after a message with results. It begins one after the message
+            # added here.
             embedded.append({"role": "assistant", "content": self._add(_MODEL_TURN, _TURN_END, "")})
         return embedded
 
@@ -104,7 +114,7 @@ class _Marked:
             first = calls[0]["function"]
             before = _MODEL_TURN if continues_turn else ""
             first["name"] = self._add(f"{before}{_CALL}", "", f"{content}{_CALL}") + first["name"]
-            # Else a template takes the name for the call's result from here.
+            # A template looks up the name for the call's result by this id. It would find the name with the marker.
             del calls[0]["id"]
         return {**message, "content": "", "tool_calls": calls}
 
@@ -112,7 +122,7 @@ class _Marked:
         arguments = function["arguments"]
         if isinstance(arguments, str):
             raw = arguments if arguments.startswith("{") else f"{{{arguments}}}"
-            # Between braces: in these the template puts the arguments, whatever their name and value.
+            # The template writes braces around the marker and its value. The raw arguments replace all of it.
             return {**function, "arguments": {self._add("{", ":0}", raw): 0}}
         return {**function, "arguments": self._without_nulls(arguments)}
 

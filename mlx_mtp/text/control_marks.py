@@ -1,11 +1,11 @@
-"""Control tokens of Gemma 4 that a model writes where they mean nothing: they never reach the content of an answer."""
+"""Removal of Gemma 4's control tokens where they mean nothing. They never reach the content of an answer."""
 
 import re
 
 from .call_syntax import CALL_END, CALL_START, STRING_MARK, beginning_at_end
 
 _CHANNEL_END = "<channel|>"
-# How a thought begins whose first token, `<|channel>`, the model left out.
+# A thought begins with this text if the model omits its first token, `<|channel>`.
 _THOUGHT = "thought\n"
 _ROLES = ("model", "user", "system", "tool")
 _CALL_MARKS = (CALL_START, CALL_END, STRING_MARK)
@@ -19,22 +19,25 @@ _ANY_MARK = re.compile("|".join(map(re.escape, sorted(_MARKS, key=len, reverse=T
 
 
 class ControlMarks:
-    """Takes the marks of control tokens out of a text that comes in pieces cut anywhere.
+    """Filter that removes the marks of control tokens from text that arrives in pieces, cut anywhere.
 
-    With `has_tools`, the marks of calls are taken out, too: the ones that are left are of no call. A mark of a string
-    becomes a quotation mark, every other one nothing. Without tools, a whole call is text, and a lone mark of a call's
-    end is nothing. Text before a lone `<channel|>` is a thought if it begins like one.
+    With `has_tools`, the filter also removes the marks of calls, because the remaining marks belong to no call. It
+    replaces a string mark with a quotation mark and deletes every other mark. Without tools, a complete call is text,
+    and a lone end mark of a call is deleted. Text before a lone `<channel|>` is a thought if it begins like a thought.
     """
 
     def __init__(self, *, has_tools: bool) -> None:
         self._has_tools = has_tools
         self._held = ""
         self._in_call = False
-        # Whether all of the text so far is held, as it may be a thought without its first mark.
+        # True while all text so far is held, because it may be a thought without its first mark.
         self._may_be_thought = True
 
     def add(self, text: str, *, is_last: bool = False) -> tuple[str, str]:
-        """The content and the thought that this text makes known. After the last text nothing is held back."""
+        """Add text, and return the content and the thought that become certain.
+
+        After the last text, nothing is held back.
+        """
         self._held += text
         thought = self._take_thought(is_last) if self._may_be_thought else ""
         if self._may_be_thought:
@@ -51,7 +54,10 @@ class ControlMarks:
         return "" if is_lone else mark[0]
 
     def _take_thought(self, is_last: bool) -> str:
-        """The thought at the beginning, once its end is there. All stays held while there may be one."""
+        """Take the thought at the start of the text when its end is there.
+
+        All text stays held while it may be a thought.
+        """
         begins = self._held.startswith(_THOUGHT) or _THOUGHT.startswith(self._held)
         end = self._held.find(_CHANNEL_END)
         self._may_be_thought = begins and end < 0 and not is_last

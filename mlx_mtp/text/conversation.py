@@ -1,7 +1,7 @@
-"""Messages in one form, whichever of OpenAI's and Hugging Face's forms they came in.
+"""Conversion of messages from the forms of OpenAI and Hugging Face to one form.
 
-All system texts are one message, which stands first. What the model says before a result or the user comes is one
-message: its thoughts, its text and its calls. The results of calls stand behind the message that called.
+All system texts become one message, which comes first. The model's output up to the next result or user message becomes
+one message with its thoughts, its text and its calls. The results of calls follow the message with the calls.
 """
 
 import json
@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 from mlx_mtp.errors import PromptError
 
 Messages = list[dict[str, Any]]
-# A message and its index in the conversation.
+# This is the index of a message in the conversation, and the message.
 _Indexed = tuple[int, Mapping[str, Any]]
 
 _SYSTEM_ROLES = ("system", "developer")
 _THOUGHTS = ("reasoning", "reasoning_content")
-# Stands between the texts of two messages that become one.
+# This separates the texts of two messages that become one.
 _BLANK_LINE = "\n\n"
 
 
 @dataclass
 class _Part:
-    """A message of the model or the user, its index, and the results of its calls, each with its own index."""
+    """Message of the model or the user, its index, and the results of its calls with their indexes."""
 
     index: int
     message: dict[str, Any]
@@ -32,7 +32,11 @@ class _Part:
 
 
 class _Call(NamedTuple):
-    """A call without a result: the id that it came with, its own one, its name, and the part that it is in."""
+    """Call without a result.
+
+    `given_id` is the id in the client's message. `own_id` is the id that this module assigns. `part` is the part with
+    the call.
+    """
 
     given_id: Any
     own_id: str
@@ -40,7 +44,7 @@ class _Call(NamedTuple):
     part: _Part
 
 
-# How to tell that a result is that of a call: by its id, by its name, or by its place.
+# A result is matched with a call by its id, by its name, or by its order.
 _WAYS: tuple[Callable[[_Call, Mapping[str, Any]], bool], ...] = (
     lambda call, result: bool(call.given_id) and call.given_id == result.get("tool_call_id"),
     lambda call, result: call.name == result.get("name"),
@@ -49,10 +53,12 @@ _WAYS: tuple[Callable[[_Call, Mapping[str, Any]], bool], ...] = (
 
 
 def canonical_messages(messages: Sequence[Mapping[str, Any]]) -> Messages:
-    """Copies of the messages in one form. Every call has an id of its own, and every result the id and the name of its
-    call; arguments are objects, or text that is none.
+    """Return copies of the messages in one form.
 
-    Raises PromptError for a result without a call that waits for it, and for content and arguments of other types.
+    Every call has an id of its own. Every result has the id and the name of its call. Arguments are objects, or text
+    that is not an object.
+
+    Raises PromptError if a result has no call that waits for it, or if content or arguments have another type.
     """
     system = [
         _text(message.get("content"), index)
@@ -66,9 +72,9 @@ def canonical_messages(messages: Sequence[Mapping[str, Any]]) -> Messages:
 
 
 def _parts(messages: Sequence[_Indexed]) -> list[_Part]:
-    """The messages of all roles but that of tools, with the results of their calls."""
+    """Return the messages of all roles except tool, with the results of their calls."""
     parts: list[_Part] = []
-    # Calls without a result: those of the latest messages first.
+    # These calls have no result. The calls of the latest messages come first.
     waiting: list[_Call] = []
     ids: set[Any] = set()
     for role, group in groupby(messages, key=lambda item: item[1]["role"]):
@@ -92,11 +98,12 @@ def _calls(part: _Part, message: Mapping[str, Any]) -> list[_Call]:
 
 
 def _add_results(results: Sequence[_Indexed], waiting: list[_Call], ids: set[Any]) -> None:
-    """Add results to the parts that called. `ids` are those of all calls so far."""
+    """Add results to the parts with their calls. `ids` are the ids of all calls so far."""
     calls: dict[int, _Call] = {}
     for way in _WAYS:
         for index, message in results:
-            # A result with a known id is that of no other call: if its call has one, it is a second one.
+            # A result with a known id belongs to the call with this id only. If this call has a result already, the new
+            # one is a second result.
             if index in calls or (way is not _WAYS[0] and message.get("tool_call_id") in ids):
                 continue
             call = next((call for call in waiting if way(call, message)), None)
@@ -112,9 +119,9 @@ def _add_results(results: Sequence[_Indexed], waiting: list[_Call], ids: set[Any
 
 
 def _merged(parts: Sequence[_Part]) -> list[_Part]:
-    """The parts, with those of the model that follow each other as one."""
+    """Return the parts, with consecutive parts of the model merged if they belong together."""
     merged: list[_Part] = []
-    # From the end, where it is known whether calls follow.
+    # The loop starts at the end, where it is known whether calls follow.
     for part in reversed(parts):
         if merged and _belong_together(part, merged[-1]):
             merged[-1] = _joined(part, merged[-1])
@@ -124,8 +131,10 @@ def _merged(parts: Sequence[_Part]) -> list[_Part]:
 
 
 def _belong_together(first: _Part, second: _Part) -> bool:
-    """Whether two parts are one message of the model: it said both before it had a result. Text after calls that have
-    no result is a message of its own."""
+    """Return whether two parts are one message, which the model wrote before it had a result.
+
+    Text after calls without a result is a message of its own.
+    """
     is_model = first.message["role"] == second.message["role"] == "assistant"
     if not is_model or first.message.get("tool_responses"):
         return False
@@ -147,7 +156,10 @@ def _joined(first: _Part, second: _Part) -> _Part:
 
 
 def _text(content: Any, index: int) -> str:
-    """The text of a message's content. Raises PromptError, naming the message, for content that is no text."""
+    """Return the text of a message's content.
+
+    Raises PromptError, naming the message, if the content is not text.
+    """
     if content is None or isinstance(content, str):
         return content or ""
     text = _parts_text(content) if isinstance(content, list | tuple) else None
@@ -158,7 +170,7 @@ def _text(content: Any, index: int) -> str:
 
 
 def _answer(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """A message of the model with text for content, its thought under one name, and calls with ids of their own."""
+    """Return the model's message with text as content, its thought under one name, and own call ids."""
     found = {name: value for name, value in message.items() if name not in _THOUGHTS}
     thoughts = [message[name] for name in _THOUGHTS if isinstance(message.get(name), str)]
     if thought := next(filter(None, thoughts), None):
@@ -177,7 +189,7 @@ def _own_call(call: Mapping[str, Any], index: int, number: int) -> dict[str, Any
 
 
 def _arguments(arguments: Any, place: str) -> Mapping[str, Any] | str:
-    """The arguments as an object, or the text of what they are instead."""
+    """Return the arguments as an object, or as text if they are not an object."""
     if arguments is None or arguments == "":
         return {}
     if isinstance(arguments, Mapping):
@@ -192,14 +204,14 @@ def _arguments(arguments: Any, place: str) -> Mapping[str, Any] | str:
 
 
 def _parts_text(parts: Sequence[Any]) -> str | None:
-    """The text of a list of parts; None if one of them is no text."""
+    """Return the text of a list of parts; None if a part is not text."""
     texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part for part in parts]
     strings = [text for text in texts if isinstance(text, str)]
     return "".join(strings) if len(strings) == len(texts) else None
 
 
 def _result_text(message: Mapping[str, Any], index: int) -> str:
-    """The text of a result: that of its parts, or else the JSON of the value."""
+    """Return the text of a result's parts, or else the JSON of its value."""
     content = message.get("content")
     if isinstance(content, str):
         return content

@@ -1,4 +1,4 @@
-"""Tokenizer of a checkpoint folder: chat template and streaming detokenizer, thin over mlx-lm's wrapper."""
+"""Tokenizer of a checkpoint folder, in a thin layer over mlx-lm's wrapper: chat template and detokenizer."""
 
 import json
 import sys
@@ -24,47 +24,54 @@ from .tool_schemas import usable_tools
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-# What to decode from: text, token ids, or the messages of a conversation, each with its role and content.
+# A prompt is text, token ids, or the messages of a conversation, each with its role and content.
 Prompt = str | Sequence[int] | mx.array | Sequence[Mapping[str, Any]]
 
-# Stands for the user's text in a rendered turn: what no template changes or adds.
+# This stands for the user's text in a rendered turn. No template changes or adds it.
 _PLACEHOLDER = "<<user's text>>"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-# What this package and transformers decide about rendering, whatever a chat template is told.
+# This package and transformers set these options of rendering. They are no switches of a chat template.
 _NOT_SWITCHES = {
     "chat_template", "continue_final_message", "conversation", "documents", "max_length", "messages", "padding",
     "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens", "tokenize",
     "tokenizer_kwargs", "tools", "truncation",
 }  # fmt: skip
-# Named templates beside the default one, a file for each.
+# This folder holds the named templates beside the default template, one file for each.
 TEMPLATES_FOLDER = "additional_chat_templates"
 
 
 def load_tokenizer(folder: Path, eos_token_ids: tuple[int, ...]) -> "TokenizerWrapper":
-    """The folder's tokenizer, stopping at these ids. Raises TokenizerError if it has none or it cannot be read."""
+    """Load the folder's tokenizer, with `eos_token_ids` as its stop tokens.
+
+    Raises TokenizerError if the folder has no tokenizer or the tokenizer cannot be read.
+    """
     _vocabulary_file(folder)
     _template_files(folder)
-    # Imported here: mlx-lm brings transformers along, seconds that --help and the converter have no use for.
+    # mlx-lm imports transformers, which takes seconds. --help and the converter do not need it.
     from mlx_lm import tokenizer_utils
 
     try:
         with _without_marks(folder) as source:
             tokenizer = tokenizer_utils.load(source, _chat_template_json(folder), eos_token_ids=list(eos_token_ids))
-    # Rust raises nothing but Exception, and transformers what its guesses run into.
+    # Rust code raises plain Exception. transformers raises the errors that its guesses cause.
     except Exception as error:
         check_tokenizer(folder)
         raise TokenizerError(f"{folder}: the tokenizer cannot be read: {error}") from error
     if not (folder / "tokenizer.json").is_file():
-        # mlx-lm knows sentencepiece by tokenizer.json; its general detokenizer repeats characters split into bytes.
+        # mlx-lm detects sentencepiece by tokenizer.json. Its general detokenizer repeats characters that are split into
+        # bytes.
         tokenizer._detokenizer = tokenizer_utils.SPMStreamingDetokenizer(tokenizer, trim_space=False)
     _name_a_default(tokenizer)
-    # The context's limit is checked where decoding starts; transformers would warn of a limit of its own.
+    # The context limit is checked where decoding starts. transformers would warn about a limit of its own.
     tokenizer.model_max_length = sys.maxsize
     return tokenizer
 
 
 def _chat_template_json(folder: Path) -> dict[str, Any]:
-    """The field of tokenizer_config.json that older processors kept in a file of its own, if it is nowhere else."""
+    """Return the field chat_template from chat_template.json; empty if it is in another file or missing.
+
+    Older processors kept this field of tokenizer_config.json in a file of its own.
+    """
     file, config = folder / "chat_template.json", folder / "tokenizer_config.json"
     elsewhere = (folder / "chat_template.jinja").is_file() or (folder / TEMPLATES_FOLDER).is_dir()
     if not file.is_file() or elsewhere or (config.is_file() and read_json(config).get("chat_template")):
@@ -74,8 +81,12 @@ def _chat_template_json(folder: Path) -> dict[str, Any]:
 
 
 def _name_a_default(tokenizer: "TokenizerWrapper") -> None:
-    """Of several named templates, transformers takes `tool_use` for tools and `default` otherwise. Where there is no
-    default, one that is alone is taken, and several are an error when a template is needed."""
+    """Add a default chat template if the named templates have none.
+
+    Of several named templates, transformers takes `tool_use` for tools and `default` otherwise. Without a default, a
+    single named template becomes the default. With several of them, the default template raises an error when it is
+    rendered.
+    """
     templates = tokenizer.chat_template
     if not isinstance(templates, dict) or "default" in templates:
         return
@@ -86,10 +97,10 @@ def _name_a_default(tokenizer: "TokenizerWrapper") -> None:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raise TokenizerError, naming the file, for a tokenizer that `load_tokenizer` could not load, or a chat template
-    that could not be rendered.
+    """Check that `load_tokenizer` can load the tokenizer and that its chat templates can be rendered.
 
-    Without transformers: it costs a second for a vocabulary of 262144 tokens, and the memory of the vocabulary.
+    Raises TokenizerError, naming the file, if it finds a fault. The check does not use transformers. It takes a second
+    for a vocabulary of 262144 tokens, and the memory of the vocabulary.
     """
     file = _vocabulary_file(folder)
     check_tokenizer_fields(folder)
@@ -99,7 +110,7 @@ def check_tokenizer(folder: Path) -> None:
         raise TokenizerError(f"{file}: {reason}")
     try:
         if file.suffix == ".json":
-            # mlx-lm brings it along, with transformers.
+            # mlx-lm installs this package together with transformers.
             from tokenizers import Tokenizer
 
             Tokenizer.from_str(read_text(file))
@@ -107,13 +118,16 @@ def check_tokenizer(folder: Path) -> None:
             from sentencepiece import SentencePieceProcessor
 
             SentencePieceProcessor(model_file=str(file))
-    # Rust raises nothing but Exception.
+    # Rust code raises plain Exception.
     except Exception as error:
         raise TokenizerError(f"{file}: not a tokenizer: {error}") from None
 
 
 def _template_files(folder: Path) -> list[Path]:
-    """The files of chat templates. Raises TokenizerError, naming the file, for one that holds no text."""
+    """Return the files of chat templates.
+
+    Raises TokenizerError, naming the file, if a file holds no text.
+    """
     files = [folder / "chat_template.jinja", *sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))]
     found = [file for file in files if file.is_file()]
     for file in found:
@@ -137,8 +151,10 @@ def _vocabulary_file(folder: Path) -> Path:
 
 @contextmanager
 def _without_marks(folder: Path) -> Iterator[Path]:
-    """The folder, or where a file begins with a byte order mark a copy of all of them without it: transformers takes it
-    for a part of the JSON, or of the chat template."""
+    """Yield the folder, or a copy of its files without byte order marks if a file begins with one.
+
+    transformers reads a byte order mark as a part of the JSON or of the chat template.
+    """
     files = [file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".model") and file.is_file()]
     files += (folder / TEMPLATES_FOLDER).glob("*.jinja")
     if not any(map(_begins_with_mark, files)):
@@ -165,12 +181,12 @@ def encode_prompt(
     use_chat_template: bool = True,
     enable_thinking: bool = False,
 ) -> list[int]:
-    """Token ids of a user's prompt: one user turn of the chat template, or the bare text.
+    """Return the token ids of a user's prompt: one user turn of the chat template, or the plain text.
 
-    The beginning-of-text token is added once, by the template or, for bare text, by the tokenizer.
+    The template adds the beginning-of-text token once. For plain text, the tokenizer adds it.
 
-    Raises PromptError for an empty prompt, for half a surrogate pair, and for a system prompt or thinking without a
-    chat template.
+    Raises PromptError if the prompt is empty or holds half a surrogate pair, or if a system prompt or thinking is
+    requested without a chat template.
     """
     if not prompt:
         raise PromptError("the prompt is empty: expected some text")
@@ -195,10 +211,13 @@ def encode_in_parts(
     use_chat_template: bool = True,
     enable_thinking: bool = False,
 ) -> list[int]:
-    """Token ids of a part of a user's turn: with what the chat template puts before it where the turn `begins`, else
-    with what it puts after it. A prompt read ahead is the first part, what is asked about it the second.
+    """Return the token ids of one of the two parts of a user's turn.
 
-    Raises PromptError as `encode_prompt` does.
+    The first part is a prompt that is read ahead, and the second part is the question about it. If the part `begins`
+    the turn, the ids include the chat template's text before the part. Otherwise, they include its text after the part.
+
+    Raises PromptError if the text is empty or holds half a surrogate pair, if the first part has a system prompt
+    without a chat template, or if the chat template cannot render the turn.
     """
     if not text:
         raise PromptError("the prompt is empty: expected some text")
@@ -225,12 +244,13 @@ def encode_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     template_options: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Token ids of a conversation, up to where the model's answer begins. The messages of the system become one,
-    which stands first. `tools` are functions as OpenAI's API describes them. `template_options` are further switches of
-    the chat template, such as `preserve_thinking`.
+    """Return the token ids of a conversation, up to the start of the model's answer.
 
-    Raises PromptError if there is no chat template, if it cannot render the messages, if it has no switch for
-    thinking that should be enabled, or no place for tools, and for an option that is no switch of a template.
+    All system messages become one message, which comes first. `tools` are functions in OpenAI's format.
+    `template_options` are further switches of the chat template, such as `preserve_thinking`.
+
+    Raises PromptError if there is no chat template, if it cannot render the messages, if it has no switch for the
+    requested thinking, if it has no place for tools, or if an option is no switch of a template.
     """
     if not tokenizer.has_chat_template:
         raise PromptError("messages need a chat template: this model has none")
@@ -244,7 +264,7 @@ def encode_chat(
             raise PromptError(f"messages[{index}] must have a role and content, found {message!r}")
 
     def render(enable_thinking: bool, tools: Tools | None) -> str:
-        # Thinking is always said: mlx-lm's wrapper would turn it on where Gemma's own template leaves it off.
+        # The switch is always set: mlx-lm's wrapper would turn thinking on where Gemma's own template leaves it off.
         switches["enable_thinking"] = enable_thinking
 
         def apply(messages: Messages, tools: Tools | None) -> str:
@@ -266,7 +286,10 @@ def encode_chat(
 
 
 def encode_text(tokenizer: "TokenizerWrapper", text: str, *, add_special_tokens: bool = False) -> list[int]:
-    """Token ids of a text. Raises PromptError for half a surrogate pair, which is no character."""
+    """Return the token ids of a text.
+
+    Raises PromptError if the text holds half a surrogate pair, which is not a character.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -278,12 +301,12 @@ def encode_text(tokenizer: "TokenizerWrapper", text: str, *, add_special_tokens:
 
 @contextmanager
 def _template_errors() -> Iterator[None]:
-    """Makes a PromptError of what a chat template raises, but for the errors of this package."""
+    """Raise PromptError in place of an error of the chat template. Errors of this package pass through."""
     try:
         yield
     except MTPError:
         raise
-    # A template is a program of the checkpoint's maker: it may divide by zero, look for what is not there, and so on.
+    # A template is a program of the checkpoint's author. It may divide by zero, read a missing value, and so on.
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise PromptError(f"the chat template cannot render the messages: {reason}") from None
@@ -298,9 +321,11 @@ def encode(
     tools: Sequence[Mapping[str, Any]] | None = None,
     template_options: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Token ids of a prompt for a model with embeddings of `vocab_size` tokens. The options are for messages alone.
+    """Return the token ids of a prompt for a model with embeddings of `vocab_size` tokens.
 
-    Raises PromptError for messages that cannot be rendered, and for token ids without an embedding.
+    The options apply to messages only.
+
+    Raises PromptError if the messages cannot be rendered or if a token id has no embedding.
     """
     if isinstance(prompt, str):
         return _with_embeddings(tokenizer, encode_prompt(tokenizer, prompt, use_chat_template=False), vocab_size)
@@ -318,7 +343,10 @@ def encode(
 
 
 def _with_embeddings(tokenizer: "TokenizerWrapper", tokens: list[int], vocab_size: int) -> list[int]:
-    """The tokens themselves, if the model has an embedding for each: a fine-tune may have added some without."""
+    """Return the tokens unchanged if the model has an embedding for each of them.
+
+    A fine-tune may have added tokens without embeddings. Raises PromptError if the prompt holds such a token.
+    """
     for token in tokens:
         if token >= vocab_size:
             text = tokenizer.convert_ids_to_tokens(token)
@@ -327,7 +355,7 @@ def _with_embeddings(tokenizer: "TokenizerWrapper", tokens: list[int], vocab_siz
 
 
 def thought_channel(tokenizer: "TokenizerWrapper") -> Channel | None:
-    """The tokens that Gemma 4 puts around a thought; None if the tokenizer has none."""
+    """Return the tokens that Gemma 4 puts around a thought; None if the tokenizer has none."""
     ids = [tokenizer.convert_tokens_to_ids(token) for token in ("<|channel>", "<channel|>")]
     if any(token in (None, tokenizer.unk_token_id) for token in ids):
         return None
@@ -335,7 +363,10 @@ def thought_channel(tokenizer: "TokenizerWrapper") -> Channel | None:
 
 
 def open_thought(tokenizer: "TokenizerWrapper", channel: Channel, prompt: Sequence[int]) -> int | None:
-    """The number of tokens since a prompt opened the thought channel; None if it does not end inside one."""
+    """Return the number of tokens since the prompt opened the thought channel.
+
+    Return None if the prompt does not end inside the channel.
+    """
     turn = tokenizer.convert_tokens_to_ids("<|turn>")
     for count, token in enumerate(reversed(prompt)):
         if token == channel.start:

@@ -1,4 +1,4 @@
-"""What a tokenizer's files must hold beside the vocabulary: fields and chat templates, checked without transformers."""
+"""Checks of a tokenizer's files except the vocabulary: fields and chat templates, without transformers."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def check_tokenizer_fields(folder: Path) -> None:
-    """Raise TokenizerError, naming file and field, for what transformers cannot read."""
+    """Raise TokenizerError, naming the file and the field, if transformers cannot read a field."""
     checks: dict[str, Callable[[Path, dict[str, Any]], object]] = {
         "tokenizer_config.json": _check_config,
         "special_tokens_map.json": _check_special_tokens,
@@ -74,9 +74,9 @@ def _check_ids(file: Path, fields: dict[str, Any]) -> None:
 
 
 def read_template_field(file: Path, fields: Mapping[str, Any]) -> object:
-    """The field chat_template of chat_template.json; None if it is null or the file holds nothing.
+    """Return the field chat_template of chat_template.json; None if it is null or the file has no fields.
 
-    Raises TokenizerError for a file with other fields alone, and as `check_template_field`.
+    Raises TokenizerError if the file has other fields only, or if `check_template_field` rejects the value.
     """
     if fields and "chat_template" not in fields:
         raise _error(file, "chat_template", "a template or a list of named ones", f"only {', '.join(fields)}")
@@ -85,8 +85,10 @@ def read_template_field(file: Path, fields: Mapping[str, Any]) -> object:
 
 
 def check_template_field(file: Path, value: object) -> None:
-    """Raise TokenizerError for a field chat_template that holds no template that can be rendered. None is as if it were
-    absent."""
+    """Raise TokenizerError if a field chat_template holds no template that can be rendered.
+
+    None counts as an absent field.
+    """
     if value is None:
         return
     entries: list[Any] = value if isinstance(value, list) else [{"name": "default", "template": value}]
@@ -97,14 +99,14 @@ def check_template_field(file: Path, value: object) -> None:
 
 
 def check_template(file: Path, text: str) -> None:
-    """Raise TokenizerError for a chat template that jinja2 cannot compile."""
-    # Imported here: it is only needed where a tokenizer is read.
+    """Raise TokenizerError if jinja2 cannot compile the chat template."""
+    # Only the check of a tokenizer needs this import.
     from jinja2 import Environment, TemplateError, nodes
     from jinja2.ext import Extension
     from jinja2.parser import Parser
 
     class Generation(Extension):
-        """The block that transformers adds to jinja2, around what the model writes."""
+        """Block that transformers adds to jinja2, around the text that the model writes."""
 
         tags = {"generation"}  # noqa: RUF012
 

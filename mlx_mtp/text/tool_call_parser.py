@@ -1,7 +1,7 @@
-"""Tool calls as Gemma 4 writes them, read from the answer as it comes.
+"""Parser of tool calls as Gemma 4 writes them, which reads them while the answer arrives.
 
-A call is `<|tool_call>call:NAME{key:<|"|>text<|"|>,n:3,o:{},l:[true,null]}<tool_call|>`: bare keys, strings between
-marks of their own and without escapes. Arguments that are written otherwise are read by `tool_call_repair`.
+A call is `<|tool_call>call:NAME{key:<|"|>text<|"|>,n:3,o:{},l:[true,null]}<tool_call|>`. Keys have no quotes. Strings
+are between marks of their own and have no escapes. `tool_call_repair` reads arguments in any other syntax.
 """
 
 import logging
@@ -15,31 +15,31 @@ from .tool_call_repair import NEXT_CALL, Reading, read_arguments
 
 logger = logging.getLogger(__name__)
 
-# What must follow `<|tool_call>`, or a call in the same block, and every beginning of it.
 _END = re.compile(rf"{re.escape(CALL_END)}|{re.escape(CALL_START)}")
 _MARK = f"(?:{re.escape(STRING_MARK)})?"
-# Bounded, so that a long text is not looked through again and again.
+# The pattern is bounded, so that a long text is not searched again and again.
 _GAP = r"[ \t\r\n]{0,256}"
 _NAME = rf"{_GAP}{_MARK}([^\s{{}}<>()]{{1,256}})"
+# This text must follow `<|tool_call>`, or a call in the same block. The second pattern matches each beginning of it.
 _HEAD = re.compile(rf"[ \t\r\n,;]{{0,256}}call:{_NAME}{_MARK}{_GAP}(?=[{{(]|{_END.pattern}|\Z)")
 _HEAD_BEGINNING = re.compile(rf"[ \t\r\n,;]{{0,256}}(?:c|ca|cal|call|call:(?:{_NAME}{_MARK}{_GAP}|{_GAP}{_MARK}))?")
 _QUOTED_NAME = re.compile(r"([\"'`])([\w.:-]+)\1")
-# Arguments in a list, which is none of them.
+# This opens a list around the arguments. The list is not a part of the arguments.
 _LIST_OF_ONE = re.compile(r"\[[ \t\r\n]*(?=\{)")
-# So many marks of an end may be within the strings of one call.
+# The strings of one call may hold this number of end marks.
 _MOST_ENDS = 8
 _QUOTE = re.compile(rf"{re.escape(STRING_MARK)}|[\"']")
-# Where a bare key ends.
-# Longer keys and literals are left to the end of the call, so that they are not looked through again and again.
+# Longer keys and literals are read at the end of the call, so that they are not searched again and again.
 _LONGEST_NAME = 512
 _LITERAL = re.compile(r"(?:[a-z]{1,5}|[0-9.eE+-]*)[ \t\r\n]*")
+# This ends a key without quotes.
 _KEY_END = re.compile(f":|{re.escape(CALL_END)}")
-# A key behind which the value before is over, whatever follows.
+# The value before a key of this form is complete, whatever follows the key.
 _PLAIN_KEY = re.compile(r"[\w$@./-]+")
-# A key that is one without the schema. Other ones may begin with a comma too many, or be something else.
+# This is a key even without the schema. Other text may begin with an extra comma, or may not be a key.
 _READABLE_KEY = re.compile(r"[\w$@./-]+(?: +[\w$@./-]+)*")
-# What may yet turn out not to belong to a string, if its mark is missing: braces, the next key, the end of the call.
-# All of it is bounded, so that a long text is not looked through again and again.
+# This text at the end of a string may not belong to the string if its end mark is missing. It is braces, the next key,
+# or the end of the call. The patterns are bounded, so that a long text is not searched again and again.
 _CLOSERS = r"(?<![ \t\r\n}\])])[ \t\r\n}\])]{1,200}(?![ \t\r\n}\])])"
 _NEXT_KEY = r",[ \t\r\n]{0,40}([\w$@./-]{1,64})[ \t\r\n]{0,40}[:=]"
 _MARKS = sorted({mark[:length] for mark in (STRING_MARK, CALL_END, CALL_START) for length in range(1, len(mark) + 1)})
@@ -52,10 +52,10 @@ _NEXT_KEY_OR_END = re.compile(rf"(?:{_CLOSERS})?(?:{_NEXT_KEY}|{_END.pattern})")
 
 
 class ToolCallDelta(NamedTuple):
-    """What became known of one call.
+    """New part of one tool call.
 
-    `index` is that of the call within the answer; `name` is in its first delta only; `arguments` is to be appended to
-    the call's arguments, the text of a JSON object.
+    `index` is the index of the call within the answer. `name` is in the first delta of the call only. `arguments` is
+    text to append to the call's arguments, which are the text of a JSON object.
     """
 
     index: int  # type: ignore[assignment]  # A tuple has a method of this name, which nothing here needs.
@@ -64,13 +64,15 @@ class ToolCallDelta(NamedTuple):
 
 
 class ToolCallParser:
-    """Separates the calls from the content of one answer, which comes in pieces cut anywhere.
+    """Parser that separates the tool calls of one answer from its content.
 
-    `tools` are those of the request, as OpenAI has them: their schemas help to read what is written badly. Arguments
-    are emitted as they come, as far as their meaning is certain; from the first odd thing on, they are held back until
-    the call ends, and read as a whole. Nothing is lost: a call without `call:NAME` is content, and arguments that
-    cannot be read for certain go on as the model wrote them, so that they are no JSON. Both are warned of. The
-    arguments of a call that the end of the text cuts off are incomplete.
+    The answer arrives in pieces, cut anywhere. `tools` are the tools of the request in OpenAI's format. Their schemas
+    help to read faulty arguments.
+
+    The parser emits arguments as they arrive, as far as their meaning is certain. At the first irregularity, it holds
+    the rest back until the call ends, and reads the arguments as a whole. Nothing is lost. A call without `call:NAME`
+    is content. Arguments that cannot be read with certainty are passed on unchanged, so they are not JSON. The parser
+    logs a warning in both cases. If the text ends within a call, the arguments of the call are incomplete.
     """
 
     def __init__(self, tools: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -78,19 +80,20 @@ class ToolCallParser:
         self._held = ""
         self._calls = 0
         self._call: _Arguments | None = None
-        # Whether a call is over and its block is not.
+        # True if a call is complete, but its block is not.
         self._in_block = False
         self._unreadable = 0
 
     @property
     def unreadable(self) -> int:
-        """How many calls had arguments that could not be read, and were passed on as they were written."""
+        """Number of calls whose arguments could not be read and were passed on unchanged."""
         return self._unreadable
 
     def add(self, text: str, *, is_last: bool = False, is_cut: bool = False) -> tuple[str, list[ToolCallDelta]]:
-        """The content and the parts of calls that this text makes known; after the last one, nothing is held back.
+        """Add text, and return the content and the parts of calls that become certain.
 
-        `is_cut` says of the last text that the model had not finished: a call that is open is not finished for it.
+        After the last text, nothing is held back. `is_cut` tells that the model had not finished at the last text. A
+        call that is open then stays incomplete.
         """
         self._held += text
         content: list[str] = []
@@ -112,7 +115,7 @@ class ToolCallParser:
             self._call = None
 
     def _take_content(self, is_last: bool) -> str:
-        """What comes before the next call."""
+        """Take the content before the next call."""
         start = self._held.find(CALL_START)
         if start < 0:
             start = len(self._held) - (0 if is_last else beginning_at_end(self._held, CALL_START))
@@ -120,9 +123,9 @@ class ToolCallParser:
         return taken
 
     def _take_head(self, content: list[str], is_last: bool, is_cut: bool) -> str | None:
-        """The name of the call that is begun here; None if it is not known yet, or if there is no call.
+        """Take the head of the next call and return the tool's name.
 
-        What only looks like a call is added to the content.
+        Return None if the name is not known yet or there is no call. Text that only looks like a call becomes content.
         """
         if not self._in_block:
             content.append(self._take_content(is_last))
@@ -138,7 +141,7 @@ class ToolCallParser:
             unmarked = self._held[: len(self._held) - marked]
             if len(unmarked) < start or _HEAD_BEGINNING.fullmatch(unmarked, start):
                 if is_last and is_cut:
-                    # The model had no room to name the tool.
+                    # The text was cut off before the name of the tool.
                     self._held = ""
                 if not is_last or is_cut:
                     return None
@@ -150,7 +153,7 @@ class ToolCallParser:
         return None
 
     def _begin(self, written: str) -> str:
-        """Begin a call; gives the tool's name, without a namespace before it: names of tools have no colon."""
+        """Begin a call and return the tool's name, without the namespace before it. Tool names have no colon."""
         name, rest = self._name(written)
         self._held = rest + self._held
         self._call = _Arguments(name, self._schemas.get(name, ANYTHING))
@@ -158,7 +161,7 @@ class ToolCallParser:
         return name
 
     def _name(self, written: str) -> tuple[str, str]:
-        """The tool's name, and what is written behind it and belongs to the arguments."""
+        """Return the tool's name, and the text after it that belongs to the arguments."""
         if written in self._schemas:
             return written, ""
         name, bracket, rest = written.partition("[")
@@ -173,7 +176,7 @@ class ToolCallParser:
 
 
 class _Open(NamedTuple):
-    """An object or a list that is open: what closes it, its schema, and the names that are given."""
+    """Open object or list: its closing bracket, its schema, and the names that are given so far."""
 
     closer: str
     schema: ArgumentSchema
@@ -181,43 +184,43 @@ class _Open(NamedTuple):
 
 
 class _Arguments:
-    """Makes JSON of one call's arguments, from the brace on, as they come.
+    """Incremental conversion of one call's arguments to JSON, from the opening brace on.
 
-    As long as they are in Gemma's own syntax, the steps here read them. What they make is pending until it is certain:
-    when the next key or string begins, or the call ends. What is not in this syntax breaks off the steps, and all of
-    the arguments are read again when the call has ended.
+    The steps of this class read arguments in Gemma's own syntax. Their output is pending until it is certain. It is
+    certain when the next key or string begins, or when the call ends. Any other syntax stops the steps. All arguments
+    are then read again when the call has ended.
     """
 
     def __init__(self, name: str, schema: ArgumentSchema) -> None:
         self._name = name
         self._held = ""
-        # All of the text so far, and how much of it is emitted as what.
+        # These are all of the text so far, its length, the length of its emitted part, and the emitted JSON.
         self._texts: list[str] = []
         self._length = 0
         self._emitted_length = 0
         self._emitted: list[str] = []
         self._pending: list[str] = []
         self._output: list[str] = []
-        # Whether nothing more is certain before the call ends.
+        # True if no more output is certain before the call ends.
         self._is_doubtful = False
         self._open: list[_Open] = []
-        # Whether the rest of the string that is open may not belong to it.
+        # True if the rest of the open string may not belong to it.
         self._is_loose = False
-        # The last character of its text before the held one.
+        # This is the last character of the string before the held text.
         self._before = ""
         self._schema = self._root = schema
         self._is_over = False
-        # Where the call may have ended, by the mark of an end that may be within a string, with the arguments up to
-        # there; and how many such marks there are.
+        # The call may have ended at this offset, at an end mark that may be within a string. The reading has the
+        # arguments before it. `_ends` is the number of these end marks.
         self._best_end: tuple[int, Reading | None] | None = None
         self._ends = 0
         self.is_block_open = False
         self.is_readable = True
-        # A step takes what it can from the held text; False if it needs more.
+        # A step takes as much of the held text as possible. It returns False if it needs more text.
         self._step: Callable[[], bool] = self._begin
 
     def add(self, text: str, *, is_last: bool, is_cut: bool) -> tuple[str, str | None]:
-        """JSON to append, and the text after the call, None as long as the call goes on."""
+        """Add text. Return JSON to append, and the text after the call; None while the call continues."""
         self._held += text
         self._texts.append(text)
         self._length += len(text)
@@ -239,7 +242,7 @@ class _Arguments:
     # Steps
 
     def _begin(self) -> bool:
-        """The bare name of a tool is a call without arguments."""
+        """Begin the arguments. The name of a tool alone is a call without arguments."""
         if not self._held:
             return False
         if self._held.startswith("{"):
@@ -278,7 +281,7 @@ class _Arguments:
         return self._named(key, _PLAIN_KEY.fullmatch(key) is not None)
 
     def _quoted_key(self) -> bool:
-        """A key between marks, with its colon."""
+        """Read a key between string marks, with its colon."""
         end = self._held.find(STRING_MARK, len(STRING_MARK), _LONGEST_NAME)
         if end < 0 and len(self._held) >= _LONGEST_NAME:
             return self._break()
@@ -294,7 +297,7 @@ class _Arguments:
         return self._named(key, True)
 
     def _named(self, key: str, is_plain: bool) -> bool:
-        """The key of a value: what is before it is over, if it is a key that can be expected."""
+        """Add the key of a value. The value before it is complete if the key is an expected one."""
         frame = self._open[-1]
         frame.given.add(key)
         is_expected = key in frame.schema.names if frame.schema.names else is_plain
@@ -347,10 +350,10 @@ class _Arguments:
         return True
 
     def _string(self) -> bool:
-        """Take what is there of a string, and close it at its mark.
+        """Take the available text of a string, and close the string at its end mark.
 
-        As long as its mark may be missing, what looks like the end of the arguments, or like the next of them, is not
-        certain.
+        The end mark may be missing. Until it arrives, text that looks like the end of the arguments or like the next
+        key is not certain.
         """
         end = self._held.find(STRING_MARK)
         if not self._is_loose:
@@ -367,7 +370,7 @@ class _Arguments:
         return end >= 0
 
     def _certain_length(self, text: str) -> int:
-        """How much of a string's text, up to its mark, belongs to it whatever follows."""
+        """Return the length of the text, up to the string's end mark, that belongs to the string in any case."""
         start = len(self._before)
         text = self._before + text
         uncertain = _UNCERTAIN_END.search(text, start)
@@ -387,7 +390,7 @@ class _Arguments:
         return self._break() if self._held else False
 
     def _end(self) -> bool:
-        """All of the call is there, so that one without its end does no harm to the next."""
+        """End a complete call at its end mark or before the next call. A missing end mark then does no harm."""
         self._skip_blanks()
         next_call = NEXT_CALL.match(self._held)
         if self._held.startswith((CALL_END, CALL_START)) or next_call:
@@ -400,10 +403,10 @@ class _Arguments:
         unmarked = self._held[: len(self._held) - beginning_at_end(self._held, CALL_END, CALL_START)]
         return False if _HEAD_BEGINNING.fullmatch(unmarked) else self._break()
 
-    # Steps back
+    # End of the call
 
     def _break(self) -> bool:
-        """Give up these steps: all of the arguments is looked through for the end of the call."""
+        """Stop the steps, and search all of the arguments for the end of the call."""
         self._pending = []
         self._is_loose = False
         self._held = "".join(self._texts)
@@ -411,7 +414,7 @@ class _Arguments:
         return True
 
     def _wait(self) -> bool:
-        """Look for the end of the call; one that seems to be within a string may not be it."""
+        """Search for the end of the call. An end mark that seems to be within a string may not be the end."""
         found = _END.search(self._held)
         if found is None:
             self._held = self._held[-len(CALL_END) :]
@@ -432,7 +435,7 @@ class _Arguments:
         return True
 
     def _finish(self) -> None:
-        """The model stopped before it ended the call."""
+        """Conclude a call that the model did not end before it stopped."""
         text = "".join(self._texts)
         if self._best_end is not None:
             self._conclude(*self._best_end)
@@ -443,11 +446,11 @@ class _Arguments:
             self._conclude(len(text), self._read(text, is_ended=False))
 
     def _cut(self) -> None:
-        """The model had no room to finish the call."""
+        """Emit the rest of a call that the model had no room to finish."""
         if self._best_end is not None:
             self._conclude(*self._best_end)
         elif self._step == self._end:
-            # The arguments are there, and maybe the beginning of another call.
+            # The arguments are complete. The held text may be the start of another call.
             self._output += self._pending
         elif self._step == self._wait:
             self._output.append("".join(self._texts)[self._emitted_length :])
@@ -460,7 +463,7 @@ class _Arguments:
         self._held = ""
 
     def _read(self, text: str, *, is_ended: bool) -> Reading | None:
-        """The arguments in this text, if they are certain and begin with what is emitted."""
+        """Return the reading of a text; None if it is not certain or does not begin with the emitted JSON."""
         bracket = _LIST_OF_ONE.match(text)
         if bracket is not None:
             # The arguments are in a list.
@@ -475,7 +478,7 @@ class _Arguments:
         return reading if reading and reading.arguments.startswith("".join(self._emitted)) else None
 
     def _conclude(self, at: int, reading: Reading | None) -> None:
-        """Emit the rest of what was read up to this place, or the rest of the text if it is not readable."""
+        """Emit the rest of the reading up to the offset `at`, or the rest of the text if it is not readable."""
         text, emitted = "".join(self._texts), "".join(self._emitted)
         if reading is not None:
             logger.info("a call of %s is read with %d slips in its syntax", self._name, reading.slips)
@@ -485,7 +488,7 @@ class _Arguments:
         else:
             logger.warning("a call of %s cannot be read: its arguments are passed on as they are", self._name)
             rest = text[self._emitted_length : at]
-            # What nobody could read for certain must not look as if it were.
+            # Arguments that could not be read with certainty must not look like JSON.
             self._output.append(rest + CALL_END if is_json(emitted + rest) else rest)
             self.is_readable = False
         self._held = text[at:].removeprefix(CALL_END)
@@ -502,20 +505,20 @@ class _Arguments:
         return self._take(closer, closer, self._after_value if self._open else self._end)
 
     def _take_text(self, length: int) -> None:
-        """Take text of a string."""
+        """Take `length` characters of a string's text."""
         text = self._held[:length]
         self._before = text[-1:] or self._before
         self._take(text, json_string(text)[1:-1], self._step)
 
     def _take(self, mark: str, json: str, step: Callable[[], bool]) -> bool:
-        """Take this from the held text, for which the JSON is pending."""
+        """Take `mark` from the held text, and add `json` to the pending output."""
         self._held = self._held[len(mark) :]
         self._pending.append(json)
         self._step = step
         return True
 
     def _flush(self) -> None:
-        """Emit what is pending: it is certain."""
+        """Emit the pending output, because it is certain, unless the call is in doubt."""
         if not self._is_doubtful:
             self._output += self._pending
             self._emitted += self._pending
@@ -526,12 +529,12 @@ class _Arguments:
         self._held = self._held.lstrip(BLANKS)
 
     def _awaits(self, mark: str) -> bool:
-        """Whether the held text may yet become this mark."""
+        """Return whether the held text may become this mark."""
         return len(self._held) < len(mark) and mark.startswith(self._held)
 
 
 def _may_go_on(text: str, reading: Reading | None) -> bool:
-    """Whether the mark of an end behind these arguments may be text of a string, as they are read with slips."""
+    """Return whether the end mark after these arguments may be text of a string, because of their slips."""
     return (reading is None or reading.slips > 0) and _QUOTE.search(text) is not None
 
 

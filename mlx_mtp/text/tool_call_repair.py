@@ -1,8 +1,9 @@
-"""Arguments of a tool call that are not in Gemma's own syntax, read as they are meant.
+"""Reader of tool call arguments that are not in Gemma's own syntax.
 
-JSON's and Python's quotes, words and call form are read as they are. Beside them, slips are put up with: a mark, a
-comma or a brace that is missing or too many, quotes that are written as marks, text without any quotes. The reading
-with the fewest slips is meant. Where two readings have equally few, none is: then a wrong command could result.
+The quotes, the words and the call form of JSON and Python are read without a penalty. The reader also tolerates slips:
+a missing or extra mark, comma or brace, string marks in place of quotes, and text without quotes. The reading with the
+fewest slips is the result. If two readings share the fewest slips, there is no result, because a wrong command could
+follow from it.
 """
 
 import heapq
@@ -14,16 +15,16 @@ from typing import NamedTuple
 from .argument_schema import ANYTHING, ArgumentSchema
 from .call_syntax import BLANKS, STRING_MARK, bare_value, json_string, literal_type, python_text, quoted_value, unescape
 
-# Arguments that take more steps are not read; looking through this many characters is a step.
+# Arguments that take more steps are not read. A search through _STEP_LENGTH characters is one step.
 _MOST_STEPS = 20_000
 _STEP_LENGTH = 2_000
-# Reading so many characters with escapes, or so many places where text may end, is one, too.
+# One step is also this number of characters with escapes, or this number of places where text may end.
 _ESCAPED_STEP_LENGTH = 200
 _STEP_PLACES = 8
-# With more commas and braces that are missing or too many, any text could be read somehow.
+# With more missing or extra commas and braces, any text could be read in some way.
 _MOST_FAULTS = 2
 _LONGEST_KEY = 64
-# As many marks in a row, or more, have no meaning.
+# This number of marks in a row, or more, has no meaning.
 _MOST_MARKS = 4
 _CLOSERS = {"{": "}", "[": "]", "(": ")"}
 _QUOTES = ('"""', "'''", '"', "'")
@@ -33,14 +34,14 @@ _KEY = re.compile(r"[\w$@./-]+")
 _SPACED_KEY = re.compile(r"[\w$@./-]+(?: +[\w$@./-]+)+")
 _LITERAL = re.compile(r"(?:[A-Za-z]+|[+-]?[0-9.][0-9._eE+-]*)(?=[ \t\r\n]*(?:[,}\])]|\Z))")
 _PYTHON_STRING = re.compile("(?i:(br?|fr?|rb?|rf|u)(\"\"\"|'''|\"|'))")
-# What follows a quote that ends its string: a text with quotes inside does not go on there.
+# This text follows a quote that ends its string. A string with quotes inside does not continue with it.
 _AFTER_QUOTE = re.compile(r"[ \t\r\n]*(?:[,:}\]+\"'`]|\Z)")
-# What may follow a value in an object or a list, but for what closes it.
+# This may follow a value in an object, in place of the closing bracket.
 _NEXT_KEY = re.compile(r",[ \t\r\n]*([\w$@./-]+)[ \t\r\n]*[:=](?![=]|//)")
-# The next key, maybe in quotes, behind text that may end before a brace.
+# This is the next key, possibly in quotes, after text that may end before a brace.
 _SECOND_KEY = re.compile(r"[ \t\r\n}\])]*,[ \t\r\n]*(?:<\|\"\|>|[\"'])?([\w$@./-]*)")
 _OPENS_VALUE = re.compile(r",[ \t\r\n]*[\w$@./-]{1,64}[ \t\r\n]*[:=][ \t\r\n]*\Z")
-# A comma that is too many, or the first character of a text whose mark is missing.
+# The last comma is an extra comma, or the first character of a text whose mark is missing.
 _SPARE_COMMA = re.compile(r"[\[,][ \t\r\n]*,[ \t\r\n]*\Z")
 _NOT_IN_PYTHON_WORDS = re.compile(r"[()\[\]{}\"'`+*%=]")
 _NEXT_ITEM = re.compile(r",[ \t\r\n]*(?=<\|\"\|>|[\"'{\[])")
@@ -50,7 +51,7 @@ NEXT_CALL = re.compile(r"[ \t\r\n,;]*(?=call:[ \t\r\n]*[^\s{}<>()]+[ \t\r\n]*[{(
 
 
 class Reading(NamedTuple):
-    """Arguments as JSON, where they end in the text, and how many slips are in them."""
+    """Arguments as JSON, the offset of their end in the text, and the number of slips in them."""
 
     arguments: str
     end: int
@@ -58,7 +59,7 @@ class Reading(NamedTuple):
 
 
 class _Frame(NamedTuple):
-    """An object or a list that is open: its closer, its schema, and the names that are given."""
+    """Open object or list: its closing bracket, its schema, its parent, and the names that are given so far."""
 
     closer: str
     schema: ArgumentSchema
@@ -67,15 +68,17 @@ class _Frame(NamedTuple):
     is_empty: bool = True
 
     def value(self, name: str | None) -> ArgumentSchema:
+        """Return the schema of the property `name`; of the list's items if the name is None."""
         return self.schema.items if name is None else self.schema.member(name)
 
     @property
     def is_list(self) -> bool:
+        """True for a list, false for an object or a call in parentheses."""
         return self.closer == "]"
 
 
 class _Text(NamedTuple):
-    """A string within the arguments; `quote` is what it is between, empty if it has no quotes."""
+    """String within the arguments, with its quote, which is empty if it has no quotes."""
 
     start: int
     end: int
@@ -84,17 +87,18 @@ class _Text(NamedTuple):
 
 
 class _Output(NamedTuple):
-    """The JSON so far, its end first."""
+    """JSON so far, as a linked list that starts with its last part."""
 
     part: "str | _Text"
     before: "_Output | None"
 
 
 class _State(NamedTuple):
-    """How far a reading has come.
+    """State of a reading.
 
-    `step` says what is expected: a key, a value, the end of a string, or what follows a value. `note` is what was
-    there: "," before a key or an item, the quote of a string that goes on, "closed" after a value that cannot go on.
+    `step` tells the expected element: a key, a value, the end of a string, or the text after a value. `note` tells the
+    element before it: "," before a key or an item, the quote of an open string, or "closed" after a value that cannot
+    continue.
     """
 
     step: str
@@ -103,20 +107,20 @@ class _State(NamedTuple):
     out: _Output | None
     note: str = ""
     schema: ArgumentSchema = ANYTHING
-    # Of a string: where it begins, and how many quotes are inside.
+    # These are the offset where the string begins, and the number of quotes inside it.
     start: int = 0
     quotes: int = 0
-    # Of the whole reading: commas and braces that are missing or too many.
+    # This is the number of missing or extra commas and braces in the whole reading.
     faults: int = 0
-    # Whether there is something in it that nobody writes for certain: if this is the best reading, there is none.
+    # True if a part of the reading is not certain. If this is the best reading, there is no result.
     is_doubtful: bool = False
 
     def to(self, step: str, at: int, frame: _Frame | None, out: _Output | None, faults: int = 0) -> "_State":
-        """The state after this one, with more faults."""
+        """Return the next state, with `faults` more faults."""
         return _State(step, at, frame, out, faults=self.faults + faults, is_doubtful=self.is_doubtful)
 
     def doubted(self, is_doubtful: bool = True) -> "_State":
-        """This state, with a doubt more if there is one."""
+        """Return this state, with one more doubt if `is_doubtful`."""
         return self._replace(is_doubtful=self.is_doubtful or is_doubtful)
 
 
@@ -124,16 +128,16 @@ _Steps = Iterator[tuple[int, _State]]
 
 
 def read_arguments(text: str, schema: ArgumentSchema, *, is_ended: bool) -> Reading | None:
-    """Read the arguments of one call, from the brace or parenthesis on that opens them.
+    """Read the arguments of one call, from the opening brace or parenthesis on.
 
-    `is_ended` says that the mark of a call's end follows the text; else the model just stopped. None if the reading is
-    not certain.
+    `is_ended` tells that the end mark of a call follows the text. Otherwise, the model just stopped. Return None if the
+    reading is not certain.
     """
     return _Reader(text, schema, is_ended).read()
 
 
 class _Reader:
-    """A search for the readings with the fewest slips."""
+    """Search for the reading with the fewest slips."""
 
     def __init__(self, text: str, schema: ArgumentSchema, is_ended: bool) -> None:
         self._text = text
@@ -143,7 +147,7 @@ class _Reader:
         self._root = _Frame(_CLOSERS[text[0]], schema, None)
 
     def read(self) -> Reading | None:
-        """The only reading with the fewest slips."""
+        """Return the only reading with the fewest slips; None if there is no single certain one."""
         ticks = count()
         waiting = [(0, next(ticks), _State("key", 1, self._root, _Output("{", None)))]
         best: Reading | None = None
@@ -176,7 +180,7 @@ class _Reader:
         frame = state.frame
         assert frame is not None
         if self._is_at_closer(at):
-            # What comes after a value closes the object.
+            # The text after a value closes the object.
             is_trailing = state.note == ","
             yield int(is_trailing), state.to("after", at, frame, state.out)
         elif at == len(self._text):
@@ -184,7 +188,7 @@ class _Reader:
         elif self._text[at] in ",;":
             yield from self._comma(state, frame, at)
         elif self._text[at] == "{" and frame.parent is None and frame.is_empty:
-            # One too many.
+            # This brace is extra.
             yield 1, state._replace(at=at + 1, faults=state.faults + 1)
         else:
             for slips, name, end in self._names(at, frame):
@@ -195,17 +199,17 @@ class _Reader:
                 inner = frame._replace(given=frame.given | {name}, is_empty=False)
                 schema = frame.schema.member(name)
                 following = state.to("value", separator.end(), inner, out)._replace(schema=schema)
-                # Of two values for a name, nobody can say which is meant.
+                # If a name has two values, it is not known which value is meant.
                 yield slips + 2 * (name in frame.given), following.doubted(name in frame.given)
 
     def _comma(self, state: _State, frame: _Frame, at: int) -> _Steps:
-        """A comma is too many, or the closer of an empty object or list is missing."""
+        """Skip an extra comma, or close an empty object or list whose closing bracket is missing."""
         yield 1, state._replace(at=at + 1, faults=state.faults + 1)
         if frame.is_empty and frame.parent is not None:
             yield 1 + self._missing(frame), self._pop(state, frame, at, 1)
 
     def _names(self, at: int, frame: _Frame) -> Iterator[tuple[int, str, int]]:
-        """Slips, name and end of each key that may be here, with a separator behind it."""
+        """Yield the slips, the name and the end of each key that may be here, with a separator after it."""
         for quote in (STRING_MARK, '"', "'"):
             if self._text.startswith(quote, at):
                 start = at + len(quote)
@@ -262,7 +266,7 @@ class _Reader:
             yield from self._text_at(state, at)
 
     def _structure(self, state: _State, frame: _Frame, at: int) -> _Steps:
-        """An object or a list, or text where the schema wants a string and none of them."""
+        """Read an object or a list, or text if the schema wants a string in its place."""
         opener = self._text[at]
         is_allowed = state.schema.allows("object" if opener == "{" else "array")
         wants_text = not is_allowed and state.schema.allows("string")
@@ -272,14 +276,14 @@ class _Reader:
         yield from self._text_at(state.doubted(not wants_text), at)
 
     def _text_at(self, state: _State, at: int) -> _Steps:
-        """Text without quotes."""
+        """Read text without quotes."""
         yield 0, state._replace(step="bare", at=at, start=at)
         if at > state.at:
             # Blanks may belong to the text.
             yield 0, state._replace(step="bare", start=state.at)
 
     def _python_string(self, state: _State, opening: "re.Match[str]") -> _Steps:
-        """A string of Python with a prefix, such as r; nothing else begins like one."""
+        """Read a Python string with a prefix such as r. Nothing else begins like it."""
         start, quote = opening.end(), opening[2]
         end = self._find(quote, start)
         text = None if end is None else python_text(opening[1], self._text[start:end], quote)
@@ -293,14 +297,14 @@ class _Reader:
         yield 0, string
         after = start + len(STRING_MARK)
         if self._text.startswith(STRING_MARK * 2, start):
-            # Nothing with one mark too many, or a quote.
+            # This is an empty string with one extra mark, or a string that holds one quote.
             for end in (start, after):
                 yield from self._closed(string, end, after + len(STRING_MARK), 1)
         elif self._text.startswith(STRING_MARK, start):
             yield from self._close_doubled(string, after)
 
     def _close_doubled(self, string: _State, start: int) -> _Steps:
-        """A string between marks of which the first is doubled, and maybe the last."""
+        """Close a string between marks if its first mark is doubled, and perhaps also its last mark."""
         end = self._find(STRING_MARK, start)
         if end is None or end == start:
             return
@@ -325,7 +329,7 @@ class _Reader:
     # Strings
 
     def _string(self, state: _State) -> _Steps:
-        """A string ends at the next of its quotes, or at one behind, or is not closed."""
+        """Close a string at its next quote or at a later quote, or read it as not closed."""
         quote, text = state.note, self._text
         end = self._find(quote, state.at)
         if quote == STRING_MARK and not state.quotes:
@@ -340,28 +344,31 @@ class _Reader:
             yield from self._closed(state, end, after, 2 * (state.quotes % 2))
         if quote == STRING_MARK and not state.quotes and text.startswith(quote, after) and end > state.start:
             yield from self._closed(state, end, after + len(quote), 1)
-        # Quotes inside come in pairs, each a slip that counts at its second quote.
+        # Quotes inside a string come in pairs. Each pair is one slip, which counts at the second quote.
         slips = state.quotes % 2 + self._looks_closed(state, after)
         following = state._replace(at=after, quotes=state.quotes + 1)
         yield slips, following.doubted(not self._may_go_on(state, after))
 
     def _is_certain(self, state: _State, end: int) -> bool:
-        """Whether the escapes up to here have one meaning; with more text, they would get another."""
+        """Return whether the escapes of a string up to `end` have one clear meaning.
+
+        If they have not, more text would give them another meaning.
+        """
         if state.note == STRING_MARK or self._text.find("\\", state.start, end) < 0:
             return True
         self._steps_left -= (end - state.start) // _ESCAPED_STEP_LENGTH
         return unescape(self._text[state.start : end], state.note) is not None
 
     def _may_go_on(self, state: _State, after: int) -> bool:
-        """Whether a string may go on behind one of its quotes."""
+        """Return whether a string may continue after one of its quotes."""
         if state.note != STRING_MARK:
             return not self._is_python and _AFTER_QUOTE.match(self._text, after) is None
-        # The key of this string, once more.
+        # The string ends here if the next key is given already, for example the key of this string.
         found = _NEXT_KEY.match(self._text, after)
         return found is None or state.frame is None or state.frame.is_list or found[1] not in state.frame.given
 
     def _closed(self, state: _State, end: int, after: int, slips: int = 0) -> _Steps:
-        """The string that ends here; what follows it begins at `after`."""
+        """Yield the state after a string that ends at `end`. The text after the string begins at `after`."""
         found = _Text(state.start, end, state.note, state.schema)
         has_escapes = state.note != STRING_MARK and self._text.find("\\", state.start, end) >= 0
         if has_escapes or not state.schema.allows("string"):
@@ -372,8 +379,10 @@ class _Reader:
         yield slips, self._after_value(state, after, _Output(found, state.out), "closed")
 
     def _has_clear_edges(self, state: _State, end: int) -> bool:
-        """Whether marks at the edges of a string are those of its text: nobody can say what two of them are, and one at
-        each edge just doubles the string's own."""
+        """Return whether marks at the edges of a string clearly belong to its text.
+
+        The meaning of two marks at an edge is not known. One mark at each edge only doubles the string's own marks.
+        """
         mark, text = STRING_MARK, self._text
         if state.note != mark or not state.quotes:
             return True
@@ -389,7 +398,7 @@ class _Reader:
         return not is_doubled and not is_all and {first, last} <= {0, 1, 3}
 
     def _looks_closed(self, state: _State, after: int) -> int:
-        """1 where the next key of the object follows a mark, so that a string hardly goes on behind it."""
+        """Return 1 if the next key of the object follows a mark, so that the string hardly continues; else 0."""
         frame = state.frame
         if state.note != STRING_MARK or frame is None or frame.is_list:
             return 0
@@ -403,7 +412,7 @@ class _Reader:
         return int(self._text.startswith(STRING_MARK, self._skip(separator.end())))
 
     def _unclosed(self, state: _State, limit: int) -> _Steps:
-        """A string without its last mark, that ends before the next key, or before what closes all."""
+        """Close a string without an end mark before the next key, or before the closing brackets."""
         for end, slips in self._ends(state, limit):
             yield from self._closed(state, end, end, 1 + slips)
             if self._text[end - 1] in "\"'" and end > state.start:
@@ -411,7 +420,7 @@ class _Reader:
                 yield from self._closed(state, end - 1, end, 1 + slips)
 
     def _bare(self, state: _State) -> _Steps:
-        """Text without a mark before it: it ends at a mark, or has none at all."""
+        """Read text without a start mark. The text ends at a mark, or has no marks."""
         mark = self._find(STRING_MARK, state.at)
         if mark is not None:
             after = mark + len(STRING_MARK)
@@ -426,7 +435,7 @@ class _Reader:
             yield from self._words(state, len(self._text) if mark is None else mark)
 
     def _words(self, state: _State, limit: int) -> _Steps:
-        """Text without marks. Only where the schema wants a string it may hold commas and braces."""
+        """Read text without marks. It may hold commas and braces only if the schema wants a string."""
         assert state.frame is not None
         ends = [self._text.find(mark, state.start, limit) for mark in (",", state.frame.closer)]
         simple = min((end for end in ends if end >= 0), default=-1)
@@ -442,7 +451,7 @@ class _Reader:
                     yield from self._word(state, end, 2 - is_plain + slips)
 
     def _is_split(self, state: _State, end: int) -> bool:
-        """Whether text with blanks would end at a comma, behind which no key is known to come."""
+        """Return whether text with blanks would end at a comma that no known key follows."""
         assert state.frame is not None
         following = _SECOND_KEY.match(self._text, end)
         if following is None or state.frame.is_list or self._is_known(following[1], state.frame):
@@ -463,7 +472,7 @@ class _Reader:
             )
 
     def _ends(self, state: _State, limit: int) -> Iterator[tuple[int, int]]:
-        """Where text may end that nothing closes, before `limit`, and how many known keys it would hold."""
+        """Yield each place before `limit` where unclosed text may end, and the number of known keys before it."""
         assert state.frame is not None
         self._steps_left -= (limit - state.start) // _STEP_LENGTH
         places = [(found.start(), self._is_known(found[1], state.frame)) for found in self._next_keys(state, limit)]
@@ -485,7 +494,7 @@ class _Reader:
         return _NEXT_KEY.finditer(self._text, state.start, limit)
 
     def _before_closers(self, start: int, at: int) -> Iterator[int]:
-        """This place, and those before each of the braces that lead to it."""
+        """Yield this offset, and the offset of each closing bracket in the row of brackets before it."""
         yield at
         while at > start and self._text[at - 1] in "}]) \t\r\n":
             at -= 1
@@ -504,7 +513,7 @@ class _Reader:
         return outer is not None
 
     def _is_known(self, name: str, frame: _Frame) -> bool:
-        """Whether an object that is open has a property of this name that is not given yet."""
+        """Return whether an open object has a property of this name that is not given yet."""
         outer: _Frame | None = frame
         while outer is not None:
             if name in outer.schema.names and name not in outer.given:
@@ -555,7 +564,7 @@ class _Reader:
             yield self._missing(frame), self._pop(state, frame, at + 1)
         elif frame.parent is not None:
             yield 1 + self._missing(frame), self._pop(state, frame, at, 1)
-        # One too many.
+        # This bracket is extra.
         yield 1, state.to("after", at + 1, frame, state.out, 1)
 
     def _next(self, state: _State, frame: _Frame, at: int) -> _Steps:
@@ -563,7 +572,7 @@ class _Reader:
         if self._text[at] == ",":
             yield 0, state._replace(step=step, at=at + 1, note=",")
             if frame.parent is not None:
-                # Its closer is missing.
+                # The closing bracket of the object or list is missing.
                 yield 1 + self._missing(frame), self._pop(state, frame, at, 1)
         elif self._text.startswith(("{", "[", STRING_MARK, '"', "'"), at) if frame.is_list else state.note == "closed":
             # The comma is missing.
@@ -574,13 +583,16 @@ class _Reader:
         return state.to("after", at, frame.parent, _Output(closer, state.out), faults)._replace(note="closed")
 
     def _missing(self, frame: _Frame) -> int:
-        """How many properties are required and not given."""
+        """Return the number of required properties that are not given."""
         return 0 if frame.is_list else len(frame.schema.required - frame.given)
 
     # Text
 
     def _is_at_closer(self, at: int) -> bool:
-        """Whether no more may follow here; a model that just stopped would have gone on."""
+        """Return whether a closing bracket or the marked end of the call is here.
+
+        At the end of a text without this mark, the model would have continued.
+        """
         return self._text[at] in "}])" if at < len(self._text) else self._is_ended
 
     def _skip(self, at: int) -> int:
@@ -588,7 +600,7 @@ class _Reader:
         return at if found is None else found.end()
 
     def _find(self, quote: str, at: int) -> int | None:
-        """Where the next quote is that is not escaped; between other quotes than marks there are none of these."""
+        """Return the offset of the next unescaped quote; None if it is missing or a string mark precedes it."""
         if quote == STRING_MARK:
             end = self._text.find(quote, at)
             self._steps_left -= ((len(self._text) if end < 0 else end) - at) // _STEP_LENGTH

@@ -1,9 +1,11 @@
-"""Declarations of tools that a model can use: the schemas of parameters in the few words that Gemma's templates write.
+"""Tool declarations that a model can use, with schemas in the few keywords that Gemma's templates write.
 
-A template writes a parameter's type, description, properties, items and required names, whether it is nullable, and the
-enum of a string. It loses every other keyword of JSON Schema, and writes nonsense for a type that is a list or is
-missing. Here `$ref`, `allOf`, `anyOf`, `oneOf`, `const`, lists of types and an `enum` without a type become a type,
-with a description that says the rest.
+A template writes a parameter's type, description, properties, items and required names. It also writes whether the
+parameter is nullable, and the enum of a string. It loses every other keyword of JSON Schema. It writes nonsense for a
+type that is a list or is missing.
+
+This module converts `$ref`, `allOf`, `anyOf`, `oneOf`, `const`, lists of types and an `enum` without a type. The result
+is a type with a description that tells the rest.
 """
 
 import json
@@ -15,19 +17,21 @@ from .markers import Markers
 
 Schema = dict[str, Any]
 
-# The keywords that a template writes.
+# A template writes these keywords.
 _WRITTEN = ("type", "description", "nullable", "enum", "properties", "required", "items")
-# Names of parameters that the older templates take for keywords, and leave out.
+# The older templates mistake parameters with these names for keywords, and omit them.
 _TAKEN_FOR_KEYWORDS = ("description", "nullable", "properties", "required", "type")
-# Types of JSON Schema but for null. Of several that a parameter may have, the first is named.
+# These are the types of JSON Schema except null. If a parameter may have several, the first of them is named.
 _TYPES = ("string", "object", "array", "number", "integer", "boolean")
-# Schemas of a tool that are written out. What refers to itself in many ways is cut there.
+# This limits the schemas that are written for one tool. A schema that refers to itself in many ways is cut there.
 _MOST_SCHEMAS = 500
 
 
 def usable_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The tools, in OpenAI's form, with parameters that a template can write. A tool without parameters, or of another
-    form, stays as it is."""
+    """Return the tools, in OpenAI's format, with parameters that a template can write.
+
+    A tool without parameters, or in another format, stays unchanged.
+    """
     return [_usable_tool(tool) for tool in tools]
 
 
@@ -36,16 +40,16 @@ def _usable_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
     parameters = function.get("parameters") if isinstance(function, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(parameters, Mapping) or not parameters:
         return dict(tool)
-    # Always an object: a template closes the brace of the parameters behind their type.
+    # The type is always an object: a template closes the brace of the parameters after their type.
     found = {**_Reader(parameters).read(parameters), "type": "object"}
     return {**tool, "function": {**function, "parameters": found}}
 
 
 def marked_tools(tools: Sequence[Mapping[str, Any]], markers: Markers) -> list[dict[str, Any]]:
-    """Tools from `usable_tools` with markers where a published template would write their parameters wrong.
+    """Return tools from `usable_tools` with markers where a published template writes parameters wrong.
 
-    The older ones leave out a parameter that is named like a keyword, and misplace a comma where an object or an array
-    has no description. All of them write an array of arrays as data.
+    The older templates omit a parameter with the name of a keyword. They misplace a comma where an object or an array
+    has no description. All templates write an array of arrays as data.
     """
     return [_marked_tool(tool, markers) for tool in tools]
 
@@ -70,7 +74,7 @@ def _with_marked_parts(schema: Mapping[str, Any], markers: Markers) -> Schema:
 
 
 def _marked_name(name: str, markers: Markers) -> str:
-    # Behind a blank: templates sort names, and nothing in a name is before it.
+    # A blank precedes the marker: templates sort names, and no character of a name sorts before a blank.
     return name + " " + markers.add(" ", ":{", ":{") if name in _TAKEN_FOR_KEYWORDS else name
 
 
@@ -82,8 +86,11 @@ def _marked_property(schema: Mapping[str, Any], markers: Markers) -> Schema:
 
 
 def _marked_items(schema: Mapping[str, Any], markers: Markers) -> Schema:
-    """The schema of an array's items. The items of an array in an array become a property, which a template writes
-    right, and a second property marks where they end."""
+    """Return the schema of an array's items, with markers.
+
+    The items of an array in an array become a property, which a template writes correctly. A second property marks
+    their end.
+    """
     if "items" not in schema:
         return _with_marked_parts(schema, markers)
     items = "a" + markers.add("properties:{a", ":{", "items:{")
@@ -94,14 +101,14 @@ def _marked_items(schema: Mapping[str, Any], markers: Markers) -> Schema:
 
 
 class _Reader:
-    """Reads the parts of one schema. References point into `root`."""
+    """Reader of the parts of one schema. References point into `root`."""
 
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._root = root
         self._count = 0
 
     def read(self, schema: Any, followed: frozenset[str] = frozenset()) -> Schema:
-        """A schema in the keywords that templates write. `followed` are the references that led to it."""
+        """Return a schema in the keywords that templates write. `followed` are the references that led to it."""
         self._count += 1
         if not isinstance(schema, Mapping) or self._count > _MOST_SCHEMAS:
             return {"type": "string"}
@@ -121,7 +128,7 @@ class _Reader:
         return {name: found[name] for name in _WRITTEN if name in found}
 
     def _flatten(self, schema: Mapping[str, Any], followed: frozenset[str]) -> tuple[Schema, frozenset[str]]:
-        """A schema in one piece with its references, `allOf`, `anyOf` and `oneOf`, and the references followed."""
+        """Merge a schema with its references, `allOf`, `anyOf` and `oneOf`. Also return the followed references."""
         flat = _sound(schema)
         parts: list[Any] = flat.pop("allOf", None) or []
         if isinstance(reference := flat.pop("$ref", None), str):
@@ -140,14 +147,14 @@ class _Reader:
         return flat, followed
 
     def _lookup(self, reference: str) -> Any:
-        """What a reference such as `#/$defs/Name` points to; None where there is nothing."""
+        """Return the value that a reference such as `#/$defs/Name` points to; None if there is none."""
         found: Any = self._root if reference.startswith("#") else None
         for name in filter(None, reference[1:].split("/")):
             found = found.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
         return found
 
 
-# The keywords read here, with the type of their values. `required` lists names, `type` may be a list of them.
+# These keywords are read, with the type of their values. `required` is a list of names. `type` may be a list of names.
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("description", "$ref"), str),
     **dict.fromkeys(("allOf", "anyOf", "oneOf", "enum", "required"), list),
@@ -158,7 +165,7 @@ _KINDS: dict[str, Any] = {
 
 
 def _sound(schema: Mapping[str, Any]) -> Schema:
-    """The schema without the keywords whose values make no sense."""
+    """Return the schema without the keywords whose values make no sense."""
     sound = {name: value for name, value in schema.items() if isinstance(value, _KINDS.get(name, object))}
     for name in ("required", "type"):
         if isinstance(sound.get(name), list):
@@ -171,7 +178,7 @@ def _is_schema(part: Any) -> bool:
 
 
 def _all_of(schema: Schema, part: Schema) -> Schema:
-    """A schema that holds together with another one: its own description and type are kept."""
+    """Merge two schemas that apply together. The description and the type of `schema` have priority."""
     joined = {**part, **schema}
     for name in ("properties", "required"):
         if name in part and name in schema:
@@ -180,7 +187,7 @@ def _all_of(schema: Schema, part: Schema) -> Schema:
 
 
 def _any_of(choices: Sequence[Schema]) -> Schema:
-    """One schema for several choices: all their types, properties and values, and what all of them require."""
+    """Merge choices to one schema: all types, properties and values, and the names that every choice requires."""
     kept = [choice for choice in choices if choice.get("type") != "null"]
     nullable = {"nullable": True} if len(kept) < len(choices) or any(c.get("nullable") for c in kept) else {}
     if len(kept) <= 1:
@@ -200,7 +207,7 @@ def _any_of(choices: Sequence[Schema]) -> Schema:
 
 
 def _types(schema: Schema) -> list[str]:
-    """The types that a schema allows but for null, at least one: named, or told by its other keywords."""
+    """Return the types except null that a schema names or that its other keywords imply, at least one."""
     named = schema.get("type")
     types = [named] if isinstance(named, str) else list(named) if isinstance(named, list) else []
     if not types:
@@ -211,14 +218,17 @@ def _types(schema: Schema) -> list[str]:
 
 
 def _values(schema: Schema) -> list[Any]:
-    """The only values that a schema allows; none where it allows others."""
+    """Return the only values that a schema allows; empty if it allows others."""
     if "const" in schema:
         return [schema["const"]]
     return schema["enum"] if isinstance(schema.get("enum"), list) else []
 
 
 def _read_enum(schema: Schema, found: Schema) -> list[str]:
-    """Put the values that a schema allows into its written form. Returns a note of the ones no template writes."""
+    """Put the values that a schema allows into its written form.
+
+    Return a note of the values that no template writes.
+    """
     values = _values(schema)
     if None in values or "null" in (schema.get("type") or ()):
         found["nullable"] = True
