@@ -1,1 +1,1 @@
-"""The HTTP server over OpenAI's and Anthropic's APIs: `python -m mlx_mtp.server`."""
+"""HTTP server with OpenAI's and Anthropic's APIs. Run it with `python -m mlx_mtp.server`."""

@@ -11,19 +11,20 @@ from .anthropic_errors import anthropic_error
 from .anthropic_requests import INVALID_JSON, MessagesRequest
 from .openai_answers import Answer, Fields, Form, Tokens, generation_stats, new_id, sse
 
-# Clients send thoughts back with the signature only if it is not empty. Here it says nothing.
+# Clients send a thought back only if its signature is not empty. Here the signature has no meaning.
 SIGNATURE = "bWx4LW10cA=="
-# Tokens without an event after which the stream says that it lives.
+# The stream sends a ping after this many tokens without an event.
 _SILENT_TOKENS = 16
 
 Kind = Literal["thinking", "text", "tool_use"]
 
 
 class MessagesForm(Form):
-    """`/v1/messages`: blocks, one open at a time: thoughts, text, calls.
+    """Answer of `/v1/messages`: a list of blocks (thoughts, texts and tool calls), one open at a time.
 
-    The message begins with the first token, as only then its usage is known. The arguments of a call are held back
-    until it ends, as they must be a JSON object: text that is none becomes the value of `INVALID_JSON`.
+    The message begins with the first token, because its usage is not known before. The arguments of a call must be a
+    JSON object, so they are held back until the call ends. Text that is not a JSON object becomes the value of
+    `INVALID_JSON`.
     """
 
     def __init__(self, request: MessagesRequest, name: str, tokens: Tokens, answer: Answer, max_tokens: int) -> None:
@@ -37,11 +38,13 @@ class MessagesForm(Form):
         self._silent = 0
 
     def alive(self, comment: str) -> str:
+        """Return a ping event, the sign of life of Anthropic's API."""
         return _event("ping")
 
     def add(self, response: GenerationResponse) -> Iterator[str]:
+        """Add one token's response. Yield its events."""
         if self.request.max_tokens == 0:
-            # Only the prompt is to be read.
+            # The request asks only for the prefill of the prompt.
             response = replace(response, text="", thought="")
         is_first = self.answer.last is None
         part = self.answer.add(response)
@@ -64,15 +67,18 @@ class MessagesForm(Form):
             yield _event("ping")
 
     def end(self) -> Iterator[str]:
+        """Yield the events after the last token."""
         yield from self._close()
         delta = {"stop_reason": self._stop_reason, "stop_sequence": self._stop_sequence}
         yield _event("message_delta", delta=delta, usage=self._usage(self._output_tokens), **self._stats())
         yield _event("message_stop")
 
     def fail(self, error: Fields) -> Iterator[str]:
+        """Yield the event of an error, in place of the end."""
         yield sse(anthropic_error(error), "error")
 
     def whole(self) -> Fields:
+        """Return the whole answer as one JSON object."""
         message = self._message(self._blocks, self._stop_reason, self._stop_sequence, self._output_tokens)
         return message | self._stats()
 
@@ -96,7 +102,7 @@ class MessagesForm(Form):
         return 0 if self.request.max_tokens == 0 else self.answer.last.generation_tokens
 
     def _continue(self, kind: Kind, text: str) -> Iterator[str]:
-        """More of a text or a thought, in the block that is open or in a new one."""
+        """Add text to the open block of this kind, or start a new block. Yield the events."""
         if not self._is_open or self._blocks[-1]["type"] != kind:
             yield from self._close()
             block: Fields = {"type": kind, kind: ""}
@@ -127,7 +133,7 @@ class MessagesForm(Form):
 
     @property
     def _calls(self) -> int:
-        """The number of calls among the blocks."""
+        """Number of tool calls among the blocks."""
         return sum(block["type"] == "tool_use" for block in self._blocks)
 
     def _delta(self, delta: Fields) -> str:
@@ -148,7 +154,7 @@ class MessagesForm(Form):
         }
 
     def _usage(self, output_tokens: int) -> Fields:
-        """Token counts so far. As Anthropic counts them, `input_tokens` are without those that were read before."""
+        """Return the token counts so far. As in Anthropic's API, `input_tokens` does not count cached tokens."""
         last = self.answer.last
         assert last is not None
         return {
@@ -169,7 +175,10 @@ def _event(kind: str, **data: Any) -> str:
 
 
 def _input(arguments: str) -> tuple[Fields, str]:
-    """The input of a call, always an object, and its JSON: that of the arguments, if they are one."""
+    """Return the input of a call, always an object, and the JSON text of this object.
+
+    The text is `arguments` itself if it is a JSON object. Otherwise the object holds it as the value of `INVALID_JSON`.
+    """
     try:
         found = json.loads(arguments, parse_constant=_no_json)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Errors in the form of Anthropic's API, and the header that numbers its answers."""
+"""Errors in the form of Anthropic's API, and its header `request-id` for all answers."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from .openai_answers import new_id
 
 _MESSAGES = re.compile(r"/v1/messages(/.*)?")
 _MODELS = re.compile(r"/v1/models(/.*)?")
-# Kinds of error that follow from the status. The others keep the kind they have.
+# These statuses decide the type of an error. With another status, an error keeps its type.
 _KINDS = {
     403: "permission_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
     500: "api_error", 503: "overloaded_error", 529: "overloaded_error",
@@ -23,11 +23,15 @@ _RENAMED = {"server_error": "api_error"}
 
 
 class ErrorDetail(BaseModel):
+    """Anthropic's error object."""
+
     type: str
     message: str
 
 
 class ErrorBody(BaseModel):
+    """JSON body of an error response in the form of Anthropic's API."""
+
     type: Literal["error"]
     error: ErrorDetail
     request_id: str
@@ -44,7 +48,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def is_anthropic(path: str, headers: Mapping[str, str]) -> bool:
-    """Whether a client of Anthropic's API asks: its own paths, or with its header the list of models."""
+    """Return whether a request comes from a client of Anthropic's API.
+
+    Its path is `/v1/messages` or below it. Or its path is `/v1/models` or below it, and it has the header
+    `anthropic-version`.
+    """
     plain = plain_path(path)
     if _MESSAGES.fullmatch(plain):
         return True
@@ -52,11 +60,11 @@ def is_anthropic(path: str, headers: Mapping[str, str]) -> bool:
 
 
 def anthropic_error(error: Mapping[str, Any], status: int | None = None) -> dict[str, Any]:
-    """The error of an OpenAI error object, `{"error": {"message": ...}}`."""
+    """Convert an error body of OpenAI's API, `{"error": {"message": ...}}`, to Anthropic's form."""
     found = error["error"]
     message, kind, code = found["message"], found.get("type") or "invalid_request_error", found.get("code")
     if code == "context_length_exceeded":
-        # By these words clients know that they must shorten the conversation.
+        # Clients recognize these words and shorten the conversation.
         message = f"prompt is too long: {message}"
     if code == "shutting_down":
         status = 503
@@ -65,12 +73,13 @@ def anthropic_error(error: Mapping[str, Any], status: int | None = None) -> dict
 
 
 class AnthropicErrors:
-    """Gives answers to clients of Anthropic's API the header `request-id`, and their errors its form."""
+    """ASGI middleware that gives Anthropic's clients the header `request-id`, and errors in Anthropic's form."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on to the application. Adapt the answer if the client uses Anthropic's API."""
         if scope["type"] != "http" or not is_anthropic(scope["path"], Headers(scope=scope)):
             await self._app(scope, receive, send)
             return
@@ -78,7 +87,7 @@ class AnthropicErrors:
 
 
 class _Errors:
-    """Passes one answer on; an error once all of it is there."""
+    """Sender of one answer. It passes an error on when its body is complete."""
 
     def __init__(self, send: Send, is_head: bool) -> None:
         self._send = send

@@ -1,7 +1,7 @@
-"""Requests of Anthropic's API, and the chat requests that they mean here.
+"""Requests of Anthropic's API, and their conversion to chat requests.
 
-Fields and blocks that ask for something this server cannot do are refused. docs/anthropic.md names the ones that are
-accepted though they have no meaning for a local model.
+Fields and blocks that ask for an unsupported feature are refused. docs/anthropic.md names the fields and blocks that
+are accepted although they have no meaning for a local model.
 """
 
 import json
@@ -21,26 +21,34 @@ from .openai_requests import CalledFunction, ChatRequest, Fields, Message, Reque
 
 logger = logging.getLogger(__name__)
 
-# The only key of a call's input that is no JSON object. Anthropic's documentation names it for this purpose.
+# Arguments that are not a JSON object become an input with this only key. Anthropic's documentation names the key for
+# this purpose.
 INVALID_JSON = "INVALID_JSON"
 _TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
-# Begins a block of the system prompt that Claude Code writes for Anthropic's billing. It may change with each request.
+# Claude Code begins a block of the system prompt with this text, for Anthropic's billing. The block may change with
+# each request.
 _BILLING = "x-anthropic-billing-header:"
-# Fields of a chat request that are not taken as they are.
+# These fields of `Request` are not copied to the chat request.
 _NOT_COMMON = {"model", "stream", "stream_options"}
 
 
 class TextBlock(Fields):
+    """Block of text."""
+
     type: Literal["text"]
     text: str
 
 
 class ThinkingBlock(Fields):
+    """Thought of an earlier answer."""
+
     type: Literal["thinking"]
     thinking: str = ""
 
 
 class ToolUseBlock(Fields):
+    """Tool call of an earlier answer."""
+
     type: Literal["tool_use"]
     id: str
     name: str
@@ -48,6 +56,8 @@ class ToolUseBlock(Fields):
 
 
 class SearchResultBlock(Fields):
+    """Search result with a title, a source and text."""
+
     type: Literal["search_result"]
     title: str
     source: str
@@ -55,12 +65,16 @@ class SearchResultBlock(Fields):
 
 
 class Source(Fields):
+    """Content of a document."""
+
     type: str
     data: str | None = None
     content: str | list[TextBlock] | None = None
 
 
 class DocumentBlock(Fields):
+    """Document with an optional title and context."""
+
     type: Literal["document"]
     source: Source
     title: str | None = None
@@ -68,12 +82,14 @@ class DocumentBlock(Fields):
 
 
 class ToolReferenceBlock(Fields):
+    """Reference to a tool by its name."""
+
     type: Literal["tool_reference"]
     tool_name: str
 
 
 class OtherBlock(Fields):
-    """An image, a block of a tool that runs on Anthropic's servers, or one not known here."""
+    """Image, block of a tool that runs on Anthropic's servers, or block of an unknown type."""
 
     type: str
 
@@ -98,6 +114,8 @@ ResultBlock: TypeAlias = Annotated[
 
 
 class ToolResultBlock(Fields):
+    """Result of a tool call."""
+
     type: Literal["tool_result"]
     tool_use_id: str
     content: str | list[ResultBlock] = ""
@@ -118,16 +136,19 @@ Block: TypeAlias = Annotated[
 
 
 class Turn(Fields):
+    """Message of a conversation."""
+
     role: Literal["user", "assistant", "system"]
     content: str | list[Block]
 
     @property
     def blocks(self) -> list[Block]:
+        """Content as blocks. A string is one block of text."""
         return [TextBlock(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
 
 class Tool(Fields):
-    """A tool of the client, or one that runs on Anthropic's servers, which has no schema."""
+    """Tool of the client, or tool that runs on Anthropic's servers and has no schema."""
 
     type: str = "custom"
     name: str = ""
@@ -137,22 +158,30 @@ class Tool(Fields):
 
 
 class ToolChoice(Fields):
+    """Choice of the tools that the model may or must call."""
+
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool = False
 
 
 class Thinking(Fields):
+    """Switch for thinking, with the token budget of a thought."""
+
     type: Literal["enabled", "adaptive", "between_tools", "disabled"]
     budget_tokens: int | None = Field(None, ge=0)
 
 
 class OutputFormat(Fields):
+    """Answer format: JSON that follows a JSON Schema."""
+
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
 class OutputConfig(Fields):
+    """Options of the answer: its format."""
+
     format: OutputFormat | None = None
 
 
@@ -161,7 +190,7 @@ class _ChatRequest(ChatRequest):
 
 
 class MessagesRequest(Request):
-    """`/v1/messages` and `/v1/messages/count_tokens`. Beside Anthropic's fields, those of `Request`."""
+    """Request of `/v1/messages` and `/v1/messages/count_tokens`: Anthropic's fields and the fields of `Request`."""
 
     messages: list[Turn] = Field(min_length=1)
     system: str | list[TextBlock] = ""
@@ -169,10 +198,10 @@ class MessagesRequest(Request):
     tool_choice: ToolChoice = ToolChoice(type="auto")
     thinking: Thinking | None = None
     output_config: OutputConfig = OutputConfig()
-    # Its older name.
+    # This is the older name of `output_config.format`.
     output_format: OutputFormat | None = None
     max_tokens: int | None = Field(None, ge=0)
-    # Without an effect on a local model, as others that all endpoints know.
+    # These fields have no effect on a local model. `openai_fields` names such fields for all endpoints.
     betas: Any = None
     diagnostics: Any = None
     inference_geo: Any = None
@@ -181,9 +210,9 @@ class MessagesRequest(Request):
     workspace_id: Any = None
 
     def task(self, default: GenerationOptions) -> Task:
-        """The task of the chat request that this one means.
+        """Convert the request to a chat request, and the chat request to a task.
 
-        Raises OptionError and PromptError for what cannot be honoured.
+        Raises OptionError and PromptError for unsupported values.
         """
         turns = self._turns()
         prefill = _prefill(turns)
@@ -202,7 +231,7 @@ class MessagesRequest(Request):
         return replace(request.task(default), prefill=prefill)
 
     def _common(self) -> dict[str, Any]:
-        """The fields that chat requests have as well."""
+        """Return the fields that a chat request has too."""
         return self.model_dump(include=Request.model_fields.keys() - _NOT_COMMON, exclude_unset=True)
 
     def _chat_fields(self, has_prefill: bool) -> dict[str, Any]:
@@ -210,13 +239,13 @@ class MessagesRequest(Request):
         schema = None if wanted is None else {"name": "output", "schema": wanted.schema_, "strict": True}
         thinks = None if self.thinking is None else self.thinking.type != "disabled"
         fields: dict[str, Any] = {
-            # Reading the prompt is all that 0 asks for, but decoding begins with one token.
+            # 0 asks only for the prefill of the prompt, but decoding begins with one token.
             "max_tokens": None if self.max_tokens is None else max(1, self.max_tokens),
             "tools": self._functions(),
             "tool_choice": self._choice(),
             "parallel_tool_calls": not self.tool_choice.disable_parallel_tool_use,
             "response_format": None if schema is None else {"type": "json_schema", "json_schema": schema},
-            # An answer that has begun has no thought before it.
+            # An answer that continues a given beginning has no thought before it.
             "enable_thinking": False if has_prefill else thinks,
             "thinking_budget": self.thinking.budget_tokens if self.thinking is not None and thinks else None,
         }
@@ -257,7 +286,7 @@ class MessagesRequest(Request):
                 )
 
     def _system(self) -> Iterator[Message]:
-        """The system prompt, with system messages before all others."""
+        """Yield the system prompt as a message, joined with the system messages before all other messages."""
         blocks = [self.system] if isinstance(self.system, str) else [block.text for block in self.system]
         texts = [text for text in blocks if text and not text.startswith(_BILLING)]
         for index, turn in enumerate(self.messages):
@@ -268,13 +297,13 @@ class MessagesRequest(Request):
             yield Message(role="system", content="\n".join(texts))
 
     def _turns(self) -> list["_Turn"]:
-        """The messages; of one role after the other, one."""
+        """Return the messages as turns. Successive messages of one role become one turn."""
         turns: list[_Turn] = []
         for index, turn in enumerate(self.messages):
             places = [f"messages[{index}].content[{number}]" for number in range(len(turn.blocks))]
             blocks = list(zip(places, turn.blocks, strict=True))
             if turn.role == "system":
-                # Those before all others belong to the system prompt.
+                # System messages before all other messages belong to the system prompt.
                 blocks = [(place, _reminder(block, place)) for place, block in blocks] if turns else []
                 if not blocks:
                     continue
@@ -295,14 +324,19 @@ class _Turn:
 
 
 def _reminder(block: Block, place: str) -> TextBlock:
-    """A system message between others, as part of the user's turn: Gemma has one system prompt, before all turns, and a
-    prompt that changes at its beginning would be read again."""
+    """Return a block of a later system message as text for the user's turn.
+
+    Gemma has one system prompt, before all turns. A prompt that changes at its beginning would need a new prefill.
+    """
     text = "\n".join(_texts([block], place))
     return TextBlock(type="text", text=f"<system-reminder>\n{text}\n</system-reminder>")
 
 
 def _prefill(turns: Sequence[_Turn]) -> str:
-    """The text with which the answer begins, if the last message is the assistant's."""
+    """Return the text with which the answer begins, empty if the last message is not the assistant's.
+
+    Raises PromptError if this message has a block that is not text.
+    """
     if not turns or turns[-1].role != "assistant":
         return ""
     for place, block in turns[-1].blocks:
@@ -317,7 +351,7 @@ def _prefill(turns: Sequence[_Turn]) -> str:
 
 
 def _messages(turns: Sequence[_Turn]) -> Iterator[Message]:
-    # The ids of calls, and how many calls with each have no result yet.
+    # Each id of a call has the number of calls with this id that have no result yet.
     called: Counter[str] = Counter()
     for turn in turns:
         if turn.role == "user":
@@ -329,7 +363,7 @@ def _messages(turns: Sequence[_Turn]) -> Iterator[Message]:
 
 
 def _assistant_message(turn: _Turn) -> Message:
-    """A thought, text and calls, in the order in which Gemma writes them."""
+    """Return the message of an answer: thought, text and calls, in the order in which Gemma writes them."""
     texts, thoughts, calls = [], [], []
     for place, block in turn.blocks:
         if isinstance(block, TextBlock):
@@ -339,11 +373,11 @@ def _assistant_message(turn: _Turn) -> Message:
         elif isinstance(block, ToolUseBlock):
             calls.append(ToolCall(id=block.id, function=_function(block)))
         elif isinstance(block, OtherBlock):
-            # Of a model on Anthropic's servers: a thought that is encrypted, or the call of a tool that ran there.
+            # The block is from Anthropic's servers: an encrypted thought, or the call of a tool that ran there.
             logger.warning("%s: a block of type %s is left out", place, block.type)
         else:
             raise PromptError(f"{place}: a block of type {block.type} cannot be in a message of role assistant")
-    # The template ends a thought with a line break, as the model does.
+    # The chat template ends a thought with a line break, as the model does, so the text must not have it too.
     thought = "".join(thoughts).removesuffix("\n")
     return Message(
         role="assistant", content="".join(texts), reasoning_content=thought or None, tool_calls=calls or None
@@ -357,7 +391,7 @@ def _function(block: ToolUseBlock) -> CalledFunction:
 
 
 def _user_messages(turn: _Turn, called: Counter[str]) -> Iterator[Message]:
-    """The results of calls, which come first, and one message of the user with all else."""
+    """Yield the results of tool calls, then one message of the user with the rest of the turn."""
     texts: list[str] = []
     for place, block in turn.blocks:
         if not isinstance(block, ToolResultBlock):
@@ -377,7 +411,7 @@ def _user_messages(turn: _Turn, called: Counter[str]) -> Iterator[Message]:
 
 
 def _texts(blocks: Sequence[Block | ResultBlock], place: str) -> Iterator[str]:
-    """The text of what is not the model's. Raises PromptError for what has none."""
+    """Yield the text of blocks that the model did not write. Raises PromptError for a block without text."""
     for block in blocks:
         if isinstance(block, TextBlock):
             yield block.text

@@ -1,4 +1,4 @@
-"""The server's application: OpenAI's endpoints over a `Service`, health, metrics, and a page to chat on."""
+"""FastAPI application: OpenAI's and Anthropic's endpoints over a `Service`, health, metrics and a chat page."""
 
 import asyncio
 import contextlib
@@ -37,20 +37,22 @@ from .service import ApiError, Prefill, Service, api_error
 T = TypeVar("T")
 Items = Job[GenerationResponse | Prefill]
 
-# Names, on an answer, the parts of the request that nothing is known of here.
+# This response header lists the parts of the request that the server does not know and ignores.
 IGNORED_HEADER = "X-MLX-MTP-Ignored"
 _MOST_NAMED = 20
-# Names the keywords of the request's schemas that the answer may not follow.
+# This response header lists the keywords of the request's schemas that the server does not enforce.
 _NOT_ENFORCED = "X-MLX-MTP-Not-Enforced"
 _HEADER_TEXT = " !#$&'()*+,/:;=?@[]"
 _MOST_HEADER = 2000
-# What the page may do: nothing but talk to this server.
+# The chat page can connect to this server only.
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 )
 
 
 class ErrorDetail(BaseModel):
+    """OpenAI's error object."""
+
     message: str
     type: str
     param: str | None
@@ -58,6 +60,8 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
+    """JSON body of an error response."""
+
     error: ErrorDetail
 
 
@@ -74,7 +78,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """`keep_alive` is after how many seconds without a token a stream says that it lives."""
+    """Settings of the HTTP server: API key, allowed hosts and origins, body size, keep-alive time.
+
+    After `keep_alive` seconds without a token, a stream sends a sign of life.
+    """
 
     api_key: str | None = None
     allowed_hosts: tuple[str, ...] = ("*",)
@@ -84,7 +91,10 @@ class Settings:
 
 
 def create_app(service: Service, settings: Settings) -> FastAPI:
-    """The application. Everything but the page and `/health` needs the API key, if there is one."""
+    """Build the application.
+
+    If the settings have an API key, all endpoints require it except the chat page and `/health`.
+    """
     app = FastAPI(
         title="mlx-mtp",
         version=__version__,
@@ -148,7 +158,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         def form(task: Task) -> Form:
             return MessagesForm(body, service.name, tokens, answer(task), task.options.max_tokens)
 
-        # Clients ask for several models of Anthropic's, each for a kind of task.
+        # Anthropic's clients name a different model for each kind of task. This model answers all of them.
         return await _answer(http, body, body.task, form, takes_any_model=True)
 
     @app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS, summary="Tokens of a prompt.")
@@ -186,7 +196,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
 
     _add_error_handlers(app, service, settings.max_body_bytes)
-    # The last one added sees a request first.
+    # The middleware that is added last sees a request first.
     app.add_middleware(_Guard, key=settings.api_key, most_bytes=settings.max_body_bytes)
     if settings.allowed_origins:
         app.add_middleware(
@@ -198,7 +208,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
 
 
 def _model(service: Service, http: HttpRequest) -> dict[str, Any]:
-    """The model, with what clients of Anthropic's API read."""
+    """Return the model object of `/v1/models`. Clients of Anthropic's API get more fields."""
     found = {"id": service.name, "object": "model", "created": 0, "owned_by": "mlx-mtp"}
     if not is_anthropic(http.url.path, http.headers):
         return found
@@ -208,7 +218,11 @@ def _model(service: Service, http: HttpRequest) -> dict[str, Any]:
 
 
 async def _run(http: HttpRequest, job: Items, form: Form, stream: bool, keep_alive: float) -> Response:
-    """The answer to a job. What goes wrong before the first token has a status of its own, if it comes soon."""
+    """Return the response of a job: a stream of events, or the whole answer as JSON.
+
+    An error of a whole answer gets its own HTTP status. In a stream, only an error before the first item and within
+    `keep_alive` seconds gets a status. A later error becomes an event of the stream.
+    """
     try:
         first = await _unless_gone(http, _next(job, keep_alive if stream else None))
         if stream:
@@ -221,7 +235,7 @@ async def _run(http: HttpRequest, job: Items, form: Form, stream: bool, keep_ali
 
 
 async def _next(job: Items, timeout: float | None) -> GenerationResponse | Prefill | None:
-    """The next item; None if none came in time."""
+    """Return the next item of a job, or None if no item comes within `timeout` seconds."""
     try:
         return await job.next(timeout)
     except TimeoutError:
@@ -245,7 +259,10 @@ async def _consume(job: Items, first: GenerationResponse | Prefill | None, form:
 async def _events(
     job: Items, first: GenerationResponse | Prefill | None, form: Form, keep_alive: float
 ) -> AsyncIterator[str]:
-    """The events of a stream; signs of life while there are no tokens, so that nobody takes it for dead."""
+    """Yield the events of a stream.
+
+    Signs of life fill the time without tokens, so that no reader considers the stream dead.
+    """
     try:
         for event in form.begin():
             yield event
@@ -270,7 +287,7 @@ async def _events(
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events; the job ends with the connection."""
+    """Response of server-sent events. It cancels its job when the connection ends."""
 
     def __init__(self, job: Items, events: AsyncIterator[str]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -285,7 +302,10 @@ class _Stream(StreamingResponse):
 
 
 async def _unless_gone(http: HttpRequest, result: Awaitable[T]) -> T:
-    """The result, or ApiError if the client disconnects before: nobody will read it."""
+    """Wait for the result while the client stays connected.
+
+    Raises ApiError with status 499 if the client disconnects first, as nobody reads the result then.
+    """
 
     async def gone() -> None:
         while (await http.receive())["type"] != "http.disconnect":
@@ -316,7 +336,7 @@ def _add_error_handlers(app: FastAPI, service: Service, most_bytes: int) -> None
     async def refused(http: HttpRequest, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         if error.status_code == 400:
-            # FastAPI could not read the body.
+            # FastAPI raises status 400 for a body that it cannot read.
             return answer(_unreadable(error, http.headers.get("content-encoding", "")))
         found = ApiError(error.status_code, f"{error.detail}: {http.method} {http.url.path}")
         response = answer(_too_large(most_bytes) if error.status_code == 413 else found)
@@ -325,7 +345,7 @@ def _add_error_handlers(app: FastAPI, service: Service, most_bytes: int) -> None
 
     @app.exception_handler(RecursionError)
     async def too_deep(_: HttpRequest, error: Exception) -> Response:
-        # The parser takes a little more than all that follows.
+        # The JSON parser accepts slightly deeper nesting than the code after it.
         return answer(ApiError(400, "the body is nested too deep", code="invalid_json"))
 
     async def failed(_: HttpRequest, error: Exception) -> Response:
@@ -336,7 +356,7 @@ def _add_error_handlers(app: FastAPI, service: Service, most_bytes: int) -> None
 
 
 def _unreadable(error: HTTPException, encoding: str) -> ApiError:
-    """Why a body, in this content encoding, could not be read."""
+    """Return the error for a body that FastAPI cannot read. `encoding` is its Content-Encoding."""
     if encoding.strip().lower() not in ("", "identity"):
         reason = f"the body is encoded as {encoding[:100]!r}: send it as plain JSON"
     elif isinstance(error.__cause__, RecursionError):
@@ -349,8 +369,8 @@ def _unreadable(error: HTTPException, encoding: str) -> ApiError:
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a request's fields."""
-    # The one that says most: of the kinds a field may have, the others complain as well.
+    """Return the most specific error in a request's fields."""
+    # The longest path is the most specific. For a union, pydantic reports errors of the other types as well.
     path, found = max(((_path(one, error.body), one) for one in error.errors()), key=lambda pair: len(pair[0]))
     refused = found.get("ctx", {})
     if "param" in refused:
@@ -368,7 +388,7 @@ def _validation_error(error: RequestValidationError) -> ApiError:
 
 
 def _plain(error: Mapping[str, Any]) -> str:
-    """The message of an error, without names of this package."""
+    """Return the message of an error, without names of this package."""
     if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return "expected an object"
     if error["type"] == "union_tag_not_found":
@@ -379,7 +399,10 @@ def _plain(error: Mapping[str, Any]) -> str:
 
 
 def _path(error: Mapping[str, Any], body: Any) -> list[str | int]:
-    """Where in the body an error is, without what only tells the kinds of a field apart."""
+    """Return the path of an error in the body.
+
+    The path omits the parts of pydantic's location that only name a type of a union.
+    """
     path: list[str | int] = []
     is_last_there = False
     for part in error["loc"][1:]:
@@ -387,12 +410,12 @@ def _path(error: Mapping[str, Any], body: Any) -> list[str | int]:
         if is_last_there:
             body = body[part]
             path.append(part)
-    # A field that is null is missing too.
+    # A missing field is not in the body, so the loop leaves out its name. A field with the value null is there already.
     return path if is_last_there or error["type"] != "missing" else [*path, *error["loc"][1:][-1:]]
 
 
 class _Guard:
-    """Refuses, before anything is read, who does not know the key, compared in constant time, and what is too large."""
+    """Middleware that rejects a wrong API key (constant-time compare) or too large a body, before the body is read."""
 
     _OPEN = ("/", "/health")
 
@@ -418,7 +441,10 @@ class _Guard:
         return _too_large(self._most_bytes) if length.isdigit() and int(length) > self._most_bytes else None
 
     def _counted(self, receive: Receive) -> Receive:
-        """For bodies that do not say how long they are. FastAPI's own limit would answer in plain text."""
+        """Return a `receive` that raises HTTPException with status 413 if the body gets too large.
+
+        It covers bodies that do not declare their length. FastAPI's own limit would answer in plain text.
+        """
         size = 0
 
         async def counted() -> Message:
@@ -433,7 +459,7 @@ class _Guard:
 
 
 def _has_key(headers: Mapping[bytes, bytes], key: bytes) -> bool:
-    """Whether one of the headers that clients use for it holds the key."""
+    """Return whether the header `authorization` or `x-api-key` holds the key."""
     is_bearer = secrets.compare_digest(headers.get(b"authorization", b""), b"Bearer " + key)
     return secrets.compare_digest(headers.get(b"x-api-key", b""), key) or is_bearer
 

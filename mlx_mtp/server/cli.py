@@ -1,6 +1,7 @@
-"""Command line: serve a pair over OpenAI's API. `python -m mlx_mtp.server --help`.
+"""Command line of the server: serve a target and its drafter over OpenAI's and Anthropic's APIs.
 
-Prints the address to stdout once it serves; everything else goes to stderr.
+Run `python -m mlx_mtp.server --help` for the options. The server prints its address to stdout when it is ready.
+All other output goes to stderr.
 """
 
 import argparse
@@ -44,12 +45,12 @@ if TYPE_CHECKING:
 DEFAULT_PORT = 8080
 DEFAULT_MAX_TOKENS = 4096
 KEY_VARIABLE = "MLX_MTP_API_KEY"
-# Seconds that uvicorn waits after generations were cancelled.
+# Uvicorn waits this many seconds after the generations are cancelled.
 _LAST_WORDS = 3
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 once it was stopped, 1 after an error."""
+    """Run the command line. Return the exit status: 0 after a stop, 1 after an error."""
     args = _parser().parse_args(argv)
     return exit_status(lambda: _run(args))
 
@@ -129,16 +130,16 @@ def _run(args: argparse.Namespace) -> int:
     logging.basicConfig(
         level=args.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    # Else warnings are written a second time: the handler is the one that commands without a log use.
+    # `exit_status` adds this handler for commands without a log. With both, each warning would appear twice.
     if logging.lastResort is not None:
         logging.getLogger(__package__).removeHandler(logging.lastResort)
     listener = _bind(args.host, args.port)
     worker = Worker("mlx-mtp-model", args.max_queue)
     try:
-        # On the thread that will generate: MLX's streams belong to threads.
+        # Load on the thread that generates, because MLX's streams belong to threads.
         model, options = worker.run(lambda: _load(args, options))
     except KeyboardInterrupt:
-        # The thread cannot be interrupted, and nothing is to be saved.
+        # The thread cannot be interrupted, and there is nothing to save.
         os._exit(130)
     try:
         _serve(args, model, options, worker, listener)
@@ -148,7 +149,10 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> GenerationOptions:
-    """What requests begin with; where no sampling is given, the model has a say in it."""
+    """Return the default options of requests.
+
+    The sampling holds only the command line's values. `_load` adds the defaults of the model.
+    """
     return GenerationOptions(
         sampling=given_sampling(args),
         max_tokens=args.max_tokens,
@@ -182,7 +186,7 @@ def _is_local(host: str) -> bool:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A socket that does not accept yet. Raises ServerError if the address cannot be had."""
+    """Return a bound socket that does not accept yet. Raises ServerError if the address cannot be bound."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -199,7 +203,7 @@ def _load(args: argparse.Namespace, options: GenerationOptions) -> tuple[Model, 
         model.prompt_cache.limit = args.prompt_cache_bytes
     options = replace(options, sampling=read_sampling(args, model))
     calibrate(model, options)
-    # What cannot be honoured shows now: this checks everything, and decodes nothing.
+    # This call checks all options and decodes nothing, so that wrong options fail at the start.
     model.stream_generate([0], options)
     return model, options
 
@@ -226,7 +230,7 @@ async def _until_stopped(app: Any, service: "Service", listener: socket.socket, 
     loop = asyncio.get_running_loop()
 
     class Server(uvicorn.Server):
-        """Uvicorn's, which says where it serves, and ends generations when it is told to stop."""
+        """Uvicorn's server that also prints its address, and ends the generations when a signal stops it."""
 
         failure: Exception | None = None
 
@@ -235,7 +239,7 @@ async def _until_stopped(app: Any, service: "Service", listener: socket.socket, 
             try:
                 write_out(_address(listener))
             except (OutputError, OSError) as error:
-                # Raised once the server is down again: uvicorn would log what it cancels.
+                # Raise the error only after the shutdown, because uvicorn would log the tasks that it cancels.
                 self.failure = error
                 self.should_exit = True
 
@@ -246,7 +250,7 @@ async def _until_stopped(app: Any, service: "Service", listener: socket.socket, 
             try:
                 yield
             finally:
-                # Not raised again: to be stopped is how a server ends.
+                # Uvicorn would raise the signals again here. A stop is the normal end of a server.
                 for number, handler in before.items():
                     signal.signal(number, handler)
 

@@ -1,4 +1,4 @@
-"""What every HTTP request passes first: its host is checked, its path made plain, and its answer given an id."""
+"""Entry of every HTTP request: check the host, normalize the path, and give the answer a request id."""
 
 import ipaddress
 import re
@@ -14,15 +14,15 @@ from .service import ApiError
 
 REQUEST_ID_HEADER = "X-Request-Id"
 _VERSION = "/v1"
-# Endpoints that are served without the version, too: with what follows them.
+# These endpoints, and the paths below them, also work without the version.
 _BARE = re.compile(r"/(chat/completions|completions|messages|models|responses)(/.*)?")
 _PORT = re.compile(r":[0-9]*$")
 
 
 def local_hosts(bound_to: str) -> tuple[str, ...]:
-    """Names by which this machine may be asked, where the server is bound to an address of this machine only.
+    """Return the host names to accept if the server is bound to an address of this machine only.
 
-    No web page of another machine has such a name: a name under one of these domains is not found in public DNS.
+    No web page of another machine has one of these names, because public DNS has no names under these domains.
     """
     own = socket.gethostname()
     names = ("localhost", "127.0.0.1", "[::1]", "*.localhost", "*.local", "*.internal", bound_to, own)
@@ -30,13 +30,17 @@ def local_hosts(bound_to: str) -> tuple[str, ...]:
 
 
 class Entry:
-    """ASGI middleware. `hosts` are the names this server answers to, `*` for any, `*.domain` for any in a domain."""
+    """ASGI middleware that checks the host, normalizes the path, and adds a request id to the answer.
+
+    `hosts` are the names that this server answers to: `*` is any name, `*.domain` any name in a domain.
+    """
 
     def __init__(self, app: ASGIApp, hosts: Iterable[str]) -> None:
         self._app = app
         self._hosts = frozenset(_plain_host(host) for host in hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on to the application, or answer 400 if its host is unknown."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -51,7 +55,7 @@ class Entry:
         if not self._is_known(_plain_host(host)):
             await JSONResponse(_unknown_host(host).body(), 400)(scope, receive, send_with_id)
             return
-        # GET answers HEAD as well: the server leaves the body out.
+        # GET endpoints answer HEAD as well. The server omits the body.
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         await self._app({**scope, "path": plain_path(scope["path"]), "method": method}, receive, send_with_id)
 
@@ -61,7 +65,10 @@ class Entry:
 
 
 def plain_path(path: str) -> str:
-    """The path without doubled and trailing slashes, and with the version, once, where an endpoint has one."""
+    """Return the path without doubled and trailing slashes.
+
+    A path of a versioned endpoint gets the version `/v1` exactly once.
+    """
     parts = [part for part in path.split("/") if part]
     while parts[:2] == [_VERSION[1:]] * 2:
         del parts[0]
@@ -70,7 +77,7 @@ def plain_path(path: str) -> str:
 
 
 def _plain_host(host: str) -> str:
-    """A name without port, final dot and case; an IPv6 address in brackets."""
+    """Return a host name in lower case, without port and final dot. An IPv6 address gets brackets."""
     with_brackets = f"[{host}]" if _is_ipv6(host) else host
     return _PORT.sub("", with_brackets).rstrip(".").lower()
 

@@ -1,6 +1,6 @@
-"""What the server answers: a generation in the forms of OpenAI's API, as a whole or in parts.
+"""Answers in the forms of OpenAI's API: a generation as a whole or as a stream.
 
-Both come from the same parts, so that a stream says what the whole would.
+Both are built from the same parts, so that a stream has the content of the whole answer.
 """
 
 import json
@@ -28,12 +28,13 @@ Tools = Sequence[Mapping[str, Any]] | None
 
 
 def new_id(kind: str) -> str:
+    """Return a new random id with the prefix `kind`."""
     return f"{kind}{secrets.token_hex(12)}"
 
 
 @dataclass
 class Call:
-    """A tool call of the answer: its id and name, and the text of its arguments so far."""
+    """Tool call of the answer: its id and name, and the text of its arguments so far."""
 
     name: str
     arguments: str = ""
@@ -42,7 +43,7 @@ class Call:
 
 @dataclass
 class Part:
-    """What one token added to the answer."""
+    """Text, thought and tool calls that one token adds to the answer."""
 
     response: GenerationResponse
     text: str
@@ -51,10 +52,11 @@ class Part:
 
 
 class Answer:
-    """All parts of a generation so far. With `tools`, calls are read from its text.
+    """Text, thought and tool calls of a generation so far.
 
-    `on_unreadable` is told how many calls had arguments that could not be read, whenever there are some. With `is_raw`,
-    the text is as the model wrote it; else marks of control tokens are taken out.
+    With `tools`, tool calls are read from the text. `on_unreadable` gets the number of new calls whose arguments cannot
+    be read, if there are any. With `is_raw`, the text stays as the model wrote it. Otherwise the marks of control
+    tokens are removed.
     """
 
     def __init__(
@@ -67,7 +69,8 @@ class Answer:
         self._parser = None if tools is None else ToolCallParser(tools)
         self._marks = None if is_raw else ControlMarks(has_tools=tools is not None)
         self._on_unreadable = on_unreadable
-        # Of a thought that is not closed yet, all from its first call on: a call, unless the thought is closed.
+        # This is the text of an open thought from its first call on. It is thought text if the model closes the
+        # thought, and a call if the generation ends first.
         self._held_thought = ""
         self.text = ""
         self.thought = ""
@@ -76,6 +79,7 @@ class Answer:
         self.last: GenerationResponse | None = None
 
     def add(self, response: GenerationResponse) -> Part:
+        """Add one token's response. Return the part that it adds to the answer."""
         thought, called = self._read_thought(response)
         text, calls = self._read_calls(called + response.text, response.finish_reason)
         if self._marks is not None:
@@ -92,7 +96,7 @@ class Answer:
         return Part(response, text, thought, calls)
 
     def _read_calls(self, text: str, end: str | None) -> tuple[str, list[ToolCallDelta]]:
-        """The content and the calls that a text makes known. `end` is the finish reason."""
+        """Return the content and the tool calls that become certain with a text. `end` is the finish reason."""
         if self._parser is None:
             return text, []
         unreadable = self._parser.unreadable
@@ -102,7 +106,7 @@ class Answer:
         return found
 
     def _read_thought(self, response: GenerationResponse) -> tuple[str, str]:
-        """The thought that is known to be one, and the calls of a thought that the model ended without closing it."""
+        """Return the thought text that is certain now, and the calls in a thought that the model never closed."""
         self._held_thought, thought = "", self._held_thought + response.thought
         if self._parser is None or not response.in_thought:
             return thought, ""
@@ -116,12 +120,13 @@ class Answer:
 
     @property
     def finish_reason(self) -> str | None:
+        """Finish reason in OpenAI's API: `tool_calls` if the generation stopped and has tool calls."""
         assert self.last is not None
         return "tool_calls" if self.calls and self.last.finish_reason == "stop" else self.last.finish_reason
 
 
 def usage(answer: Answer) -> Fields:
-    """Token counts; drafted tokens are counted like OpenAI's predicted ones."""
+    """Return the token counts. Draft tokens are counted like OpenAI's predicted tokens."""
     last = answer.last
     assert last is not None
     stats = last.stats
@@ -139,7 +144,7 @@ def usage(answer: Answer) -> Fields:
 
 
 def generation_stats(response: GenerationResponse) -> Fields:
-    """How the generation goes, for those who ask for it with `include_stats`."""
+    """Return the statistics of a generation so far, for requests with `include_stats`."""
     stats = response.stats
     return {
         "from_draft": response.from_draft,
@@ -158,21 +163,25 @@ def generation_stats(response: GenerationResponse) -> Fields:
 
 
 class Tokens:
-    """A model's tokens as text and as bytes."""
+    """Texts, bytes and log probabilities of a model's tokens."""
 
     def __init__(self, model: Model) -> None:
         self._tokenizer = model.tokenizer
 
     def logprob(self, token: int, logprob: float) -> Fields:
+        """Return a token's text, log probability and bytes as OpenAI's API has them."""
         piece = str(self._tokenizer.convert_ids_to_tokens(token))
         single = _BYTE_TOKEN.fullmatch(piece)
         text = str(self._tokenizer.decode([token]))
-        # A token that is part of a character has bytes, but no text.
+        # A token that is part of a character has no valid text. Its bytes are known only if it is a byte token.
         data = [int(single.group(1), 16)] if single else None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": max(logprob, LOWEST_LOGPROB), "bytes": data}
 
     def logprobs(self, response: GenerationResponse) -> Fields | None:
-        """Of a token of the answer, with the most likely ones; None where none are asked for or it is of a thought."""
+        """Return the log probabilities of an answer token and of the most likely tokens in its place.
+
+        The result is None if the request asks for no log probabilities, or if the token belongs to a thought.
+        """
         found = response.logprobs
         if found is None or response.in_thought:
             return None
@@ -181,7 +190,7 @@ class Tokens:
 
 
 class Form(ABC):
-    """One answer in the form of one endpoint: whole, or as the events of a stream."""
+    """Base of an answer in the form of one endpoint, as a whole or as the events of a stream."""
 
     def __init__(self, name: str, tokens: Tokens) -> None:
         self.name = name
@@ -189,38 +198,38 @@ class Form(ABC):
         self.created = int(time.time())
 
     def begin(self) -> Iterator[str]:
-        """Before the first token."""
+        """Yield the events before the first token."""
         return iter(())
 
     @abstractmethod
     def add(self, response: GenerationResponse) -> Iterator[str]:
-        """After each token."""
+        """Add one token's response. Yield its events."""
 
     @abstractmethod
     def end(self) -> Iterator[str]:
-        """After the last one."""
+        """Yield the events after the last token."""
 
     def fail(self, error: Fields) -> Iterator[str]:
-        """Instead of the end, with an error object."""
+        """Yield the events of an error, in place of the end. `error` is a body with OpenAI's error object."""
         yield sse(error)
 
     def alive(self, comment: str) -> str:
-        """While there is nothing to say: readers pass over comments."""
+        """Return a sign of life for a stream without new tokens: a comment, which readers skip."""
         return f": {comment}\n\n"
 
     @abstractmethod
     def whole(self) -> Fields:
-        """All of it at once."""
+        """Return the whole answer as one JSON object."""
 
 
 def sse(data: Fields | str, event: str | None = None) -> str:
-    """A server-sent event."""
+    """Return the text of a server-sent event."""
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
     return f"data: {text}\n\n" if event is None else f"event: {event}\ndata: {text}\n\n"
 
 
 class ChatForm(Form):
-    """`/v1/chat/completions`."""
+    """Answer of `/v1/chat/completions`."""
 
     def __init__(self, request: ChatRequest, name: str, tokens: Tokens, answer: Answer) -> None:
         super().__init__(name, tokens)
@@ -230,9 +239,11 @@ class ChatForm(Form):
         self._logprobs: list[Fields] = []
 
     def begin(self) -> Iterator[str]:
+        """Yield the events before the first token."""
         yield self._chunk({"role": "assistant", "content": ""})
 
     def add(self, response: GenerationResponse) -> Iterator[str]:
+        """Add one token's response. Yield its events."""
         part = self.answer.add(response)
         logprobs = self.tokens.logprobs(response)
         if logprobs is not None:
@@ -248,12 +259,14 @@ class ChatForm(Form):
             yield self._chunk(delta, response=response, logprobs=logprobs)
 
     def end(self) -> Iterator[str]:
+        """Yield the events after the last token."""
         yield self._chunk({}, finish_reason=self.answer.finish_reason, response=self.answer.last)
         if self.request.stream_options.include_usage:
             yield sse(self._head("chat.completion.chunk") | {"choices": [], "usage": usage(self.answer)})
         yield sse("[DONE]")
 
     def whole(self) -> Fields:
+        """Return the whole answer as one JSON object."""
         answer = self.answer
         message: Fields = {"role": "assistant", "content": answer.text, "refusal": None}
         if answer.thought:
@@ -294,7 +307,7 @@ class ChatForm(Form):
             "finish_reason": finish_reason,
         }
         chunk = self._head("chat.completion.chunk") | {"choices": [choice]} | self._stats(response)
-        # As OpenAI's: where the usage comes last, it is null before.
+        # As in OpenAI's API, the usage is null in all chunks before the one that has it.
         return sse(chunk | ({"usage": None} if self.request.stream_options.include_usage else {}))
 
     def _head(self, kind: str) -> Fields:
@@ -305,7 +318,7 @@ class ChatForm(Form):
 
 
 class CompletionForm(Form):
-    """`/v1/completions`."""
+    """Answer of `/v1/completions`."""
 
     def __init__(self, request: CompletionRequest, name: str, tokens: Tokens) -> None:
         super().__init__(name, tokens)
@@ -315,6 +328,7 @@ class CompletionForm(Form):
         self._logprobs = _empty_logprobs()
 
     def add(self, response: GenerationResponse) -> Iterator[str]:
+        """Add one token's response. Yield its events."""
         offset = len(self.answer.text)
         part = self.answer.add(response)
         logprobs = None if response.logprobs is None else self._token_logprobs(response, offset)
@@ -324,12 +338,14 @@ class CompletionForm(Form):
             yield sse(self._chunk(part.text, logprobs, None) | self._stats(response))
 
     def end(self) -> Iterator[str]:
+        """Yield the events after the last token."""
         yield sse(self._chunk("", None, self.answer.finish_reason) | self._stats(self.answer.last))
         if self.request.stream_options.include_usage:
             yield sse(self._head() | {"choices": [], "usage": usage(self.answer)})
         yield sse("[DONE]")
 
     def whole(self) -> Fields:
+        """Return the whole answer as one JSON object."""
         logprobs = None if self.request.logprobs is None else self._logprobs
         body = self._body(self.answer.text, logprobs, self.answer.finish_reason)
         return body | {"usage": usage(self.answer)} | self._stats(self.answer.last)
@@ -350,7 +366,7 @@ class CompletionForm(Form):
         return self._head() | {"choices": [choice]}
 
     def _chunk(self, text: str, logprobs: Fields | None, finish_reason: str | None) -> Fields:
-        # As in a chat: where the usage comes last, it is null before.
+        # As in a chat, the usage is null in all chunks before the one that has it.
         counts = self.request.stream_options.include_usage
         return self._body(text, logprobs, finish_reason) | ({"usage": None} if counts else {})
 
@@ -366,7 +382,7 @@ def _empty_logprobs() -> Fields:
 
 
 def _without_bytes(logprobs: list[Fields]) -> list[Fields]:
-    """Log probabilities as events of `/v1/responses` have them."""
+    """Return log probabilities without bytes, as events of `/v1/responses` have them."""
     return [
         {
             "token": found["token"],
@@ -378,7 +394,7 @@ def _without_bytes(logprobs: list[Fields]) -> list[Fields]:
 
 
 def _with_bytes(logprob: Fields) -> Fields:
-    """A log probability as items of `/v1/responses` have it: its bytes are always a list."""
+    """Return a log probability as items of `/v1/responses` have it. Its bytes are always a list."""
     tops = [top | {"bytes": top["bytes"] or []} for top in logprob["top_logprobs"]]
     return logprob | {"bytes": logprob["bytes"] or [], "top_logprobs": tops}
 
@@ -386,7 +402,7 @@ def _with_bytes(logprob: Fields) -> Fields:
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
 
-# The values that OpenAI has for fields which an answer repeats: its clients' types know no others.
+# An answer repeats these fields of the request. OpenAI's clients have types with these values only.
 _KNOWN = {
     "effort": ("none", "minimal", "low", "medium", "high", "xhigh", "max"),
     "summary": ("auto", "concise", "detailed"),
@@ -395,12 +411,12 @@ _KNOWN = {
 
 
 def _known(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the fields of a request, those that an answer repeats; null for a value that OpenAI does not have."""
+    """Return the request fields that an answer repeats, with null for a value that OpenAI does not have."""
     return {name: fields[name] if fields[name] in values else None for name, values in _KNOWN.items() if name in fields}
 
 
 class ResponseForm(Form):
-    """`/v1/responses`: an answer is a list of items, one open at a time: thoughts, messages, calls."""
+    """Answer of `/v1/responses`: a list of items (thoughts, messages and calls), one open at a time."""
 
     def __init__(self, request: ResponseRequest, name: str, tokens: Tokens, answer: Answer) -> None:
         super().__init__(name, tokens)
@@ -408,20 +424,22 @@ class ResponseForm(Form):
         self.answer = answer
         self.id = new_id("resp_")
         self._output: list[Fields] = []
-        # Of the item that is open: what its text is called in it.
+        # This is the open item of `_output`, None if all items are closed.
         self._open: Fields | None = None
         self._count = 0
 
     def begin(self) -> Iterator[str]:
+        """Yield the events before the first token."""
         for event in ("response.created", "response.in_progress"):
             yield self._event(event, response=self._response("in_progress"))
 
     def add(self, response: GenerationResponse) -> Iterator[str]:
+        """Add one token's response. Yield its events."""
         part = self.answer.add(response)
         if part.thought:
             yield from self._continue("reasoning", part.thought)
         for call in part.calls:
-            # The rest of a call comes before the text behind it.
+            # The rest of a call comes before the text that follows it.
             if call.name is None:
                 yield from self._continue_call(call.arguments)
         if part.text:
@@ -433,16 +451,19 @@ class ResponseForm(Form):
                 yield from self._continue_call(call.arguments)
 
     def end(self) -> Iterator[str]:
+        """Yield the events after the last token."""
         status: Status = "completed" if self._is_complete else "incomplete"
         yield from self._close(status)
         yield self._event(f"response.{status}", response=self._response(status))
 
     def fail(self, error: Fields) -> Iterator[str]:
+        """Yield the event of an error, in place of the end."""
         found = error["error"]
         body = self._response("failed") | {"error": {"code": "server_error", "message": found["message"]}}
         yield self._event("response.failed", response=body)
 
     def whole(self) -> Fields:
+        """Return the whole answer as one JSON object."""
         return self._response("completed" if self._is_complete else "incomplete")
 
     @property
@@ -450,7 +471,7 @@ class ResponseForm(Form):
         return self.answer.finish_reason != "length"
 
     def _continue(self, kind: str, text: str, logprobs: Fields | None = None) -> Iterator[str]:
-        """More text of a message or a thought, in the item that is open or in a new one."""
+        """Add text to the open item of this kind, or start a new item. Yield the events."""
         if self._open is None or self._open["type"] != kind:
             yield from self._close()
             yield from self._start_text(kind)
@@ -554,7 +575,7 @@ class ResponseForm(Form):
             if counted is None
             else {
                 "input_tokens": counted["prompt_tokens"],
-                # OpenAI counts here the tokens it charges for keeping: none are.
+                # OpenAI counts here the tokens that it charges for keeping. This server charges for none.
                 "input_tokens_details": counted["prompt_tokens_details"] | {"cache_write_tokens": 0},
                 "output_tokens": counted["completion_tokens"],
                 "output_tokens_details": {"reasoning_tokens": answer.thought_tokens},

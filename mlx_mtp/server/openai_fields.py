@@ -1,7 +1,6 @@
-"""The fields that clients send beside the declared ones: which have no effect here, and which values of the others have
-none.
+"""Undeclared fields of requests: the fields without an effect here, and the values of other fields without an effect.
 
-docs/server.md names them all.
+docs/server.md names all these fields.
 """
 
 import json
@@ -16,46 +15,46 @@ from pydantic_core import PydanticCustomError
 
 logger = logging.getLogger(__name__)
 
-# Fields without an effect on the answer of a local server with one model. Any value is accepted.
+# These fields have no effect on the answer of a local server with one model. Any value is accepted.
 NO_EFFECT = {
-    # OpenAI's.
+    # Fields of OpenAI.
     "access_programs", "background_options", "client_metadata", "context_management", "max_tool_calls",
     "metadata", "moderation", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
     "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user", "verbosity",
     "web_search_options",
-    # Of routers and SDKs.
+    # Fields of routers and SDKs.
     "api_key", "cache_control", "caching", "citation_options", "drop_params", "extra_headers", "models",
     "num_retries", "provider", "providerOptions", "provider_options", "route", "timeout", "trace", "usage",
-    # Of chat front ends.
+    # Fields of chat front ends.
     "background_tasks", "chat_id", "citations", "features", "filter_ids", "id", "message_id", "model_item",
     "parent_id", "request_id", "rid", "session_id", "tool_ids", "tool_servers", "variables",
-    # Of Ollama, llama.cpp and LM Studio.
+    # Fields of Ollama, llama.cpp and LM Studio.
     "cache_prompt", "draft_model", "dry_allowed_length", "dry_base", "dry_penalty_last_n",
     "dry_sequence_breakers", "dynatemp_exponent", "id_slot", "keep_alive", "low_vram", "mirostat_eta",
     "mirostat_tau", "n_cache_reuse", "n_discard", "n_keep", "num_batch", "num_ctx", "num_gpu", "num_keep",
     "num_thread", "parse_tool_calls", "raw_slots", "return_progress", "return_tokens", "slot_id",
     "speculative.n_max", "speculative.n_min", "speculative.p_min", "speculative.type", "timings_per_token",
     "ttl", "use_mlock", "use_mmap",
-    # Of vLLM, SGLang and the Hugging Face servers.
+    # Fields of vLLM, SGLang and the Hugging Face servers.
     "cache_salt", "details", "detokenize", "early_stopping", "guided_decoding_backend", "incremental_output",
     "kv_transfer_params", "mm_processor_kwargs", "priority", "spaces_between_special_tokens",
     "stream_reasoning",
 }  # fmt: skip
-# What says of a field that nothing is asked for.
+# A field with one of these values asks for nothing.
 _NOTHING: tuple[Any, ...] = (False, "", [], {}, 0)
-# Fields that would change the answer and are not honoured.
+# These fields would change the answer, but the server does not support them.
 NOT_HONOURED = {
-    # OpenAI's.
+    # Fields of OpenAI.
     "audio", "background", "conversation", "data_sources", "echo", "function_call", "functions",
     "previous_response_id", "prompt", "suffix",
-    # Of routers and front ends.
+    # Fields of routers and front ends.
     "container", "deferred", "enable_search", "extra_body", "files", "images", "mcp_servers", "negative_prompt",
     "plugins", "safe_prompt", "search_parameters", "system", "transforms", "videos",
-    # Of llama.cpp and Ollama.
+    # Fields of llama.cpp and Ollama.
     "dry_multiplier", "dynatemp_range", "format", "image_data", "json_schema", "lora", "min_keep", "mirostat",
     "n_indent", "n_probs", "options", "penalize_nl", "penalty_prompt", "post_sampling_probs", "raw",
     "response_fields", "samplers", "template", "top_a",
-    # Of vLLM, SGLang, mlx-lm and the Hugging Face servers.
+    # Fields of vLLM, SGLang, mlx-lm and the Hugging Face servers.
     "adapters", "allowed_token_ids", "bad_words", "bad_words_ids", "chat_template", "documents",
     "guided_choice", "guided_grammar", "guided_json", "guided_regex", "include_stop_str_in_output",
     "logit_processors", "logits_processors", "lora_path", "no_repeat_ngram_size", "no_stop_trim",
@@ -63,7 +62,7 @@ NOT_HONOURED = {
     "role_mapping", "stop_token_ids", "structured_outputs", "truncate", "truncate_prompt_tokens",
     "use_beam_search", "vllm_xargs", "watermark", "add_special_tokens", "continue_final_message",
 }  # fmt: skip
-# For each of them, the values that ask for nothing.
+# An unsupported field with one of these values asks for nothing, so the server accepts it.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(NOT_HONOURED, _NOTHING),
     "add_generation_prompt": (True,),
@@ -90,7 +89,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "typical": (1,),
     "typical_p": (1,),
 }
-# Where another way leads to the same.
+# These unsupported fields have a replacement, which the error message names.
 _INSTEAD = {
     "conversation": "nothing is stored here: send its items as input",
     "function_call": "send tool_choice",
@@ -102,7 +101,7 @@ _INSTEAD = {
     "response_format": "send text.format",
     "system": "send a message of role system",
 }
-# From which share of common characters on a name is taken for a misspelt field.
+# A name with at least this share of characters in common with a field (difflib ratio) counts as misspelt.
 _SIMILAR = 0.85
 _MOST_COMPARED = 20
 _LONGEST = 50
@@ -113,7 +112,7 @@ def _as_whole(value: Any) -> Any:
 
 
 def _minus_one_as(meaning: int | None) -> BeforeValidator:
-    """A validator before that of an integer, which may be -1 for `meaning`."""
+    """Return a validator that runs before the validator of an integer and replaces -1 with `meaning`."""
 
     def read(value: Any) -> Any:
         value = _as_whole(value)
@@ -123,35 +122,37 @@ def _minus_one_as(meaning: int | None) -> BeforeValidator:
 
 
 def _as_list(value: Any) -> Any:
-    """Strings without the empty ones, which stop nothing."""
+    """Return one string or several as a list, without empty strings, which stop nothing."""
     items = [value] if isinstance(value, str) else value
     return [item for item in items if item != ""] if isinstance(items, list) else value
 
 
-# An integer, which may be written 16.0.
+# This is an integer. Clients may write 16 as 16.0.
 Whole = Annotated[int, BeforeValidator(_as_whole)]
-# A number of tokens at most; -1 is none.
+# This is a maximum number of tokens. -1 means no limit.
 Limit = Annotated[Annotated[int, Field(ge=1)] | None, _minus_one_as(None)]
-# The same of a thought, which may have none.
+# This is a maximum number of tokens of a thought. It may be 0, and -1 means no limit.
 Budget = Annotated[Annotated[int, Field(ge=0)] | None, _minus_one_as(None)]
-# A number of tokens to choose from; -1 and 0 are all.
+# This is a number of tokens to choose from. -1 and 0 mean all tokens.
 TopK = Annotated[Annotated[int, Field(ge=0)] | None, _minus_one_as(0)]
-# A number of tokens to look back on; -1 is all.
+# This is a number of tokens to look back at. -1 means all tokens.
 LookBack = Annotated[Annotated[int, Field(ge=1)] | None, _minus_one_as(2**31)]
 Strings = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 
 
 def refuse(code: LiteralString, name: str, message: str, status: int = 400) -> PydanticCustomError:
-    """The error of a request whose field `name` is refused, with the code of OpenAI's error object."""
+    """Return the error that refuses the request's field `name`. `code` is the code of OpenAI's error object."""
     return PydanticCustomError(code, "{message}", {"param": name, "message": message, "status": status})
 
 
 def check_others(others: Mapping[str, Any], declared: Collection[str], elsewhere: Collection[str]) -> None:
-    """`declared` are the names of the request's own fields, of which one may be given twice; `elsewhere` are those of
-    all endpoints.
+    """Check the fields of a request that the request does not declare.
 
-    Raises PydanticCustomError if one of the fields beside the declared ones asks for what is not honoured, or has
-    nearly the name of a field.
+    `declared` are the names of the request's own fields. If a request gives one field under two names, `others` holds
+    the second name. `elsewhere` are the names of the fields of all endpoints.
+
+    Raises PydanticCustomError if an undeclared field asks for an unsupported feature, or if its name is nearly the name
+    of a known field.
     """
     for name, value in others.items():
         is_other = (name in NEUTRAL or name in elsewhere) and name not in NO_EFFECT and name not in declared
@@ -161,7 +162,7 @@ def check_others(others: Mapping[str, Any], declared: Collection[str], elsewhere
     in_lower_case = {name.lower(): name for name in reversed(known)}
     for index, name in enumerate(unknown(others, {*declared, *elsewhere})):
         similar = in_lower_case.get(name.lower())
-        # To compare names takes time, and the client says how many there are.
+        # A comparison takes time and the client chooses the number of names, so only the first names are compared.
         if similar is None and index < _MOST_COMPARED:
             similar = next(iter(get_close_matches(name[:_LONGEST], known, n=1, cutoff=_SIMILAR)), None)
         if similar is not None:
@@ -178,11 +179,11 @@ def _unsupported(name: str, value: Any) -> str:
 
 
 def unknown(others: Iterable[str], fields: Collection[str]) -> list[str]:
-    """Those of the names that nothing is known of. `fields` are those of all endpoints."""
+    """Return the names that the server does not know. `fields` are the field names of all endpoints."""
     return [name for name in others if name not in NO_EFFECT and name not in NEUTRAL and name not in fields]
 
 
 @lru_cache(maxsize=1000)
 def warn_once(name: str) -> None:
-    """Log that a part of requests is ignored; once per name."""
+    """Log that the server ignores a part of a request, once per name."""
     logger.warning("%r of a request is ignored", name[:100])

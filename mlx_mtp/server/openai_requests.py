@@ -1,7 +1,7 @@
-"""What clients may ask of the server: the requests of OpenAI's API, and what they mean here.
+"""Requests of OpenAI's API, and their conversion to tasks for the model.
 
-A field of the wrong type, or one that asks for what cannot be done, is refused, never ignored. `openai_fields` says
-which fields are accepted though they have no effect here.
+A field of the wrong type, or a field that asks for an unsupported feature, is refused, never ignored. `openai_fields`
+lists the fields that are accepted although they have no effect here.
 """
 
 import json
@@ -28,23 +28,23 @@ from .openai_fields import Budget, Limit, LookBack, Strings, TopK, Whole, check_
 logger = logging.getLogger(__name__)
 
 JSON_OBJECT = {"type": "object"}
-# What other servers call `max_tokens`.
+# These are `max_tokens` and its names on other servers.
 _TOKEN_LIMITS = ("max_tokens", "max_new_tokens", "n_predict", "num_predict")
-# Efforts of reasoning that mean none.
+# These reasoning efforts mean no thinking.
 _NO_EFFORT = ("none", "minimal")
 
 Messages: TypeAlias = list[dict[str, Any]]
 
 
 def _allow_nulls(schema: dict[str, Any]) -> None:
-    """Say of the fields in a description that null means that one is left out."""
+    """Allow null for each optional field in a JSON Schema. Null means that the field is left out."""
     for name, described in schema.get("properties", {}).items():
         if name not in schema.get("required", ()):
             schema["properties"][name] = {"anyOf": [described, {"type": "null"}]}
 
 
 class Fields(BaseModel):
-    """Fields of a request, in which null means that one is left out. Others are no error."""
+    """Base of all parts of a request. Null means that a field is left out. Other fields are not an error."""
 
     model_config = ConfigDict(extra="ignore", strict=True, json_schema_extra=_allow_nulls)
 
@@ -55,11 +55,15 @@ class Fields(BaseModel):
 
 
 class TextPart(Fields):
+    """Text part of a message."""
+
     type: Literal["text", "input_text", "output_text"]
     text: str
 
 
 class RefusalPart(Fields):
+    """Part of an earlier answer that refuses the user's request."""
+
     type: Literal["refusal"]
     refusal: str
 
@@ -68,7 +72,7 @@ Content: TypeAlias = str | list[TextPart | RefusalPart | str]
 
 
 class ThoughtPart(Fields):
-    """A thought among the parts of an answer. One that is encrypted has no text."""
+    """Thought part of an earlier answer. An encrypted thought has no text."""
 
     type: Literal["thinking", "reasoning", "redacted_thinking"]
     thinking: Content | None = None
@@ -77,16 +81,17 @@ class ThoughtPart(Fields):
 
     @property
     def thought(self) -> str:
+        """Text of the thought, empty if the part has no text."""
         return _text(self.thinking) or _text(self.text) or _text(self.reasoning)
 
 
 AnyPart: TypeAlias = TextPart | RefusalPart | ThoughtPart | str
-# What an answer may hold.
+# The content of an earlier answer may have thoughts.
 AnswerContent: TypeAlias = str | list[AnyPart]
 
 
 def _text(content: str | Sequence[AnyPart] | None) -> str:
-    """The text of a message, without thoughts."""
+    """Return the text of a message, without thoughts."""
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(_part_text(part) for part in content)
@@ -106,7 +111,7 @@ def _thoughts(content: AnswerContent | None) -> str:
 
 
 def _check_thoughts(role: str, content: AnswerContent | None) -> None:
-    """Raises ValueError for a thought that is not the model's."""
+    """Check the role of a message with thoughts. Raises ValueError if it is not the assistant's."""
     if role != "assistant" and isinstance(content, list) and any(isinstance(part, ThoughtPart) for part in content):
         raise ValueError(f"a message of role {role} cannot hold a thought")
 
@@ -116,13 +121,19 @@ def _arguments(value: Any) -> Any:
 
 
 class CalledFunction(Fields):
-    """`arguments` is the text of a JSON object or of another value, or text that is no JSON; empty for none."""
+    """Name and arguments of a called function.
+
+    `arguments` is the text of a JSON object or of another JSON value, or text that is not JSON. It is empty if the call
+    has no arguments.
+    """
 
     name: str
     arguments: Annotated[str, BeforeValidator(_arguments, json_schema_input_type=Any)] = ""
 
 
 class ToolCall(Fields):
+    """Tool call of an earlier answer."""
+
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
@@ -130,7 +141,7 @@ class ToolCall(Fields):
     @model_validator(mode="before")
     @classmethod
     def _read_custom(cls, data: Any) -> Any:
-        """The call of a custom tool has its input, a text, in place of arguments."""
+        """Read the call of a custom tool, whose input text replaces the arguments."""
         custom = data.get("custom") if isinstance(data, dict) and data.get("type") == "custom" else None
         if not isinstance(custom, dict):
             return data
@@ -138,6 +149,8 @@ class ToolCall(Fields):
 
 
 class Message(Fields):
+    """Message of a chat."""
+
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: AnswerContent | None = None
     refusal: str | None = None
@@ -146,7 +159,7 @@ class Message(Fields):
     tool_call_id: str | None = None
     function_call: CalledFunction | None = None
     reasoning_content: str | None = None
-    # What some servers call it.
+    # Some servers use this name for `reasoning_content`.
     reasoning: Any = None
     audio: None = None
 
@@ -163,7 +176,7 @@ class Message(Fields):
         if self.function_call is not None and not self.tool_calls:
             self.tool_calls = [ToolCall(id=self.function_call.name, function=self.function_call)]
         if self.role == "function":
-            # Before there were tools, a result named the function.
+            # In the older API without tools, a result names the function.
             self.role, self.tool_call_id = "tool", self.name
         if self.role == "tool" and self.tool_call_id is None:
             raise ValueError("a message of role tool needs the tool_call_id that it answers")
@@ -171,6 +184,8 @@ class Message(Fields):
 
 
 class Function(Fields):
+    """Function that the model can call, with the JSON Schema of its parameters."""
+
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")
     description: str | None = None
     parameters: dict[str, Any] = {}
@@ -178,27 +193,33 @@ class Function(Fields):
 
 
 class Tool(Fields):
+    """Tool that is a function."""
+
     type: Literal["function"] = "function"
     function: Function
 
 
 class NamedFunction(Fields):
+    """Name of the function to call."""
+
     name: str
 
 
 class NamedTool(Fields):
+    """Choice of one function to call."""
+
     type: Literal["function"]
     function: NamedFunction
 
 
 class OtherTool(Fields):
-    """A tool that OpenAI runs, or one whose input is no JSON: neither exists here."""
+    """Tool that does not exist here: OpenAI runs it, or its input is not JSON."""
 
     type: str
 
 
 class AllowedTools(Fields):
-    """A choice of these tools only. Those that are no functions are none of this server's."""
+    """Choice that allows the listed tools only. The server skips listed tools that are not functions."""
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
@@ -206,7 +227,7 @@ class AllowedTools(Fields):
 
     @property
     def names(self) -> list[str]:
-        """Raises OptionError for a function without a name."""
+        """Names of the allowed functions. Raises OptionError for a function without a name."""
         names = []
         for tool in self.tools:
             if tool.get("type", "function") == "function":
@@ -217,12 +238,15 @@ class AllowedTools(Fields):
         return names
 
 
-# Words for a choice, OpenAI's and the one of others for `required`.
+# These are OpenAI's words for a tool choice, and `any`, the word of other servers for `required`.
 _CHOICES = {"none": "none", "auto": "auto", "required": "required", "any": "required"}
 
 
 def _read_choice(choice: Any) -> Any:
-    """A choice with its word as it is, not as the type of an object, and allowed tools without what is around them."""
+    """Return a tool choice in its plain form.
+
+    A word may come as the type of an object. Allowed tools may come inside an outer object.
+    """
     is_word = isinstance(choice, dict) and choice.keys() == {"type"}
     word = choice["type"] if is_word else choice
     if isinstance(word, str) and word in _CHOICES:
@@ -239,14 +263,17 @@ def _choice_type(choice: Any) -> str:
 
 
 class Choice(NamedTuple):
-    """A word, or the name of one tool, and the only tools that may be called, if not all of them may."""
+    """Tool choice: a word or the name of one tool, and the names of the tools that may be called.
+
+    `allowed` is None if all tools may be called.
+    """
 
     name: str
     allowed: Sequence[str] | None = None
 
 
 def _choice(choice: "str | NamedTool | ResponseNamedTool | AllowedTools | OtherTool") -> Choice:
-    """Raises OptionError for a tool that is no function."""
+    """Convert the tool choice of a request. Raises OptionError for a tool that is not a function."""
     if isinstance(choice, OtherTool):
         raise OptionError(f"tool_choice is of type {choice.type!r}: there are only functions here")
     if isinstance(choice, AllowedTools):
@@ -257,7 +284,7 @@ def _choice(choice: "str | NamedTool | ResponseNamedTool | AllowedTools | OtherT
 
 
 def _type_of(value: Any) -> Any:
-    """The type that a JSON object, or a part of a request made from one, names; None if it names none."""
+    """Return the `type` of a JSON object or of a parsed part of a request, or None if it has no type."""
     return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
 
 
@@ -285,10 +312,14 @@ ChatTool: TypeAlias = Annotated[
 
 
 class TextFormat(Fields):
+    """Answer format: any text, or any JSON object."""
+
     type: Literal["text", "json_object"]
 
 
 class NamedSchema(Fields):
+    """JSON Schema with a name."""
+
     name: str
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
@@ -296,12 +327,14 @@ class NamedSchema(Fields):
 
 
 class JsonSchemaFormat(Fields):
+    """Answer format: JSON that follows a JSON Schema."""
+
     type: Literal["json_schema"]
     json_schema: NamedSchema
 
 
 class TemplateOptions(Fields):
-    """Switches of the chat template: any name."""
+    """Switches of the chat template. Any name is allowed."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -309,6 +342,8 @@ class TemplateOptions(Fields):
 
 
 class StreamOptions(Fields):
+    """Options of a stream."""
+
     include_usage: bool = False
     include_obfuscation: bool = False
 
@@ -317,12 +352,12 @@ class StreamOptions(Fields):
 _NO_BIAS = BeforeValidator(lambda value: {} if value == [] else value)
 
 
-# An empty text asks for no form: a form that only the empty answer has is of no use.
+# An empty text means no constraint. A constraint to the empty answer is of no use.
 _EMPTY_IS_NONE = BeforeValidator(lambda value: None if value == "" else value)
 
 
 class Request(Fields):
-    """What all kinds of request have in common. Beside OpenAI's, the fields of `Sampling` and `GenerationOptions`."""
+    """Fields that all requests have: OpenAI's fields, and fields of `Sampling` and `GenerationOptions`."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -363,24 +398,27 @@ class Request(Fields):
 
     @property
     def ignored(self) -> list[str]:
-        """Parts of the request that nothing is known of, or that there is no use for here."""
+        """Names of the parts of the request that the server does not know or cannot use."""
         return unknown(self.model_extra or {}, field_names(*ENDPOINTS))
 
     def sampling(self, default: Sampling) -> Sampling:
-        """Those of the fields that are given, else the default. Raises OptionError for a value out of range."""
+        """Return the default with the fields that the request sets. Raises OptionError for a value out of range."""
         given = {field.name: getattr(self, field.name) for field in fields(Sampling)}
         given = {name: value for name, value in given.items() if value is not None}
-        # Any integer is a seed.
+        # Any integer is a valid seed.
         given["seed"] = secrets.randbits(32) if self.seed is None else self.seed % 2**64
         if min(given.get("top_p", 1), given.get("temperature") or 1) < SMALLEST:
-            # So little leaves the most likely token alone.
+            # With a value this small, only the most likely token is left.
             given |= {"temperature": 0.0, "top_p": 1.0}
         if self.logit_bias is not None:
             given["logit_bias"] = {_token_id(token): bias for token, bias in self.logit_bias.items()}
         return replace(default, **given)
 
     def generation_options(self, default: GenerationOptions, **changes: Any) -> GenerationOptions:
-        """The default with what is given. Raises OptionError for what is out of range or contradicts."""
+        """Return the default with the changes and the fields that the request sets.
+
+        Raises OptionError for a value out of range, and for options that contradict each other.
+        """
         changes |= {"min_tokens": self.min_tokens, "ignore_eos": self.ignore_eos}
         changes |= {"stop": self.stop, "regex": self.regex, "sampling": self.sampling(default.sampling)}
         if self.grammar is not None:
@@ -395,7 +433,7 @@ class Request(Fields):
 
 
 def field_names(*kinds: type[Request]) -> frozenset[str]:
-    """The names of the fields of these requests, other names for them included."""
+    """Return the names of the fields of these requests, with all their aliases."""
     return frozenset(name for kind in kinds for field in kind.model_fields.items() for name in _names(*field))
 
 
@@ -406,11 +444,11 @@ def _names(name: str, info: FieldInfo) -> Iterable[str]:
 
 @dataclass(frozen=True)
 class Task:
-    """One generation: a prompt, as `Model.encode` takes it, with tools, and how to go on from it.
+    """One generation: a prompt as `Model.encode` takes it, tools, and generation options.
 
-    `template_options` are switches of the chat template. `prefill` is the beginning of an answer to messages: the
-    generation goes on after it.
-    `not_enforced` are the keywords of the request's schemas that the answer may not follow, as `PLACE: KEYWORD`.
+    `template_options` are switches of the chat template. `prefill` is the beginning of an answer to messages. The
+    generation continues after it. `not_enforced` are the keywords of the request's schemas that the server does not
+    enforce, as `PLACE: KEYWORD`.
     """
 
     prompt: str | Sequence[int] | Messages
@@ -422,7 +460,7 @@ class Task:
 
 
 class AnswerForm(NamedTuple):
-    """The form that an answer must have, and the keywords that it does not hold the answer to."""
+    """Required form of an answer, and the schema keywords that this form does not enforce."""
 
     json_schema: Mapping[str, Any] | None = None
     grammar: str | None = None
@@ -430,14 +468,14 @@ class AnswerForm(NamedTuple):
 
 
 class ThinkingOptions(Fields):
-    """Anthropic's switch, which others take as well."""
+    """Anthropic's switch for thinking, which other servers accept too."""
 
     type: Literal["enabled", "adaptive", "auto", "disabled"]
     budget_tokens: Budget = None
 
 
 class Reasoning(Fields):
-    """OpenAI's and OpenRouter's switch."""
+    """OpenAI's and OpenRouter's switch for thinking."""
 
     effort: str | None = None
     summary: str | None = None
@@ -447,13 +485,14 @@ class Reasoning(Fields):
 
     @property
     def thinks(self) -> bool | None:
+        """Whether to think, or None if no field says it."""
         if self.enabled is not None or self.effort is not None:
             return self.enabled is not False and self.effort not in _NO_EFFORT
         return None if self.max_tokens is None else True
 
 
 class ConversationRequest(Request):
-    """A request for an answer to messages."""
+    """Request for an answer to messages."""
 
     parallel_tool_calls: bool = True
     enable_thinking: bool | None = None
@@ -467,7 +506,7 @@ class ConversationRequest(Request):
     chat_template_kwargs: TemplateOptions = TemplateOptions()
 
     def conversation_options(self, default: GenerationOptions, **changes: Any) -> GenerationOptions:
-        """As `generation_options`, with thinking."""
+        """Return the generation options like `generation_options`, with the options of thinking."""
         thinks = self._thinks()
         budget = self.thinking_budget
         if budget is None and thinks is not False:
@@ -475,7 +514,7 @@ class ConversationRequest(Request):
         return self.generation_options(default, **changes, enable_thinking=thinks, thinking_budget=budget)
 
     def _thinks(self) -> bool | None:
-        """Whether to think, by the first switch that says it; None if none does."""
+        """Return whether to think, by the first switch that is set, or None if no switch is set."""
         switches = (
             self.enable_thinking,
             _effort(self.think),
@@ -487,7 +526,7 @@ class ConversationRequest(Request):
         return next((switch for switch in switches if switch is not None), None)
 
     def template_options(self) -> dict[str, Any]:
-        """Switches of the chat template but for that of thinking."""
+        """Return the switches of the chat template, except the switch for thinking."""
         return self.chat_template_kwargs.model_extra or {}
 
 
@@ -496,12 +535,14 @@ def _effort(effort: str | bool | None) -> bool | None:
 
 
 def _other_tools(tools: Iterable[Any]) -> list[str]:
-    """Names, for `ignored`, of the tools that do not exist here."""
+    """Return the names, for `ignored`, of the tools that do not exist here."""
     return sorted({f"tools.{tool.type}" for tool in tools if isinstance(tool, OtherTool)})
 
 
 class ChatRequest(ConversationRequest):
-    # What messages call the field of the answer's form.
+    """Request of `/v1/chat/completions`."""
+
+    # Error messages use this name for the field with the answer's form.
     format_field: ClassVar[str] = "response_format"
 
     messages: list[Message] = Field(min_length=1)
@@ -517,10 +558,11 @@ class ChatRequest(ConversationRequest):
 
     @property
     def ignored(self) -> list[str]:
+        """Names of the parts of the request that the server does not know or cannot use."""
         return [*super().ignored, *_other_tools(self.tools)]
 
     def task(self, default: GenerationOptions) -> Task:
-        """Raises OptionError and PromptError for what cannot be honoured."""
+        """Convert the request to a task. Raises OptionError and PromptError for unsupported values."""
         if self.top_logprobs and not self.logprobs:
             raise OptionError("top_logprobs is given, but logprobs is not")
         tools = [tool.model_dump(exclude_none=True) for tool in self.tools if isinstance(tool, Tool)]
@@ -543,13 +585,15 @@ class ChatRequest(ConversationRequest):
 
 
 class CompletionRequest(Request):
+    """Request of `/v1/completions`."""
+
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: Limit = Field(None, validation_alias=AliasChoices(*_TOKEN_LIMITS))
     n: Literal[1] = 1
     logprobs: Whole | None = Field(None, ge=0, le=20)
 
     def task(self, default: GenerationOptions) -> Task:
-        """Raises OptionError and PromptError for what cannot be honoured."""
+        """Convert the request to a task. Raises OptionError and PromptError for unsupported values."""
         options = self.generation_options(default, max_tokens=self.max_tokens, logprobs=self.logprobs)
         return Task(self._one_prompt(), options)
 
@@ -562,6 +606,8 @@ class CompletionRequest(Request):
 
 
 class MessageItem(Fields):
+    """Input item: a message."""
+
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: AnswerContent = ""
@@ -573,34 +619,42 @@ class MessageItem(Fields):
 
 
 class FunctionCallItem(CalledFunction):
+    """Input item: a function call of an earlier answer."""
+
     type: Literal["function_call"]
     call_id: str
 
 
 class FunctionOutputItem(Fields):
+    """Input item: the result of a function call."""
+
     type: Literal["function_call_output"]
     call_id: str
     output: Content
 
 
 class ReasoningText(Fields):
+    """Text of an earlier thought."""
+
     text: str = ""
 
 
 class ReasoningItem(Fields):
-    """An earlier thought. Its summary is not the thought, and what is encrypted cannot be read."""
+    """Input item: an earlier thought. The server reads neither its summary nor its encrypted content."""
 
     type: Literal["reasoning"]
     content: list[ReasoningText] = []
 
 
 class ItemReference(Fields):
+    """Input item: a reference to a stored item. The server refuses it because it stores no items."""
+
     type: Literal["item_reference"] = "item_reference"
     id: str
 
 
 class SkippedItem(Fields):
-    """A call of a tool that does not exist here, or its result."""
+    """Input item that the server skips: the call of a tool that does not exist here, or its result."""
 
     type: Literal[
         "additional_tools",
@@ -639,7 +693,7 @@ def _unknown_item(kind: Any) -> Any:
 
 
 class UnknownItem(Fields):
-    """An item of no known type, or a value that is no item: both are refused."""
+    """Item of an unknown type, or a value that is not an item. The server refuses both."""
 
     type: Annotated[Any, BeforeValidator(_unknown_item)]
 
@@ -666,10 +720,14 @@ Item = Annotated[
 
 
 class ResponseTool(Function):
+    """Tool that is a function."""
+
     type: Literal["function"]
 
 
 class ResponseNamedTool(Fields):
+    """Choice of one function to call."""
+
     type: Literal["function"]
     name: str
 
@@ -690,15 +748,21 @@ ResponseChoice: TypeAlias = Annotated[
 
 
 class ResponseSchema(NamedSchema):
+    """Answer format: JSON that follows a JSON Schema."""
+
     type: Literal["json_schema"]
 
 
 class ResponseText(Fields):
+    """Format and verbosity of the answer's text."""
+
     format: TextFormat | ResponseSchema = Field(default=TextFormat(type="text"), discriminator="type")
     verbosity: str | None = None
 
 
 class ResponseRequest(ConversationRequest):
+    """Request of `/v1/responses`."""
+
     input: str | list[Item]
     instructions: str | None = None
     max_output_tokens: Limit = Field(
@@ -715,11 +779,12 @@ class ResponseRequest(ConversationRequest):
 
     @property
     def functions(self) -> list[ResponseTool]:
-        """Those of the tools that can be called here."""
+        """Tools of the request that are functions. Only functions can be called here."""
         return [tool for tool in self.tools if isinstance(tool, ResponseTool)]
 
     @property
     def ignored(self) -> list[str]:
+        """Names of the parts of the request that the server does not know or cannot use."""
         items = {f"input.{item.type}" for item in self.input if isinstance(item, SkippedItem)}
         return [*super().ignored, *_other_tools(self.tools), *sorted(items)]
 
@@ -735,7 +800,7 @@ class ResponseRequest(ConversationRequest):
         return self
 
     def task(self, default: GenerationOptions) -> Task:
-        """Raises OptionError and PromptError for what cannot be honoured."""
+        """Convert the request to a task. Raises OptionError and PromptError for unsupported values."""
         tools = [
             {"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"type"})}
             for tool in self.functions
@@ -785,7 +850,10 @@ ENDPOINTS: tuple[type[Request], ...] = (ChatRequest, CompletionRequest, Response
 
 
 def _add_call(messages: list[Message], item: FunctionCallItem, thought: str | None) -> None:
-    """Calls that follow each other, or a text, belong to one answer; a thought begins another."""
+    """Add a call to the messages.
+
+    A call belongs to the same answer as the text or call before it. A thought begins a new answer.
+    """
     call = ToolCall(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments))
     if messages and messages[-1].role == "assistant" and thought is None:
         messages[-1] = messages[-1].model_copy(update={"tool_calls": [*(messages[-1].tool_calls or []), call]})
@@ -794,13 +862,15 @@ def _add_call(messages: list[Message], item: FunctionCallItem, thought: str | No
 
 
 def chat_messages(messages: Sequence[Message]) -> Messages:
-    """The messages as chat templates take them: text for content, objects for the arguments of calls (text that is no
-    JSON object stays text), and the names of the tools that answer.
+    """Convert messages to the form that chat templates take.
 
-    Gemma has one system text, before all turns. The system and developer messages become it, wherever they stand, in
-    their order and with blank lines between.
+    The content becomes text, the arguments of tool calls become objects, and each tool result gets the name of its
+    tool. Arguments that are not a JSON object stay text.
 
-    Raises PromptError for an answer to a call that is not there, or that has an answer already.
+    Gemma has one system text, before all turns. It consists of all system and developer messages, in their order and
+    with blank lines between them.
+
+    Raises PromptError for a result of a call that does not exist, or that has a result already.
     """
     rendered: Messages = []
     system: list[str] = []
@@ -839,7 +909,10 @@ def _template_call(call: ToolCall) -> dict[str, Any]:
 
 
 def _arguments_object(text: str) -> dict[str, Any] | str:
-    """The arguments of a call; the text itself if it is no JSON object, as of a call that was cut."""
+    """Return the arguments of a call as an object.
+
+    The result is the text itself if it is not a JSON object, for example if the call was cut off.
+    """
     try:
         found = json.loads(text or "{}")
     except (ValueError, RecursionError):
@@ -853,11 +926,12 @@ ResponseFormat: TypeAlias = TextFormat | JsonSchemaFormat | ResponseSchema
 def _answer_form(
     tools: Sequence[Mapping[str, Any]], wanted_tools: Choice, parallel: bool, wanted: ResponseFormat, field: str
 ) -> AnswerForm:
-    """The form that an answer with these tools must have. What is not enforced is logged.
+    """Return the form that an answer with these tools must have. Log the keywords that are not enforced.
 
-    `field` is the name of the field `wanted`, for messages.
+    `field` is the name of the request's field with the value `wanted`, for error messages.
 
-    Raises OptionError for what cannot be done, or not in full though it is strict.
+    Raises OptionError for a tool choice or schema that cannot be followed, and for a strict schema that cannot be
+    followed in full.
     """
     choice, allowed = wanted_tools
     _check_choice(tools, choice)
@@ -883,7 +957,7 @@ def _answer_form(
 
 
 def _schema(wanted: ResponseFormat, field: str) -> tuple[Mapping[str, Any] | None, tuple[str, ...]]:
-    """The JSON Schema that the answer must follow, if any, and what was left out of it."""
+    """Return the JSON Schema that the answer must follow, or None, and the keywords that were left out of it."""
     if isinstance(wanted, TextFormat):
         return (JSON_OBJECT if wanted.type == "json_object" else None), ()
     named = wanted.json_schema if isinstance(wanted, JsonSchemaFormat) else wanted
@@ -895,7 +969,7 @@ def _is_strict(tool: Mapping[str, Any]) -> bool:
 
 
 def _check_choice(tools: Sequence[Mapping[str, Any]], choice: str) -> None:
-    """Raises OptionError for tools that are named alike, and for a choice of none of them."""
+    """Check the tools and the choice. Raises OptionError for equal tool names, or a choice that fits no tool."""
     if not tools:
         if choice not in ("none", "auto"):
             raise OptionError(f"tool_choice is {choice!r}, but no tools are given")
@@ -910,8 +984,10 @@ def _check_choice(tools: Sequence[Mapping[str, Any]], choice: str) -> None:
 def _allowed_tools(
     tools: Sequence[Mapping[str, Any]], allowed: Sequence[str], choice: str
 ) -> Sequence[Mapping[str, Any]]:
-    """Those of the tools that may be called. Raises OptionError for a name of none of them, and for no name at all
-    where a call is required."""
+    """Return the tools that may be called.
+
+    Raises OptionError for a name that no tool has, and for no names at all if a call is required.
+    """
     names = [tool["function"]["name"] for tool in tools]
     for name in allowed:
         if name not in names:

@@ -1,4 +1,4 @@
-"""One model that answers many requests: its queue, what it measures, and its errors as OpenAI's API has them."""
+"""Service of one model to many requests: the queue, the metrics, and the errors in the form of OpenAI's API."""
 
 import logging
 import math
@@ -23,14 +23,14 @@ from .openai_requests import ENDPOINTS, Task, field_names
 
 logger = logging.getLogger(__name__)
 
-# Seconds: what a client is told to wait where nothing is known of how long generations take.
+# The server tells a client to wait _FIRST_RETRY seconds if no generation has ended yet, and at most _MOST_RETRY.
 _FIRST_RETRY = 1
 _MOST_RETRY = 60
 _FIELDS = field_names(*ENDPOINTS)
 
 
 class ApiError(Exception):
-    """What a client is told: an HTTP status, and the fields of OpenAI's error object."""
+    """Error for a client: an HTTP status and the fields of OpenAI's error object."""
 
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
@@ -40,19 +40,23 @@ class ApiError(Exception):
         self.param = param
 
     def body(self) -> dict[str, Any]:
+        """Return the JSON body with OpenAI's error object."""
         kinds = {401: "authentication_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def api_error(error: BaseException) -> ApiError:
-    """What a client is told of an error. One that is not the client's is logged, and kept from it."""
+    """Convert an error to an ApiError.
+
+    An error of no known kind is logged. The client gets its message only if it is an MTPError.
+    """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextLengthError):
         return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, OptionError | PromptError):
-        # Messages of options begin with the option's name, others with any word.
+        # A message about an option begins with the option's name. Other messages begin with any word.
         name = re.split(r"[\s.:\[]", str(error), maxsplit=1)[0]
         return ApiError(400, str(error), code="invalid_value", param=name if name in _FIELDS else None)
     if isinstance(error, BusyError):
@@ -67,14 +71,14 @@ def api_error(error: BaseException) -> ApiError:
 
 @dataclass(frozen=True)
 class Prefill:
-    """How many of a prompt's tokens are read."""
+    """Progress of a prefill: the number of prompt tokens that are read, and their total."""
 
     done: int
     total: int
 
 
 class Metrics:
-    """What `/metrics` shows, of one server."""
+    """Prometheus metrics of one server, for `/metrics`."""
 
     def __init__(self, worker: Worker, model: Model) -> None:
         self.registry = CollectorRegistry()
@@ -106,10 +110,11 @@ class Metrics:
             add(Gauge, name, text).set_function(value)
 
     def text(self) -> bytes:
+        """Return the metrics in the text format of Prometheus."""
         return generate_latest(self.registry)
 
     def count(self, last: GenerationResponse | None, end: str) -> None:
-        """The figures of a generation, by its last response."""
+        """Add the counts of a generation. `last` is its last response, None if there is no response."""
         self.requests.labels(end).inc()
         if last is None:
             return
@@ -127,8 +132,10 @@ class Metrics:
 
 @dataclass
 class Service:
-    """A model on its worker's thread. `options` are those that requests begin with; prompts of more than
-    `max_prompt_tokens` are refused."""
+    """A model on its worker's thread.
+
+    `options` are the default options of requests. Prompts of more than `max_prompt_tokens` tokens are refused.
+    """
 
     model: Model
     worker: Worker
@@ -136,16 +143,16 @@ class Service:
     options: GenerationOptions
     max_prompt_tokens: int | None = None
     metrics: Metrics = field(init=False)
-    # Seconds that generations take, a running mean.
+    # This is a running mean of the seconds that a generation takes.
     _seconds: float | None = None
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.worker, self.model)
 
     def submit(self, task: Task) -> Job[GenerationResponse | Prefill]:
-        """Queue a generation. Its prompt is encoded, and all else checked, when its turn comes.
+        """Queue a generation. The worker encodes its prompt and checks its options when its turn comes.
 
-        Raises BusyError if too many wait.
+        Raises BusyError if too many generations wait.
         """
         asked = time.monotonic()
 
@@ -155,7 +162,7 @@ class Service:
         return self.worker.submit(start)
 
     def retry_after(self) -> int:
-        """Seconds after which there may be room in the queue: what a generation takes."""
+        """Return the seconds until the queue may have room: the mean time of a generation, rounded up."""
         return _FIRST_RETRY if self._seconds is None else min(_MOST_RETRY, max(1, math.ceil(self._seconds)))
 
     def _run(
@@ -186,11 +193,11 @@ class Service:
 
     @property
     def max_input_tokens(self) -> int:
-        """Most tokens of a prompt."""
+        """Largest number of tokens in a prompt."""
         return min(self.max_prompt_tokens or self.model.max_context, self.model.max_context)
 
     def encode(self, task: Task) -> list[int]:
-        """The tokens of a task's prompt. Raises PromptError as `Model.encode` does."""
+        """Return the tokens of a task's prompt. Raises PromptError as `Model.encode` does."""
         tokens = self.model.encode(
             task.prompt,
             enable_thinking=task.options.enable_thinking,
