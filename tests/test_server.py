@@ -532,7 +532,7 @@ class Scripted:
         self, prompt: Any, options: GenerationOptions, *, on_prefill: Any
     ) -> Iterator[GenerationResponse]:
         on_prefill(len(prompt), len(prompt))
-        text = TextStream(self._model.tokenizer, self._model._channel, options.stop_strings)
+        text = TextStream(self._model.tokenizer, self._model.parts.guides.channel, options.stop_strings)
         stop = self._model.tokenizer.convert_tokens_to_ids("<turn|>")
         for index, token in enumerate([*self._tokens, stop]):
             is_last = index == len(self._tokens)

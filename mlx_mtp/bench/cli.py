@@ -386,7 +386,7 @@ def pass_bytes(model: Model) -> float:
     size = 0.0
     weights: dict[str, mx.array] = tree_flatten(model.target.parameters(), destination={})  # type: ignore[assignment]
     for name, value in weights.items():
-        is_table = name.startswith("embed_tokens.") and model.config.own_head
+        is_table = name.startswith("embed_tokens.") and text.own_head
         if "embed_tokens_per_layer" in name or is_table:
             continue
         share = text.top_k_experts / text.num_experts if "switch_glu" in name else 1.0

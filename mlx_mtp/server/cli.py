@@ -132,7 +132,7 @@ def _run(args: argparse.Namespace) -> int:
     )
     # `exit_status` adds this handler for commands without a log. With both, each warning would appear twice.
     if logging.lastResort is not None:
-        logging.getLogger(__package__).removeHandler(logging.lastResort)
+        logging.getLogger("mlx_mtp").removeHandler(logging.lastResort)
     listener = _bind(args.host, args.port)
     worker = Worker("mlx-mtp-model", args.max_queue)
     try:

@@ -67,10 +67,6 @@ class _Frame(NamedTuple):
     given: frozenset[str] = frozenset()
     is_empty: bool = True
 
-    def value(self, name: str | None) -> ArgumentSchema:
-        """Return the schema of the property `name`; of the list's items if the name is None."""
-        return self.schema.items if name is None else self.schema.member(name)
-
     @property
     def is_list(self) -> bool:
         """True for a list, false for an object or a call in parentheses."""
