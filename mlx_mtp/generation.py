@@ -22,12 +22,16 @@ SNAPSHOT_EVERY = 2048
 
 
 def begin(
-    model: LoadedModel, prompt: list[int], options: GenerationOptions, on_prefill: Progress
+    model: LoadedModel,
+    prompt: list[int],
+    options: GenerationOptions,
+    on_prefill: Progress | None,
+    check: Callable[[], None],
 ) -> Generator[GenerationResponse, None, None]:
     """Check the prompt and all options, and return the generator of responses.
 
-    `on_prefill` is called between chunks of the prompt, and during the measurement of rounds. If it raises, the
-    generation ends.
+    `on_prefill` is called between chunks of the prompt. `check` is called there as well, and during the measurement of
+    rounds. If one of them raises, the generation ends.
 
     Raises PromptError if the prompt cannot be used, and OptionError if an option cannot be used.
     """
@@ -41,7 +45,7 @@ def begin(
     channel = parts.guides.channel
     thought = None if channel is None else open_thought(parts.tokenizer, channel, prompt)
     _check_exact(model, options.kv_quantization)
-    k = _draft_tokens(model, options, on_prefill)
+    k = _draft_tokens(model, options, lambda *_: check())
     # An exact model reads every prompt, because the rounding of sums depends on how it is read.
     reuses = options.reuse_prompt and not model.exact
     stream = Stream(
@@ -65,7 +69,7 @@ def begin(
         num_draft_tokens=k,
         stop_ids=stop_ids,
         prefill_step_size=options.prefill_step_size,
-        on_prefill=on_prefill,
+        on_prefill=checked(on_prefill, check),
     )
     responses = respond(
         stream,

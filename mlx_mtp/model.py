@@ -216,4 +216,4 @@ class Model(LoadedModel):
         self, prompt: Prompt, chosen: GenerationOptions, on_prefill: Progress | None, check: Callable[[], None]
     ) -> Generator[GenerationResponse, None, None]:
         tokens = self.encode(prompt, enable_thinking=chosen.enable_thinking)
-        return begin(self, tokens, chosen, checked(on_prefill, check))
+        return begin(self, tokens, chosen, on_prefill, check)

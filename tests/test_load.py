@@ -88,7 +88,7 @@ def test_the_drafter_inside_the_folder_comes_first(folders: tuple[Path, Path], t
     assert find_drafter(target, target) == target / "drafter"
     # A relative path finds the sibling too.
     shutil.rmtree(target / "drafter")
-    code = "from mlx_mtp.load import find_drafter; from pathlib import Path; print(find_drafter('.', Path('.')))"
+    code = "from mlx_mtp.loading import find_drafter; from pathlib import Path; print(find_drafter('.', Path('.')))"
     result = subprocess.run([sys.executable, "-c", code], cwd=target, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == str(sibling)
 

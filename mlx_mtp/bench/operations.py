@@ -4,6 +4,7 @@ import re
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
@@ -39,7 +40,7 @@ def round_outputs(
     stream.cache.set_length(_CONTEXT)
     stream.cache.reserve(k + 1)
     # New arrays replace the state, so that the graph begins here.
-    state = tree_map(lambda array: mx.zeros(array.shape, array.dtype), stream.state)
+    state = tree_map(_zeros_like, stream.state)
     mx.eval(state)
     if compiled:
         steps = CompiledRounds(always=True).steps(stream.parts, stream.cache, k, ())
@@ -51,9 +52,13 @@ def round_outputs(
     return _arrays(steps.verify(state, steps.draft(state), None, target.read_rows([0] * (k + 1))))
 
 
+def _zeros_like(leaf: Any) -> Any:
+    return mx.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, mx.array) else leaf
+
+
 def _arrays(tree: object) -> list[mx.array]:
-    pairs: list[tuple[str, mx.array]] = tree_flatten(tree)  # type: ignore[assignment]
-    return [array for _, array in pairs]
+    pairs: list[tuple[str, Any]] = tree_flatten(tree)  # type: ignore[assignment]
+    return [leaf for _, leaf in pairs if isinstance(leaf, mx.array)]
 
 
 def operations(outputs: list[mx.array]) -> Counter[str]:
