@@ -5,6 +5,7 @@ This module imports nothing that takes time. A command imports it before any mod
 
 import os
 import signal
+import sys
 from importlib import import_module
 
 # The exit status that a shell expects of a program that Ctrl-C ended.
@@ -25,6 +26,34 @@ def run_command(module: str) -> int:
         return status
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+# The modules of the commands, by name.
+_COMMANDS = {
+    "generate": "generate",
+    "chat": "chat",
+    "serve": "server.cli",
+    "convert": "convert.cli",
+    "bench": "bench.cli",
+    "train": "train",
+    "probe": "probe",
+    "cache-prompt": "cache_prompt",
+}
+
+
+def main() -> int:
+    """Run `mlx-mtp COMMAND ...`, which is also `python -m mlx_mtp COMMAND ...`. Return the exit status."""
+    usage = f"usage: mlx-mtp {{{','.join(_COMMANDS)}}} ..."
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
+        print(f"{usage}\n\nmlx-mtp COMMAND --help describes the options of a command.")
+        return 0
+    if name not in _COMMANDS:
+        found = f"found {name!r}" if name else "found none"
+        print(f"{usage}\nerror: expected a command, {found}", file=sys.stderr)
+        return 2
+    del sys.argv[1]
+    return run_command(_COMMANDS[name])
 
 
 def bench() -> int:

@@ -10,6 +10,7 @@ import mlx_mtp
 PACKAGE = Path(mlx_mtp.__file__).parent
 # A package, or a module of the top level, may import from the lines below its own only.
 LAYERS = (
+    ("__main__",),
     ("server",),
     ("probe",),
     ("bench", "generate", "chat", "train", "cache_prompt"),

@@ -16,6 +16,7 @@ from tiny import WINDOW, random_tokens
 import mlx_mtp
 from mlx_mtp.decoding.sampling import Penalties
 from mlx_mtp.gemma4.kv_cache import Cache
+from mlx_mtp.options import OptionChanges
 
 TinyPair = Callable[[str], Path]
 PROMPT = random_tokens(2 * WINDOW, seed=5)
@@ -265,3 +266,8 @@ def test_the_command_line_takes_them_all(tiny_pair: TinyPair) -> None:
     stopped = run(*every, "--stop", stop)
     assert stopped["text"] == drafted["text"][: drafted["text"].index(stop)]
     assert stopped["finish_reason"] == "stop"
+
+
+def test_keyword_options_are_the_fields_of_the_options() -> None:
+    expected = {name: field.type for name, field in mlx_mtp.GenerationOptions.__dataclass_fields__.items()}
+    assert expected == OptionChanges.__annotations__

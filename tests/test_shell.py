@@ -517,3 +517,24 @@ def test_what_another_run_writes_is_left_alone(tmp_path: Path, abandoned: Path, 
     descriptor = os.open(tmp_path / "out", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(descriptor)
+
+
+def test_one_program_for_all_commands() -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "mlx_mtp", *arguments], capture_output=True, text=True)
+
+    named = "generate,chat,serve,convert,bench,train,probe,cache-prompt"
+    helped = run("--help")
+    assert (helped.returncode, helped.stderr) == (0, "")
+    assert named in helped.stdout
+    for arguments, found in (((), "found none"), (("generat",), "found 'generat'")):
+        wrong = run(*arguments)
+        assert (wrong.returncode, wrong.stdout) == (2, "")
+        assert f"error: expected a command, {found}" in wrong.stderr
+    for name in named.split(","):
+        described = run(name, "--help")
+        assert (described.returncode, described.stderr) == (0, "")
+        assert "usage: mlx_mtp." in described.stdout
+    bad = run("generate", "--temp", "-1")
+    assert bad.returncode != 0
+    assert "temp" in bad.stderr
