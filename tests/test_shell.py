@@ -204,7 +204,7 @@ def test_importing_the_package_is_instant() -> None:
     code = "import signal, sys; before = signal.getsignal(2); import mlx_mtp; from mlx_mtp import commands\n"
     code += "assert signal.getsignal(2) is before; print(*sys.modules)\n"
     # The names are there all the same, whatever is imported first.
-    code += "import mlx_mtp.load; assert callable(mlx_mtp.load) and mlx_mtp.Model and 'Model' in dir(mlx_mtp)"
+    code += "import mlx_mtp.loading; assert callable(mlx_mtp.load) and mlx_mtp.Model and 'Model' in dir(mlx_mtp)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"mlx", "mlx.core", "numpy", "huggingface_hub", "argparse", "logging"} & set(result.stdout.split())
 
