@@ -535,6 +535,6 @@ def test_one_program_for_all_commands() -> None:
         described = run(name, "--help")
         assert (described.returncode, described.stderr) == (0, "")
         assert "usage: mlx_mtp." in described.stdout
-    bad = run("generate", "--temp", "-1")
+    bad = run("generate", "--prompt", "x", "--temp", "-1")
     assert bad.returncode != 0
     assert "temp" in bad.stderr
