@@ -320,6 +320,15 @@ def test_help() -> None:
         assert option in result.stdout
 
 
+def test_a_warning_appears_once_in_the_log() -> None:
+    with process(*DEMO) as (url, running):
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "colour": "red"}
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+        running.send_signal(signal.SIGTERM)
+        log = running.communicate(timeout=60)[1]
+    assert log.count("'colour' of a request is ignored") == 1
+
+
 def test_key_from_the_environment_and_a_model_by_name() -> None:
     arguments = ("--host", "127.0.0.1", "--served-model-name", "gemma", "--allowed-hosts", "mac.example", *DEMO)
     with process(*arguments, env={"MLX_MTP_API_KEY": "s3cret"}) as (url, running):
