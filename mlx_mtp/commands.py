@@ -58,34 +58,34 @@ def main() -> int:
 
 def bench() -> int:
     """Run the command `mlx-mtp-bench`."""
-    return run_command("bench.cli")
+    return run_command(_COMMANDS["bench"])
 
 
 def chat() -> int:
     """Run the command `mlx-mtp-chat`."""
-    return run_command("chat")
+    return run_command(_COMMANDS["chat"])
 
 
 def convert() -> int:
     """Run the command `mlx-mtp-convert`."""
-    return run_command("convert.cli")
+    return run_command(_COMMANDS["convert"])
 
 
 def generate() -> int:
     """Run the command `mlx-mtp-generate`."""
-    return run_command("generate")
+    return run_command(_COMMANDS["generate"])
 
 
 def probe() -> int:
     """Run the command `mlx-mtp-probe`."""
-    return run_command("probe")
+    return run_command(_COMMANDS["probe"])
 
 
 def serve() -> int:
     """Run the command `mlx-mtp-server`."""
-    return run_command("server.cli")
+    return run_command(_COMMANDS["serve"])
 
 
 def train() -> int:
     """Run the command `mlx-mtp-train`."""
-    return run_command("train")
+    return run_command(_COMMANDS["train"])
