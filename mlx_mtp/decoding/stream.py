@@ -82,6 +82,8 @@ class Stream:
         self._is_reading = False
         # This list holds all tokens so far, including the prompt. The last token is the bonus token.
         self.tokens: list[int] = []
+        # The tokens that are on the device, for the logits processors.
+        self._copied = mx.zeros(0, mx.int32)
         self.cache = Cache(target.config, target.dtype, max_block=max_draft_tokens + 1, quantization=kv_quantization)
         draw_key, coin_key = mx.random.split(mx.random.key(sampling.seed))
         self._state = RoundState(
@@ -240,8 +242,13 @@ class Stream:
         return min(most, self.cache.rows_for(1) - self.cache.length - 1) if self._exact else most
 
     def _text(self) -> mx.array | None:
-        """Return all tokens so far, int32 [n], for logits processors. Return None if there are no processors."""
-        return mx.array(self.tokens, mx.int32) if self.parts.rules.processors else None
+        """Return all tokens so far, int32 [n], for the logits processors. Return None if there are no processors."""
+        if not self.parts.rules.processors:
+            return None
+        # Copy only the new tokens to the device: a long text takes milliseconds.
+        new = self.tokens[self._copied.size :]
+        self._copied = mx.concatenate([self._copied, mx.array(new, mx.int32)])
+        return self._copied
 
     def _slide_window(self, tokens: mx.array) -> None:
         """Append tokens to the window that the penalties read."""
