@@ -25,6 +25,18 @@ _MODEL_TURN, _TURN_END = "<|turn>model\n", "<turn|>\n"
 _CALL = f"{CALL_START}call:"
 
 
+# A conversation that no message of a client can disturb.
+_PROBE: Messages = [
+    {"role": "user", "content": "Call."},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}],
+    },
+    {"role": "tool", "content": "Done.", "tool_call_id": "1", "name": "f"},
+]
+
+
 class Render(Protocol):
     """Function that renders messages and tools with a chat template."""
 
@@ -45,23 +57,14 @@ def render_conversation(messages: Sequence[Mapping[str, Any]], render: Render, t
     declared = None if tools is None else marked_tools(tools, markers)
     has_results = any(message["role"] == "tool" for message in plain)
     marked = _Marked(markers)
-    if has_results and _writes_tool_turns(render, declared, markers):
-        given = marked.embedded(plain)
-    else:
-        given = marked.separate(plain)
+    given = marked.embedded(plain) if has_results and _writes_tool_turns(render) else marked.separate(plain)
     text = markers.replace(render(given, declared))
     return render(plain, tools) if text is None else text
 
 
-def _writes_tool_turns(render: Render, tools: Tools | None, markers: Markers) -> bool:
+def _writes_tool_turns(render: Render) -> bool:
     """Return whether the template writes a result as its own turn, as the first published template does."""
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
-    probe: Messages = [
-        {"role": "user", "content": "Call."},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": markers.mark, "tool_call_id": "1", "name": "f"},
-    ]
-    return f"{_TOOL_TURN}{markers.mark}" in render(probe, tools)
+    return f"{_TOOL_TURN}Done." in render(_PROBE, None)
 
 
 class _Marked:
