@@ -37,13 +37,17 @@ class ErrorBody(BaseModel):
     request_id: str
 
 
+# The statuses of errors that both APIs have, and their descriptions.
+DESCRIPTIONS: dict[int | str, str] = {
+    400: "The request is wrong, or asks for what is not supported.",
+    401: "The API key is missing or wrong.",
+    413: "The body is too large.",
+    429: "Too many requests wait; Retry-After says when to ask again.",
+    500: "The generation failed.",
+    503: "The server is shutting down.",
+}
 ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "The request is wrong, or asks for what is not supported."},
-    401: {"model": ErrorBody, "description": "The API key is missing or wrong."},
-    413: {"model": ErrorBody, "description": "The body is too large."},
-    429: {"model": ErrorBody, "description": "Too many requests wait; Retry-After says when to ask again."},
-    500: {"model": ErrorBody, "description": "The generation failed."},
-    503: {"model": ErrorBody, "description": "The server is shutting down."},
+    status: {"model": ErrorBody, "description": text} for status, text in DESCRIPTIONS.items()
 }
 
 

@@ -25,8 +25,8 @@ from mlx_mtp.responses import GenerationResponse
 from mlx_mtp.threads.job_thread import Job
 
 from .anthropic_answers import MessagesForm
+from .anthropic_errors import DESCRIPTIONS, AnthropicErrors, is_anthropic
 from .anthropic_errors import ERRORS as ANTHROPIC_ERRORS
-from .anthropic_errors import AnthropicErrors, is_anthropic
 from .anthropic_requests import MessagesRequest
 from .http_entry import Entry
 from .openai_answers import Answer, ChatForm, CompletionForm, Form, ResponseForm, Tokens
@@ -66,13 +66,8 @@ class ErrorBody(BaseModel):
 
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "The request is wrong, or asks for what is not supported."},
-    401: {"model": ErrorBody, "description": "The API key is missing or wrong."},
-    404: {"model": ErrorBody, "description": "There is no such model, or no such stored item."},
-    413: {"model": ErrorBody, "description": "The body is too large."},
-    429: {"model": ErrorBody, "description": "Too many requests wait; Retry-After says when to ask again."},
-    500: {"model": ErrorBody, "description": "The generation failed."},
-    503: {"model": ErrorBody, "description": "The server is shutting down."},
+    status: {"model": ErrorBody, "description": text}
+    for status, text in {**DESCRIPTIONS, 404: "There is no such model, or no such stored item."}.items()
 }
 
 
