@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
-from tiny import (
+from support.tiny import (
     STOP_IDS,
     VOCAB_SIZE,
     load_drafter,
@@ -46,7 +46,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 # Found first by the commands under test; see there.
-WITHOUT_TORCH = Path(__file__).parent / "without_torch"
+WITHOUT_TORCH = Path(__file__).parent / "support" / "without_torch"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,0 +1,203 @@
+"""What rounds cost: measured, kept, and used; and drafting as many tokens as that says."""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CURVE
+
+import mlx_mtp
+from mlx_mtp.decoding import calibration
+from mlx_mtp.decoding.calibration import cache_directory, measure_rounds, read_or_measure
+from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, CostCurve
+
+TinyPair = Callable[[str], Path]
+IDENTITY = {"pair": "a", "mlx": "1.2.3"}
+SAMPLED = mlx_mtp.Sampling(temperature=1.0, top_k=64, top_p=0.95, seed=3)
+
+
+def kept_file(folder: Path) -> Path:
+    (file,) = folder.glob("rounds-*.json")
+    return file
+
+
+def refuse() -> CostCurve:
+    raise AssertionError("measured, though it is known")
+
+
+def test_measured_once_and_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "there" / "yet"
+    assert read_or_measure(IDENTITY, lambda: CURVE, folder) == CURVE
+    assert read_or_measure(IDENTITY, refuse, folder) == CURVE
+    with pytest.raises(AssertionError):
+        read_or_measure(IDENTITY | {"mlx": "1.2.4"}, refuse, folder)
+    assert [file.name for file in folder.iterdir()] == [kept_file(folder).name]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: text.replace("1.2.3", "1.2.2"),
+        lambda text: text.replace("1.75", "NaN"),
+        lambda text: text.replace("1.75", "-1.75"),
+        lambda text: text.replace("1.75", '"1.75"'),
+        lambda text: text.replace("1.75,", ""),
+        lambda text: text.replace('"draft"', '"drafts"'),
+    ],
+)
+def test_a_damaged_file_is_measured_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[str], str]
+) -> None:
+    read_or_measure(IDENTITY, lambda: CURVE, tmp_path)
+    file = kept_file(tmp_path)
+    good = file.read_text()
+    file.write_text(damage(good))
+    assert file.read_text() != good
+    assert read_or_measure(IDENTITY, lambda: CURVE, tmp_path) == CURVE
+    assert f"{file}: not a usable measurement of rounds, measured again: " in caplog.text
+    assert file.read_text() == good
+
+
+def test_where_nothing_can_be_written_it_is_measured_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert read_or_measure(IDENTITY, lambda: CURVE, tmp_path / "file") == CURVE
+    assert "the measurement of rounds is not kept: " in caplog.text
+
+
+def test_the_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_MTP_CACHE", "/somewhere")
+    assert cache_directory() == Path("/somewhere")
+    monkeypatch.delenv("MLX_MTP_CACHE")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert cache_directory() == Path("/caches/mlx-mtp")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setenv("HOME", "/Users/me")
+    assert cache_directory() == Path("/Users/me/Library/Caches/mlx-mtp")
+
+
+@pytest.mark.parametrize("sampling", [mlx_mtp.Sampling(), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("variant", ["e2b", "26b"])
+def test_rounds_are_measured(
+    tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch, variant: str, sampling: mlx_mtp.Sampling
+) -> None:
+    monkeypatch.setattr(calibration, "_SECONDS", 0.0)
+    model = mlx_mtp.load(tiny_pair(variant) / "target")
+    assert model.drafter is not None
+    progress: list[tuple[int, int]] = []
+    curve = measure_rounds(model.target, model.drafter, sampling, lambda *at: progress.append(at))
+    assert len(curve.verify) == MAX_DRAFT_TOKENS + 1
+    assert min(curve.verify) > 0
+    assert curve.draft >= 0
+    assert curve.overhead >= 0
+    assert progress[-1][0] == progress[-1][1]
+    assert progress == sorted(progress)
+
+
+@pytest.mark.parametrize("jump", [-3600.0, 3600.0])
+def test_a_clock_that_jumps_once_does_no_harm(
+    tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    model = mlx_mtp.load(tiny_pair("e2b") / "target")
+    assert model.drafter is not None
+    monkeypatch.setattr(calibration, "_REPETITIONS", (2, 2))
+    ticks = itertools.count()
+    # Within the turn of some length.
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: (n := next(ticks)) * 0.01 + jump * (n > 100))
+    curve = measure_rounds(model.target, model.drafter, mlx_mtp.Sampling())
+    assert curve.verify == pytest.approx([0.01] * 9)
+    assert curve.draft == pytest.approx(0)
+
+
+def test_a_clock_that_stands_still_is_an_error_not_a_curve(
+    tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is it kept."""
+    model = mlx_mtp.load(tiny_pair("e2b") / "target")
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
+    monkeypatch.setattr(calibration, "measure_rounds", measure_rounds)
+    monkeypatch.setattr(calibration, "_REPETITIONS", (1, 1))
+    monkeypatch.setattr(calibration, "_ROUNDS", (2, 2))
+    with monkeypatch.context() as stopped:
+        stopped.setattr(calibration.time, "perf_counter", lambda: 5.0)
+        with pytest.raises(mlx_mtp.MTPError, match="costs of rounds must be positive"):
+            model.calibrate()
+    assert not list(tmp_path.iterdir())
+    assert model.generate("hello", max_tokens=4, num_draft_tokens=2).tokens
+
+
+def test_a_model_measures_once_per_kind_of_sampling(
+    tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
+    measured: list[mlx_mtp.Sampling] = []
+
+    def measure(_target: Any, _drafter: Any, sampling: mlx_mtp.Sampling, *_: Any) -> CostCurve:
+        measured.append(sampling)
+        return CURVE
+
+    monkeypatch.setattr(calibration, "measure_rounds", measure)
+    for _ in range(2):
+        model = mlx_mtp.load(tiny_pair("e2b") / "target")
+        for sampling in (mlx_mtp.Sampling(), SAMPLED, mlx_mtp.Sampling(seed=4)):
+            model.generate("hello", max_tokens=4, sampling=sampling)
+    assert measured == [mlx_mtp.Sampling(), SAMPLED]
+    assert len(list(tmp_path.iterdir())) == 2
+    alone = mlx_mtp.load(tiny_pair("e2b") / "target", "none")
+    assert alone.generate("hello", max_tokens=4).last.stats.drafted == 0
+    with pytest.raises(mlx_mtp.OptionError, match="no drafter is loaded"):
+        alone.calibrate()
+
+
+def test_auto_drafts_what_pays_and_the_text_is_the_same() -> None:
+    """More where the drafter is good than where it is damaged; greedy and coupled text never depends on it."""
+    model = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
+    coupled = mlx_mtp.Sampling(temperature=0.5, acceptance="coupled", seed=2)
+    per_round = []
+    for sampling in (mlx_mtp.Sampling(), coupled):
+        plain = model.generate(
+            "def read_config(path):\n", max_tokens=150, ignore_eos=True, num_draft_tokens=0, sampling=sampling
+        )
+        auto = model.generate("def read_config(path):\n", max_tokens=150, ignore_eos=True, sampling=sampling)
+        assert auto.tokens == plain.tokens
+        per_round.append(auto.last.stats.drafted / auto.last.stats.rounds)
+    assert max(per_round) > 2
+    model = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
+    assert model.drafter is not None
+    model.drafter.model.norm.weight = -model.drafter.model.norm.weight
+    useless = model.generate("def read_config(path):\n", max_tokens=150, ignore_eos=True).last.stats
+    assert 0 < useless.drafted < 0.2 * useless.rounds
+
+
+def test_the_command_measures_once_and_says_what_it_drafted(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mlx_mtp.generate", "--temp", "0", "-p", "hello", "-m", "20", "--json"]
+    command += ["--model", str(tiny_pair("e2b") / "target")]
+    env = os.environ | {"MLX_MTP_CACHE": str(tmp_path)}
+    reports, times = [], []
+    for options in ([], [], ["--num-draft-tokens", "0"]):
+        result = subprocess.run([*command, *options], capture_output=True, text=True, env=env)
+        assert result.returncode == 0, result.stderr
+        reports.append(json.loads(result.stdout.splitlines()[-1]))
+        times.append(kept_file(tmp_path).stat().st_mtime_ns)
+    assert len(set(times)) == 1
+    assert reports[0]["tokens"] == reports[1]["tokens"] == reports[2]["tokens"]
+    kept_file(tmp_path).write_text("{")
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert result.returncode == 0
+    assert re.search(r"rounds-\w+\.json: not a usable measurement of rounds, measured again", result.stderr)
+    assert "Traceback" not in result.stderr
+    refused = subprocess.run([*command, "--num-draft-tokens", "many"], capture_output=True, text=True, env=env)
+    assert refused.returncode == 2
+    assert "--num-draft-tokens: expected a number of draft tokens or auto, found 'many'" in refused.stderr

@@ -1,0 +1,16 @@
+"""The smallest text config that a K/V cache can be made for."""
+
+from mlx_mtp.checkpoints.config import LayerConfig, RopeConfig, TextConfig
+
+WINDOW = 8
+HEAD_DIM = 2
+
+
+def two_layers(window: int = WINDOW, head_dim: int = HEAD_DIM, kv_heads: int = 1) -> TextConfig:
+    """Two layers that own K/V, one of each type."""
+    layers = [
+        LayerConfig(layer_type, head_dim, kv_heads, False, True, index, 4)
+        for index, layer_type in enumerate(("sliding_attention", "full_attention"))
+    ]
+    rope = {layer.layer_type: RopeConfig(1e4, 1.0) for layer in layers}
+    return TextConfig(4, 2, 8, 1e-6, window, 4096, None, tuple(layers), rope, 0, 0, 0, 0, 0)

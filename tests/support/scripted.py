@@ -1,0 +1,50 @@
+"""A model that says a given text."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import mlx_mtp
+from mlx_mtp import DEMO_PAIR, GenerationOptions, GenerationResponse, Model
+from mlx_mtp.decoding.report import Logprobs, Stats
+from mlx_mtp.text.answer import TextStream
+
+
+def load_demo_pair() -> Model:
+    return mlx_mtp.load(DEMO_PAIR)
+
+
+class ScriptedModel:
+    """A model that says what it is told to: for what a small one would not say."""
+
+    def __init__(self, model: Model, text: str, logprobs: Logprobs | None = None) -> None:
+        self._model = model
+        self._logprobs = logprobs
+        self._tokens = model.tokenizer.encode(text, add_special_tokens=False)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def stream_generate(
+        self, prompt: Any, options: GenerationOptions, *, on_prefill: Any
+    ) -> Iterator[GenerationResponse]:
+        on_prefill(len(prompt), len(prompt))
+        text = TextStream(self._model.tokenizer, self._model.parts.guides.channel, options.stop_strings)
+        stop = self._model.tokenizer.convert_tokens_to_ids("<turn|>")
+        for index, token in enumerate([*self._tokens, stop]):
+            is_last = index == len(self._tokens)
+            piece = text.add(None if is_last else token, is_last=is_last)
+            yield GenerationResponse(
+                text=piece.text,
+                token=token,
+                from_draft=False,
+                prompt_tokens=len(prompt),
+                prompt_tps=1.0,
+                generation_tokens=index + 1,
+                generation_tps=1.0,
+                peak_memory=0.0,
+                finish_reason="stop" if is_last else None,
+                stats=Stats(),
+                thought=piece.thought,
+                in_thought=piece.in_thought,
+                logprobs=self._logprobs,
+            )

@@ -1,0 +1,80 @@
+"""A server of this package for tests: in this process, or as a process of its own."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+from support.checked_answers import Checked
+
+from mlx_mtp import GenerationOptions, Model
+from mlx_mtp.server.app import Settings, create_app
+from mlx_mtp.server.service import Service
+from mlx_mtp.threads.job_thread import Worker
+
+
+@dataclass
+class Served:
+    url: str
+    service: Service
+
+    @property
+    def v1(self) -> str:
+        return f"{self.url}/v1"
+
+
+@contextmanager
+def serve(
+    load: Callable[[], Model],
+    options: GenerationOptions | None = None,
+    *,
+    name: str = "pair",
+    max_waiting: int = 32,
+    max_prompt_tokens: int | None = None,
+    **settings: Any,
+) -> Iterator[Served]:
+    """Serve a model, loaded on the thread that generates, from a thread of this process; answers are `Checked`."""
+    worker = Worker("model", max_waiting)
+    model = worker.run(load)
+    service = Service(model, worker, name, options or GenerationOptions(), max_prompt_tokens)
+    app = create_app(service, Settings(**settings))
+    server = uvicorn.Server(uvicorn.Config(Checked(app), port=0, log_level="warning", timeout_graceful_shutdown=1))
+    started = threading.Event()
+    startup = server.startup
+
+    async def and_say(sockets: Any = None) -> None:
+        await startup(sockets)
+        started.set()
+
+    server.startup = and_say  # type: ignore[method-assign]
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        assert started.wait(30)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield Served(f"http://127.0.0.1:{port}", service)
+    finally:
+        server.should_exit = True
+        thread.join()
+        worker.close()
+
+
+@contextmanager
+def process(*arguments: str, env: dict[str, str] | None = None) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+    """`python -m mlx_mtp.server --port 0` with these arguments: its address, and the process."""
+    command = [sys.executable, "-m", "mlx_mtp.server", "--port", "0", *arguments]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (env or {})
+    ) as server:
+        try:
+            assert server.stdout is not None
+            url = server.stdout.readline().strip()
+            assert url.startswith("http://"), server.stderr.read() if server.stderr else ""
+            yield url, server
+        finally:
+            server.kill()

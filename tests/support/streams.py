@@ -1,0 +1,61 @@
+"""Prompts and drafters for streams of tiny pairs, and a comparison of their state with that of a fresh pass."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+from support.tiny import WINDOW, random_tokens
+
+from mlx_mtp.decoding.stream import Stream
+from mlx_mtp.gemma4.drafter import Allow, Choose, Draft, DraftContext, Drafter, ask_for_each, choose_best
+from mlx_mtp.gemma4.kv_cache import Cache
+from mlx_mtp.gemma4.target import Target
+
+Models = Callable[[str], tuple[Target, Drafter]]
+
+SHORT = random_tokens(WINDOW - 5, seed=1)
+LONG = random_tokens(3 * WINDOW + 5, seed=2)
+
+
+class Scripted(Drafter):
+    """A drafter that knows the plain continuation of a prompt: it drafts it, wrong in the positions told."""
+
+    def __init__(self, drafter: Drafter, prompt: list[int], plain: list[int], wrong_at: tuple[int, ...] = ()) -> None:
+        super().__init__(drafter.config)
+        self.prompt_length = len(prompt)
+        # Beyond the plain tokens, and more than any block has.
+        self.plain = mx.array(plain + [0] * 16, mx.int32)
+        self.wrong_at = wrong_at
+
+    def draft(
+        self,
+        target: Target,
+        token: mx.array,
+        hidden: mx.array,
+        context: DraftContext,
+        k: int,
+        choose: Choose = choose_best,
+        allow: Allow | None = None,
+    ) -> Draft:
+        # The bonus token's index is context.position; the continuation begins at the prompt's end.
+        start = context.position - self.prompt_length + 1
+        wrong = mx.array([[int(i in self.wrong_at) for i in range(k)]], mx.int32)
+        draft = Draft((self.plain[start + mx.arange(k)] + wrong) % 512)
+        if allow is not None:
+            ask_for_each(allow, token, draft)
+        return draft
+
+
+def assert_same_state(stream: Stream, target: Target, tokens: list[int]) -> None:
+    """A stream's caches hold exactly these tokens: equal, where visible, to those of one fresh pass over them."""
+    assert stream.cache.length == int(stream.cache.offset.item()) == len(tokens)
+    fresh = Cache(target.config, target.dtype, max_block=stream.cache.max_block)
+    target(mx.array([tokens]), fresh)
+    fresh.set_length(len(tokens))
+    for layer_type in ("sliding_attention", "full_attention"):
+        views = stream.cache.draft_view(layer_type), fresh.draft_view(layer_type)
+        masks = [np.array(view.mask)[0] for view in views]
+        assert (masks[0] == masks[1]).all()
+        for name in ("keys", "values"):
+            ours, theirs = (np.array(getattr(view, name))[:, :, masks[0]] for view in views)
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)

@@ -1,0 +1,192 @@
+"""Two tokens through the stream's own rounds have the joint distribution of plain sampling: chi-square tests.
+
+Target and drafter look their logits up by the last token, so that the exact distribution is known; all else is the
+product's: random keys, drafting, acceptance, and the state that the next round begins with. Streams that differ in
+their seed alone run side by side. The significance is 1e-4.
+"""
+
+from collections.abc import Callable
+from copy import copy
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from support.distributions import Array, Tables, chi_square, make_tables
+
+from mlx_mtp.checkpoints.config import LayerConfig, RopeConfig, TextConfig
+from mlx_mtp.decoding.round import round_steps
+from mlx_mtp.decoding.sampling import position_key
+from mlx_mtp.decoding.state import RoundState
+from mlx_mtp.decoding.stream import Stream
+from mlx_mtp.gemma4.drafter import Candidates, DraftContext, Drafter, DraftStep
+from mlx_mtp.gemma4.kv_cache import Cache
+from mlx_mtp.gemma4.target import Target, TargetOutput
+
+SEEDS = 20_000
+
+Draw = Callable[[mx.array, mx.array], mx.array]
+
+
+class TableTarget(Target):
+    """The logits of the next token by the token before it, [vocab, vocab]."""
+
+    def __init__(self, table: Array) -> None:
+        layers = [
+            LayerConfig(layer_type, 2, 1, False, True, index, 4)
+            for index, layer_type in enumerate(("sliding_attention", "full_attention"))
+        ]
+        rope = {layer.layer_type: RopeConfig(1e4, 1.0) for layer in layers}
+        size = len(table)
+        super().__init__(TextConfig(size, 2, size, 1e-6, 8, 4096, None, tuple(layers), rope, 0, 0, 0, 0, 0))
+        self.table = mx.array(table, mx.float32)
+        # A token's embedding says which one it is.
+        self.embed_tokens.weight = mx.eye(size)
+
+    def __call__(self, tokens: mx.array, cache: Cache, logit_rows: int = 0, *_: Any, **__: Any) -> TargetOutput:
+        logits = self.table[tokens]
+        return TargetOutput(mx.zeros_like(logits), logits[:, tokens.shape[1] - logit_rows :])
+
+
+class TableDrafter(Drafter):
+    """The same for drafts, among the tokens `ids` [vocab, candidates], or all."""
+
+    def __init__(self, table: Array, ids: NDArray[np.int32] | None) -> None:
+        nn.Module.__init__(self)
+        self.table = mx.array(table, mx.float32)
+        self.ids = None if ids is None else mx.array(ids)
+
+    def context(self, cache: Cache) -> DraftContext:
+        return DraftContext({}, cache.offset)
+
+    def __call__(self, embedding: mx.array, hidden: mx.array, context: DraftContext) -> DraftStep:
+        return DraftStep(embedding, mx.zeros_like(hidden))
+
+    def candidates(self, state: mx.array, allowed: mx.array | None = None) -> Candidates:
+        token = mx.argmax(state[0], axis=-1)
+        return Candidates(None if self.ids is None else self.ids[token], self.table[token])
+
+
+def by_noise(logits: mx.array, key: mx.array) -> mx.array:
+    """Draws by Gumbel noise, as MLX makes them for one row without a batch."""
+    return mx.argmax(logits + mx.random.gumbel(logits.shape, key=key), axis=-1)
+
+
+def by_inverse(logits: mx.array, key: mx.array) -> mx.array:
+    """Draws by the inverse of the distribution function, as MLX 0.32.4 makes them for a batch of one row."""
+    if logits.ndim == 1:
+        return by_noise(logits, key)
+    chances = mx.cumsum(mx.softmax(logits, axis=-1), axis=-1)
+    point = mx.random.uniform(shape=(1, 1), key=key) * chances[:, -1:]
+    return (chances <= point).sum(axis=-1)
+
+
+def two_tokens(
+    tables: Tables, k: int, monkeypatch: pytest.MonkeyPatch, draw: Draw = by_noise
+) -> tuple[NDArray[np.int64], float]:
+    """The two tokens after token 0 by seed, [seeds, 2], and the mean number of drafts accepted in the first round.
+
+    `draw` stands for `mx.random.categorical`, which `mx.vmap` refuses for a batch of rows.
+    """
+    ids = None if tables.ids is None else tables.ids[:-1]
+    target, drafter = TableTarget(tables.target[:-1]), TableDrafter(tables.drafter[:-1], ids)
+    started = Stream(target, drafter, max_draft_tokens=k, sampling=tables.sampling)
+    started.prefill([0, 0, 0], 8)
+    started.state = started.state._replace(bonus=mx.zeros((1, 1), mx.int32))
+    play = round_steps(started.parts, started.cache, k).whole
+
+    def with_keys(keys: mx.array) -> RoundState:
+        return started.state._replace(draw_key=keys[0], coin_key=keys[1])
+
+    def two(keys: mx.array) -> tuple[mx.array, mx.array]:
+        state, (first, _) = play(with_keys(keys))
+        _, (second, _) = play(state)
+        # A round that emits one token leaves the other to the round after it.
+        return mx.stack([first[1], mx.where(first[0] > 0, first[2], second[1])]), first[0]
+
+    # As a stream makes its keys of a seed.
+    keys = mx.vmap(mx.random.split)(mx.stack([mx.zeros(SEEDS, mx.uint32), mx.arange(SEEDS, dtype=mx.uint32)], axis=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(mx.random, "categorical", lambda logits, key: draw(logits, key))
+        tokens, accepted = mx.vmap(two)(keys)
+        for seed in range(10):
+            stream = copy(started)
+            stream.cache = started.cache.over(started.cache.kv)
+            stream.tokens = list(started.tokens)
+            stream.state = with_keys(mx.random.split(mx.random.key(seed)))
+            assert (stream.round(k).tokens + stream.round(k).tokens)[:2] == tokens[seed].tolist()
+    return np.array(tokens, np.int64), float(accepted.mean().item())
+
+
+def tables_after_token_0(drafter: str, vocab_size: int, candidates: int | None = None) -> Tables:
+    """Tables whose last row, which the first token is drawn from, is the row of token 0."""
+    made = make_tables(drafter, vocab_size)
+    target, logits = (np.vstack([table[:-1], table[:1]]) for table in (made.target, made.drafter))
+    if candidates is None:
+        return Tables(target, logits)
+    rng = np.random.default_rng(candidates)
+    ids = np.stack([rng.permutation(vocab_size)[:candidates] for _ in range(vocab_size + 1)]).astype(np.int32)
+    return Tables(target, np.take_along_axis(logits, ids, axis=1), ids=ids)
+
+
+@pytest.mark.parametrize("vocab_size", [2, 4])
+@pytest.mark.parametrize("drafter", ["good", "bad"])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_two_tokens_have_the_joint_distribution_of_plain_sampling(
+    k: int, drafter: str, vocab_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two draft tokens take as many random numbers as the noise of two tokens has: equal ones, if they share a key."""
+    tables = tables_after_token_0(drafter, vocab_size)
+    tokens, accepted = two_tokens(tables, k, monkeypatch)
+    misfit = chi_square(tokens, tables.expected(2), vocab_size)
+    print(f"{drafter} drafter, {vocab_size} tokens, k = {k}: {misfit:.2f} of critical, {accepted:.2f} accepted")
+    assert misfit < 1
+    assert accepted > 0.1, "rounds without accepted drafts prove little"
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_with_candidates_of_the_drafter_and_draws_by_the_inverse(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = tables_after_token_0("good", 4, candidates=3)
+    tokens, accepted = two_tokens(tables, k, monkeypatch, by_inverse)
+    assert chi_square(tokens, tables.expected(2), 4) < 1
+    assert accepted > 0.1
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 8])
+def test_no_key_is_drawn_from_twice(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever MLX makes of a key: two draws from one key depend on each other, and so do the parts of one key that is
+    split in two ways. Only the coins of XTC are the same for drafter and target."""
+    tables = tables_after_token_0("good", 4)
+    target, drafter = TableTarget(tables.target[:-1]), TableDrafter(tables.drafter[:-1], None)
+    stream = Stream(target, drafter, max_draft_tokens=k, sampling=tables.sampling)
+    drawn: list[tuple[int, ...]] = []
+    parts: dict[tuple[int, ...], set[int]] = {}
+    split = mx.random.split
+
+    def record(name: str) -> Any:
+        original = vars(mx.random)[name]
+
+        def draw(*args: Any, key: mx.array, **options: Any) -> mx.array:
+            drawn.append(tuple(key.tolist()))
+            return original(*args, key=key, **options)
+
+        return draw
+
+    def split_once(key: mx.array, num: int = 2) -> mx.array:
+        parts.setdefault(tuple(key.tolist()), set()).add(num)
+        return split(key, num)
+
+    stream.prefill([0, 0, 0], 8)
+    coins = {tuple(position_key(stream.state.coin_key, mx.array(position)).tolist()) for position in range(100)}
+    for name in ("uniform", "categorical", "gumbel"):
+        monkeypatch.setattr(mx.random, name, record(name))
+    monkeypatch.setattr(mx.random, "split", split_once)
+    for _ in range(6):
+        stream.round(k)
+    used = [key for key in drawn if key not in coins]
+    assert len(used) == 6 * (k + 2)
+    assert len(set(used)) == len(used)
+    assert all(len(numbers) == 1 for numbers in parts.values())
+    assert not set(used) & set(parts)
