@@ -182,7 +182,7 @@ def screenshot(page: Page, file: Path) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_screenshot(page: Page, tmp_path: Path, scheme: str, request: pytest.FixtureRequest) -> None:
-    """The picture in docs/ is made by this test: pytest -m browser --screenshots docs/images."""
+    """The picture in docs/ is made by this test: pytest tests/browser --screenshots docs/images."""
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     folder = request.config.getoption("--screenshots") or tmp_path

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def model(tiny_pair: TinyPair, request: pytest.FixtureRequest) -> mlx_mtp.Model:
 
 
 def generate(model: mlx_mtp.Model, k: int, **options: Any) -> mlx_mtp.GenerationResult:
-    return model.generate(PROMPT, max_tokens=TOKENS, ignore_eos=True, num_draft_tokens=k, **options)
+    return model.generate(PROMPT, num_draft_tokens=k, **{"max_tokens": TOKENS, "ignore_eos": True} | options)
 
 
 def reference(model: mlx_mtp.Model, options: dict[str, Any]) -> list[int]:
@@ -176,19 +177,20 @@ def test_penalties_keep_the_drafter_useful() -> None:
 
 
 def test_stop_strings_wherever_tokens_and_blocks_break(model: mlx_mtp.Model) -> None:
-    text = generate(model, 0).text
-    assert len(text) > 50
+    generate_40 = partial(generate, model, max_tokens=40)
+    text = generate_40(0).text
+    assert len(text) > 60
     for start, length in ((10, 1), (15, 2), (20, 5), (31, 9), (40, 3)):
         stop = text[start : start + length]
         expected = text[: text.index(stop)]
         for k in (0, 3):
-            result = generate(model, k, stop=stop)
+            result = generate_40(k, stop=stop)
             assert result.text == expected
             assert result.last.finish_reason == "stop"
-    several = generate(model, 3, stop=[text[40:44], text[20:24], "not in the text at all"])
+    several = generate_40(3, stop=[text[40:44], text[20:24], "not in the text at all"])
     assert several.text == text[: min(text.index(text[40:44]), text.index(text[20:24]))]
     # What begins like a stop string but is none is not lost, not at the end either.
-    almost = generate(model, 3, stop=[text[-4:] + "?", text[30:34] + "?!"])
+    almost = generate_40(3, stop=[text[-4:] + "?", text[30:34] + "?!"])
     assert almost.text == text
     assert almost.last.finish_reason == "length"
 

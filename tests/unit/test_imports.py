@@ -1,4 +1,7 @@
-"""The structure: imports point one way, importing is light, and only config.py reads config.json."""
+"""The structure: imports point one way, importing is light, and only config.py reads config.json.
+
+Tests import neither tests nor scripts, and scripts import no tests.
+"""
 
 import ast
 import subprocess
@@ -8,6 +11,7 @@ from pathlib import Path
 import mlx_mtp
 
 PACKAGE = Path(mlx_mtp.__file__).parent
+ROOT = Path(__file__).parents[2]
 # A package, or a module of the top level, may import from the lines below its own only.
 LAYERS = (
     ("__main__",),
@@ -65,6 +69,26 @@ def test_nothing_imports_the_converter_and_config_json_has_one_reader() -> None:
         # output_files.py looks whether there is one.
         if file.stem not in ("config", "output_files"):
             assert '"config.json"' not in file.read_text(), file
+
+
+def modules_of(file: Path) -> set[str]:
+    """The modules that a file imports, each by the first part of its name."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name.split(".")[0] for name in names}
+
+
+def test_tests_and_scripts_do_not_import_each_other() -> None:
+    folders = {name: list((ROOT / name).rglob("*.py")) for name in ("tests", "scripts")}
+    assert all(folders.values())
+    names = {name: {file.stem for file in files} for name, files in folders.items()}
+    for file in folders["tests"]:
+        assert not modules_of(file) & (names["scripts"] | {"scripts"} | {n for n in names["tests"] if "test" in n}), (
+            file
+        )
+    for file in folders["scripts"]:
+        assert not modules_of(file) & (names["tests"] | {"tests", "support"}), file
 
 
 def test_importing_is_light() -> None:
