@@ -14,7 +14,7 @@ from mlx_mtp.commands import INTERRUPTED
 from mlx_mtp.shell import Parser, exit_status
 
 from .converter import Options, Part, Summary, convert
-from .quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, DRAFTER_BITS, DTYPES, MODES, RECIPES, WeightOptions
+from .quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, DRAFTER_BITS, MODES, RECIPES, WEIGHT_DTYPES, WeightOptions
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,7 +81,7 @@ def _add_weight_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--dtype",
         metavar="DTYPE",
-        help=f"Type of the weights that are not quantized: {choices(DTYPES)} (default: the checkpoint's).",
+        help=f"Type of the weights that are not quantized: {choices(WEIGHT_DTYPES)} (default: the checkpoint's).",
     )
     add(
         "--drafter-q-bits",

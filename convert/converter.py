@@ -24,20 +24,18 @@ from mlx_mtp.checkpoints.config import (
 )
 from mlx_mtp.checkpoints.files import BYTE_ORDER_MARK, fault, read_text
 from mlx_mtp.checkpoints.hub import DRAFTER_FOLDER, resolve_folder
+from mlx_mtp.checkpoints.layouts import check_shape, drafter_names, match_tensors, mlx_name, resolve_head, target_names
 from mlx_mtp.checkpoints.output_files import check_output, existing_parent, new_folder
-from mlx_mtp.checkpoints.weights import (
+from mlx_mtp.checkpoints.tensors import (
+    DTYPES,
+    FLOAT_TYPES,
     INDEX_NAME,
+    INTEGER_TYPES,
     TensorInfo,
-    check_shape,
-    drafter_names,
-    lazy_parameters,
-    match_tensors,
-    mlx_name,
+    dtype_name,
     read_checkpoint,
-    resolve_head,
-    target_names,
-    token_ids,
 )
+from mlx_mtp.checkpoints.weights import lazy_parameters, token_ids
 from mlx_mtp.errors import ConfigError, HubError, OptionError, OutputError, TokenizerError, WeightsError
 from mlx_mtp.gemma4.draft_vocab import Ids, check_draft_vocab, choose_ids
 from mlx_mtp.gemma4.drafter import Drafter
@@ -46,7 +44,7 @@ from mlx_mtp.loading import check_pair, find_drafter, how_to_name_a_drafter
 from mlx_mtp.text.tokenizer import TEMPLATES_FOLDER, check_tokenizer, load_tokenizer
 
 from .quantization import (
-    DTYPES,
+    WEIGHT_DTYPES,
     WeightOptions,
     check_options,
     parameter_quantization,
@@ -55,8 +53,6 @@ from .quantization import (
 )
 from .safetensors_writer import (
     BLOCK_BYTES,
-    FLOATS,
-    INTEGERS,
     Conversion,
     index_text,
     parameter_count,
@@ -312,14 +308,14 @@ def _own_dtype(config: TargetConfig | DrafterConfig, tensors: dict[str, TensorIn
 
     Raises ConfigError if the config names another type, or if the tensors have no common type.
     """
-    if config.dtype in DTYPES:
+    if config.dtype in WEIGHT_DTYPES:
         return config.dtype
     if config.dtype is not None:
-        expected = ", ".join(DTYPES)
+        expected = ", ".join(WEIGHT_DTYPES)
         raise ConfigError(
             f"{config.path}: field dtype must be one of {expected}, found {config.dtype}; choose with --dtype"
         )
-    found = {FLOATS[tensor.dtype] for tensor in tensors.values() if tensor.dtype in FLOATS}
+    found = {dtype_name(DTYPES[tensor.dtype].mlx) for tensor in tensors.values() if tensor.dtype in FLOAT_TYPES}
     if len(found) != 1:
         names = ", ".join(sorted(found)) or "none"
         raise ConfigError(f"{config.path}: field dtype is missing, and the tensors' are {names}; choose with --dtype")
@@ -356,7 +352,7 @@ def _match(
 
 
 def _check_type(source: Path, key: str, tensor: TensorInfo, is_index: bool) -> None:
-    dtypes = (*INTEGERS, *FLOATS) if is_index else tuple(FLOATS)
+    dtypes = (*INTEGER_TYPES, *FLOAT_TYPES) if is_index else FLOAT_TYPES
     if tensor.dtype not in dtypes:
         raise WeightsError(f"{source}: tensor {key} has type {tensor.dtype}, expected one of {', '.join(dtypes)}")
     if is_index:

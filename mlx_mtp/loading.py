@@ -22,7 +22,8 @@ from mlx_mtp.checkpoints.config import (
 )
 from mlx_mtp.checkpoints.files import fault
 from mlx_mtp.checkpoints.hub import DRAFTER_FOLDER, Downloads, is_repo, resolve_folder
-from mlx_mtp.checkpoints.weights import count_bytes, drafter_names, fill_module, resolve_head, target_names, token_ids
+from mlx_mtp.checkpoints.layouts import drafter_names, resolve_head, target_names
+from mlx_mtp.checkpoints.weights import count_bytes, fill_module, token_ids
 from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS
 from mlx_mtp.decoding.exact import check_exact, make_exact

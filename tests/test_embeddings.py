@@ -22,7 +22,7 @@ from mlx_mtp import generate, probe
 from mlx_mtp.bench import cli as bench
 from mlx_mtp.bench.operations import operations, round_outputs
 from mlx_mtp.checkpoints.config import read_target_config
-from mlx_mtp.checkpoints.weights import INDEX_NAME, read_checkpoint
+from mlx_mtp.checkpoints.tensors import INDEX_NAME, read_checkpoint
 from mlx_mtp.convert.converter import Options, convert
 from mlx_mtp.convert.quantization import WeightOptions
 from mlx_mtp.decoding.compiled import CompiledRounds

@@ -17,7 +17,8 @@ from tiny import make_drafter, make_target, random_tokens
 
 import mlx_mtp
 from mlx_mtp.checkpoints.config import read_target_config
-from mlx_mtp.checkpoints.weights import INDEX_NAME, MLX_PREFIX
+from mlx_mtp.checkpoints.layouts import MLX_PREFIX
+from mlx_mtp.checkpoints.tensors import INDEX_NAME
 from mlx_mtp.convert.cli import main as convert_main
 from mlx_mtp.loading import assistant_names, find_drafter, how_to_name_a_drafter, official_drafter
 

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mtp.checkpoints.output_files import new_file
-from mlx_mtp.checkpoints.weights import read_header
+from mlx_mtp.checkpoints.tensors import read_header
 from mlx_mtp.errors import PromptCacheError, WeightsError
 from mlx_mtp.gemma4.kv_cache import Buffers, KVQuantization, Quantized, Rows, parts_of
 
