@@ -23,13 +23,13 @@ from mlx.utils import tree_unflatten
 
 from mlx_mtp.checkpoints.config import DrafterConfig, read_drafter_config, read_json, read_target_config
 from mlx_mtp.checkpoints.hub import DRAFTER_FOLDER, resolve_folder
-from mlx_mtp.checkpoints.output_files import check_output, new_folder
+from mlx_mtp.checkpoints.output_files import check_output, new_folder, replace_tensors
 from mlx_mtp.checkpoints.weights import lazy_parameters
 from mlx_mtp.gemma4.draft_vocab import check_draft_vocab, choose_ids, prune
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.training.centroids import build_centroids, start_from_target
 from mlx_mtp.training.dataset import answer_prompts, check_data, read_data
-from mlx_mtp.training.trainer import OPTIMIZERS, Measure, Trainer, TrainingOptions, save_arrays
+from mlx_mtp.training.trainer import OPTIMIZERS, Measure, Trainer, TrainingOptions
 
 from .command_line import add_embedding_option, load_model
 from .errors import MTPError, OptionError, OutputError
@@ -302,7 +302,7 @@ def _write(output: Path, source: Path, drafter: Drafter, config: DrafterConfig, 
     if drafter.config.draft_vocab_size:
         fields["draft_vocab_size"] = drafter.config.draft_vocab_size
     with new_folder(output) as new:
-        save_arrays(new / "model.safetensors", arrays)
+        replace_tensors(new / "model.safetensors", arrays, {"format": "mlx"})
         (new / config.path.name).write_text(json.dumps(fields, indent=2))
         for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             if (source / name).is_file():

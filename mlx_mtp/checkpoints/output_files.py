@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import mlx.core as mx
+
 from mlx_mtp.errors import OutputError
 
 logger = logging.getLogger(__name__)
@@ -145,6 +147,17 @@ def replace_text(file: Path, text: str) -> None:
     """Write a text file that appears only when it is complete. Raises OutputError if it cannot be written."""
     with new_file(file) as part:
         part.write_text(text)
+
+
+def replace_tensors(file: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
+    """Write a safetensors file that appears only when it is complete. Raises OutputError if it cannot be written."""
+    # MLX appends the ending to a name that lacks it.
+    with new_file(file, ".safetensors") as part:
+        try:
+            mx.save_safetensors(str(part), arrays, metadata)
+        except RuntimeError as error:
+            # MLX raises RuntimeError if a file cannot be opened or written.
+            raise OSError(str(error)) from None
 
 
 @contextmanager

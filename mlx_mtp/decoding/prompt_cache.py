@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.checkpoints.output_files import new_file
+from mlx_mtp.checkpoints.output_files import replace_tensors
 from mlx_mtp.checkpoints.tensors import read_header
 from mlx_mtp.errors import PromptCacheError, WeightsError
 from mlx_mtp.gemma4.kv_cache import Buffers, KVQuantization, Quantized, Rows, parts_of
@@ -174,13 +174,7 @@ def save(entry: Entry, file: Path, identity: str) -> None:
                 for index, part in enumerate(parts_of(rows)):
                     arrays[f"{kind}.{layer}.{name}.{index}"] = mx.contiguous(part[:, :, :count])
     header = {"format": FORMAT, "model": identity, "kind": entry.kind, "checksum": _checksum(arrays)}
-    # MLX appends the ending to a name that lacks it.
-    with new_file(file, ".safetensors") as part_file:
-        try:
-            mx.save_safetensors(str(part_file), arrays, {"mlx_mtp": json.dumps(header)})
-        except RuntimeError as error:
-            # MLX raises RuntimeError if a file cannot be opened or written.
-            raise OSError(str(error)) from None
+    replace_tensors(file, arrays, {"mlx_mtp": json.dumps(header)})
 
 
 def check(file: Path) -> None:

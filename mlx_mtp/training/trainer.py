@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_mtp.checkpoints.output_files import replace_text
-from mlx_mtp.errors import OptionError, OutputError, TrainingError
+from mlx_mtp.checkpoints.output_files import replace_tensors, replace_text
+from mlx_mtp.errors import OptionError, TrainingError
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.target import Target
 
@@ -232,9 +231,10 @@ class Trainer:
             "best_update": self.best_update,
             "options": asdict(self.options),
         }
-        save_arrays(self.folder / name, arrays)
+        replace_tensors(self.folder / name, arrays, {"format": "mlx"})
         replace_text(self.folder / "state.json", json.dumps(state, indent=2))
-        for old in self.folder.glob("state-*.safetensors"):
+        # A save that was killed leaves a file with another beginning.
+        for old in self.folder.glob("*.safetensors"):
             if old.name != name:
                 old.unlink()
 
@@ -291,14 +291,3 @@ def _is_inner_matrix(name: str, weight: mx.array) -> bool:
 def _flat(tree: Any) -> Arrays:
     flat: Arrays = tree_flatten(tree, destination={})  # type: ignore[assignment]
     return flat
-
-
-def save_arrays(file: Path, arrays: Arrays) -> None:
-    """Write a safetensors file that appears only when it is complete. Raises OutputError if it cannot be written."""
-    part = file.with_name(f"{file.stem}.part.safetensors")
-    try:
-        mx.save_safetensors(str(part), arrays, metadata={"format": "mlx"})
-        os.replace(part, file)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(f"{file}: cannot be written: {error}") from None
