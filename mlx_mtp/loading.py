@@ -30,7 +30,8 @@ from mlx_mtp.decoding.exact import check_exact, make_exact
 from mlx_mtp.decoding.stream import Progress
 from mlx_mtp.gemma4.disk_table import MappedEmbedding
 from mlx_mtp.gemma4.drafter import Drafter
-from mlx_mtp.gemma4.target import Target, fuse_projections, lay_out_weights
+from mlx_mtp.gemma4.layers import fuse_projections, lay_out_weights
+from mlx_mtp.gemma4.target import Target
 from mlx_mtp.text.tokenizer import load_tokenizer
 from mlx_mtp.threads.job_thread import Job, Worker
 

@@ -24,7 +24,8 @@ from huggingface_hub.utils import tqdm
 from mlx_mtp.bench.cli import KINDS, environment, names, prompt
 from mlx_mtp.decoding.exact import MAX_ROWS, ExactRows, ExactTable
 from mlx_mtp.gemma4.kv_cache import Cache
-from mlx_mtp.gemma4.target import Experts, Router, Target
+from mlx_mtp.gemma4.layers import Experts, Router
+from mlx_mtp.gemma4.target import Target
 
 from .command_line import add_model_options, load_or_demo
 from .errors import OptionError

@@ -33,7 +33,8 @@ from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4.disk_table import EmbeddingStats
 from mlx_mtp.gemma4.drafter import Drafter
-from mlx_mtp.gemma4.target import Target, fuse_projections
+from mlx_mtp.gemma4.layers import fuse_projections
+from mlx_mtp.gemma4.target import Target
 from mlx_mtp.loading import load_drafter, load_target
 
 HOW = ("resident", "mapped")

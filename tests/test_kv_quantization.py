@@ -22,7 +22,8 @@ from mlx_mtp.decoding.exact import check_exact, make_exact
 from mlx_mtp.decoding.stream import Stream, decode
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.kv_cache import CAPACITY_STEP, Cache, KVQuantization, Quantized, View
-from mlx_mtp.gemma4.target import Attention, Target, _attend
+from mlx_mtp.gemma4.layers import Attention, _attend
+from mlx_mtp.gemma4.target import Target
 
 Models = Callable[[str], tuple[Target, Drafter]]
 TinyPair = Callable[[str], Path]

@@ -11,7 +11,8 @@ import mlx.nn as nn
 from mlx_mtp.errors import OptionError
 from mlx_mtp.gemma4.drafter import Draft, Drafter, GivenDrafter
 from mlx_mtp.gemma4.kv_cache import Cache, KVQuantization
-from mlx_mtp.gemma4.target import Experts, Router, Target
+from mlx_mtp.gemma4.layers import Experts, Router
+from mlx_mtp.gemma4.target import Target
 
 from .compiled import CompiledRounds
 from .draft_length import MAX_DRAFT_TOKENS

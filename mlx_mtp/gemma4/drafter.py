@@ -14,7 +14,8 @@ import mlx.nn as nn
 from mlx_mtp.checkpoints.config import DrafterConfig, LayerType
 
 from .kv_cache import Cache, View
-from .target import DecoderLayer, Target, allowed_tokens
+from .layers import DecoderLayer
+from .target import Target, allowed_tokens
 
 # This logit is below any other logit, and its probability is zero next to any other.
 _LAST_RESORT = -1e9
