@@ -106,33 +106,49 @@ def load(
     tokenizer = load_tokenizer(config.path.parent, config.eos_token_ids)
     on_read = None if on_load is None else _count(on_load, config, drafter_config, mapped)
     target = load_target(config, mapped=mapped, on_read=on_read)
-    fuse_projections(target.layers)
-    lay_out_weights(target)
-    if exact:
-        make_exact(target)
-        check_exact(target, CompiledRounds(always=True))
-    loaded = None
+    _prepare_target(target, exact)
+    loaded_drafter = None
     if drafter_config is not None:
-        loaded = load_drafter(drafter_config, target.dtype, on_read)
-        loaded.suppress(config.suppress_tokens)
-        fuse_projections(loaded.model.layers)
-        lay_out_weights(loaded)
+        loaded_drafter = load_drafter(drafter_config, target.dtype, on_read)
+        _prepare_drafter(loaded_drafter, config)
     elif drafter is None:
-        official = published_drafter(config)
-        advice = "" if official is None else f" ({how_to_name_a_drafter(config)})"
-        logger.info("no drafter found for %s: decoding plainly%s", path_or_repo, advice)
+        _log_plain_decoding(path_or_repo, config)
     if mapped and per_layer_embeddings == "auto":
         logger.info("%s would take more than half of the memory: its per-layer embeddings stay on disk", path_or_repo)
     logger.info("loaded %s in %.1f s", config.path.parent, time.perf_counter() - started)
     return Model(
         target=target,
-        drafter=loaded,
+        drafter=loaded_drafter,
         tokenizer=tokenizer,
         config=config,
         drafter_config=drafter_config,
         exact=exact,
         context_limit=max_context,
     )
+
+
+def _prepare_target(target: Target, exact: bool) -> None:
+    """Arrange the weights of a loaded target for fast passes and, with `exact`, for passes with the bits of plain ones.
+
+    Raises OptionError if passes cannot be made exact.
+    """
+    fuse_projections(target.layers)
+    lay_out_weights(target)
+    if exact:
+        make_exact(target)
+        check_exact(target, CompiledRounds(always=True))
+
+
+def _prepare_drafter(drafter: Drafter, target: TargetConfig) -> None:
+    """Arrange the weights of a loaded drafter for fast steps. It never drafts what the target never generates."""
+    drafter.suppress(target.suppress_tokens)
+    fuse_projections(drafter.model.layers)
+    lay_out_weights(drafter)
+
+
+def _log_plain_decoding(path_or_repo: str | Path, config: TargetConfig) -> None:
+    advice = "" if published_drafter(config) is None else f" ({how_to_name_a_drafter(config)})"
+    logger.info("no drafter found for %s: decoding plainly%s", path_or_repo, advice)
 
 
 async def aload(

@@ -64,38 +64,16 @@ def fill_module(
     tensors = read_checkpoint(folder)
     present = {name for key in tensors for name in names(key)}
     if quantization is not None:
-        try:
-            _quantize_modules(module, quantization, present)
-        except ValueError as error:
-            raise WeightsError(f"{folder}: config.json gives a quantization its weights cannot have: {error}") from None
+        _quantize_modules(module, folder, quantization, present)
     parameters = lazy_parameters(module)
     matched = match_tensors(folder, tensors, names, parameters)
     for key, filled in matched.items():
-        check_shape(folder, key, tensors[key].shape, parameters[filled[0]].shape, len(filled))
-        if mx.issubdtype(parameters[filled[0]].dtype, mx.floating) and tensors[key].dtype not in FLOAT_TYPES:
-            raise WeightsError(
-                f"{folder}: tensor {key} is {tensors[key].dtype}, expected one of {', '.join(FLOAT_TYPES)}"
-            )
-    unread: dict[str, TensorInfo] = {}
-    for key, filled in list(matched.items()):
-        if _is_left(filled, left):
-            unread[filled[0]] = tensors[key]
-            del matched[key]
-    # Arrays are kept by file, because two files may hold tensors of the same name.
-    arrays: dict[Path, dict[str, mx.array]] = {
-        file: mx.load(str(file))  # type: ignore[misc]
-        for file in sorted({tensors[key].file for key in matched})
-    }
-    weights = []
-    for key, filled in matched.items():
-        # MLX loads lazily, so only the arrays that are taken here are read.
-        array = arrays[tensors[key].file][key]
-        parts = mx.split(array, len(filled), axis=-2) if len(filled) > 1 else [array]
-        weights += list(zip(filled, parts, strict=True))
-    module.load_weights(weights, strict=False)
-    del arrays, weights
-    _read({key: tensors[key].nbytes for key in matched}, matched, lazy_parameters(module), on_read)
-    return {name.removeprefix(f"{left}."): info for name, info in unread.items()}
+        _check_tensor(folder, key, tensors[key], parameters[filled[0]], len(filled))
+    stay = {key: filled[0] for key, filled in matched.items() if _is_left(filled, left)}
+    read = {key: filled for key, filled in matched.items() if key not in stay}
+    module.load_weights(_lazy_weights(tensors, read), strict=False)
+    _evaluate({key: tensors[key].nbytes for key in read}, read, lazy_parameters(module), on_read)
+    return {name.removeprefix(f"{left}."): tensors[key] for key, name in stay.items()}
 
 
 def count_bytes(folder: Path, names: Callable[[str], list[str]], left: str | None = None) -> int:
@@ -108,7 +86,30 @@ def _is_left(filled: list[str], left: str | None) -> bool:
     return left is not None and filled[0].startswith(f"{left}.")
 
 
-def _read(
+def _check_tensor(folder: Path, key: str, tensor: TensorInfo, parameter: mx.array, parts: int) -> None:
+    """Raise WeightsError unless a tensor has the shape and type to fill `parts` parameters like this one."""
+    check_shape(folder, key, tensor.shape, parameter.shape, parts)
+    if mx.issubdtype(parameter.dtype, mx.floating) and tensor.dtype not in FLOAT_TYPES:
+        raise WeightsError(f"{folder}: tensor {key} is {tensor.dtype}, expected one of {', '.join(FLOAT_TYPES)}")
+
+
+def _lazy_weights(tensors: dict[str, TensorInfo], matched: dict[str, list[str]]) -> list[tuple[str, mx.array]]:
+    """Return the parameters that the tensors fill, by name. Nothing is read yet."""
+    # Arrays are kept by file, because two files may hold tensors of the same name.
+    arrays: dict[Path, dict[str, mx.array]] = {
+        file: mx.load(str(file))  # type: ignore[misc]
+        for file in sorted({tensors[key].file for key in matched})
+    }
+    weights = []
+    for key, filled in matched.items():
+        # MLX loads lazily, so only the arrays that are taken here are read.
+        array = arrays[tensors[key].file][key]
+        parts = mx.split(array, len(filled), axis=-2) if len(filled) > 1 else [array]
+        weights += list(zip(filled, parts, strict=True))
+    return weights
+
+
+def _evaluate(
     sizes: dict[str, int],
     matched: dict[str, list[str]],
     parameters: dict[str, mx.array],
@@ -127,7 +128,8 @@ def _read(
             size, group = 0, []
 
 
-def _quantize_modules(module: nn.Module, quantization: Quantization, present: set[str]) -> None:
+def _quantize_modules(module: nn.Module, folder: Path, quantization: Quantization, present: set[str]) -> None:
+    """Quantize the modules whose scales are `present`. Raises WeightsError if their shapes do not allow it."""
     # The names of overrides follow the names of the tensors, in any layout. An override that fits no module is ignored,
     # as in mlx-lm.
     overrides = {plain_name(name): choice for name, choice in quantization.overrides.items()}
@@ -138,7 +140,11 @@ def _quantize_modules(module: nn.Module, quantization: Quantization, present: se
         chosen = overrides.get(plain_name(path)) or quantization
         return {"group_size": chosen.group_size, "bits": chosen.bits, "mode": chosen.mode}
 
-    nn.quantize(module, quantization.group_size, quantization.bits, mode=quantization.mode, class_predicate=parameters)
+    group_size, bits, mode = quantization.group_size, quantization.bits, quantization.mode
+    try:
+        nn.quantize(module, group_size, bits, mode=mode, class_predicate=parameters)
+    except ValueError as error:
+        raise WeightsError(f"{folder}: config.json gives a quantization its weights cannot have: {error}") from None
 
 
 def token_ids(folder: Path, key: str, values: mx.array, vocab_size: int = 2**31) -> mx.array:
