@@ -104,20 +104,20 @@ class Conversion:
         runs = np.split(np.array(rows), breaks)
         return mx.concatenate([self._read(stream, int(run[0]), len(run), columns) for run in runs])
 
-    def _read(self, stream: BinaryIO, first: int, rows: int, columns: int) -> mx.array:
-        """Read rows of the source, [rows, columns].
+    def _read(self, stream: BinaryIO, first: int, count: int, columns: int) -> mx.array:
+        """Read `count` rows of the source, [count, columns].
 
         The file is not mapped, because the pages of a mapped file count as memory of this process.
         """
         dtype = DTYPES[self.source.dtype]
         stream.seek(self.source.start + first * columns * dtype.mlx.size)
-        values = np.fromfile(stream, dtype.numpy, rows * columns)
-        if values.size != rows * columns:
+        values = np.fromfile(stream, dtype.numpy, count * columns)
+        if values.size != count * columns:
             raise WeightsError(f"{self.source.file}: truncated while tensor for {self.name} was read")
         array = mx.array(values).view(dtype.mlx)
         if self.dtype == mx.float16 and self.source.dtype != "F16":
             self._check_range(array)
-        return array.reshape(rows, columns)
+        return array.reshape(count, columns)
 
     def _check_range(self, array: mx.array) -> None:
         largest = mx.abs(array).max().item()

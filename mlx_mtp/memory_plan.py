@@ -123,33 +123,33 @@ def planner(
     if kv is not None:
         check_group_size(text, kv)
 
-    def plan(context: int) -> MemoryPlan:
-        value = size if kv is None or context <= kv.start else _quantized_size(kv, size)
+    def plan(context_length: int) -> MemoryPlan:
+        value = size if kv is None or context_length <= kv.start else _quantized_size(kv, size)
         return MemoryPlan(
-            context=context,
+            context=context_length,
             weights=weights.layers,
             token_embeddings=weights.token_embeddings,
             per_layer_embeddings=table,
             drafter=drafter_size,
             kv_per_token=int(_kv_width(text, "full_attention") * value),
             rings=_kv_width(text, "sliding_attention") * (text.sliding_window + max_block) * size,
-            work=_work(text, context, size, max_block, prefill_step),
+            work=_work(text, context_length, size, max_block, prefill_step),
         )
 
     return plan
 
 
-def check_memory(plan: Callable[[int], MemoryPlan], context: int, limit: int, source: str) -> None:
+def check_memory(plan: Callable[[int], MemoryPlan], context_length: int, limit: int, source: str) -> None:
     """Raise MemoryLimitError if the plan for a context needs more than `limit` bytes.
 
     The message says which changes would keep the limit.
     """
-    wanted = plan(context)
+    wanted = plan(context_length)
     if wanted.peak <= limit:
         return
     ways = []
     # Search the longest context that fits: the peak grows with the context.
-    fitting = bisect_right(range(2, context), limit, key=lambda tokens: plan(tokens).peak) + 1
+    fitting = bisect_right(range(2, context_length), limit, key=lambda tokens: plan(tokens).peak) + 1
     if fitting > 1:
         ways.append(f"a context of {fitting} tokens (--max-context {fitting})")
     if wanted.per_layer_embeddings > KEPT_BYTES and wanted.peak - wanted.per_layer_embeddings + KEPT_BYTES <= limit:
@@ -185,26 +185,26 @@ def _target_weights(config: TargetConfig) -> _TargetWeights:
     return _TargetWeights(sizes[""], sizes["embed_tokens"], sizes["embed_tokens_per_layer"], value)
 
 
-def _work(text: TextConfig, context: int, size: int, max_block: int, prefill_step: int) -> int:
+def _work(text: TextConfig, context_length: int, size: int, max_block: int, prefill_step: int) -> int:
     """Return the temporary bytes of a prompt chunk, of a round, or of a buffer that grows: the largest of them."""
-    rows = rows_in_buffers(context)
-    chunk = min(chunk_size(text, rows, size, prefill_step), context)
-    reading = _chunk_bytes(text, chunk, rows, text.sliding_window + max_block, size)
+    kv_rows = rows_in_buffers(context_length)
+    chunk = min(chunk_size(text, kv_rows, size, prefill_step), context_length)
+    reading = _chunk_bytes(text, chunk, kv_rows, text.sliding_window + max_block, size)
     deciding = _LOGITS * max_block * text.vocab_size * 4
     largest = max(layer.num_kv_heads * layer.head_dim for layer in text.layers if layer.has_kv)
     # A buffer that grows needs a second copy.
-    return max(reading, deciding, rows * largest * size)
+    return max(reading, deciding, kv_rows * largest * size)
 
 
-def _chunk_bytes(text: TextConfig, chunk: int, rows: int, ring: int, size: int) -> int:
-    """Return the temporary bytes of a prompt chunk that sees `rows` rows in full attention."""
+def _chunk_bytes(text: TextConfig, chunk: int, kv_rows: int, ring: int, size: int) -> int:
+    """Return the temporary bytes of a prompt chunk that sees `kv_rows` rows in full attention."""
     # The last layer that owns K/V attends with one row only.
     last_own = max(layer.kv_layer for layer in text.layers)
     attends = any(layer.layer_type == "full_attention" for layer in text.layers[:last_own])
     # MLX allocates ahead. The scores and masks of a sliding layer and the activations of a layer exist at the same
     # time as the scores and masks of a full-attention layer, or as the activations of a second layer.
     score, layer = text.num_attention_heads * size + 1, _activations(text) * size
-    full = rows * (score if attends else 1)
+    full = kv_rows * (score if attends else 1)
     return chunk * ((ring + chunk) * score + layer + max(full, layer))
 
 

@@ -32,7 +32,7 @@ from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4.disk_table import EmbeddingStats, MappedEmbedding
 from mlx_mtp.gemma4.kv_cache import Cache
 from mlx_mtp.loading import load_target
-from mlx_mtp.training.losses import study
+from mlx_mtp.training.losses import compute_target_states
 
 TinyPair = Callable[[str], Path]
 Folder = Callable[[str], Path]
@@ -207,9 +207,9 @@ def test_another_type_of_activations(folder: Folder) -> None:
 
 
 def test_whatever_else_passes_over_the_target(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    """Training's lessons, the probe, the graph of a round, and bench."""
+    """Training's states of the target, the probe, the graph of a round, and bench."""
     models = both(folder("4-bit"))
-    ours, theirs = (study(model.target, LONG) for model in models)
+    ours, theirs = (compute_target_states(model.target, LONG) for model in models)
     assert mx.array_equal(ours.hidden, theirs.hidden).item()
     assert mx.array_equal(ours.embeddings, theirs.embeddings).item()
     text = random_tokens(64 + 36, seed=4)

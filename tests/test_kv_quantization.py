@@ -188,7 +188,7 @@ def test_a_pass_is_one_over_dequantized_rows(tiny_models: Models, variant: str) 
 def _drafted(target: Target, drafter: Drafter, cache: Cache) -> mx.array:
     """What a draft step's head reads."""
     hidden = mx.ones((1, 1, target.config.hidden_size))
-    return drafter(target.embed(mx.array([[20]])), hidden, drafter.context(cache)).state
+    return drafter(target.embed(mx.array([[20]])), hidden, drafter.draft_context(cache)).state
 
 
 def test_a_pass_over_quantized_rows_against_numpy(tiny_models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

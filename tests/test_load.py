@@ -716,11 +716,11 @@ def test_draft_position_of_the_loaded_config(folders: tuple[Path, Path]) -> None
 
     cache = Cache(model.config.text, mx.float32, max_block=4)
     cache.set_length(9)
-    assert model.drafter.context(cache).position.item() == 8
+    assert model.drafter.draft_context(cache).position.item() == 8
     edit_config(folders[1], draft_position="bonus")
     model = mlx_mtp.load(folders[0])
     assert model.drafter is not None
-    assert model.drafter.context(cache).position.item() == 9
+    assert model.drafter.draft_context(cache).position.item() == 9
 
 
 def test_another_seed_gives_other_tokens(tmp_path: Path) -> None:

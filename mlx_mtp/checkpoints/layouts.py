@@ -60,8 +60,8 @@ def resolve_head(config: TargetConfig) -> TargetConfig:
     folder = config.path.parent
     named = {plain_name(key): info for key, info in read_checkpoint(folder).items()}
     head, embedding = (
-        {name.removeprefix(part): info for name, info in named.items() if name.startswith(part)}
-        for part in (_HEAD, _EMBEDDING)
+        {name.removeprefix(prefix): info for name, info in named.items() if name.startswith(prefix)}
+        for prefix in (_HEAD, _EMBEDDING)
     )
     if not head:
         if not config.is_tied:

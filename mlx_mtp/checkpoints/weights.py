@@ -49,12 +49,12 @@ def fill_module(
     folder: Path,
     names: Callable[[str], list[str]],
     quantization: Quantization | None,
-    left: str | None = None,
+    unread: str | None = None,
     on_read: Callable[[int], None] | None = None,
 ) -> dict[str, TensorInfo]:
     """Load a checkpoint folder into a module, and quantize the modules whose scales the checkpoint holds.
 
-    `left` is a part of the module whose parameters stay in the files, after the same checks. The function returns the
+    `unread` is a part of the module whose parameters stay in the files, after the same checks. The function returns the
     places of these parameters, by their names in that part. These parameters must never be evaluated. `on_read` is
     called with the number of bytes of each read; their sum is that of `count_bytes`. If `on_read` raises, the exception
     is passed on.
@@ -69,21 +69,21 @@ def fill_module(
     matched = match_tensors(folder, tensors, names, parameters)
     for key, filled in matched.items():
         _check_tensor(folder, key, tensors[key], parameters[filled[0]], len(filled))
-    stay = {key: filled[0] for key, filled in matched.items() if _is_left(filled, left)}
+    stay = {key: filled[0] for key, filled in matched.items() if _stays_unread(filled, unread)}
     read = {key: filled for key, filled in matched.items() if key not in stay}
     module.load_weights(_lazy_weights(tensors, read), strict=False)
     _evaluate({key: tensors[key].nbytes for key in read}, read, lazy_parameters(module), on_read)
-    return {name.removeprefix(f"{left}."): tensors[key] for key, name in stay.items()}
+    return {name.removeprefix(f"{unread}."): tensors[key] for key, name in stay.items()}
 
 
-def count_bytes(folder: Path, names: Callable[[str], list[str]], left: str | None = None) -> int:
+def count_bytes(folder: Path, names: Callable[[str], list[str]], unread: str | None = None) -> int:
     """Return the number of bytes that `fill_module` reads from a checkpoint folder."""
     tensors = read_checkpoint(folder).items()
-    return sum(info.nbytes for key, info in tensors if (filled := names(key)) and not _is_left(filled, left))
+    return sum(info.nbytes for key, info in tensors if (filled := names(key)) and not _stays_unread(filled, unread))
 
 
-def _is_left(filled: list[str], left: str | None) -> bool:
-    return left is not None and filled[0].startswith(f"{left}.")
+def _stays_unread(filled: list[str], unread: str | None) -> bool:
+    return unread is not None and filled[0].startswith(f"{unread}.")
 
 
 def _check_tensor(folder: Path, key: str, tensor: TensorInfo, parameter: mx.array, parts: int) -> None:

@@ -97,8 +97,8 @@ class MappedEmbedding(nn.Module):
         if not self.is_quantized:
             return rows[0]
         weight, scales, *biases = rows
-        form = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-        return mx.dequantize(weight, scales, biases[0] if biases else None, **form)
+        quantization = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        return mx.dequantize(weight, scales, biases[0] if biases else None, **quantization)
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Return the embeddings of tokens, int32 [1, length].

@@ -150,7 +150,7 @@ class Drafter(nn.Module):
         # A pruned head has one additional candidate of last resort.
         return self.config.draft_vocab_size + 1 if self.config.draft_vocab_size else text.vocab_size
 
-    def context(self, cache: Cache) -> DraftContext:
+    def draft_context(self, cache: Cache) -> DraftContext:
         """Return the context of a round.
 
         The cache does not hold the bonus token yet, so its offset is the position of the bonus token.
@@ -256,7 +256,7 @@ class GivenDrafter(Drafter):
         nn.Module.__init__(self)
         self.give = give
 
-    def context(self, cache: Cache) -> DraftContext:
+    def draft_context(self, cache: Cache) -> DraftContext:
         """Return a context without views."""
         return DraftContext({}, cache.offset)
 

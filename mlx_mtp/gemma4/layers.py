@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from mlx_mtp.checkpoints.config import LayerConfig, RopeConfig, TextConfig
 
-from .kv_cache import Quantized, Rows, View
+from .kv_cache import KVRows, Quantized, View
 
 # These are fields of mlx.nn.QuantizedLinear.
 _QUANTIZATION = ("group_size", "bits", "mode")
@@ -150,7 +150,7 @@ class Attention(nn.Module):
         return x.reshape(*x.shape[:-1], -1, self.head_dim).transpose(0, 2, 1, 3)
 
 
-def _attend(queries: mx.array, keys: Rows, values: Rows, mask: mx.array) -> mx.array:
+def _attend(queries: mx.array, keys: KVRows, values: KVRows, mask: mx.array) -> mx.array:
     """Return the attention output of queries [1, heads, length, head_dim], without a scale, in their shape."""
     if isinstance(keys, mx.array) and isinstance(values, mx.array):
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)

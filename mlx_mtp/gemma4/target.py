@@ -81,7 +81,7 @@ class Target(nn.Module):
         table = self.get("embed_tokens_per_layer")
         return table if isinstance(table, MappedEmbedding) else None
 
-    def read_rows(self, tokens: list[int]) -> PerLayerRows | None:
+    def read_per_layer_rows(self, tokens: list[int]) -> PerLayerRows | None:
         """Read the rows of the mapped per-layer table that a pass over these tokens needs.
 
         Returns None if no table is mapped.
@@ -102,11 +102,11 @@ class Target(nn.Module):
 
         The pass writes the K/V of the tokens into `cache` and does not advance its offset. Hidden states are computed
         for the last `hidden_rows` rows only (default: all rows), and logits for the last `logit_rows` rows.
-        `per_layer_rows` is the result of `read_rows` for the tokens. If it is needed but not given, the pass waits for
-        the tokens.
+        `per_layer_rows` is the result of `read_per_layer_rows` for the tokens. If it is needed but not given, the pass
+        waits for the tokens.
         """
         length = tokens.shape[1]
-        rows = length if hidden_rows is None else hidden_rows
+        last_rows = length if hidden_rows is None else hidden_rows
         h = self.embed(tokens)
         per_layer = self._per_layer_inputs(tokens, h, per_layer_rows)
         step = cache.start(length)
@@ -114,15 +114,15 @@ class Target(nn.Module):
         for index, (layer, config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
             queries, keys, values = layer.project(h, offset)
             view = step.read(config.kv_layer) if keys is None or values is None else step.write(index, keys, values)
-            if index == last_own and rows < length:
+            if index == last_own and last_rows < length:
                 # From here on, no row needs the hidden states of another row. It needs only K/V, which are all written.
-                if not rows:
+                if not last_rows:
                     h = h[:, :0]
                     break
-                queries, h, offset = queries[:, :, -rows:], h[:, -rows:], offset + (length - rows)
-                per_layer = None if per_layer is None else per_layer[:, -rows:]
+                queries, h, offset = queries[:, :, -last_rows:], h[:, -last_rows:], offset + (length - last_rows)
+                per_layer = None if per_layer is None else per_layer[:, -last_rows:]
             if h.shape[1] < length:
-                view = view._replace(mask=view.mask[-rows:])
+                view = view._replace(mask=view.mask[-last_rows:])
             h = layer(h, queries, view, None if per_layer is None else per_layer[:, :, index])
         hidden = self.norm(h)
         return TargetOutput(hidden, self.head(hidden[:, hidden.shape[1] - logit_rows :]))
@@ -146,7 +146,7 @@ class Target(nn.Module):
         cap = self.config.final_logit_softcapping
         return logits if cap is None else mx.tanh(logits / cap) * cap
 
-    def _per_layer_inputs(self, tokens: mx.array, h: mx.array, rows: PerLayerRows | None) -> mx.array | None:
+    def _per_layer_inputs(self, tokens: mx.array, h: mx.array, per_layer_rows: PerLayerRows | None) -> mx.array | None:
         """Return the per-layer inputs, [1, length, layers, per_layer_input_size].
 
         Each input is the scaled sum of the layer's own embedding of the token and a projection of h.
@@ -156,7 +156,8 @@ class Target(nn.Module):
             return None
         shape = (*tokens.shape, len(self.layers), size)
         table = self.embed_tokens_per_layer
-        embedded = (table(tokens) if rows is None else table.unpack(rows)).reshape(shape) * size**0.5
+        embedded = table(tokens) if per_layer_rows is None else table.unpack(per_layer_rows)
+        embedded = embedded.reshape(shape) * size**0.5
         projected = (self.per_layer_model_projection(h) * self.config.hidden_size**-0.5).reshape(shape)
         inputs: mx.array = (self.per_layer_projection_norm(projected) + embedded) * 2.0**-0.5
         return inputs

@@ -19,7 +19,7 @@ from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.target import Target
 
 from .dataset import Data, Text
-from .losses import Lesson, acceptance_lengths, objective, study, unroll
+from .losses import TargetStates, acceptance_lengths, compute_target_states, objective, unroll
 
 Arrays = dict[str, mx.array]
 
@@ -147,9 +147,9 @@ class Trainer:
         texts = self.data.valid
         chosen = min(len(texts), self.options.val_batches * self.options.batch_size)
         for text in (texts[index * len(texts) // chosen] for index in range(chosen)):
-            lesson = study(self.target, text.tokens)
+            target_states = compute_target_states(self.target, text.tokens)
             for first, rows in self._passes(text):
-                losses = unroll(self.target, self.drafter, lesson, first, rows, self.options.num_draft_tokens)
+                losses = unroll(self.target, self.drafter, target_states, first, rows, self.options.num_draft_tokens)
                 sampled, greedy = acceptance_lengths(losses)
                 total = objective(losses, by_reach=False) * rows
                 values = mx.stack([total, sampled.sum(), greedy.sum(), *(step.agrees.sum() for step in losses)])
@@ -169,10 +169,10 @@ class Trainer:
         positions = sum(rows for text in texts for _, rows in self._passes(text))
         total, gradients = mx.array(0.0), None
         for text in texts:
-            lesson = study(self.target, text.tokens)
+            target_states = compute_target_states(self.target, text.tokens)
             for first, rows in self._passes(text):
                 share = rows / positions
-                loss, found = self._gradients(lesson, first, rows)
+                loss, found = self._gradients(target_states, first, rows)
                 total = total + loss * share
                 scaled = tree_map(lambda g, share=share: g * share, found)
                 gradients = scaled if gradients is None else tree_map(mx.add, gradients, scaled)
@@ -188,10 +188,16 @@ class Trainer:
         mx.eval(self.drafter.trainable_parameters(), self.optimizer.state)
         return value
 
-    def _loss(self, lesson: Lesson, first: int, rows: int) -> mx.array:
+    def _loss(self, target_states: TargetStates, first: int, rows: int) -> mx.array:
         options = self.options
         losses = unroll(
-            self.target, self.drafter, lesson, first, rows, options.num_draft_tokens, checkpoint=options.grad_checkpoint
+            self.target,
+            self.drafter,
+            target_states,
+            first,
+            rows,
+            options.num_draft_tokens,
+            checkpoint=options.grad_checkpoint,
         )
         return objective(losses, by_reach=options.weight_by_reach)
 
