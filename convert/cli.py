@@ -13,8 +13,8 @@ from typing import NoReturn
 from mlx_mtp.commands import INTERRUPTED
 from mlx_mtp.shell import Parser, exit_status
 
-from .converter import Options, Part, Summary, convert
-from .quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, DRAFTER_BITS, DTYPES, MODES, RECIPES, WeightOptions
+from .converter import FolderPlan, Options, Summary, convert
+from .quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, DRAFTER_BITS, MODES, RECIPES, WEIGHT_DTYPES, WeightOptions
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,7 +81,7 @@ def _add_weight_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--dtype",
         metavar="DTYPE",
-        help=f"Type of the weights that are not quantized: {choices(DTYPES)} (default: the checkpoint's).",
+        help=f"Type of the weights that are not quantized: {choices(WEIGHT_DTYPES)} (default: the checkpoint's).",
     )
     add(
         "--drafter-q-bits",
@@ -146,8 +146,8 @@ class _Bar:
 
 
 def _print_summary(summary: Summary, drafter: str, target: str, seconds: float) -> None:
-    def describe(part: Part) -> str:
-        return f"{part.nbytes / 1e6:,.1f} MB ({part.bits_per_weight:.2f} bits per weight)"
+    def describe(plan: FolderPlan) -> str:
+        return f"{plan.nbytes / 1e6:,.1f} MB ({plan.bits_per_weight:.2f} bits per weight)"
 
     parts = [f"target {describe(summary.target)}"]
     if summary.drafter is not None:

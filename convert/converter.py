@@ -24,20 +24,18 @@ from mlx_mtp.checkpoints.config import (
 )
 from mlx_mtp.checkpoints.files import BYTE_ORDER_MARK, fault, read_text
 from mlx_mtp.checkpoints.hub import DRAFTER_FOLDER, resolve_folder
+from mlx_mtp.checkpoints.layouts import check_shape, drafter_names, match_tensors, mlx_name, resolve_head, target_names
 from mlx_mtp.checkpoints.output_files import check_output, existing_parent, new_folder
-from mlx_mtp.checkpoints.weights import (
+from mlx_mtp.checkpoints.tensors import (
+    DTYPES,
+    FLOAT_TYPES,
     INDEX_NAME,
+    INTEGER_TYPES,
     TensorInfo,
-    check_shape,
-    drafter_names,
-    lazy_parameters,
-    match_tensors,
-    mlx_name,
+    dtype_name,
     read_checkpoint,
-    resolve_head,
-    target_names,
-    token_ids,
 )
+from mlx_mtp.checkpoints.weights import lazy_parameters, token_ids
 from mlx_mtp.errors import ConfigError, HubError, OptionError, OutputError, TokenizerError, WeightsError
 from mlx_mtp.gemma4.draft_vocab import Ids, check_draft_vocab, choose_ids
 from mlx_mtp.gemma4.drafter import Drafter
@@ -46,7 +44,7 @@ from mlx_mtp.loading import check_pair, find_drafter, how_to_name_a_drafter
 from mlx_mtp.text.tokenizer import TEMPLATES_FOLDER, check_tokenizer, load_tokenizer
 
 from .quantization import (
-    DTYPES,
+    WEIGHT_DTYPES,
     WeightOptions,
     check_options,
     parameter_quantization,
@@ -55,8 +53,6 @@ from .quantization import (
 )
 from .safetensors_writer import (
     BLOCK_BYTES,
-    FLOATS,
-    INTEGERS,
     Conversion,
     index_text,
     parameter_count,
@@ -99,7 +95,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Part:
+class FolderPlan:
     """Planned content of one output folder, for the target or for the drafter.
 
     All dictionaries have file names as keys. `copies` holds the paths of source files that are copied.
@@ -137,8 +133,8 @@ class Summary:
     """
 
     folder: Path
-    target: Part
-    drafter: Part | None
+    target: FolderPlan
+    drafter: FolderPlan | None
     advice: str
 
 
@@ -164,19 +160,19 @@ def convert(
     check_output(output, "--mlx-path", options.overwrite)
     folder = resolve_folder(options.hf_path, options.revision)
     target, drafter = _plan(options, folder, output)
-    parts = {"": target} | ({} if drafter is None else {DRAFTER_FOLDER: drafter})
-    _check_disk(output, sum(part.nbytes for part in parts.values()))
-    total = sum(conversion.source_bytes for part in parts.values() for conversion in part.conversions)
+    plans = {"": target} | ({} if drafter is None else {DRAFTER_FOLDER: drafter})
+    _check_disk(output, sum(plan.nbytes for plan in plans.values()))
+    total = sum(conversion.source_bytes for plan in plans.values() for conversion in plan.conversions)
     with new_folder(output) as new:
-        for name, part in parts.items():
+        for name, plan in plans.items():
             (new / name).mkdir(exist_ok=True)
-            _write(new / name, part, block_bytes, lambda done: progress(done, total) if progress else None)
+            _write(new / name, plan, block_bytes, lambda done: progress(done, total) if progress else None)
     if options.upload_repo is not None:
         _upload(output, options.upload_repo)
     return Summary(output, target, drafter, how_to_name_a_drafter(read_target_config(folder)))
 
 
-def _plan(options: Options, folder: Path, output: Path) -> tuple[Part, Part | None]:
+def _plan(options: Options, folder: Path, output: Path) -> tuple[FolderPlan, FolderPlan | None]:
     config = read_target_config(folder)
     drafter_folder = _find_drafter(options, config)
     for source in (folder, drafter_folder):
@@ -208,14 +204,16 @@ def _check_no_drafter(options: WeightOptions, found: str) -> None:
             raise OptionError(f"{flag}: expected a drafter with it, {found}")
 
 
-def _plan_target(config: TargetConfig, options: Options) -> Part:
+def _plan_target(config: TargetConfig, options: Options) -> FolderPlan:
     source = config.path.parent
     _check_unquantized(config)
     tensors = read_checkpoint(source)
     target = Target(config.text)
     quantization = quantize_target(target, options.weights)
     dtype = options.weights.dtype or _own_dtype(config, tensors)
-    conversions = _match(target, source, tensors, partial(target_names, config=config), dtype, quantization, mlx_name)
+    conversions = _plan_conversions(
+        target, source, tensors, partial(target_names, config=config), dtype, quantization, mlx_name
+    )
     shards = plan_shards(conversions)
     tokenizer = _copies(source, *_TOKENIZER_FILES, f"{TEMPLATES_FOLDER}/*.jinja")
     if not {"tokenizer.json", "tokenizer.model"} & tokenizer.keys():
@@ -228,10 +226,10 @@ def _plan_target(config: TargetConfig, options: Options) -> Part:
         INDEX_NAME: index_text(shards),
         "README.md": _model_card(options, source),
     }
-    return Part(shards, texts, tokenizer | _copies(source, _GENERATION_CONFIG))
+    return FolderPlan(shards, texts, tokenizer | _copies(source, _GENERATION_CONFIG))
 
 
-def _plan_drafter(config: DrafterConfig, options: WeightOptions, target: TargetConfig) -> Part:
+def _plan_drafter(config: DrafterConfig, options: WeightOptions, target: TargetConfig) -> FolderPlan:
     source = config.path.parent
     _check_unquantized(config)
     tensors = read_checkpoint(source)
@@ -241,18 +239,20 @@ def _plan_drafter(config: DrafterConfig, options: WeightOptions, target: TargetC
     if dtype is None:
         by_default = config.num_centroids > 0 and options.drafter_q_bits is None
         dtype = "bfloat16" if by_default else _own_dtype(config, tensors)
-    conversions = _match(drafter, source, tensors, partial(drafter_names, config=config), dtype, quantization, str)
+    conversions = _plan_conversions(
+        drafter, source, tensors, partial(drafter_names, config=config), dtype, quantization, str
+    )
     fields = read_json(config.path) | _weight_fields(dtype, quantization, str)
     shards = {"model.safetensors": conversions}
     arrays = {}
     if options.draft_vocab is not None:
         ids = _draft_vocab(config, options.draft_vocab, options.draft_vocab_text, target)
-        shards = {"model.safetensors": [_cut(conversion, ids) for conversion in conversions]}
+        shards = {"model.safetensors": [_prune_head(conversion, ids) for conversion in conversions]}
         arrays = {"model-draft-vocab.safetensors": {"draft_vocab_ids": mx.array(ids)}}
         fields["draft_vocab_size"] = len(ids)
     # The drafter is one file of any size, because its layout has no index.
     texts = {"config.json": json.dumps(fields, indent=4, sort_keys=True)}
-    return Part(shards, texts, _copies(source, _GENERATION_CONFIG), arrays)
+    return FolderPlan(shards, texts, _copies(source, _GENERATION_CONFIG), arrays)
 
 
 def _draft_vocab(config: DrafterConfig, size: int, text: Path | None, target: TargetConfig) -> Ids:
@@ -286,7 +286,7 @@ def _strings(entry: Any) -> Iterator[str]:
             yield from _strings(part)
 
 
-def _cut(conversion: Conversion, ids: Ids) -> Conversion:
+def _prune_head(conversion: Conversion, ids: Ids) -> Conversion:
     """Limit the conversion of the drafter's head to these rows. Return any other conversion unchanged."""
     if conversion.name != "model.embed_tokens.weight":
         return conversion
@@ -312,21 +312,21 @@ def _own_dtype(config: TargetConfig | DrafterConfig, tensors: dict[str, TensorIn
 
     Raises ConfigError if the config names another type, or if the tensors have no common type.
     """
-    if config.dtype in DTYPES:
+    if config.dtype in WEIGHT_DTYPES:
         return config.dtype
     if config.dtype is not None:
-        expected = ", ".join(DTYPES)
+        expected = ", ".join(WEIGHT_DTYPES)
         raise ConfigError(
             f"{config.path}: field dtype must be one of {expected}, found {config.dtype}; choose with --dtype"
         )
-    found = {FLOATS[tensor.dtype] for tensor in tensors.values() if tensor.dtype in FLOATS}
+    found = {dtype_name(DTYPES[tensor.dtype].mlx) for tensor in tensors.values() if tensor.dtype in FLOAT_TYPES}
     if len(found) != 1:
         names = ", ".join(sorted(found)) or "none"
         raise ConfigError(f"{config.path}: field dtype is missing, and the tensors' are {names}; choose with --dtype")
     return found.pop()
 
 
-def _match(
+def _plan_conversions(
     module: nn.Module,
     source: Path,
     tensors: dict[str, TensorInfo],
@@ -346,17 +346,17 @@ def _match(
         for part, name in enumerate(filled):
             # These parameters hold token ids, not weights. MLX uses int32 for indices.
             is_index = name.endswith(("token_ordering", "draft_vocab_ids"))
-            kind = mx.int32 if is_index else getattr(mx, dtype)
+            stored = mx.int32 if is_index else getattr(mx, dtype)
             check_shape(source, key, tensors[key].shape, shapes[name], len(filled))
             _check_type(source, key, tensors[key], is_index)
             conversions[name] = Conversion(
-                rename(name), tensors[key], shapes[name], kind, quantized.get(name), part, len(filled)
+                rename(name), tensors[key], shapes[name], stored, quantized.get(name), part, len(filled)
             )
     return [conversions[name] for name in shapes]
 
 
 def _check_type(source: Path, key: str, tensor: TensorInfo, is_index: bool) -> None:
-    dtypes = (*INTEGERS, *FLOATS) if is_index else tuple(FLOATS)
+    dtypes = (*INTEGER_TYPES, *FLOAT_TYPES) if is_index else FLOAT_TYPES
     if tensor.dtype not in dtypes:
         raise WeightsError(f"{source}: tensor {key} has type {tensor.dtype}, expected one of {', '.join(dtypes)}")
     if is_index:
@@ -402,7 +402,7 @@ def _target_fields(config: TargetConfig) -> dict[str, Any]:
 
 def _published_fields(config: TargetConfig) -> dict[str, Any]:
     text = config.text
-    sliding, full = (_attention(config, text, kind) for kind in ("sliding_attention", "full_attention"))
+    sliding, full = (_attention(config, text, layer_type) for layer_type in ("sliding_attention", "full_attention"))
     k_eq_v = full[2]
     if not k_eq_v and sliding[1] != full[1]:
         raise ConfigError(
@@ -494,14 +494,14 @@ def _check_disk(output: Path, needed: int) -> None:
         raise OutputError(f"{output}: needs {needed:,} bytes, found {free:,} free on the disk of {parent}")
 
 
-def _write(folder: Path, part: Part, block_bytes: int, advance: Callable[[int], object]) -> None:
-    for name, shard in part.shards.items():
+def _write(folder: Path, plan: FolderPlan, block_bytes: int, advance: Callable[[int], object]) -> None:
+    for name, shard in plan.shards.items():
         write_shard(folder / name, shard, block_bytes, advance)
-    for name, arrays in part.arrays.items():
+    for name, arrays in plan.arrays.items():
         mx.save_safetensors(str(folder / name), arrays, metadata={"format": "mlx"})
-    for name, text in part.texts.items():
+    for name, text in plan.texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    for name, file in part.copies.items():
+    for name, file in plan.copies.items():
         (folder / name).parent.mkdir(exist_ok=True)
         # The copy has no byte order mark, because other readers of JSON and templates do not expect it.
         (folder / name).write_bytes(file.read_bytes().removeprefix(BYTE_ORDER_MARK))

@@ -13,7 +13,7 @@ AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUP_SIZES = (32, 64, 128)
 # The default group size and bits of each mode. Modes other than affine support no other values.
 MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
-DTYPES = ("float16", "bfloat16", "float32")
+WEIGHT_DTYPES = ("float16", "bfloat16", "float32")
 # The names are mlx-lm's: first the bits of most modules, then the bits of the few modules that matter more.
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 UNQUANTIZED_BITS = 16
@@ -52,7 +52,7 @@ def check_options(options: WeightOptions) -> None:
     _check("--q-bits", options.q_bits, AFFINE_BITS if affine else (bits,), reason)
     _check("--q-group-size", options.q_group_size, AFFINE_GROUP_SIZES if affine else (group_size,), reason)
     _check("--quant-predicate", options.quant_predicate, RECIPES)
-    _check("--dtype", options.dtype, DTYPES)
+    _check("--dtype", options.dtype, WEIGHT_DTYPES)
     _check("--drafter-q-bits", options.drafter_q_bits, DRAFTER_BITS)
     if options.draft_vocab is not None and options.draft_vocab < 1:
         raise OptionError(f"--draft-vocab: expected at least 1, found {options.draft_vocab}")

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mtp.checkpoints.config import Quantization
-from mlx_mtp.checkpoints.weights import TensorInfo
+from mlx_mtp.checkpoints.tensors import DTYPES, TensorInfo, stored_name
 from mlx_mtp.errors import WeightsError
 
 # Bytes of the source in memory at a time. A cast and quantization need a few times this size.
@@ -23,31 +23,6 @@ BLOCK_BYTES = 32 << 20
 # The size is mlx-lm's. A tensor larger than this size gets its own file.
 SHARD_BYTES = 5 << 30
 
-_NAMES = {
-    mx.float32: "F32",
-    mx.float16: "F16",
-    mx.bfloat16: "BF16",
-    mx.int32: "I32",
-    mx.uint32: "U32",
-    mx.uint8: "U8",
-}
-# numpy has no bfloat16, so its bits are read as integers.
-_READ_AS: dict[str, type[np.generic]] = {
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": np.uint16,
-    "I8": np.int8,
-    "I16": np.int16,
-    "I32": np.int32,
-    "I64": np.int64,
-    "U8": np.uint8,
-    "U16": np.uint16,
-    "U32": np.uint32,
-    "U64": np.uint64,
-}
-FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# Integer types that token ids can have.
-INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
 _LARGEST_FLOAT16 = 65504
 
 
@@ -129,22 +104,20 @@ class Conversion:
         runs = np.split(np.array(rows), breaks)
         return mx.concatenate([self._read(stream, int(run[0]), len(run), columns) for run in runs])
 
-    def _read(self, stream: BinaryIO, first: int, rows: int, columns: int) -> mx.array:
-        """Read rows of the source, [rows, columns].
+    def _read(self, stream: BinaryIO, first: int, count: int, columns: int) -> mx.array:
+        """Read `count` rows of the source, [count, columns].
 
         The file is not mapped, because the pages of a mapped file count as memory of this process.
         """
-        dtype = np.dtype(_READ_AS[self.source.dtype])
-        stream.seek(self.source.start + first * columns * dtype.itemsize)
-        values = np.fromfile(stream, dtype, rows * columns)
-        if values.size != rows * columns:
+        dtype = DTYPES[self.source.dtype]
+        stream.seek(self.source.start + first * columns * dtype.mlx.size)
+        values = np.fromfile(stream, dtype.numpy, count * columns)
+        if values.size != count * columns:
             raise WeightsError(f"{self.source.file}: truncated while tensor for {self.name} was read")
-        array = mx.array(values)
-        if self.source.dtype == "BF16":
-            array = array.view(mx.bfloat16)
+        array = mx.array(values).view(dtype.mlx)
         if self.dtype == mx.float16 and self.source.dtype != "F16":
             self._check_range(array)
-        return array.reshape(rows, columns)
+        return array.reshape(count, columns)
 
     def _check_range(self, array: mx.array) -> None:
         largest = mx.abs(array).max().item()
@@ -214,7 +187,7 @@ def _layout(conversions: list[Conversion]) -> tuple[bytes, dict[str, int], int]:
     for output in outputs:
         starts[output.name] = end
         entries[output.name] = {
-            "dtype": _NAMES[output.dtype],
+            "dtype": stored_name(output.dtype),
             "shape": output.shape,
             "data_offsets": [end, end + output.nbytes],
         }

@@ -52,7 +52,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = 
     add_embedding_option(parser)
     parser.add_argument(
         "--max-context",
-        type=_context,
+        type=_context_length,
         metavar="N",
         help="Most tokens of prompt and answer together (default: the model's own).",
     )
@@ -185,7 +185,7 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _context(text: str) -> int:
+def _context_length(text: str) -> int:
     if not text.isdecimal() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"expected a number of tokens, at least 2, found {text!r}")
     return int(text)

@@ -139,14 +139,14 @@ def _reusing(
 
     The stream starts from the K/V of an earlier prompt, and puts its own K/V into the prompt cache.
     """
-    reused = model.prompt_cache.take(prompt, stream.kind)
+    reused = model.prompt_cache.take(prompt, stream.kv_layout)
     if reused is not None:
         stream.resume(reused)
         del reused
     try:
         yield from responses
     finally:
-        entry = stream.entry()
+        entry = stream.cache_entry()
         if entry is not None and not model.is_closed:
             # After a failure or Ctrl-C, the last pass may not be evaluated yet.
             mx.eval(list(entry.arrays()))

@@ -22,14 +22,16 @@ from mlx_mtp.checkpoints.config import (
 )
 from mlx_mtp.checkpoints.files import fault
 from mlx_mtp.checkpoints.hub import DRAFTER_FOLDER, Downloads, is_repo, resolve_folder
-from mlx_mtp.checkpoints.weights import count_bytes, drafter_names, fill_module, resolve_head, target_names, token_ids
+from mlx_mtp.checkpoints.layouts import drafter_names, resolve_head, target_names
+from mlx_mtp.checkpoints.weights import count_bytes, fill_module, token_ids
 from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS
 from mlx_mtp.decoding.exact import check_exact, make_exact
 from mlx_mtp.decoding.stream import Progress
 from mlx_mtp.gemma4.disk_table import MappedEmbedding
 from mlx_mtp.gemma4.drafter import Drafter
-from mlx_mtp.gemma4.target import Target, fuse_projections, lay_out_weights
+from mlx_mtp.gemma4.layers import fuse_projections, lay_out_weights
+from mlx_mtp.gemma4.target import Target
 from mlx_mtp.text.tokenizer import load_tokenizer
 from mlx_mtp.threads.job_thread import Job, Worker
 
@@ -47,8 +49,8 @@ DEMO_PAIR = Path(__file__).parent / "demo"
 
 # Publishers of conversions append these parts to a model's name: gemma-4-E2B-it-4bit, gemma-4-E2B-it-UD-MLX-4bit.
 _PRECISION = r"(?:\d+bit|bf16|fp16|fp32|mxfp4|mxfp8|nvfp4)"
-_KIND = r"(?:mlx|ud|qat|text|dwq|gs\d+|q\d\w*|unquantized)"
-_CONVERSION = re.compile(rf"(?:-(?:{_KIND}|{_PRECISION}))*(?:-{_PRECISION}(?:-\w+)?|-{_KIND})$", re.IGNORECASE)
+_LABEL = r"(?:mlx|ud|qat|text|dwq|gs\d+|q\d\w*|unquantized)"
+_CONVERSION = re.compile(rf"(?:-(?:{_LABEL}|{_PRECISION}))*(?:-{_PRECISION}(?:-\w+)?|-{_LABEL})$", re.IGNORECASE)
 # The sizes in the names of the drafters that Google publishes, by the target's hidden size.
 _OFFICIAL = {1536: "E2B", 2560: "E4B", 3840: "12B", 2816: "26B-A4B", 5376: "31B"}
 # The largest share of the ids in both tokenizers that may stand for different tokens.
@@ -96,41 +98,57 @@ def load(
     """
     started = time.perf_counter()
     config, drafter_config = _read_configs(path_or_repo, drafter, revision, on_download)
-    context = _context(config, max_context)
+    context_length = _context_length(config, max_context)
     mapped = _is_mapped(per_layer_embeddings, config, drafter_config)
     if memory_limit is not None:
         plan = _planner(config, drafter_config, GenerationOptions(), mapped)
-        check_memory(plan, context, memory_limit, str(path_or_repo))
+        check_memory(plan, context_length, memory_limit, str(path_or_repo))
     tokenizer = load_tokenizer(config.path.parent, config.eos_token_ids)
-    on_read = None if on_load is None else _count(on_load, config, drafter_config, mapped)
+    on_read = None if on_load is None else _count_read_bytes(on_load, config, drafter_config, mapped)
     target = load_target(config, mapped=mapped, on_read=on_read)
-    fuse_projections(target.layers)
-    lay_out_weights(target)
-    if exact:
-        make_exact(target)
-        check_exact(target, CompiledRounds(always=True))
-    loaded = None
+    _prepare_target(target, exact)
+    loaded_drafter = None
     if drafter_config is not None:
-        loaded = load_drafter(drafter_config, target.dtype, on_read)
-        loaded.suppress(config.suppress_tokens)
-        fuse_projections(loaded.model.layers)
-        lay_out_weights(loaded)
+        loaded_drafter = load_drafter(drafter_config, target.dtype, on_read)
+        _prepare_drafter(loaded_drafter, config)
     elif drafter is None:
-        official = published_drafter(config)
-        advice = "" if official is None else f" ({how_to_name_a_drafter(config)})"
-        logger.info("no drafter found for %s: decoding plainly%s", path_or_repo, advice)
+        _log_plain_decoding(path_or_repo, config)
     if mapped and per_layer_embeddings == "auto":
         logger.info("%s would take more than half of the memory: its per-layer embeddings stay on disk", path_or_repo)
     logger.info("loaded %s in %.1f s", config.path.parent, time.perf_counter() - started)
     return Model(
         target=target,
-        drafter=loaded,
+        drafter=loaded_drafter,
         tokenizer=tokenizer,
         config=config,
         drafter_config=drafter_config,
         exact=exact,
         context_limit=max_context,
     )
+
+
+def _prepare_target(target: Target, exact: bool) -> None:
+    """Arrange the weights of a loaded target for fast passes and, with `exact`, for passes with the bits of plain ones.
+
+    Raises OptionError if passes cannot be made exact.
+    """
+    fuse_projections(target.layers)
+    lay_out_weights(target)
+    if exact:
+        make_exact(target)
+        check_exact(target, CompiledRounds(always=True))
+
+
+def _prepare_drafter(drafter: Drafter, target: TargetConfig) -> None:
+    """Arrange the weights of a loaded drafter for fast steps. It never drafts what the target never generates."""
+    drafter.suppress(target.suppress_tokens)
+    fuse_projections(drafter.model.layers)
+    lay_out_weights(drafter)
+
+
+def _log_plain_decoding(path_or_repo: str | Path, config: TargetConfig) -> None:
+    advice = "" if published_drafter(config) is None else f" ({how_to_name_a_drafter(config)})"
+    logger.info("no drafter found for %s: decoding plainly%s", path_or_repo, advice)
 
 
 async def aload(
@@ -187,12 +205,12 @@ def plan_memory(
     Raises the errors of `load`.
     """
     config, drafter_config = _read_configs(path_or_repo, drafter, revision, on_download)
-    context = _context(config, max_context)
+    context_length = _context_length(config, max_context)
     mapped = _is_mapped(per_layer_embeddings, config, drafter_config)
     plan = _planner(config, drafter_config, options or GenerationOptions(), mapped)
     if memory_limit is not None:
-        check_memory(plan, context, memory_limit, str(path_or_repo))
-    return plan(context)
+        check_memory(plan, context_length, memory_limit, str(path_or_repo))
+    return plan(context_length)
 
 
 def _read_configs(
@@ -202,7 +220,7 @@ def _read_configs(
     downloads = None
     if on_download is not None:
         downloads = Downloads(on_download)
-        _expect(downloads, path_or_repo, drafter, revision)
+        _expect_downloads(downloads, path_or_repo, drafter, revision)
     folder = resolve_folder(path_or_repo, revision, downloads)
     config = read_target_config(folder)
     if drafter is None:
@@ -218,7 +236,9 @@ def _read_configs(
     return resolve_head(config), drafter_config
 
 
-def _expect(downloads: Downloads, path_or_repo: str | Path, drafter: str | Path | None, revision: str | None) -> None:
+def _expect_downloads(
+    downloads: Downloads, path_or_repo: str | Path, drafter: str | Path | None, revision: str | None
+) -> None:
     """Count the bytes of a target and its drafter before the first download begins."""
     files = downloads.expect(str(path_or_repo), revision) if is_repo(path_or_repo) else []
     if drafter is not None:
@@ -230,11 +250,11 @@ def _expect(downloads: Downloads, path_or_repo: str | Path, drafter: str | Path 
         any(downloads.expect(name) for name in filter(None, [*assistant_names(name), official_drafter(name)]))
 
 
-def _count(
+def _count_read_bytes(
     on_load: Progress, config: TargetConfig, drafter: DrafterConfig | None, mapped: bool
 ) -> Callable[[int], None]:
     """Return a callback for `fill_module` that adds up the bytes read of target and drafter."""
-    done, total = 0, count_bytes(config.path.parent, partial(target_names, config=config), _left(mapped))
+    done, total = 0, count_bytes(config.path.parent, partial(target_names, config=config), _unread_part(mapped))
     if drafter is not None:
         total += count_bytes(drafter.path.parent, partial(drafter_names, config=drafter))
 
@@ -246,8 +266,8 @@ def _count(
     return report
 
 
-def _left(mapped: bool) -> str | None:
-    """Return the name of the part of a target that stays in its files, or None."""
+def _unread_part(mapped: bool) -> str | None:
+    """Return the name of the part of a target that is not read but stays in its files, or None."""
     return "embed_tokens_per_layer" if mapped else None
 
 
@@ -264,7 +284,7 @@ def _planner(
     )
 
 
-def _context(config: TargetConfig, max_context: int | None) -> int:
+def _context_length(config: TargetConfig, max_context: int | None) -> int:
     most = config.text.max_position_embeddings
     if max_context is not None and not 2 <= max_context <= most:
         raise OptionError(
@@ -297,7 +317,7 @@ def load_target(config: TargetConfig, *, mapped: bool = False, on_read: Callable
     target.suppress(config.suppress_tokens)
     names = partial(target_names, config=config)
     quantization = config.quantization
-    tensors = fill_module(target, config.path.parent, names, quantization, _left(mapped), on_read)
+    tensors = fill_module(target, config.path.parent, names, quantization, _unread_part(mapped), on_read)
     if mapped:
         target.embed_tokens_per_layer = MappedEmbedding(target.embed_tokens_per_layer, tensors)
     return target

@@ -6,11 +6,13 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from mlx_mtp.checkpoints.config import DrafterConfig, LayerType, TargetConfig, TextConfig
-from mlx_mtp.checkpoints.weights import FLOAT_TYPES, drafter_names, read_checkpoint, target_names
+from mlx_mtp.checkpoints.layouts import drafter_names, target_names
+from mlx_mtp.checkpoints.tensors import FLOAT_TYPES, read_checkpoint
 from mlx_mtp.decoding.stream import chunk_size
 from mlx_mtp.gemma4.disk_table import KEPT_BYTES
 from mlx_mtp.gemma4.kv_cache import KVQuantization, check_group_size, rows_in_buffers
@@ -111,64 +113,43 @@ def planner(
 
     Raises WeightsError if a checkpoint cannot be read, and OptionError if the groups of `kv` do not fit the heads.
     """
-    shares = {"embed_tokens": 0, "embed_tokens_per_layer": 0, "": 0}
-    size = 4
-    for key, tensor in read_checkpoint(target.path.parent).items():
-        for name in target_names(key, target)[:1]:
-            module = name.split(".")[0]
-            shares[module if module in shares else ""] += tensor.nbytes
-            if name == "norm.weight":
-                size = tensor.nbytes // math.prod(tensor.shape)
+    weights = _target_weights(target)
+    size, text = weights.value, target.text
     drafter_size = 0 if drafter is None else _drafter_bytes(drafter, size)
-    text = target.text
-    largest = max(layer.num_kv_heads * layer.head_dim for layer in text.layers if layer.has_kv)
-    ring = text.sliding_window + max_block
-    # The last layer that owns K/V attends with one row only.
-    last_own = max(layer.kv_layer for layer in text.layers)
-    attends = any(layer.layer_type == "full_attention" for layer in text.layers[:last_own])
-    table = shares["embed_tokens_per_layer"]
+    table = weights.per_layer_embeddings
     if mapped:
         # Only the rows used last are kept in memory.
         table = min(table, KEPT_BYTES)
-    width = _kv_width(text, "full_attention")
     if kv is not None:
         check_group_size(text, kv)
 
-    def plan(context: int) -> MemoryPlan:
-        rows = rows_in_buffers(context)
-        chunk = min(chunk_size(text, rows, size, prefill_step), context)
-        # MLX allocates ahead. The scores and masks of a sliding layer and the activations of a layer exist at the same
-        # time as the scores and masks of a full-attention layer, or as the activations of a second layer.
-        score, layer = text.num_attention_heads * size + 1, _activations(text) * size
-        full = rows * (score if attends else 1)
-        reading = chunk * ((ring + chunk) * score + layer + max(full, layer))
-        deciding = _LOGITS * max_block * text.vocab_size * 4
+    def plan(context_length: int) -> MemoryPlan:
+        value = size if kv is None or context_length <= kv.start else _quantized_size(kv, size)
         return MemoryPlan(
-            context=context,
-            weights=shares[""],
-            token_embeddings=shares["embed_tokens"],
+            context=context_length,
+            weights=weights.layers,
+            token_embeddings=weights.token_embeddings,
             per_layer_embeddings=table,
             drafter=drafter_size,
-            kv_per_token=int(width * size if kv is None or context <= kv.start else width * _quantized_size(kv, size)),
-            rings=_kv_width(text, "sliding_attention") * ring * size,
-            # A buffer that grows needs a second copy.
-            work=max(reading, deciding, rows * largest * size),
+            kv_per_token=int(_kv_width(text, "full_attention") * value),
+            rings=_kv_width(text, "sliding_attention") * (text.sliding_window + max_block) * size,
+            work=_work(text, context_length, size, max_block, prefill_step),
         )
 
     return plan
 
 
-def check_memory(plan: Callable[[int], MemoryPlan], context: int, limit: int, source: str) -> None:
+def check_memory(plan: Callable[[int], MemoryPlan], context_length: int, limit: int, source: str) -> None:
     """Raise MemoryLimitError if the plan for a context needs more than `limit` bytes.
 
     The message says which changes would keep the limit.
     """
-    wanted = plan(context)
+    wanted = plan(context_length)
     if wanted.peak <= limit:
         return
     ways = []
     # Search the longest context that fits: the peak grows with the context.
-    fitting = bisect_right(range(2, context), limit, key=lambda tokens: plan(tokens).peak) + 1
+    fitting = bisect_right(range(2, context_length), limit, key=lambda tokens: plan(tokens).peak) + 1
     if fitting > 1:
         ways.append(f"a context of {fitting} tokens (--max-context {fitting})")
     if wanted.per_layer_embeddings > KEPT_BYTES and wanted.peak - wanted.per_layer_embeddings + KEPT_BYTES <= limit:
@@ -180,6 +161,51 @@ def check_memory(plan: Callable[[int], MemoryPlan], context: int, limit: int, so
     raise MemoryLimitError(
         f"{source}: needs {_gigabytes(wanted.peak)}, more than the limit of {_gigabytes(limit)} ({parts}); {fits}"
     )
+
+
+class _TargetWeights(NamedTuple):
+    """Bytes of the parts of a target in its files, and `value`: the bytes of one value of its activations."""
+
+    layers: int
+    token_embeddings: int
+    per_layer_embeddings: int
+    value: int
+
+
+def _target_weights(config: TargetConfig) -> _TargetWeights:
+    """Return the sizes of a target. Raises WeightsError if the checkpoint cannot be read."""
+    sizes = {"embed_tokens": 0, "embed_tokens_per_layer": 0, "": 0}
+    value = 4
+    for key, tensor in read_checkpoint(config.path.parent).items():
+        for name in target_names(key, config)[:1]:
+            module = name.split(".")[0]
+            sizes[module if module in sizes else ""] += tensor.nbytes
+            if name == "norm.weight":
+                value = tensor.nbytes // math.prod(tensor.shape)
+    return _TargetWeights(sizes[""], sizes["embed_tokens"], sizes["embed_tokens_per_layer"], value)
+
+
+def _work(text: TextConfig, context_length: int, size: int, max_block: int, prefill_step: int) -> int:
+    """Return the temporary bytes of a prompt chunk, of a round, or of a buffer that grows: the largest of them."""
+    kv_rows = rows_in_buffers(context_length)
+    chunk = min(chunk_size(text, kv_rows, size, prefill_step), context_length)
+    reading = _chunk_bytes(text, chunk, kv_rows, text.sliding_window + max_block, size)
+    deciding = _LOGITS * max_block * text.vocab_size * 4
+    largest = max(layer.num_kv_heads * layer.head_dim for layer in text.layers if layer.has_kv)
+    # A buffer that grows needs a second copy.
+    return max(reading, deciding, kv_rows * largest * size)
+
+
+def _chunk_bytes(text: TextConfig, chunk: int, kv_rows: int, ring: int, size: int) -> int:
+    """Return the temporary bytes of a prompt chunk that sees `kv_rows` rows in full attention."""
+    # The last layer that owns K/V attends with one row only.
+    last_own = max(layer.kv_layer for layer in text.layers)
+    attends = any(layer.layer_type == "full_attention" for layer in text.layers[:last_own])
+    # MLX allocates ahead. The scores and masks of a sliding layer and the activations of a layer exist at the same
+    # time as the scores and masks of a full-attention layer, or as the activations of a second layer.
+    score, layer = text.num_attention_heads * size + 1, _activations(text) * size
+    full = kv_rows * (score if attends else 1)
+    return chunk * ((ring + chunk) * score + layer + max(full, layer))
 
 
 def _kv_width(text: TextConfig, layer_type: LayerType) -> int:

@@ -24,7 +24,8 @@ from huggingface_hub.utils import tqdm
 from mlx_mtp.bench.cli import KINDS, environment, names, prompt
 from mlx_mtp.decoding.exact import MAX_ROWS, ExactRows, ExactTable
 from mlx_mtp.gemma4.kv_cache import Cache
-from mlx_mtp.gemma4.target import Experts, Router, Target
+from mlx_mtp.gemma4.layers import Experts, Router
+from mlx_mtp.gemma4.target import Target
 
 from .command_line import add_model_options, load_or_demo
 from .errors import OptionError
@@ -32,7 +33,7 @@ from .model import Model
 from .shell import Parser, exit_status, write_json, write_out
 
 # Number of tokens before the compared tokens.
-_CONTEXT = 64
+_CONTEXT_TOKENS = 64
 # Draft tokens per round in the measure of lost acceptance.
 _DRAFTED = 3
 # The inputs and results of these modules are compared.
@@ -65,7 +66,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.max_tokens < 2 * MAX_ROWS:
         raise OptionError(f"max_tokens must be at least {2 * MAX_ROWS}, found {args.max_tokens}")
     model = load_or_demo(args)
-    texts = [prompt(model, kind, _CONTEXT + args.max_tokens, 0) for kind in args.kinds]
+    texts = [prompt(model, kind, _CONTEXT_TOKENS + args.max_tokens, 0) for kind in args.kinds]
     total = len(texts) * args.max_tokens * (1 if model.drafter is None else 2)
     with tqdm(total=total, desc="Probe", unit="tok", disable=None, file=sys.stderr) as bar:
         rows = compare_rows(model.target, texts, bar.update)
@@ -93,9 +94,9 @@ def compare_rows(
     for text in texts:
         cache = _prefilled(target, text)
         waiting: list[tuple[int, int, mx.array, list[int]]] = []
-        for at in range(_CONTEXT, len(text)):
+        for at in range(_CONTEXT_TOKENS, len(text)):
             for n in found:
-                if (at - _CONTEXT) % n == 0 and at + n <= len(text) and cache.rows_for(n) == cache.rows_for(1):
+                if (at - _CONTEXT_TOKENS) % n == 0 and at + n <= len(text) and cache.rows_for(n) == cache.rows_for(1):
                     waiting.append((n, at, *_pass(target, cache, text[at : at + n])))
             hidden, tokens = _pass(target, cache, text[at : at + 1])
             cache.set_length(at + 1)
@@ -121,13 +122,13 @@ def acceptance(
     totals = {"rounds": 0, "by_verify_pass": 0, "by_single_passes": 0}
     for text in texts:
         cache = _prefilled(model.target, text)
-        hidden, tokens = _pass(model.target, cache, text[_CONTEXT : _CONTEXT + 1])
-        cache.set_length(_CONTEXT + 1)
+        hidden, tokens = _pass(model.target, cache, text[_CONTEXT_TOKENS : _CONTEXT_TOKENS + 1])
+        cache.set_length(_CONTEXT_TOKENS + 1)
         plain = tokens
         waiting: list[tuple[int, list[int], list[int]]] = []
         for _ in range(count):
             if (len(plain) - 1) % (_DRAFTED + 1) == 0 and cache.rows_for(_DRAFTED + 1) == cache.rows_for(1):
-                context = model.drafter.context(cache)
+                context = model.drafter.draft_context(cache)
                 bonus = mx.array([plain[-1:]], mx.int32)
                 draft = model.drafter.draft(model.target, bonus, hidden, context, _DRAFTED).tokens
                 drafted: list[int] = draft[0].tolist()  # type: ignore[assignment]
@@ -154,16 +155,16 @@ def first_differences(target: Target, text: list[int]) -> dict[int, str | None]:
     """
     cache = _prefilled(target, text)
     single: list[list[tuple[str, mx.array]]] = []
-    for at in range(_CONTEXT, _CONTEXT + MAX_ROWS):
+    for at in range(_CONTEXT_TOKENS, _CONTEXT_TOKENS + MAX_ROWS):
         with _recorded(target) as seen:
             _pass(target, cache, text[at : at + 1])
         single.append(seen)
         cache.set_length(at + 1)
     found: dict[int, str | None] = {}
     for n in range(2, MAX_ROWS + 1):
-        cache.set_length(_CONTEXT)
+        cache.set_length(_CONTEXT_TOKENS)
         with _recorded(target) as several:
-            _pass(target, cache, text[_CONTEXT : _CONTEXT + n])
+            _pass(target, cache, text[_CONTEXT_TOKENS : _CONTEXT_TOKENS + n])
         found[n] = None
         for index, (place, rows) in enumerate(several):
             alone = [seen[index][1] for seen in single[:n]]
@@ -205,8 +206,8 @@ def _recorded(target: Target) -> Iterator[list[tuple[str, mx.array]]]:
 
 def _prefilled(target: Target, text: list[int]) -> Cache:
     cache = Cache(target.config, target.dtype, max_block=MAX_ROWS)
-    _pass(target, cache, text[:_CONTEXT])
-    cache.set_length(_CONTEXT)
+    _pass(target, cache, text[:_CONTEXT_TOKENS])
+    cache.set_length(_CONTEXT_TOKENS)
     return cache
 
 
@@ -219,9 +220,11 @@ def _pass(target: Target, cache: Cache, tokens: list[int]) -> tuple[mx.array, li
     return hidden, chosen.tolist()  # type: ignore[return-value]
 
 
-def _common(left: list[int], right: list[int]) -> int:
+def _common(first: list[int], second: list[int]) -> int:
     """Return the length of the common beginning."""
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
 
 
 def _table(report: dict[str, Any]) -> str:

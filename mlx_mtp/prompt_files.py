@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS
-from mlx_mtp.decoding.prompt_cache import Entry
+from mlx_mtp.decoding.prompt_cache import CacheEntry
 from mlx_mtp.decoding.stream import Progress, Stream
 from mlx_mtp.gemma4.kv_cache import KVQuantization
 from mlx_mtp.gemma4.target import Target
@@ -14,25 +14,25 @@ from .errors import PromptCacheError
 
 def read_ahead(
     target: Target, tokens: list[int], step_size: int, kv: KVQuantization | None, on_progress: Progress
-) -> Entry:
+) -> CacheEntry:
     """Read a prompt in chunks of `step_size` tokens, and return its K/V. If `on_progress` raises, reading ends."""
     stream = Stream(target, None, max_draft_tokens=MAX_DRAFT_TOKENS, kv_quantization=kv)
     stream.read(tokens, step_size, on_progress)
-    entry = stream.entry()
+    entry = stream.cache_entry()
     assert entry is not None
     return entry
 
 
-def load_entry(file: Path, identity: str, expected: KVQuantization | None) -> Entry:
+def load_entry(file: Path, identity: str, expected: KVQuantization | None) -> CacheEntry:
     """Load the K/V of a prompt from a file, for the model with this identity.
 
     Raises PromptCacheError if the file is damaged, belongs to another model or another format version, or has another
     K/V quantization than `expected`.
     """
     entry = prompt_cache.load(file, identity)
-    if entry.kind.quantization != expected:
+    if entry.kv_layout.quantization != expected:
         raise PromptCacheError(
-            f"{file}: its K/V quantization is {entry.kind.quantization}, but {expected} is asked for: "
+            f"{file}: its K/V quantization is {entry.kv_layout.quantization}, but {expected} is asked for: "
             "kv_bits, kv_group_size and quantized_kv_start must be those it was made with"
         )
     return entry

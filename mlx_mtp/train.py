@@ -23,13 +23,13 @@ from mlx.utils import tree_unflatten
 
 from mlx_mtp.checkpoints.config import DrafterConfig, read_drafter_config, read_json, read_target_config
 from mlx_mtp.checkpoints.hub import DRAFTER_FOLDER, resolve_folder
-from mlx_mtp.checkpoints.output_files import check_output, new_folder
+from mlx_mtp.checkpoints.output_files import check_output, new_folder, replace_tensors
 from mlx_mtp.checkpoints.weights import lazy_parameters
 from mlx_mtp.gemma4.draft_vocab import check_draft_vocab, choose_ids, prune
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.training.centroids import build_centroids, start_from_target
-from mlx_mtp.training.dataset import answer_prompts, check_data, read_data
-from mlx_mtp.training.trainer import OPTIMIZERS, Measure, Trainer, TrainingOptions, save_arrays
+from mlx_mtp.training.dataset import Data, answer_prompts, check_data, read_data
+from mlx_mtp.training.trainer import OPTIMIZERS, Measure, Trainer, TrainingOptions
 
 from .command_line import add_embedding_option, load_model
 from .errors import MTPError, OptionError, OutputError
@@ -150,24 +150,7 @@ def _run(args: argparse.Namespace) -> int:
     model = load_model(args.model, "none" if args.drafter_config else source, args)
     mx.random.seed(options.seed)
     drafter = _initial(args, model, config)
-
-    def answer(prompts: Sequence[list[int]]) -> list[list[int]]:
-        chosen = GenerationOptions(
-            max_tokens=args.max_answer_tokens, sampling=model.default_sampling, reuse_prompt=False
-        )
-        with tqdm(total=len(prompts), desc="Answers", unit="prompt", disable=None, file=sys.stderr) as bar:
-            return answer_prompts(
-                model, prompts, workspace / "answers.jsonl", chosen, lambda done, _: bar.update(done - bar.n)
-            )
-
-    workspace.mkdir(parents=True, exist_ok=True)
-    try:
-        data = read_data(args.data, model, args.max_seq_length, answer)
-    except MTPError:
-        # rmdir removes only an empty folder. A folder with answers stays, so that the training can be resumed.
-        with suppress(OSError):
-            workspace.rmdir()
-        raise
+    data = _read_data(args, model, workspace)
     if args.draft_vocab is not None:
         texts = (text.tokens for text in data.train)
         prune(drafter, choose_ids(texts, model.tokenizer.eos_token_ids, config.text.vocab_size, args.draft_vocab))
@@ -176,17 +159,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.resume and (workspace / "state.json").exists():
         trainer.resume()
     print(f"{len(data.train)} texts to train on, {len(data.valid)} held out", file=sys.stderr)
-    with tqdm(total=options.iters, initial=trainer.update, desc="Train", unit="update", disable=None) as bar:
-
-        def report(update: int, loss: float, measured: Measure | None) -> None:
-            bar.update(update - bar.n)
-            held_out = measured or trainer.best
-            assert held_out is not None
-            bar.set_postfix(loss=f"{loss:.4f}", acceptance=f"{held_out.sampled_length:.2f}", refresh=False)
-            if measured is not None:
-                tqdm.write(f"update {update}: {measured}", file=sys.stderr)
-
-        best = trainer.run(report)
+    best = _train(trainer)
     _write(output, source, drafter, config, model)
     shutil.rmtree(workspace)
     first = trainer.initial
@@ -207,6 +180,28 @@ def _check(args: argparse.Namespace) -> None:
         if vars(args)[name] < least:
             raise OptionError(f"{name} must be at least {least}, found {vars(args)[name]}")
     check_data(args.data)
+
+
+def _read_data(args: argparse.Namespace, model: Model, workspace: Path) -> Data:
+    """Read the texts. The target answers prompts without an answer, and the answers are kept in the workspace."""
+
+    def answer(prompts: Sequence[list[int]]) -> list[list[int]]:
+        options = GenerationOptions(
+            max_tokens=args.max_answer_tokens, sampling=model.default_sampling, reuse_prompt=False
+        )
+        with tqdm(total=len(prompts), desc="Answers", unit="prompt", disable=None, file=sys.stderr) as bar:
+            return answer_prompts(
+                model, prompts, workspace / "answers.jsonl", options, lambda done, _: bar.update(done - bar.n)
+            )
+
+    workspace.mkdir(parents=True, exist_ok=True)
+    try:
+        return read_data(args.data, model, args.max_seq_length, answer)
+    except MTPError:
+        # rmdir removes only an empty folder. A folder with answers stays, so that the training can be resumed.
+        with suppress(OSError):
+            workspace.rmdir()
+        raise
 
 
 def _workspace(output: Path, resume: bool) -> Path:
@@ -284,6 +279,21 @@ def _add_lora(drafter: Drafter, rank: int) -> None:
     drafter.update_modules(tree_unflatten(list(linears.items())))
 
 
+def _train(trainer: Trainer) -> Measure:
+    """Train to the end and show the progress. Return the best measurement."""
+    with tqdm(total=trainer.options.iters, initial=trainer.update, desc="Train", unit="update", disable=None) as bar:
+
+        def report(update: int, loss: float, measured: Measure | None) -> None:
+            bar.update(update - bar.n)
+            held_out = measured or trainer.best
+            assert held_out is not None
+            bar.set_postfix(loss=f"{loss:.4f}", acceptance=f"{held_out.sampled_length:.2f}", refresh=False)
+            if measured is not None:
+                tqdm.write(f"update {update}: {measured}", file=sys.stderr)
+
+        return trainer.run(report)
+
+
 def _write(output: Path, source: Path, drafter: Drafter, config: DrafterConfig, model: Model) -> None:
     """Write the drafter's folder in the layout and type of its source.
 
@@ -302,7 +312,7 @@ def _write(output: Path, source: Path, drafter: Drafter, config: DrafterConfig, 
     if drafter.config.draft_vocab_size:
         fields["draft_vocab_size"] = drafter.config.draft_vocab_size
     with new_folder(output) as new:
-        save_arrays(new / "model.safetensors", arrays)
+        replace_tensors(new / "model.safetensors", arrays, {"format": "mlx"})
         (new / config.path.name).write_text(json.dumps(fields, indent=2))
         for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             if (source / name).is_file():

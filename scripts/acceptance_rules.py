@@ -40,9 +40,9 @@ class TokenByToken(TokenRules):
         uniform_key, next_key = mx.random.split(round_keys(state.draw_key, state.kv.offset + ahead)[1])
         passes = mx.random.uniform(shape=(k,), key=uniform_key) < p_of / q_of
         accepted = mx.cumprod(passes.astype(mx.int32)).sum()
-        left = mx.maximum(p[accepted] - q[mx.minimum(accepted, k - 1)], 0)
-        left = mx.where((accepted < k) & (left.sum() > 0), left, p[accepted])
-        following = mx.random.categorical(mx.log(left), key=next_key).astype(mx.int32)
+        residual = mx.maximum(p[accepted] - q[mx.minimum(accepted, k - 1)], 0)
+        residual = mx.where((accepted < k) & (residual.sum() > 0), residual, p[accepted])
+        following = mx.random.categorical(mx.log(residual), key=next_key).astype(mx.int32)
         tokens = mx.concatenate([draft.tokens[0], mx.zeros(1, mx.int32)])
         return Acceptance(accepted, mx.where(mx.arange(k + 1) == accepted, following, tokens))
 

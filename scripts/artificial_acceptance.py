@@ -39,8 +39,8 @@ class ArtificialDrafter(Drafter):
         wrong = [(token + 1) % drafter.config.text.vocab_size for token in text]
         self._tokens = mx.array(np.where(chosen, text, wrong), mx.int32)
 
-    def context(self, cache: Cache) -> DraftContext:
-        return self.real.context(cache)
+    def draft_context(self, cache: Cache) -> DraftContext:
+        return self.real.draft_context(cache)
 
     def draft(
         self,

@@ -27,12 +27,14 @@ import numpy as np
 from published import published_drafter, published_target
 
 from mlx_mtp.checkpoints.config import read_drafter_config, read_target_config
-from mlx_mtp.checkpoints.weights import MLX_PREFIX, lazy_parameters
+from mlx_mtp.checkpoints.layouts import MLX_PREFIX
+from mlx_mtp.checkpoints.weights import lazy_parameters
 from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4.disk_table import EmbeddingStats
 from mlx_mtp.gemma4.drafter import Drafter
-from mlx_mtp.gemma4.target import Target, fuse_projections
+from mlx_mtp.gemma4.layers import fuse_projections
+from mlx_mtp.gemma4.target import Target
 from mlx_mtp.loading import load_drafter, load_target
 
 HOW = ("resident", "mapped")

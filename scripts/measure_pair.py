@@ -18,7 +18,7 @@ import numpy as np
 from acceptance_rules import error
 
 import mlx_mtp
-from mlx_mtp.training.losses import study, unroll
+from mlx_mtp.training.losses import compute_target_states, unroll
 
 STEPS = 4
 # Tokens at the beginning of each file for the measures on the file's own text.
@@ -80,7 +80,7 @@ def teacher_forced(model: mlx_mtp.Model, texts: list[list[int]]) -> tuple[list[f
     sums, positions = np.zeros((2, STEPS)), 0
     for tokens in texts:
         rows = len(tokens) - STEPS
-        losses = unroll(model.target, model.drafter, study(model.target, tokens), 1, rows, STEPS)
+        losses = unroll(model.target, model.drafter, compute_target_states(model.target, tokens), 1, rows, STEPS)
         sums += np.array([[mx.sum(step.agrees).item(), mx.sum(step.accepted).item()] for step in losses]).T
         positions += rows
     return (sums[0] / positions).tolist(), (sums[1] / positions).tolist()

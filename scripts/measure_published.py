@@ -53,7 +53,7 @@ def main() -> None:
         module.set_dtype(getattr(mx, args.dtype))
         randomize(module, args.bits)
     # With few tokens, there is no product over many rows. MLX's CUDA backend compiles each for a minute.
-    calibration._CONTEXT = PROMPT_TOKENS
+    calibration.CONTEXT_TOKENS = PROMPT_TOKENS
     if args.quick:
         calibration._WARM_UP, calibration._REPETITIONS = 2, (1, 1)
     for k in (0, 3):

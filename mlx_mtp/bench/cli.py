@@ -40,7 +40,7 @@ KINDS = ("code", "prose", "chat", "copy", "list")
 AUTO = "auto"
 # The source of these modules is the text of the kind "code". Each machine has them: they are in the standard library.
 _MODULES = ("argparse", "queue", "posixpath", "textwrap", "statistics", "inspect", "typing", "tarfile", "turtle")
-_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+_DTYPES = ("float32", "bfloat16", "float16")
 # Memory bandwidth of Apple's chips in GB/s, from Apple's specifications. If a chip has variants, this is the largest
 # value.
 _BANDWIDTH = {
@@ -190,7 +190,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.dtype is not None:
         for module in (model.target, model.drafter):
             if module is not None:
-                module.set_dtype(_DTYPES[args.dtype])
+                module.set_dtype(getattr(mx, args.dtype))
     lengths = args.num_draft_tokens if model.drafter is not None else (0,)
     samplings = {t: replace(model.default_sampling, temperature=t, seed=args.seed) for t in args.temps}
     prompts = {(kind, n): prompt(model, kind, n, args.max_tokens) for kind in args.kinds for n in args.contexts}

@@ -23,7 +23,7 @@ _VIEWS = {
     "Squeeze", "StopGradient", "Transpose", "Unflatten", "View",
 }  # fmt: skip
 # The number of tokens before the round.
-_CONTEXT = 100
+_CONTEXT_TOKENS = 100
 
 
 def round_outputs(
@@ -37,7 +37,7 @@ def round_outputs(
 ) -> list[mx.array]:
     """Return all output arrays of a round of k draft tokens, not evaluated."""
     stream = Stream(target, drafter, max_draft_tokens=k, sampling=sampling, kv_quantization=kv_quantization)
-    stream.cache.set_length(_CONTEXT)
+    stream.cache.set_length(_CONTEXT_TOKENS)
     stream.cache.reserve(k + 1)
     # New arrays replace the state, so that the graph begins here.
     state = tree_map(_zeros_like, stream.state)
@@ -49,7 +49,7 @@ def round_outputs(
     if target.mapped is None:
         return _arrays(steps.whole(state))
     # The values of the rows have no effect on the graph. So the draft does not have to be evaluated.
-    return _arrays(steps.verify(state, steps.draft(state), None, target.read_rows([0] * (k + 1))))
+    return _arrays(steps.verify(state, steps.draft(state), None, target.read_per_layer_rows([0] * (k + 1))))
 
 
 def _zeros_like(leaf: Any) -> Any:

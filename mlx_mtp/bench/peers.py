@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_mtp.checkpoints.tensors import dtype_name
 from mlx_mtp.decoding.sampling import Sampling
 
 # A function that decodes a number of tokens after a prompt: (prompt, sampling, count). It returns tokens per second.
@@ -84,8 +85,8 @@ def _transformers(target: Path, drafter: Path | None, dtype: mx.Dtype) -> Settin
     import transformers
 
     def load(folder: Path) -> Any:
-        name = {mx.float32: "float32", mx.bfloat16: "bfloat16", mx.float16: "float16"}[dtype]
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, name))
+        torch_dtype = getattr(torch, dtype_name(dtype))
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype)
         return model.eval()
 
     model = load(target)

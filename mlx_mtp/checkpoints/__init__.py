@@ -1,1 +1,1 @@
-"""Checkpoint folders: configs, tensors on disk, the hub, and files that appear only when complete. No networks."""
+"""Checkpoint folders: configs, tensors and their names, the hub, files that appear only when complete. No networks."""

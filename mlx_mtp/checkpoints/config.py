@@ -93,7 +93,7 @@ class TextConfig:
     """A text decoder: the target's, or the drafter's (whose layers own no K/V).
 
     `own_head` is true if the output head is not the embedding. The weights decide this, not config.json: see
-    `weights.resolve_head`.
+    `layouts.resolve_head`.
     """
 
     hidden_size: int

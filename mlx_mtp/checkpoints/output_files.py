@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import mlx.core as mx
+
 from mlx_mtp.errors import OutputError
 
 logger = logging.getLogger(__name__)
@@ -130,21 +132,32 @@ def _lock(workspace: Path) -> int | None:
 def check_file(file: Path) -> None:
     """Raise OutputError if no file can be written under this name."""
     _check_name(file)
-    target = _named(file)
+    target = _behind_link(file)
     if not os.path.isdir(target.parent):
         raise OutputError(f"{file}: cannot be written: {target.parent} is not a folder")
-    part = _part(target, ".safetensors")
+    temporary = _temporary_file(target, ".safetensors")
     try:
-        part.touch()
-        part.unlink()
+        temporary.touch()
+        temporary.unlink()
     except OSError as error:
         raise OutputError(f"{file}: cannot be written: {error.strerror}") from None
 
 
 def replace_text(file: Path, text: str) -> None:
     """Write a text file that appears only when it is complete. Raises OutputError if it cannot be written."""
-    with new_file(file) as part:
-        part.write_text(text)
+    with new_file(file) as temporary:
+        temporary.write_text(text)
+
+
+def replace_tensors(file: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
+    """Write a safetensors file that appears only when it is complete. Raises OutputError if it cannot be written."""
+    # MLX appends the ending to a name that lacks it.
+    with new_file(file, ".safetensors") as temporary:
+        try:
+            mx.save_safetensors(str(temporary), arrays, metadata)
+        except RuntimeError as error:
+            # MLX raises RuntimeError if a file cannot be opened or written.
+            raise OSError(str(error)) from None
 
 
 @contextmanager
@@ -156,31 +169,31 @@ def new_file(file: Path, ending: str = "") -> Iterator[Path]:
 
     Raises OutputError if writing fails, or if `file` is a device, a pipe or a folder, which no file may replace.
     """
-    target = _named(file)
-    part = _part(target, ending)
+    target = _behind_link(file)
+    temporary = _temporary_file(target, ending)
     try:
-        yield part
-        os.replace(part, target)
+        yield temporary
+        os.replace(temporary, target)
     except OSError as error:
         raise OutputError(f"{file}: cannot be written: {error}") from None
     finally:
         with suppress(OSError):
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
-def _named(file: Path) -> Path:
+def _behind_link(file: Path) -> Path:
     """Return the file that a link names, or the path itself. Raises OutputError if it exists but is no regular file."""
     target = Path(os.path.realpath(file)) if os.path.islink(file) else file
     if os.path.lexists(target) and not os.path.isfile(target):
-        raise OutputError(f"{file}: cannot be written: expected a file or a free name, found {_kind(target)}")
+        raise OutputError(f"{file}: cannot be written: expected a file or a free name, found {_describe(target)}")
     return target
 
 
-def _kind(path: Path) -> str:
+def _describe(path: Path) -> str:
     if path.is_symlink():
         return "a link that leads nowhere"
     return "a folder" if path.is_dir() else "a device, pipe or socket"
 
 
-def _part(file: Path, ending: str) -> Path:
+def _temporary_file(file: Path, ending: str) -> Path:
     return file.with_name(f".{file.name}.part{ending}")

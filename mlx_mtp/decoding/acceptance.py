@@ -81,8 +81,8 @@ def _next_token(
     k = draft.tokens.shape[1]
     row = mx.minimum(accepted, k - 1)
     spent = q[row] if draft.ids is None else mx.zeros(p.shape[-1]).at[draft.ids[row]].add(q[row])
-    left = mx.maximum(weights[row] * p[row] - spent, 0)
+    residual = mx.maximum(weights[row] * p[row] - spent, 0)
     # The difference is zero everywhere only if a rejection was impossible and rounding caused one. The token is then
     # drawn from p.
-    left = mx.where((accepted < k) & (left.sum() > 0), left, p[accepted])
-    return mx.random.categorical(mx.log(left), key=key).astype(mx.int32)
+    residual = mx.where((accepted < k) & (residual.sum() > 0), residual, p[accepted])
+    return mx.random.categorical(mx.log(residual), key=key).astype(mx.int32)

@@ -35,7 +35,7 @@ from .stream import Progress, Stream
 logger = logging.getLogger(__name__)
 
 # This is the number of tokens before the measured rounds. A longer context adds the same cost to all rounds.
-_CONTEXT = 64
+CONTEXT_TOKENS = 64
 # A round runs once uncompiled, once to be compiled, and once more, before it is timed.
 _WARM_UP = 3
 # These draft lengths are measured with a drafter. The other lengths follow from the verify passes alone.
@@ -252,7 +252,7 @@ def measure_rounds(
             rounds=CompiledRounds(),
             kv_quantization=kv_quantization,
         )
-        stream.prefill([(7 * i + 5) % target.config.vocab_size for i in range(_CONTEXT)], _CONTEXT)
+        stream.prefill([(7 * i + 5) % target.config.vocab_size for i in range(CONTEXT_TOKENS)], CONTEXT_TOKENS)
         for k in lengths:
             runs[name, k] = partial(_round, stream, k)
     seconds = _time_in_turn(runs, on_progress)
@@ -265,7 +265,7 @@ def measure_rounds(
 
 def _round(stream: Stream, k: int) -> None:
     """Run a round that begins with the token of the round before it, always at the same position."""
-    stream.cache.set_length(_CONTEXT)
+    stream.cache.set_length(CONTEXT_TOKENS)
     stream.round(k)
 
 

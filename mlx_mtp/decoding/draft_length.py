@@ -103,9 +103,9 @@ class DraftLength:
             shares.append((hits + weight * expected) / (trials + weight))
         return shares
 
-    def _forget(self, left: float) -> None:
-        self._trials = [trials * left for trials in self._trials]
-        self._hits = [hits * left for hits in self._hits]
+    def _forget(self, kept_share: float) -> None:
+        self._trials = [trials * kept_share for trials in self._trials]
+        self._hits = [hits * kept_share for hits in self._hits]
 
     def _best(self) -> int:
         """Return the best k by the current estimates.

@@ -11,7 +11,8 @@ import mlx.nn as nn
 from mlx_mtp.errors import OptionError
 from mlx_mtp.gemma4.drafter import Draft, Drafter, GivenDrafter
 from mlx_mtp.gemma4.kv_cache import Cache, KVQuantization
-from mlx_mtp.gemma4.target import Experts, Router, Target
+from mlx_mtp.gemma4.layers import Experts, Router
+from mlx_mtp.gemma4.target import Target
 
 from .compiled import CompiledRounds
 from .draft_length import MAX_DRAFT_TOKENS
@@ -20,10 +21,10 @@ from .stream import Stream
 # This is the largest number of rows in a verify pass.
 MAX_ROWS = MAX_DRAFT_TOKENS + 1
 TOGETHER, BATCHED, APART = "together", "batched", "apart"
-# `_TRIALS` is the number of passes in which the ways are tried. `_CONTEXT` is the number of tokens before the rounds
-# that are compared last.
+# `_TRIALS` is the number of passes in which the ways are tried. `_CONTEXT_TOKENS` is the number of tokens before the
+# rounds that are compared last.
 _TRIALS = 3
-_CONTEXT = 40
+_CONTEXT_TOKENS = 40
 
 
 class ExactRows(nn.Module):
@@ -107,16 +108,16 @@ def make_exact(target: Target) -> None:
         _try_ways(ways, head, target(mx.array([tokens], mx.int32), cache).hidden)
     for parent, name in places:
         module = parent[name].inner
-        way = ways[_kind(module)][0]
+        way = ways[_kernel_key(module)][0]
         parent[name] = module if way == TOGETHER else ExactRows(module, way)
-    way = ways[_kind(head)][0]
+    way = ways[_kernel_key(head)][0]
     if way != TOGETHER:
         exact = {"lm_head": ExactRows(head, way)} if target.config.own_head else {"embed_tokens": ExactTable(head, way)}
         target.update_modules(exact)
 
 
-def _kind(module: nn.Module) -> str:
-    """Return the kind of a module. The same kernels compute all modules of one kind."""
+def _kernel_key(module: nn.Module) -> str:
+    """Return the type and the shapes of a module. The same kernels compute all modules with the same key."""
     shapes = {name: value.shape for name, value in module.items() if isinstance(value, mx.array)}
     return f"{type(module).__name__} {shapes}"
 
@@ -129,17 +130,17 @@ def _try_ways(
     `ways` keeps only the ways that give this kind of module the same bits for any number of rows.
     """
     is_quantized = isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
-    left = ways.setdefault(_kind(module), [TOGETHER, BATCHED, APART] if is_quantized else [TOGETHER, APART])
+    remaining = ways.setdefault(_kernel_key(module), [TOGETHER, BATCHED, APART] if is_quantized else [TOGETHER, APART])
     expected = _compute(APART, module, x, *others)
     for rows in range(2, x.shape[1] + 1):
         few = [array[:, :rows] for array in (x, *others)]
-        left[:] = [way for way in left if way == APART or _same(_compute(way, module, *few), expected, rows)]
+        remaining[:] = [way for way in remaining if way == APART or _same(_compute(way, module, *few), expected, rows)]
     return expected
 
 
 def _same(found: mx.array | tuple[mx.array, ...], expected: mx.array | tuple[mx.array, ...], rows: int) -> bool:
     parts = zip(_parts(found), _parts(expected), strict=True)
-    return all(mx.array_equal(left, right[:, :rows]).item() for left, right in parts)
+    return all(mx.array_equal(one, other[:, :rows]).item() for one, other in parts)
 
 
 def _compute(way: str, module: nn.Module, x: mx.array, *others: mx.array) -> mx.array | tuple[mx.array, ...]:
@@ -203,5 +204,5 @@ def _stream(
     target: Target, drafter: Drafter | None, rounds: CompiledRounds, kv_quantization: KVQuantization | None
 ) -> Stream:
     stream = Stream(target, drafter, max_draft_tokens=MAX_DRAFT_TOKENS, rounds=rounds, kv_quantization=kv_quantization)
-    stream.prefill([(7 * i + 5) % target.config.vocab_size for i in range(_CONTEXT)], _CONTEXT)
+    stream.prefill([(7 * i + 5) % target.config.vocab_size for i in range(_CONTEXT_TOKENS)], _CONTEXT_TOKENS)
     return stream

@@ -60,7 +60,7 @@ class Host:
         self.reads += masks.host_reads
         return draft, masks.stack()
 
-    def rows(self, target: Target, last: int, draft: Draft) -> PerLayerRows | None:
+    def per_layer_rows(self, target: Target, last: int, draft: Draft) -> PerLayerRows | None:
         """Read the rows of mapped per-layer embeddings for a verify pass over the last token and the draft.
 
         Returns None if the embeddings are not mapped. The draft tokens determine the rows, so the host waits for them.
@@ -72,7 +72,7 @@ class Host:
             # Evaluate the whole draft. A part that is not evaluated holds the K/V buffers, and MLX then copies them.
             mx.eval(*(part for part in draft if part is not None))
             drafted = self.wait_for(draft.tokens[0])
-        return target.read_rows([last, *drafted])
+        return target.read_per_layer_rows([last, *drafted])
 
     def logprobs(self, logprobs: mx.array, n: int | None, count: int) -> list[Logprobs] | None:
         """Read the first `count` rows of `token_logprobs`, with n most likely tokens each.

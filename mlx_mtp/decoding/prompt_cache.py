@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.checkpoints.output_files import new_file
-from mlx_mtp.checkpoints.weights import read_header
+from mlx_mtp.checkpoints.output_files import replace_tensors
+from mlx_mtp.checkpoints.tensors import read_header
 from mlx_mtp.errors import PromptCacheError, WeightsError
-from mlx_mtp.gemma4.kv_cache import Buffers, KVQuantization, Quantized, Rows, parts_of
+from mlx_mtp.gemma4.kv_cache import Buffers, KVQuantization, KVRows, Quantized, parts_of
 
 # This number changes when the content of a file changes.
 FORMAT = 1
@@ -34,7 +34,7 @@ class Snapshot(NamedTuple):
     rings: Buffers
 
 
-class Kind(NamedTuple):
+class KVLayout(NamedTuple):
     """The properties that two streams must have in common to exchange K/V.
 
     `max_block` is the value of `Cache`. The rings depend on it.
@@ -45,13 +45,13 @@ class Kind(NamedTuple):
 
 
 @dataclass
-class Entry:
+class CacheEntry:
     """A text in the prompt cache: its tokens, its full-attention rows, and snapshots by position.
 
     The last snapshot is at the end of the text, or is the last snapshot before the end.
     """
 
-    kind: Kind
+    kv_layout: KVLayout
     tokens: list[int]
     full: Buffers
     snapshots: list[Snapshot]
@@ -84,10 +84,10 @@ class Entry:
         del self.snapshots[stretches.index(min(stretches))]
 
 
-class Reused(NamedTuple):
+class ReusedPrefix(NamedTuple):
     """The first `length` tokens of a prompt, found in an earlier text."""
 
-    entry: Entry
+    entry: CacheEntry
     snapshot: Snapshot
     length: int
 
@@ -100,7 +100,7 @@ class PromptCache:
     """
 
     limit: int
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[CacheEntry] = field(default_factory=list)
     reused: int = 0
     read: int = 0
 
@@ -109,14 +109,19 @@ class PromptCache:
         """Size of all entries in bytes."""
         return sum(entry.nbytes for entry in self.entries)
 
-    def take(self, prompt: list[int], kind: Kind) -> Reused | None:
+    def take(self, prompt: list[int], kv_layout: KVLayout) -> ReusedPrefix | None:
         """Return the longest reusable beginning of a prompt, or None if there is none.
 
         The beginning never includes the last token of the prompt. The entry leaves the cache and is written in place if
         the prompt continues its whole text, or if two copies would not fit. Otherwise the entry stays in the cache, and
         a write makes a copy.
         """
-        found = [reused for entry in self.entries if entry.kind == kind for reused in _reusable(entry, prompt)]
+        found = [
+            reused
+            for entry in self.entries
+            if entry.kv_layout == kv_layout
+            for reused in _reusable_prefixes(entry, prompt)
+        ]
         best = max(found, key=lambda reused: reused.length, default=None)
         self.reused += best.length if best else 0
         self.read += len(prompt) - (best.length if best else 0)
@@ -128,7 +133,7 @@ class PromptCache:
             self.entries.append(entry)
         return best
 
-    def put(self, entry: Entry) -> None:
+    def put(self, entry: CacheEntry) -> None:
         """Add a text as the entry used last.
 
         Snapshots and older entries are dropped until all entries fit.
@@ -144,19 +149,19 @@ class PromptCache:
         self.entries.clear()
 
 
-def _reusable(entry: Entry, prompt: list[int]) -> Iterator[Reused]:
+def _reusable_prefixes(entry: CacheEntry, prompt: list[int]) -> Iterator[ReusedPrefix]:
     pairs = zip(entry.tokens, prompt[:-1], strict=False)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     # Positions before the start of quantization must see rows that are not quantized.
-    least = entry.kind.quantization.start if entry.kind.quantization and entry.is_quantized else 1
+    least = entry.kv_layout.quantization.start if entry.kv_layout.quantization and entry.is_quantized else 1
     for snapshot in entry.snapshots:
         # A ring has spare slots for rejected draft tokens, so it can go back by less than `max_block` positions.
         length = min(shared, snapshot.position)
-        if snapshot.position - shared < entry.kind.max_block and length >= max(1, least):
-            yield Reused(entry, snapshot, length)
+        if snapshot.position - shared < entry.kv_layout.max_block and length >= max(1, least):
+            yield ReusedPrefix(entry, snapshot, length)
 
 
-def save(entry: Entry, file: Path, identity: str) -> None:
+def save(entry: CacheEntry, file: Path, identity: str) -> None:
     """Write a text's K/V to a safetensors file with exactly this name.
 
     The file appears only when it is complete. `identity` identifies the model.
@@ -167,20 +172,14 @@ def save(entry: Entry, file: Path, identity: str) -> None:
     # A stream cannot resume beyond the last snapshot.
     tokens = entry.tokens[: last.position]
     arrays = {"tokens": mx.array(tokens, mx.int32)}
-    for kind, buffers in (("full", entry.full), ("rings", last.rings)):
-        count = len(tokens) if kind == "full" else None
+    for group, buffers in (("full", entry.full), ("rings", last.rings)):
+        count = len(tokens) if group == "full" else None
         for layer, pair in buffers.items():
             for name, rows in zip(("keys", "values"), pair, strict=True):
                 for index, part in enumerate(parts_of(rows)):
-                    arrays[f"{kind}.{layer}.{name}.{index}"] = mx.contiguous(part[:, :, :count])
-    header = {"format": FORMAT, "model": identity, "kind": entry.kind, "checksum": _checksum(arrays)}
-    # MLX appends the ending to a name that lacks it.
-    with new_file(file, ".safetensors") as part_file:
-        try:
-            mx.save_safetensors(str(part_file), arrays, {"mlx_mtp": json.dumps(header)})
-        except RuntimeError as error:
-            # MLX raises RuntimeError if a file cannot be opened or written.
-            raise OSError(str(error)) from None
+                    arrays[f"{group}.{layer}.{name}.{index}"] = mx.contiguous(part[:, :, :count])
+    header = {"format": FORMAT, "model": identity, "kind": entry.kv_layout, "checksum": _checksum(arrays)}
+    replace_tensors(file, arrays, {"mlx_mtp": json.dumps(header)})
 
 
 def check(file: Path) -> None:
@@ -193,7 +192,7 @@ def check(file: Path) -> None:
     _read_header(file)
 
 
-def load(file: Path, identity: str) -> Entry:
+def load(file: Path, identity: str) -> CacheEntry:
     """Read the text that `save` wrote for the model with this identity.
 
     Raises PromptCacheError if the file is absent or damaged, or if it belongs to another model or another version.
@@ -210,24 +209,24 @@ def load(file: Path, identity: str) -> Entry:
         if header.get("checksum") != _checksum(arrays):
             raise PromptCacheError(f"{file}: a damaged prompt cache: its checksum is not that of its data")
         max_block, quantization = header["kind"]
-        kind = Kind(max_block, None if quantization is None else KVQuantization(*quantization))
+        kv_layout = KVLayout(max_block, None if quantization is None else KVQuantization(*quantization))
         tokens: list[int] = arrays.pop("tokens").tolist()  # type: ignore[assignment]
         buffers: dict[str, Buffers] = {"full": {}, "rings": {}}
-        for part, layer in sorted({tuple(name.split(".")[:2]) for name in arrays}):
-            keys, values = (_rows(arrays, f"{part}.{layer}.{name}", kind) for name in ("keys", "values"))
-            buffers[part][int(layer)] = keys, values
+        for group, layer in sorted({tuple(name.split(".")[:2]) for name in arrays}):
+            keys, values = (_kv_rows(arrays, f"{group}.{layer}.{name}", kv_layout) for name in ("keys", "values"))
+            buffers[group][int(layer)] = keys, values
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, PromptCacheError):
             raise
         raise PromptCacheError(f"{file}: a damaged prompt cache: {error!r}") from None
-    return Entry(kind, tokens, buffers["full"], [Snapshot(len(tokens), buffers["rings"])])
+    return CacheEntry(kv_layout, tokens, buffers["full"], [Snapshot(len(tokens), buffers["rings"])])
 
 
-def _rows(arrays: dict[str, mx.array], name: str, kind: Kind) -> Rows:
-    if f"{name}.1" not in arrays or kind.quantization is None:
+def _kv_rows(arrays: dict[str, mx.array], name: str, kv_layout: KVLayout) -> KVRows:
+    if f"{name}.1" not in arrays or kv_layout.quantization is None:
         return arrays[f"{name}.0"]
     packed, scales, biases = (arrays[f"{name}.{index}"] for index in range(3))
-    return Quantized(packed, scales, biases, kind.quantization.bits, kind.quantization.group_size)
+    return Quantized(packed, scales, biases, kv_layout.quantization.bits, kv_layout.quantization.group_size)
 
 
 def _read_header(file: Path) -> dict[str, Any]:

@@ -97,5 +97,5 @@ class Stats:
         return [a / d for a, d in zip(self.accepted_at, self.drafted_at, strict=True)]
 
 
-def _sums(left: list[int], right: list[int]) -> list[int]:
-    return [a + b for a, b in zip_longest(left, right, fillvalue=0)]
+def _sums(first: list[int], second: list[int]) -> list[int]:
+    return [a + b for a, b in zip_longest(first, second, fillvalue=0)]

@@ -69,11 +69,11 @@ def round_steps(parts: RoundParts, layout: Cache, k: int, text: mx.array | None 
         return draft_tokens(parts, layout, state, k)
 
     def verify(
-        state: RoundState, draft: Draft, masks: mx.array | None, rows: PerLayerRows | None
+        state: RoundState, draft: Draft, masks: mx.array | None, per_layer_rows: PerLayerRows | None
     ) -> tuple[RoundState, Verified]:
         cache = layout.over(state.kv)
         tokens = mx.concatenate([state.bonus, draft.tokens], axis=1) if k else state.bonus
-        output = parts.target(tokens, cache, k + 1, per_layer_rows=rows)
+        output = parts.target(tokens, cache, k + 1, per_layer_rows=per_layer_rows)
         logits = output.logits[0]
         accepted, choices = parts.rules.accept(state, draft, logits, masks, text)
         report = mx.concatenate([accepted[None], choices])
@@ -99,7 +99,7 @@ def draft_tokens(parts: RoundParts, layout: Cache, state: RoundState, k: int, al
         return Draft(mx.zeros((1, 0), mx.int32))
     if parts.drafter is None:
         raise OptionError(f"{k} draft tokens asked for without a drafter")
-    context = parts.drafter.context(layout.over(state.kv))
+    context = parts.drafter.draft_context(layout.over(state.kv))
     choose = parts.rules.drafter_choice(state, k)
     return parts.drafter.draft(parts.target, state.bonus, state.hidden, context, k, choose, allow)
 

@@ -15,7 +15,7 @@ from .compiled import CompiledRounds
 from .constraints import Guide
 from .draft_length import DraftLength
 from .host import Host
-from .prompt_cache import Entry, Kind, Reused, Snapshot
+from .prompt_cache import CacheEntry, KVLayout, ReusedPrefix, Snapshot
 from .report import Round
 from .round import RoundParts, Verified, draft_tokens, round_steps, token_logprobs
 from .rules import LogitsProcessor, TokenRules
@@ -109,18 +109,18 @@ class Stream:
         self._state = state._replace(kv=KVState.none())
 
     @property
-    def kind(self) -> Kind:
-        """The kind of prompt-cache entry that this stream can resume from."""
-        return Kind(self.cache.max_block, self.cache.quantization)
+    def kv_layout(self) -> KVLayout:
+        """The K/V layout of the cache entries that this stream can resume from."""
+        return KVLayout(self.cache.max_block, self.cache.quantization)
 
-    def resume(self, reused: Reused) -> None:
+    def resume(self, reused: ReusedPrefix) -> None:
         """Start with the K/V of an earlier stream. Call this method before all others."""
         entry, snapshot, length = reused
         self.cache.restore(entry.full, snapshot.rings, length)
         self.tokens = entry.tokens[:length]
         self.snapshots = [earlier for earlier in entry.snapshots if earlier.position <= length]
 
-    def entry(self) -> Entry | None:
+    def cache_entry(self) -> CacheEntry | None:
         """Return the K/V of all tokens for later streams, or None if a failure left nothing usable.
 
         Do not decode with this stream after this call.
@@ -134,7 +134,7 @@ class Stream:
         if not full or not snapshots:
             return None
         length = snapshots[-1].position
-        return Entry(self.kind, self.tokens[:length], full, snapshots)
+        return CacheEntry(self.kv_layout, self.tokens[:length], full, snapshots)
 
     def prefill(self, prompt: list[int], step_size: int, on_progress: Progress | None = None) -> Round:
         """Read the prompt in chunks of at most `step_size` tokens and choose the first token after it.
@@ -159,8 +159,8 @@ class Stream:
         """Read the prompt and choose nothing. Return the logits after its last token, [1, vocab]."""
         self.tokens = list(prompt)
         while (start := self.cache.length) < len(prompt):
-            rows = self.cache.rows_for(step_size)
-            size = chunk_size(self.parts.target.config, rows, self.parts.target.dtype.size, step_size)
+            kv_rows = self.cache.rows_for(step_size)
+            size = chunk_size(self.parts.target.config, kv_rows, self.parts.target.dtype.size, step_size)
             chunk = prompt[start : start + self.cache.longest_pass(size)]
             end = start + len(chunk)
             self._is_reading = True
@@ -180,9 +180,9 @@ class Stream:
         The logits are [1, vocab] for the last chunk, and [0, vocab] before it.
         """
         target, count = self.parts.target, int(is_last)
-        rows = target.read_rows(chunk)
+        per_layer_rows = target.read_per_layer_rows(chunk)
         tokens = mx.array([chunk], mx.int32)
-        output = target(tokens, self.cache, logit_rows=count, hidden_rows=count, per_layer_rows=rows)
+        output = target(tokens, self.cache, logit_rows=count, hidden_rows=count, per_layer_rows=per_layer_rows)
         logits = mx.zeros((0, target.config.vocab_size))
         if is_last:
             logits = output.logits[0]
@@ -228,8 +228,8 @@ class Stream:
             self.state, verified = steps.whole(self.state)
             return verified
         draft, masks = self.host.draft(self.parts, self.cache, self.state, steps, k)
-        rows = self.host.rows(self.parts.target, self.tokens[-1], draft)
-        self.state, verified = steps.verify(self.state, draft, masks, rows)
+        per_layer_rows = self.host.per_layer_rows(self.parts.target, self.tokens[-1], draft)
+        self.state, verified = steps.verify(self.state, draft, masks, per_layer_rows)
         return verified
 
     def longest_draft(self) -> int:
@@ -261,13 +261,13 @@ class Stream:
         self.host.note(tokens)
 
 
-def chunk_size(config: TextConfig, rows: int, itemsize: int, step_size: int) -> int:
-    """Return the number of prompt tokens to read in one pass that sees `rows` K/V rows.
+def chunk_size(config: TextConfig, kv_rows: int, itemsize: int, step_size: int) -> int:
+    """Return the number of prompt tokens to read in one pass that sees `kv_rows` K/V rows.
 
     MLX keeps all attention scores in memory if it has no kernel for a head size. The chunk keeps the scores of a layer
     below a limit in bytes.
     """
-    most = _SCORE_BYTES // (config.num_attention_heads * rows * itemsize)
+    most = _SCORE_BYTES // (config.num_attention_heads * kv_rows * itemsize)
     return min(step_size, max(_LEAST_CHUNK, most))
 
 
@@ -305,12 +305,12 @@ def decode(
     """
     first = stream.prefill(prompt, prefill_step_size, on_prefill)
     yield first
-    last, left = first.tokens[-1], max_tokens - 1
-    while left and last not in stop_ids:
+    last, remaining = first.tokens[-1], max_tokens - 1
+    while remaining and last not in stop_ids:
         # A round yields up to k + 1 tokens. Never draft more tokens than may still be emitted.
         k = num_draft_tokens if isinstance(num_draft_tokens, int) else num_draft_tokens.k
-        result = stream.round(min(k, left - 1, stream.longest_draft()), stop_ids)
+        result = stream.round(min(k, remaining - 1, stream.longest_draft()), stop_ids)
         if isinstance(num_draft_tokens, DraftLength):
             num_draft_tokens.update(result.drafted, result.accepted)
         yield result
-        last, left = result.tokens[-1], left - len(result.tokens)
+        last, remaining = result.tokens[-1], remaining - len(result.tokens)

@@ -18,21 +18,12 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_mtp.checkpoints.weights import TensorInfo
+from mlx_mtp.checkpoints.tensors import DTYPES, TensorInfo
 from mlx_mtp.errors import WeightsError
 
 # This is the number of bytes of rows kept in memory. It holds 13000 rows of E2B at 4 bit. A long text has fewer
 # distinct tokens.
 KEPT_BYTES = 64 << 20
-# Rows of a tensor are read with these types, by the safetensors name of the tensor's type. NumPy has no bfloat16, so
-# its bits are read.
-_READ_AS: dict[str, tuple[type[np.generic], mx.Dtype]] = {
-    "U32": (np.uint32, mx.uint32),
-    "U8": (np.uint8, mx.uint8),
-    "F32": (np.float32, mx.float32),
-    "F16": (np.float16, mx.float16),
-    "BF16": (np.uint16, mx.bfloat16),
-}
 
 # These are rows of each tensor of a table, [1, length, columns]: the weights and, for a quantized table, the scales and
 # biases.
@@ -78,11 +69,11 @@ class MappedEmbedding(nn.Module):
         for name in names:
             found, expected = tensors[name].dtype, table[name].dtype
             # The float types were checked together with all other tensors.
-            if mx.issubdtype(expected, mx.integer) and (found not in _READ_AS or _READ_AS[found][1] != expected):
+            if mx.issubdtype(expected, mx.integer) and (found not in DTYPES or DTYPES[found].mlx != expected):
                 raise WeightsError(
                     f"{tensors[name].file}: the per-layer table's {name} is {found}, expected U{8 * expected.size}"
                 )
-        types = [_READ_AS[tensors[name].dtype][1] for name in names]
+        types = [DTYPES[tensors[name].dtype].mlx for name in names]
         floats = [dtype for dtype in types if mx.issubdtype(dtype, mx.floating)]
         # This parameter has no values. `set_dtype` of the target casts it, and `read` casts the rows to its type.
         self.like = mx.zeros((0,), floats[0] if floats else mx.float32)
@@ -106,8 +97,8 @@ class MappedEmbedding(nn.Module):
         if not self.is_quantized:
             return rows[0]
         weight, scales, *biases = rows
-        form = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-        return mx.dequantize(weight, scales, biases[0] if biases else None, **form)
+        quantization = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        return mx.dequantize(weight, scales, biases[0] if biases else None, **quantization)
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Return the embeddings of tokens, int32 [1, length].
@@ -156,8 +147,8 @@ class _RowReader:
             rows = self._gather(ids.tolist())[places]
         parts = []
         for info, begin, end in zip(self._tensors, self._bounds, self._bounds[1:], strict=False):
-            read_as, dtype = _READ_AS[info.dtype]
-            parts.append((np.ascontiguousarray(rows[:, begin:end]).view(read_as), dtype))
+            dtype = DTYPES[info.dtype]
+            parts.append((np.ascontiguousarray(rows[:, begin:end]).view(dtype.numpy), dtype.mlx))
         return parts
 
     def _gather(self, ids: list[int]) -> NDArray[np.uint8]:

@@ -14,7 +14,8 @@ import mlx.nn as nn
 from mlx_mtp.checkpoints.config import DrafterConfig, LayerType
 
 from .kv_cache import Cache, View
-from .target import DecoderLayer, Target, allowed_tokens
+from .layers import DecoderLayer
+from .target import Target, allowed_tokens
 
 # This logit is below any other logit, and its probability is zero next to any other.
 _LAST_RESORT = -1e9
@@ -149,7 +150,7 @@ class Drafter(nn.Module):
         # A pruned head has one additional candidate of last resort.
         return self.config.draft_vocab_size + 1 if self.config.draft_vocab_size else text.vocab_size
 
-    def context(self, cache: Cache) -> DraftContext:
+    def draft_context(self, cache: Cache) -> DraftContext:
         """Return the context of a round.
 
         The cache does not hold the bonus token yet, so its offset is the position of the bonus token.
@@ -255,7 +256,7 @@ class GivenDrafter(Drafter):
         nn.Module.__init__(self)
         self.give = give
 
-    def context(self, cache: Cache) -> DraftContext:
+    def draft_context(self, cache: Cache) -> DraftContext:
         """Return a context without views."""
         return DraftContext({}, cache.offset)
 

@@ -61,7 +61,7 @@ class Quantized(NamedTuple):
 
 
 # K/V rows are [1, kv_heads, rows, head_dim] if they are not quantized.
-Rows = mx.array | Quantized
+KVRows = mx.array | Quantized
 
 
 class View(NamedTuple):
@@ -70,13 +70,13 @@ class View(NamedTuple):
     `mask` is boolean [queries, rows].
     """
 
-    keys: Rows
-    values: Rows
+    keys: KVRows
+    values: KVRows
     mask: mx.array
 
 
 # These are keys and values by layer.
-Buffers = dict[int, tuple[Rows, Rows]]
+Buffers = dict[int, tuple[KVRows, KVRows]]
 
 
 class KVState(NamedTuple):
@@ -86,8 +86,8 @@ class KVState(NamedTuple):
     """
 
     offset: mx.array
-    keys: dict[int, Rows]
-    values: dict[int, Rows]
+    keys: dict[int, KVRows]
+    values: dict[int, KVRows]
 
     @staticmethod
     def none() -> "KVState":
@@ -145,12 +145,12 @@ class Cache:
         self.kv = self.kv._replace(offset=offset)
 
     @property
-    def keys(self) -> dict[int, Rows]:
+    def keys(self) -> dict[int, KVRows]:
         """The buffers of keys by layer."""
         return self.kv.keys
 
     @property
-    def values(self) -> dict[int, Rows]:
+    def values(self) -> dict[int, KVRows]:
         """The buffers of values by layer."""
         return self.kv.values
 
@@ -258,7 +258,7 @@ class Cache:
         self._replace_full(lambda rows: _quantize(rows, quantization) if isinstance(rows, mx.array) else rows)
         self.is_quantized = True
 
-    def _replace_full(self, change: Callable[[Rows], Rows]) -> None:
+    def _replace_full(self, change: Callable[[KVRows], KVRows]) -> None:
         """Replace full-attention buffers one at a time, so that two copies of all never exist together."""
         for index, layer in enumerate(self.config.layers):
             if layer.has_kv and layer.layer_type == "full_attention":
@@ -309,7 +309,7 @@ class Pass:
         """Return the view of an earlier layer in this pass, for the layers that share its K/V."""
         return self._views[layer]
 
-    def _write_full(self, buffers: dict[int, Rows], layer: int, rows: mx.array) -> Rows:
+    def _write_full(self, buffers: dict[int, KVRows], layer: int, rows: mx.array) -> KVRows:
         old = buffers[layer]
         if isinstance(old, mx.array):
             buffers[layer] = self._update(old, rows)
@@ -321,7 +321,7 @@ class Pass:
     def _update(self, buffer: mx.array, rows: mx.array) -> mx.array:
         return mx.slice_update(buffer, rows, self.offset[None], axes=(2,))
 
-    def _write_ring(self, buffers: dict[int, Rows], layer: int, rows: mx.array) -> mx.array:
+    def _write_ring(self, buffers: dict[int, KVRows], layer: int, rows: mx.array) -> mx.array:
         old = buffers[layer]
         assert isinstance(old, mx.array)
         kept = rows[:, :, -self._slots.size :]
@@ -352,7 +352,7 @@ def check_group_size(config: TextConfig, quantization: KVQuantization) -> None:
         )
 
 
-def _zeros(shape: tuple[int, ...], dtype: mx.Dtype, quantization: KVQuantization | None) -> Rows:
+def _zeros(shape: tuple[int, ...], dtype: mx.Dtype, quantization: KVQuantization | None) -> KVRows:
     """Return rows of zeros. Quantized rows have scales and biases of zero."""
     if quantization is None:
         return mx.zeros(shape, dtype)
@@ -369,16 +369,16 @@ def _quantize(rows: mx.array, how: KVQuantization | Quantized) -> Quantized:
     return Quantized(packed, scales, biases, how.bits, how.group_size)
 
 
-def parts_of(rows: Rows) -> tuple[mx.array, ...]:
+def parts_of(rows: KVRows) -> tuple[mx.array, ...]:
     """Return the arrays of which the rows consist."""
     return (rows,) if isinstance(rows, mx.array) else rows.parts
 
 
-def _first(rows: Rows, count: int) -> Rows:
+def _first(rows: KVRows, count: int) -> KVRows:
     return rows[:, :, :count] if isinstance(rows, mx.array) else rows.each(lambda part: part[:, :, :count])
 
 
-def _extend(rows: Rows, more: int) -> Rows:
+def _extend(rows: KVRows, more: int) -> KVRows:
     """Append `more` rows of zeros."""
 
     def extend(part: mx.array) -> mx.array:

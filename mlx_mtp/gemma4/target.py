@@ -5,20 +5,16 @@ below `language_model.model.`.
 """
 
 from collections.abc import Collection
-from copy import copy
-from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.checkpoints.config import LayerConfig, RopeConfig, TextConfig
+from mlx_mtp.checkpoints.config import TextConfig
 
 from .disk_table import MappedEmbedding, PerLayerRows
-from .kv_cache import Cache, Quantized, Rows, View
-
-# These are fields of mlx.nn.QuantizedLinear.
-_QUANTIZATION = ("group_size", "bits", "mode")
+from .kv_cache import Cache
+from .layers import DecoderLayer
 
 
 class TargetOutput(NamedTuple):
@@ -31,294 +27,6 @@ class TargetOutput(NamedTuple):
 
     hidden: mx.array
     logits: mx.array
-
-
-@partial(mx.compile, shapeless=True)
-def _geglu(gate: mx.array, x: mx.array) -> mx.array:
-    gated: mx.array = nn.gelu_approx(gate) * x
-    return gated
-
-
-class Rope:
-    """Rotary position embedding for one head size.
-
-    It rotates the pairs (i, i + head_dim / 2). With RoPE type `proportional`, it rotates only the first of these pairs.
-    """
-
-    def __init__(self, config: RopeConfig, head_dim: int) -> None:
-        rotated = int(head_dim * config.rotated_fraction)
-        exponents = mx.arange(0, rotated, 2, dtype=mx.float32) / head_dim
-        # An infinite period leaves the remaining pairs unrotated.
-        still = mx.full((head_dim - rotated) // 2, mx.inf)
-        self.periods = mx.concatenate([config.theta**exponents, still])
-        # An array that is not evaluated belongs to this thread's stream and cannot be used on another thread.
-        mx.eval(self.periods)
-        self.dims = head_dim
-
-    def __call__(self, x: mx.array, offset: mx.array) -> mx.array:
-        """Rotate x [1, heads, length, head_dim]. Row 0 is at position `offset`."""
-        return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self.periods)
-
-
-class MLP(nn.Module):
-    """Gated feed-forward block with GELU activation."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """Return the output for x [1, length, hidden_size], in the same shape."""
-        if "gate_up_proj" in self:
-            return self.down_proj(_geglu(*mx.split(self.gate_up_proj(x), 2, axis=-1)))
-        return self.down_proj(_geglu(self.gate_proj(x), self.up_proj(x)))
-
-    def fuse(self) -> None:
-        """Join the gate and up projections into one projection, if their quantization is the same."""
-        fused = _join([self.gate_proj, self.up_proj])
-        if fused is not None:
-            self.gate_up_proj = fused
-            del self.gate_proj, self.up_proj
-
-
-class Projected(NamedTuple):
-    """Queries, keys and values of a layer, [1, heads, length, head_dim] each.
-
-    All are normed. Queries and keys are also rotated. `keys` and `values` are None for a layer without K/V of its own.
-    """
-
-    queries: mx.array
-    keys: mx.array | None = None
-    values: mx.array | None = None
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with normed queries and keys, and without a scale.
-
-    Layers that share K/V have queries only.
-    """
-
-    def __init__(self, config: TextConfig, layer: LayerConfig) -> None:
-        super().__init__()
-        self.head_dim = layer.head_dim
-        self.rope = Rope(config.rope[layer.layer_type], layer.head_dim)
-        self.eps = config.rms_norm_eps
-        width = config.num_attention_heads * layer.head_dim
-        self.heads = config.num_attention_heads
-        self.kv_heads = layer.num_kv_heads
-        self.k_eq_v = layer.k_eq_v
-        # Passes with up to this number of rows attend row by row (see decoding/exact.py).
-        self.exact_rows = 0
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(layer.head_dim, eps=config.rms_norm_eps)
-        if layer.has_kv:
-            kv_width = layer.num_kv_heads * layer.head_dim
-            self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-            self.v_proj = None if layer.k_eq_v else nn.Linear(config.hidden_size, kv_width, bias=False)
-            self.k_norm = nn.RMSNorm(layer.head_dim, eps=config.rms_norm_eps)
-
-    def fuse(self) -> None:
-        """Join all projections of the input into one projection, if their quantization is the same."""
-        names = [name for name in ("q_proj", "k_proj", "v_proj") if self.get(name) is not None]
-        fused = _join([self[name] for name in names]) if len(names) > 1 else None
-        if fused is not None:
-            self.qkv_proj = fused
-            weights = [self.q_norm.weight] * self.heads + [self.k_norm.weight] * self.kv_heads
-            self.qk_scale = mx.stack(weights)[:, None]
-            for name in [*names, "q_norm", "k_norm"]:
-                del self[name]
-
-    def project(self, x: mx.array, offset: mx.array) -> Projected:
-        """Project x [1, length, hidden_size] to queries, keys and values. Row 0 is at position `offset`."""
-        if "qkv_proj" in self:
-            return self._project_at_once(x, offset)
-        queries = self.rope(self.q_norm(self._heads(self.q_proj(x))), offset)
-        if "k_proj" not in self:
-            return Projected(queries)
-        keys = self._heads(self.k_proj(x))
-        values = keys if self.v_proj is None else self._heads(self.v_proj(x))
-        return Projected(queries, self.rope(self.k_norm(keys), offset), mx.fast.rms_norm(values, None, self.eps))
-
-    def _project_at_once(self, x: mx.array, offset: mx.array) -> Projected:
-        """Project as `project` does, with one product, one norm and one rotation for all heads."""
-        normed = mx.fast.rms_norm(self._heads(self.qkv_proj(x)), None, self.eps)
-        rotated = self.rope(normed[:, : self.heads + self.kv_heads] * self.qk_scale, offset)
-        # The last heads are the values, or the keys if these are the values too.
-        return Projected(rotated[:, : self.heads], rotated[:, self.heads :], normed[:, -self.kv_heads :])
-
-    def __call__(self, queries: mx.array, view: View) -> mx.array:
-        """Return the attention output [1, length, hidden_size] of queries over the K/V of the view."""
-        rows = queries.shape[2]
-        at_once = 1 if rows <= self.exact_rows else rows
-        parts = [
-            _attend(queries[:, :, row : row + at_once], view.keys, view.values, view.mask[row : row + at_once])
-            for row in range(0, rows, at_once)
-        ]
-        out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
-        return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
-
-    def _heads(self, x: mx.array) -> mx.array:
-        """Change the shape from [1, length, heads * head_dim] to [1, heads, length, head_dim]."""
-        return x.reshape(*x.shape[:-1], -1, self.head_dim).transpose(0, 2, 1, 3)
-
-
-def _attend(queries: mx.array, keys: Rows, values: Rows, mask: mx.array) -> mx.array:
-    """Return the attention output of queries [1, heads, length, head_dim], without a scale, in their shape."""
-    if isinstance(keys, mx.array) and isinstance(values, mx.array):
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
-    assert isinstance(keys, Quantized)
-    assert isinstance(values, Quantized)
-    return _attend_quantized(queries, keys, values, mask)
-
-
-def _attend_quantized(queries: mx.array, keys: Quantized, values: Quantized, mask: mx.array) -> mx.array:
-    _, heads, length, head_dim = queries.shape
-    kv_heads = keys.packed.shape[1]
-    # Query heads that share K/V become more rows for the same matrix. As a separate dimension, they would make some
-    # devices copy the matrix for each head.
-    grouped = queries.reshape(1, kv_heads, -1, head_dim)
-    multiply = partial(mx.quantized_matmul, group_size=keys.group_size, bits=keys.bits)
-    scores = multiply(grouped, *keys.parts, transpose=True)
-    scores = mx.where(mask, scores.reshape(1, heads, length, -1), -mx.inf)
-    weights = mx.softmax(scores, axis=-1, precise=True).reshape(1, kv_heads, grouped.shape[2], -1)
-    return multiply(weights, *values.parts, transpose=False).reshape(queries.shape)
-
-
-class Router(nn.Module):
-    """Router that chooses the experts of each row and their weights.
-
-    The weights are a softmax over the chosen scores, times a learned scale per expert.
-    """
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.eps = config.rms_norm_eps
-        self.top_k = config.top_k_experts
-        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.scale = mx.ones((config.hidden_size,))
-        self.per_expert_scale = mx.ones((config.num_experts,))
-
-    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Return expert indices and weights, both [1, length, top_k]."""
-        scores = self.proj(mx.fast.rms_norm(x, self.scale * x.shape[-1] ** -0.5, self.eps))
-        chosen = mx.argpartition(scores, kth=-self.top_k, axis=-1)[..., -self.top_k :]
-        weights = mx.softmax(mx.take_along_axis(scores, chosen, axis=-1), axis=-1, precise=True)
-        return chosen, weights * self.per_expert_scale[chosen]
-
-
-class _ExpertActivation(nn.Module):
-    def __call__(self, x: mx.array, gate: mx.array) -> mx.array:
-        return _geglu(gate, x)
-
-
-class Experts(nn.Module):
-    """The expert feed-forward blocks of a mixture-of-experts layer."""
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        # Import it here: mlx-lm imports transformers, which takes seconds, and only the 26B model needs it.
-        from mlx_lm.models.switch_layers import SwitchGLU
-
-        self.switch_glu = SwitchGLU(
-            config.hidden_size, config.moe_intermediate_size, config.num_experts, activation=_ExpertActivation()
-        )
-
-    def __call__(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
-        """Return the weighted sum of the outputs of the chosen experts, [1, length, hidden_size]."""
-        return (self.switch_glu(x, chosen) * weights[..., None]).sum(-2)
-
-
-class DecoderLayer(nn.Module):
-    """One decoder layer: attention and feed-forward block, with optional experts and per-layer input."""
-
-    def __init__(self, config: TextConfig, layer: LayerConfig) -> None:
-        super().__init__()
-        norm = partial(nn.RMSNorm, config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config.hidden_size, layer.intermediate_size)
-        self.input_layernorm = norm()
-        self.post_attention_layernorm = norm()
-        self.pre_feedforward_layernorm = norm()
-        self.post_feedforward_layernorm = norm()
-        self.layer_scalar = mx.ones((1,))
-        self.has_experts = config.num_experts > 0
-        if self.has_experts:
-            self.router = Router(config)
-            self.experts = Experts(config)
-            self.pre_feedforward_layernorm_2 = norm()
-            self.post_feedforward_layernorm_1 = norm()
-            self.post_feedforward_layernorm_2 = norm()
-        if config.per_layer_input_size:
-            self.per_layer_input_gate = nn.Linear(config.hidden_size, config.per_layer_input_size, bias=False)
-            self.per_layer_projection = nn.Linear(config.per_layer_input_size, config.hidden_size, bias=False)
-            self.post_per_layer_input_norm = norm()
-
-    def project(self, h: mx.array, offset: mx.array) -> Projected:
-        """Project the residual stream h to queries, keys and values. Row 0 is at position `offset`."""
-        return self.self_attn.project(self.input_layernorm(h), offset)
-
-    def __call__(self, h: mx.array, queries: mx.array, view: View, per_layer_input: mx.array | None = None) -> mx.array:
-        """Return the residual stream after this layer. `queries` come from `project(h)`."""
-        h = h + self.post_attention_layernorm(self.self_attn(queries, view))
-        h = h + self.post_feedforward_layernorm(self._feed_forward(h))
-        if per_layer_input is not None:
-            gated = _geglu(self.per_layer_input_gate(h), per_layer_input)
-            h = h + self.post_per_layer_input_norm(self.per_layer_projection(gated))
-        return h * self.layer_scalar
-
-    def _feed_forward(self, h: mx.array) -> mx.array:
-        dense: mx.array = self.mlp(self.pre_feedforward_layernorm(h))
-        if not self.has_experts:
-            return dense
-        sparse: mx.array = self.experts(self.pre_feedforward_layernorm_2(h), *self.router(h))
-        mixed: mx.array = self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(sparse)
-        return mixed
-
-
-def fuse_projections(layers: list[DecoderLayer]) -> None:
-    """Join projections of the same input, for fewer and larger multiplications.
-
-    Results stay the same up to rounding. No weight is kept twice.
-    """
-    for layer in layers:
-        for module in (layer.self_attn, layer.mlp):
-            module.fuse()
-            # Evaluate one module at a time, so that only its weights are in memory twice.
-            mx.eval(module.parameters())
-
-
-def lay_out_weights(module: nn.Module) -> None:
-    """Store float32 projection weights by input instead of by output, if the device is the CPU.
-
-    Products are fastest with this memory layout. Shapes stay the same, and products stay the same up to rounding.
-
-    The BLAS of MLX's CPU build for Linux computes one output after another, and each sum waits for its last term. With
-    weights stored by input, it adds to all outputs at once. Other types and devices have kernels for both layouts.
-    """
-    if mx.default_device() != mx.Device(mx.cpu):
-        return
-    for part in module.modules():
-        if type(part) is nn.Linear and part.weight.dtype == mx.float32:
-            part.weight = mx.contiguous(part.weight.T).T
-            # Evaluate one weight at a time, so that only this weight is in memory twice.
-            mx.eval(part.weight)
-
-
-def _join(projections: list[nn.Module]) -> nn.Module | None:
-    """Return one projection with the outputs of all projections.
-
-    Returns None if their types or quantization differ.
-    """
-    first = projections[0]
-    kinds = {(type(p), p.get("bias") is None, *(vars(p).get(n) for n in _QUANTIZATION)) for p in projections}
-    if len(kinds) > 1 or type(first) not in (nn.Linear, nn.QuantizedLinear) or "bias" in first:
-        return None
-    joined = copy(first)
-    joined.update({name: mx.concatenate([p[name] for p in projections]) for name in first.parameters()})
-    return joined
 
 
 def allowed_tokens(suppressed: Collection[int], vocab_size: int) -> mx.array:
@@ -373,7 +81,7 @@ class Target(nn.Module):
         table = self.get("embed_tokens_per_layer")
         return table if isinstance(table, MappedEmbedding) else None
 
-    def read_rows(self, tokens: list[int]) -> PerLayerRows | None:
+    def read_per_layer_rows(self, tokens: list[int]) -> PerLayerRows | None:
         """Read the rows of the mapped per-layer table that a pass over these tokens needs.
 
         Returns None if no table is mapped.
@@ -394,11 +102,11 @@ class Target(nn.Module):
 
         The pass writes the K/V of the tokens into `cache` and does not advance its offset. Hidden states are computed
         for the last `hidden_rows` rows only (default: all rows), and logits for the last `logit_rows` rows.
-        `per_layer_rows` is the result of `read_rows` for the tokens. If it is needed but not given, the pass waits for
-        the tokens.
+        `per_layer_rows` is the result of `read_per_layer_rows` for the tokens. If it is needed but not given, the pass
+        waits for the tokens.
         """
         length = tokens.shape[1]
-        rows = length if hidden_rows is None else hidden_rows
+        last_rows = length if hidden_rows is None else hidden_rows
         h = self.embed(tokens)
         per_layer = self._per_layer_inputs(tokens, h, per_layer_rows)
         step = cache.start(length)
@@ -406,15 +114,15 @@ class Target(nn.Module):
         for index, (layer, config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
             queries, keys, values = layer.project(h, offset)
             view = step.read(config.kv_layer) if keys is None or values is None else step.write(index, keys, values)
-            if index == last_own and rows < length:
+            if index == last_own and last_rows < length:
                 # From here on, no row needs the hidden states of another row. It needs only K/V, which are all written.
-                if not rows:
+                if not last_rows:
                     h = h[:, :0]
                     break
-                queries, h, offset = queries[:, :, -rows:], h[:, -rows:], offset + (length - rows)
-                per_layer = None if per_layer is None else per_layer[:, -rows:]
+                queries, h, offset = queries[:, :, -last_rows:], h[:, -last_rows:], offset + (length - last_rows)
+                per_layer = None if per_layer is None else per_layer[:, -last_rows:]
             if h.shape[1] < length:
-                view = view._replace(mask=view.mask[-rows:])
+                view = view._replace(mask=view.mask[-last_rows:])
             h = layer(h, queries, view, None if per_layer is None else per_layer[:, :, index])
         hidden = self.norm(h)
         return TargetOutput(hidden, self.head(hidden[:, hidden.shape[1] - logit_rows :]))
@@ -438,7 +146,7 @@ class Target(nn.Module):
         cap = self.config.final_logit_softcapping
         return logits if cap is None else mx.tanh(logits / cap) * cap
 
-    def _per_layer_inputs(self, tokens: mx.array, h: mx.array, rows: PerLayerRows | None) -> mx.array | None:
+    def _per_layer_inputs(self, tokens: mx.array, h: mx.array, per_layer_rows: PerLayerRows | None) -> mx.array | None:
         """Return the per-layer inputs, [1, length, layers, per_layer_input_size].
 
         Each input is the scaled sum of the layer's own embedding of the token and a projection of h.
@@ -448,7 +156,8 @@ class Target(nn.Module):
             return None
         shape = (*tokens.shape, len(self.layers), size)
         table = self.embed_tokens_per_layer
-        embedded = (table(tokens) if rows is None else table.unpack(rows)).reshape(shape) * size**0.5
+        embedded = table(tokens) if per_layer_rows is None else table.unpack(per_layer_rows)
+        embedded = embedded.reshape(shape) * size**0.5
         projected = (self.per_layer_model_projection(h) * self.config.hidden_size**-0.5).reshape(shape)
         inputs: mx.array = (self.per_layer_projection_norm(projected) + embedded) * 2.0**-0.5
         return inputs

@@ -21,7 +21,7 @@ def start_from_target(drafter: Drafter, target: Target, seed: int) -> None:
     Without training, the drafter then predicts the token that the target's last hidden state predicts. The clusters of
     a centroid head hold tokens with similar embeddings. `seed` seeds the clustering.
     """
-    table = _rows(target.embed_tokens)
+    table = _embedding_rows(target.embed_tokens)
     # The mean adds an equal amount to every logit, so it can be removed.
     table -= table.mean(axis=0)
     size = drafter.config.text.hidden_size
@@ -43,7 +43,7 @@ def build_centroids(drafter: Drafter, seed: int) -> None:
     """Cluster the rows of a drafter's head, and set each centroid to the mean of its rows."""
     head = drafter.masked_embedding
     assert head is not None
-    rows = _rows(drafter.model.embed_tokens)
+    rows = _embedding_rows(drafter.model.embed_tokens)
     count = drafter.config.num_centroids
     clusters = balanced_clusters(rows, count, seed)
     ordering = np.argsort(clusters, kind="stable").astype(np.int32)
@@ -93,7 +93,7 @@ def _spread(unit: Floats, count: int, rng: np.random.Generator) -> Floats:
     return unit[chosen]
 
 
-def _rows(table: nn.Module) -> Floats:
+def _embedding_rows(table: nn.Module) -> Floats:
     """Return all rows of an embedding in float32. The embedding may be quantized."""
     size = table.weight.shape[0]
     return np.array(

@@ -17,7 +17,7 @@ from mlx_mtp.gemma4.kv_cache import Cache, View
 from mlx_mtp.gemma4.target import Target
 
 
-class Lesson(NamedTuple):
+class TargetStates(NamedTuple):
     """The output of the frozen target for one text of T tokens: all the data that training needs from the target.
 
     `embeddings` and `hidden` are [1, T, hidden_size]. `keys_values` holds the keys and values that the drafter reads,
@@ -44,7 +44,7 @@ class StepLoss(NamedTuple):
     agrees: mx.array
 
 
-class _Wanted(NamedTuple):
+class _TargetDistributions(NamedTuple):
     """The target's distributions, which the drafter learns.
 
     `p` is the probability of each token that can be drafted, [rows, tokens]. `best` is the most likely token of the
@@ -59,7 +59,7 @@ class _Wanted(NamedTuple):
     cluster_entropy: mx.array
 
 
-def study(target: Target, tokens: list[int]) -> Lesson:
+def compute_target_states(target: Target, tokens: list[int]) -> TargetStates:
     """Run the target over a text once. Return its hidden states and K/V for training."""
     cache = Cache(target.config, target.dtype, max_block=len(tokens), capacity=len(tokens))
     ids = mx.array([tokens], mx.int32)
@@ -72,13 +72,20 @@ def study(target: Target, tokens: list[int]) -> Lesson:
         assert isinstance(values, mx.array)
         # The ring buffer is longer than the text. So row p holds position p in both kinds of buffer.
         keys_values[layer_type] = keys[:, :, : len(tokens)], values[:, :, : len(tokens)]
-    lesson = Lesson(target.embed(ids), output.hidden, keys_values)
-    mx.eval(lesson)
-    return lesson
+    target_states = TargetStates(target.embed(ids), output.hidden, keys_values)
+    mx.eval(target_states)
+    return target_states
 
 
 def unroll(
-    target: Target, drafter: Drafter, lesson: Lesson, first: int, rows: int, steps: int, *, checkpoint: bool = False
+    target: Target,
+    drafter: Drafter,
+    target_states: TargetStates,
+    first: int,
+    rows: int,
+    steps: int,
+    *,
+    checkpoint: bool = False,
 ) -> list[StepLoss]:
     """Compute the losses of `steps` draft steps for `rows` bonus tokens.
 
@@ -86,40 +93,41 @@ def unroll(
     logits are not kept for the gradient: the backward pass computes them again.
     """
 
-    def compare(wanted: _Wanted, state: mx.array) -> StepLoss:
+    def compare(wanted: _TargetDistributions, state: mx.array) -> StepLoss:
         return _compare(drafter, wanted, state)
 
     if checkpoint:
         compare = checkpointed(drafter, compare)
     # The distributions of a step are the distributions of the step before, one position later.
-    wanted = _distributions(target, drafter, lesson.hidden[:, first : first + rows + steps - 1])
-    states = unrolled_states(drafter, lesson, first, rows, steps)
+    wanted = _distributions(target, drafter, target_states.hidden[:, first : first + rows + steps - 1])
+    states = unrolled_states(drafter, target_states, first, rows, steps)
     return [
-        compare(_Wanted(*(part[step : step + rows] for part in wanted)), state) for step, state in enumerate(states)
+        compare(_TargetDistributions(*(part[step : step + rows] for part in wanted)), state)
+        for step, state in enumerate(states)
     ]
 
 
-def unrolled_states(drafter: Drafter, lesson: Lesson, first: int, rows: int, steps: int) -> list[mx.array]:
+def unrolled_states(drafter: Drafter, target_states: TargetStates, first: int, rows: int, steps: int) -> list[mx.array]:
     """Compute the input of the drafter's head at each draft step, [1, rows, hidden_size].
 
     The draft tokens are the tokens of the text.
     """
-    context = _context(drafter, lesson, first, rows)
-    hidden = lesson.hidden[:, first - 1 : first - 1 + rows]
+    context = _draft_context(drafter, target_states, first, rows)
+    hidden = target_states.hidden[:, first - 1 : first - 1 + rows]
     states = []
     for step in range(steps):
-        state, hidden = drafter(lesson.embeddings[:, first + step : first + step + rows], hidden, context)
+        state, hidden = drafter(target_states.embeddings[:, first + step : first + step + rows], hidden, context)
         states.append(state)
     return states
 
 
-def _context(drafter: Drafter, lesson: Lesson, first: int, rows: int) -> DraftContext:
-    """Make the draft context of all rows. `Drafter.context` makes it for the single row of a round."""
+def _draft_context(drafter: Drafter, target_states: TargetStates, first: int, rows: int) -> DraftContext:
+    """Make the draft context of all rows. `Drafter.draft_context` makes it for the single row of a round."""
     # The cache does not hold the bonus token of a row yet. So its position is the number of K/V rows.
     offsets = mx.arange(first, first + rows)[:, None]
     window = drafter.config.text.sliding_window
     views: dict[LayerType, View] = {}
-    for layer_type, (keys, values) in lesson.keys_values.items():
+    for layer_type, (keys, values) in target_states.keys_values.items():
         # The view leaves out K/V rows that no row of this pass sees.
         start = max(0, first - 1 - window) if layer_type == "sliding_attention" else 0
         seen = slice(start, first + rows - 1)
@@ -131,7 +139,7 @@ def _context(drafter: Drafter, lesson: Lesson, first: int, rows: int) -> DraftCo
     return DraftContext(views, mx.array(first if drafter.config.draft_position == "bonus" else first - 1, mx.int32))
 
 
-def _distributions(target: Target, drafter: Drafter, hidden: mx.array) -> _Wanted:
+def _distributions(target: Target, drafter: Drafter, hidden: mx.array) -> _TargetDistributions:
     """Compute the target's distributions from its hidden states [1, rows, hidden_size]."""
     logits = target.soft_cap(target.head(hidden)[0]).astype(mx.float32)
     log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -145,11 +153,11 @@ def _distributions(target: Target, drafter: Drafter, hidden: mx.array) -> _Wante
         clusters = p[:, head.token_ordering].reshape(p.shape[0], drafter.config.num_centroids, -1).sum(axis=-1)
     entropy = -(p * log_p).sum(axis=-1)
     cluster_entropy = -(clusters * mx.log(mx.maximum(clusters, 1e-30))).sum(axis=-1)
-    wanted = _Wanted(p, best, entropy, clusters, cluster_entropy)
-    return _Wanted(*(mx.stop_gradient(part) for part in wanted))
+    wanted = _TargetDistributions(p, best, entropy, clusters, cluster_entropy)
+    return _TargetDistributions(*(mx.stop_gradient(part) for part in wanted))
 
 
-def _compare(drafter: Drafter, wanted: _Wanted, state: mx.array) -> StepLoss:
+def _compare(drafter: Drafter, wanted: _TargetDistributions, state: mx.array) -> StepLoss:
     scores = drafter.model.embed_tokens.as_linear(state)[0].astype(mx.float32)
     divergence = _cross_entropy(wanted.p, scores) - wanted.entropy
     centroids = mx.zeros_like(divergence)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,13 +13,13 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_mtp.checkpoints.output_files import replace_text
-from mlx_mtp.errors import OptionError, OutputError, TrainingError
+from mlx_mtp.checkpoints.output_files import replace_tensors, replace_text
+from mlx_mtp.errors import OptionError, TrainingError
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.target import Target
 
 from .dataset import Data, Text
-from .losses import Lesson, acceptance_lengths, objective, study, unroll
+from .losses import TargetStates, acceptance_lengths, compute_target_states, objective, unroll
 
 Arrays = dict[str, mx.array]
 
@@ -148,9 +147,9 @@ class Trainer:
         texts = self.data.valid
         chosen = min(len(texts), self.options.val_batches * self.options.batch_size)
         for text in (texts[index * len(texts) // chosen] for index in range(chosen)):
-            lesson = study(self.target, text.tokens)
+            target_states = compute_target_states(self.target, text.tokens)
             for first, rows in self._passes(text):
-                losses = unroll(self.target, self.drafter, lesson, first, rows, self.options.num_draft_tokens)
+                losses = unroll(self.target, self.drafter, target_states, first, rows, self.options.num_draft_tokens)
                 sampled, greedy = acceptance_lengths(losses)
                 total = objective(losses, by_reach=False) * rows
                 values = mx.stack([total, sampled.sum(), greedy.sum(), *(step.agrees.sum() for step in losses)])
@@ -170,10 +169,10 @@ class Trainer:
         positions = sum(rows for text in texts for _, rows in self._passes(text))
         total, gradients = mx.array(0.0), None
         for text in texts:
-            lesson = study(self.target, text.tokens)
+            target_states = compute_target_states(self.target, text.tokens)
             for first, rows in self._passes(text):
                 share = rows / positions
-                loss, found = self._gradients(lesson, first, rows)
+                loss, found = self._gradients(target_states, first, rows)
                 total = total + loss * share
                 scaled = tree_map(lambda g, share=share: g * share, found)
                 gradients = scaled if gradients is None else tree_map(mx.add, gradients, scaled)
@@ -189,10 +188,16 @@ class Trainer:
         mx.eval(self.drafter.trainable_parameters(), self.optimizer.state)
         return value
 
-    def _loss(self, lesson: Lesson, first: int, rows: int) -> mx.array:
+    def _loss(self, target_states: TargetStates, first: int, rows: int) -> mx.array:
         options = self.options
         losses = unroll(
-            self.target, self.drafter, lesson, first, rows, options.num_draft_tokens, checkpoint=options.grad_checkpoint
+            self.target,
+            self.drafter,
+            target_states,
+            first,
+            rows,
+            options.num_draft_tokens,
+            checkpoint=options.grad_checkpoint,
         )
         return objective(losses, by_reach=options.weight_by_reach)
 
@@ -232,9 +237,10 @@ class Trainer:
             "best_update": self.best_update,
             "options": asdict(self.options),
         }
-        save_arrays(self.folder / name, arrays)
+        replace_tensors(self.folder / name, arrays, {"format": "mlx"})
         replace_text(self.folder / "state.json", json.dumps(state, indent=2))
-        for old in self.folder.glob("state-*.safetensors"):
+        # A save that was killed leaves a file with another beginning.
+        for old in self.folder.glob("*.safetensors"):
             if old.name != name:
                 old.unlink()
 
@@ -291,14 +297,3 @@ def _is_inner_matrix(name: str, weight: mx.array) -> bool:
 def _flat(tree: Any) -> Arrays:
     flat: Arrays = tree_flatten(tree, destination={})  # type: ignore[assignment]
     return flat
-
-
-def save_arrays(file: Path, arrays: Arrays) -> None:
-    """Write a safetensors file that appears only when it is complete. Raises OutputError if it cannot be written."""
-    part = file.with_name(f"{file.stem}.part.safetensors")
-    try:
-        mx.save_safetensors(str(part), arrays, metadata={"format": "mlx"})
-        os.replace(part, file)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(f"{file}: cannot be written: {error}") from None

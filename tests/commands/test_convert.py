@@ -21,7 +21,8 @@ from support.commands import Finished, run
 from support.tiny import VARIANTS, load_drafter, load_target, make_drafter, make_target, random_tokens
 
 from mlx_mtp.checkpoints.config import read_json
-from mlx_mtp.checkpoints.weights import INDEX_NAME, MLX_PREFIX, TensorInfo, read_checkpoint
+from mlx_mtp.checkpoints.layouts import MLX_PREFIX
+from mlx_mtp.checkpoints.tensors import INDEX_NAME, TensorInfo, read_checkpoint
 from mlx_mtp.convert.converter import Options, Summary, convert
 from mlx_mtp.convert.quantization import WeightOptions, check_options
 from mlx_mtp.convert.safetensors_writer import Conversion, plan_shards

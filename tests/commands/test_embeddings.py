@@ -23,7 +23,7 @@ from mlx_mtp import generate, probe
 from mlx_mtp.bench import cli as bench
 from mlx_mtp.bench.operations import operations, round_outputs
 from mlx_mtp.checkpoints.config import read_target_config
-from mlx_mtp.checkpoints.weights import INDEX_NAME, read_checkpoint
+from mlx_mtp.checkpoints.tensors import INDEX_NAME, read_checkpoint
 from mlx_mtp.convert.converter import Options, convert
 from mlx_mtp.convert.quantization import WeightOptions
 from mlx_mtp.decoding.compiled import CompiledRounds
@@ -33,7 +33,7 @@ from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4.disk_table import EmbeddingStats, MappedEmbedding
 from mlx_mtp.gemma4.kv_cache import Cache
 from mlx_mtp.loading import load_target
-from mlx_mtp.training.losses import study
+from mlx_mtp.training.losses import compute_target_states
 
 TinyPair = Callable[[str], Path]
 Folder = Callable[[str], Path]
@@ -202,9 +202,9 @@ def test_another_type_of_activations(folder: Folder) -> None:
 
 
 def test_whatever_else_passes_over_the_target(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    """Training's lessons, the probe, the graph of a round, and bench."""
+    """Training's states of the target, the probe, the graph of a round, and bench."""
     models = both(folder("4-bit"))
-    ours, theirs = (study(model.target, LONG) for model in models)
+    ours, theirs = (compute_target_states(model.target, LONG) for model in models)
     assert mx.array_equal(ours.hidden, theirs.hidden).item()
     assert mx.array_equal(ours.embeddings, theirs.embeddings).item()
     text = random_tokens(64 + 36, seed=4)

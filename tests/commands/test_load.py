@@ -17,7 +17,8 @@ from support.tiny import make_drafter, make_target, random_tokens
 
 import mlx_mtp
 from mlx_mtp.checkpoints.config import read_target_config
-from mlx_mtp.checkpoints.weights import INDEX_NAME, MLX_PREFIX
+from mlx_mtp.checkpoints.layouts import MLX_PREFIX
+from mlx_mtp.checkpoints.tensors import INDEX_NAME
 from mlx_mtp.convert.cli import main as convert_main
 from mlx_mtp.loading import assistant_names, find_drafter, how_to_name_a_drafter, official_drafter
 
@@ -715,11 +716,11 @@ def test_draft_position_of_the_loaded_config(folders: tuple[Path, Path]) -> None
 
     cache = Cache(model.config.text, mx.float32, max_block=4)
     cache.set_length(9)
-    assert model.drafter.context(cache).position.item() == 8
+    assert model.drafter.draft_context(cache).position.item() == 8
     edit_config(folders[1], draft_position="bonus")
     model = mlx_mtp.load(folders[0])
     assert model.drafter is not None
-    assert model.drafter.context(cache).position.item() == 9
+    assert model.drafter.draft_context(cache).position.item() == 9
 
 
 def test_another_seed_gives_other_tokens(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import mlx_mtp
 from mlx_mtp import DEMO_PAIR, cache_prompt, chat, generate, shell
 from mlx_mtp.checkpoints.config import read_json
 from mlx_mtp.checkpoints.output_files import check_file, new_folder, remove_abandoned, replace_text
-from mlx_mtp.checkpoints.weights import read_checkpoint
+from mlx_mtp.checkpoints.tensors import read_checkpoint
 from mlx_mtp.convert import cli as convert
 from mlx_mtp.convert.converter import Options
 from mlx_mtp.convert.converter import convert as run_convert

@@ -21,7 +21,8 @@ from mlx_mtp.decoding.exact import check_exact, make_exact
 from mlx_mtp.decoding.stream import Stream, decode
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.kv_cache import CAPACITY_STEP, Cache, KVQuantization, Quantized, View
-from mlx_mtp.gemma4.target import Attention, Target, _attend
+from mlx_mtp.gemma4.layers import Attention, _attend
+from mlx_mtp.gemma4.target import Target
 
 TinyPair = Callable[[str], Path]
 
@@ -183,7 +184,7 @@ def test_a_pass_is_one_over_dequantized_rows(tiny_models: Models, variant: str) 
 def _drafted(target: Target, drafter: Drafter, cache: Cache) -> mx.array:
     """What a draft step's head reads."""
     hidden = mx.ones((1, 1, target.config.hidden_size))
-    return drafter(target.embed(mx.array([[20]])), hidden, drafter.context(cache)).state
+    return drafter(target.embed(mx.array([[20]])), hidden, drafter.draft_context(cache)).state
 
 
 def test_a_pass_over_quantized_rows_against_numpy(tiny_models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,12 +216,12 @@ def test_the_drafter_never_sees_a_rejected_row(
         for _ in emitted:
             untouched.round(0)
         ours, theirs = (
-            drafter.draft(target, mx.array([[tokens[-1]]]), s.state.hidden, drafter.context(s.cache), 4)
+            drafter.draft(target, mx.array([[tokens[-1]]]), s.state.hidden, drafter.draft_context(s.cache), 4)
             for s in (stream, untouched)
         )
         assert ours.tokens.tolist() == theirs.tokens.tolist()
         step, clean = (
-            drafter(target.embed(mx.array([[tokens[-1]]])), s.state.hidden, drafter.context(s.cache))
+            drafter(target.embed(mx.array([[tokens[-1]]])), s.state.hidden, drafter.draft_context(s.cache))
             for s in (stream, untouched)
         )
         np.testing.assert_allclose(np.array(step.hidden), np.array(clean.hidden), atol=1e-4)
@@ -288,7 +288,7 @@ def test_drafting_reads_nothing(tiny_models: Models, variant: str) -> None:
     target, drafter = tiny_models(variant)
     stream = Stream(target, drafter, max_draft_tokens=4)
     stream.prefill(LONG, 64)
-    context = drafter.context(stream.cache)
+    context = drafter.draft_context(stream.cache)
 
     def draft(token: mx.array, hidden: mx.array) -> mx.array:
         return drafter.draft(target, token, hidden, context, 4).tokens

@@ -210,7 +210,7 @@ def test_drafter_equals_reference(pair: Pair, length: int) -> None:
     hidden, logits = run_pass(pair.target, cache, tokens[2:])
     run_pass(pair.target, cache, random_tokens(MAX_BLOCK, seed=1), kept=0)
     hidden, token = hidden[:, -1:], int(logits[0, -1].argmax())
-    context = pair.drafter.context(cache)
+    context = pair.drafter.draft_context(cache)
     for _ in range(4):
         step = pair.drafter(pair.target.embed(mx.array([[token]])), hidden, context)
         expected_hidden, expected_logits = reference_step(pair, cache, token, hidden, length)
@@ -228,7 +228,7 @@ def test_draft_position(pair: Pair, tmp_path: Path) -> None:
     embedding = pair.target.embed(mx.array([[100]]))
     steps = {}
     for drafter, position in ((pair.drafter, 30), (last, 29)):
-        step = drafter(embedding, hidden, drafter.context(cache))
+        step = drafter(embedding, hidden, drafter.draft_context(cache))
         expected_hidden, expected_logits = reference_step(pair, cache, 100, hidden, position)
         assert difference(step.hidden, expected_hidden) < TOLERANCE
         check_candidates(drafter, step.state, expected_logits)
@@ -255,7 +255,7 @@ def test_first_drafts_equal_reference(pair: Pair, length: int) -> None:
     cache = new_cache(pair.target)
     hidden, logits = run_pass(pair.target, cache, tokens)
     bonus = logits[:, -1:].argmax(-1)
-    drafted = pair.drafter.draft(pair.target, bonus, hidden[:, -1:], pair.drafter.context(cache), 6)
+    drafted = pair.drafter.draft(pair.target, bonus, hidden[:, -1:], pair.drafter.draft_context(cache), 6)
     assert [bonus.item(), *drafted.tokens[0].tolist()] == reference_drafts(pair, tokens)
 
 
@@ -267,7 +267,7 @@ class ScriptedDrafter:
         wrong = np.random.default_rng(0).random(len(continuation)) < 0.3
         self.script = [0 if w else token for token, w in zip(continuation, wrong, strict=True)] + [0] * MAX_BLOCK
 
-    def context(self, cache: Cache) -> int:
+    def draft_context(self, cache: Cache) -> int:
         return cache.length - self.prompt + 1
 
     def draft(self, target: Target, token: mx.array, hidden: mx.array, context: int, k: int, *_: object) -> Draft:
@@ -283,9 +283,9 @@ class ObservedDrafter(ScriptedDrafter):
         self.drafts: dict[int, list[int]] = {}
         self.real_context: DraftContext | None = None
 
-    def context(self, cache: Cache) -> int:
-        self.real_context = self.drafter.context(cache)
-        return super().context(cache)
+    def draft_context(self, cache: Cache) -> int:
+        self.real_context = self.drafter.draft_context(cache)
+        return super().draft_context(cache)
 
     def draft(self, target: Target, token: mx.array, hidden: mx.array, context: int, k: int, *_: object) -> Draft:
         assert self.real_context is not None
@@ -363,7 +363,7 @@ def test_quantized_drafter(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx, "dequantize", lambda w, *args, **kw: sizes.append(w.shape[0]) or dequantize(w, *args, **kw))
     cache = new_cache(pair.target)
     hidden = run_pass(pair.target, cache, random_tokens(30))[0][:, -1:]
-    context: DraftContext = quantized.context(cache)
+    context: DraftContext = quantized.draft_context(cache)
     for token in (50, 51, 52):
         embedding = pair.target.embed(mx.array([[token]]))
         step, expected = quantized(embedding, hidden, context), plain(embedding, hidden, context)

@@ -17,7 +17,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from mlx_mtp import DEMO_PAIR
 from mlx_mtp.checkpoints.config import DrafterConfig, TargetConfig, read_drafter_config, read_target_config
-from mlx_mtp.checkpoints.weights import MLX_PREFIX, drafter_names, fill_module, target_names
+from mlx_mtp.checkpoints.layouts import MLX_PREFIX, drafter_names, target_names
+from mlx_mtp.checkpoints.weights import fill_module
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.target import Target
 

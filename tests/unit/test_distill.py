@@ -13,7 +13,14 @@ from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.kv_cache import Cache
 from mlx_mtp.gemma4.target import Target
 from mlx_mtp.training.centroids import balanced_clusters, start_from_target
-from mlx_mtp.training.losses import StepLoss, acceptance_lengths, objective, study, unroll, unrolled_states
+from mlx_mtp.training.losses import (
+    StepLoss,
+    acceptance_lengths,
+    compute_target_states,
+    objective,
+    unroll,
+    unrolled_states,
+)
 
 Models = Callable[[str], tuple[Target, Drafter]]
 TOKENS = random_tokens(4 * WINDOW, seed=3)
@@ -24,14 +31,14 @@ STEPS = 4
 def test_the_unrolled_pass_is_the_decode_loops_draft_steps(tiny_models: Models, variant: str) -> None:
     """At positions before and far past the sliding window, with both heads' states, float32."""
     target, drafter = tiny_models(variant)
-    lesson = study(target, TOKENS)
+    target_states = compute_target_states(target, TOKENS)
     rows = len(TOKENS) - STEPS
-    states = unrolled_states(drafter, lesson, 1, rows, STEPS)
+    states = unrolled_states(drafter, target_states, 1, rows, STEPS)
     for bonus in (1, 2, WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + 2, 3 * WINDOW, rows):
         cache = Cache(target.config, target.dtype, max_block=STEPS + 1)
         output = target(mx.array([TOKENS[:bonus]]), cache)
         cache.set_length(bonus)
-        context, hidden = drafter.context(cache), output.hidden[:, -1:]
+        context, hidden = drafter.draft_context(cache), output.hidden[:, -1:]
         for step in range(STEPS):
             embedding = target.embed(mx.array([[TOKENS[bonus + step]]]))
             state, hidden = drafter(embedding, hidden, context)
@@ -43,11 +50,12 @@ def test_the_unrolled_pass_is_the_decode_loops_draft_steps(tiny_models: Models, 
 def test_passes_over_parts_of_a_text_are_the_pass_over_all(tiny_models: Models) -> None:
     """So that memory can be bounded; computing again instead of keeping changes nothing either."""
     target, drafter = tiny_models("e2b")
-    lesson = study(target, TOKENS)
+    target_states = compute_target_states(target, TOKENS)
     rows = len(TOKENS) - STEPS
-    whole = unroll(target, drafter, lesson, 1, rows, STEPS)
+    whole = unroll(target, drafter, target_states, 1, rows, STEPS)
     parts = [
-        unroll(target, drafter, lesson, first, min(13, rows + 1 - first), STEPS) for first in range(1, rows + 1, 13)
+        unroll(target, drafter, target_states, first, min(13, rows + 1 - first), STEPS)
+        for first in range(1, rows + 1, 13)
     ]
     for step in range(STEPS):
         for name in StepLoss._fields:
@@ -56,7 +64,7 @@ def test_passes_over_parts_of_a_text_are_the_pass_over_all(tiny_models: Models) 
 
     def gradients(checkpoint: bool) -> list[mx.array]:
         def loss() -> mx.array:
-            losses = unroll(target, drafter, lesson, 1, rows, STEPS, checkpoint=checkpoint)
+            losses = unroll(target, drafter, target_states, 1, rows, STEPS, checkpoint=checkpoint)
             return objective(losses, by_reach=True)
 
         drafter.unfreeze()
@@ -72,16 +80,16 @@ def test_passes_over_parts_of_a_text_are_the_pass_over_all(tiny_models: Models) 
 def test_acceptance_is_counted_as_decoding_draws(tiny_models: Models, variant: str) -> None:
     """From the candidates of decoding's own head, zero outside them."""
     target, drafter = tiny_models(variant)
-    lesson = study(target, TOKENS)
-    states = unrolled_states(drafter, lesson, 1, 40, STEPS)
-    losses = unroll(target, drafter, lesson, 1, 40, STEPS)
+    target_states = compute_target_states(target, TOKENS)
+    states = unrolled_states(drafter, target_states, 1, 40, STEPS)
+    losses = unroll(target, drafter, target_states, 1, 40, STEPS)
     for step in range(STEPS):
         for row in range(0, 40, 7):
             candidates = drafter.candidates(states[step][:, row : row + 1])
             ids = np.arange(512) if candidates.ids is None else np.array(candidates.ids[0])
             q = np.zeros(512)
             q[ids] = np.array(mx.softmax(candidates.logits[0]))
-            logits = target.soft_cap(target.embed_tokens.as_linear(lesson.hidden[0, row + 1 + step]))
+            logits = target.soft_cap(target.embed_tokens.as_linear(target_states.hidden[0, row + 1 + step]))
             p = np.array(mx.softmax(logits))
             assert losses[step].accepted[row].item() == pytest.approx(np.minimum(p, q).sum(), abs=1e-4)
             assert losses[step].agrees[row].item() == (p.argmax() == q.argmax())

@@ -13,7 +13,8 @@ from support.tiny import VARIANTS, WINDOW, load_drafter, load_target, random_tok
 import mlx_mtp
 from mlx_mtp.bench.operations import operations, round_outputs
 from mlx_mtp.gemma4.kv_cache import Cache
-from mlx_mtp.gemma4.target import Target, fuse_projections, lay_out_weights
+from mlx_mtp.gemma4.layers import fuse_projections, lay_out_weights
+from mlx_mtp.gemma4.target import Target
 
 TinyPair = Callable[[str], Path]
 ON_CPU = mx.default_device() == mx.Device(mx.cpu)

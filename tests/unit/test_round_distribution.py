@@ -58,7 +58,7 @@ class TableDrafter(Drafter):
         self.table = mx.array(table, mx.float32)
         self.ids = None if ids is None else mx.array(ids)
 
-    def context(self, cache: Cache) -> DraftContext:
+    def draft_context(self, cache: Cache) -> DraftContext:
         return DraftContext({}, cache.offset)
 
     def __call__(self, embedding: mx.array, hidden: mx.array, context: DraftContext) -> DraftStep:
