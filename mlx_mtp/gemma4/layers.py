@@ -264,15 +264,18 @@ class DecoderLayer(nn.Module):
 
 
 def fuse_projections(layers: list[DecoderLayer]) -> None:
-    """Join projections of the same input, for fewer and larger multiplications.
+    """Join projections of the same input, for fewer and larger multiplications, and let layers share kernels.
 
-    Results stay the same up to rounding. No weight is kept twice.
+    Results stay the same up to rounding. No projection is kept twice.
     """
     for layer in layers:
         for module in (layer.self_attn, layer.mlp):
             module.fuse()
             # Evaluate one module at a time, so that only its weights are in memory twice.
             mx.eval(module.parameters())
+        # MLX writes a single number into the code of a compiled kernel: each layer would need a kernel of its own.
+        layer.layer_scalar = mx.contiguous(mx.broadcast_to(layer.layer_scalar, layer.input_layernorm.weight.shape))
+        mx.eval(layer.layer_scalar)
 
 
 def lay_out_weights(module: nn.Module) -> None:
