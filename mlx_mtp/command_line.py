@@ -129,12 +129,12 @@ def _add_penalty_options(parser: argparse.ArgumentParser) -> None:
             f"--{name}-penalty",
             type=float,
             help=f"Penalty for tokens seen before, which {effect} (default: the model's own, else "
-            f"{vars(unset)[penalty]:g}, none).",
+            f"{getattr(unset, penalty):g}, none).",
         )
         add(
             f"--{name}-context-size",
             type=int,
-            help=f"Preceding tokens that it looks at (default: {vars(unset)[size]}, or all for the model's own).",
+            help=f"Preceding tokens that it looks at (default: {getattr(unset, size)}, or all for the model's own).",
         )
     add("--logit-bias", type=_logit_bias, default={}, metavar="JSON", help='Added to logits: {"token id": bias, ...}.')
 
@@ -160,7 +160,7 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
 
 def read_kv_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the K/V options as keyword arguments of `GenerationOptions`."""
-    return {name: vars(args)[name] for name in ("kv_bits", "kv_group_size", "quantized_kv_start")}
+    return {name: getattr(args, name) for name in ("kv_bits", "kv_group_size", "quantized_kv_start")}
 
 
 def add_thinking_options(parser: argparse.ArgumentParser) -> None:
@@ -231,14 +231,13 @@ def load_model(
     if mx.metal.is_available():
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     # The training command has only some of these options.
-    given = vars(args)
-    placement = {"max_context": given.get("max_context"), "per_layer_embeddings": args.per_layer_embeddings}
-    limit = given.get("memory_limit")
+    placement = {"max_context": getattr(args, "max_context", None), "per_layer_embeddings": args.per_layer_embeddings}
+    limit = getattr(args, "memory_limit", None)
     if limit is not None:
         # Near this limit, MLX releases its cache of freed buffers.
         mx.set_memory_limit(limit)
         plan_memory(name, drafter, memory_limit=limit, options=options, **placement)
-    model = load(name, drafter, exact=given.get("exact", False), **placement)
+    model = load(name, drafter, exact=getattr(args, "exact", False), **placement)
     if args.per_layer_embeddings == "auto" and model.per_layer_embeddings == "mapped":
         print(
             "the model would take more than half of this machine's memory: its per-layer embeddings are read from disk "
@@ -305,7 +304,7 @@ def given_sampling(args: argparse.Namespace) -> Sampling:
 
 
 def _given_sampling(args: argparse.Namespace) -> dict[str, Any]:
-    given = {name: vars(args)[name] for name in (field.name for field in fields(Sampling))}
+    given = {name: getattr(args, name) for name in (field.name for field in fields(Sampling))}
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -497,7 +497,7 @@ def check_pair(target: TargetConfig, drafter: DrafterConfig) -> None:
 
 
 def _value(layer: LayerConfig, name: str) -> int:
-    value: int = vars(layer)[name]
+    value: int = getattr(layer, name)
     return value
 
 

@@ -136,7 +136,7 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    options = TrainingOptions(**{field.name: vars(args)[field.name] for field in fields(TrainingOptions)})
+    options = TrainingOptions(**{field.name: getattr(args, field.name) for field in fields(TrainingOptions)})
     _check(args)
     folder = resolve_folder(args.model)
     output = args.output or folder / DRAFTER_FOLDER
@@ -177,8 +177,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.fine_tune_type == "lora" and args.drafter_config is not None:
         raise OptionError("--fine-tune-type lora needs a drafter to begin with, found --drafter-config")
     for name, least in (("lora_rank", 1), ("max_seq_length", 32), ("max_answer_tokens", 16)):
-        if vars(args)[name] < least:
-            raise OptionError(f"{name} must be at least {least}, found {vars(args)[name]}")
+        if getattr(args, name) < least:
+            raise OptionError(f"{name} must be at least {least}, found {getattr(args, name)}")
     check_data(args.data)
 
 

@@ -169,8 +169,8 @@ class Setting:
 
 def _run(args: argparse.Namespace) -> int:
     for name, least in (("repeats", 1), ("max_tokens", 2), ("cool_down", 0)):
-        if not least <= vars(args)[name] < math.inf:
-            raise OptionError(f"{name} must be at least {least}, found {vars(args)[name]}")
+        if not least <= getattr(args, name) < math.inf:
+            raise OptionError(f"{name} must be at least {least}, found {getattr(args, name)}")
     if args.exact and args.dtype is not None:
         raise OptionError("--exact is found out in the checkpoint's own type: leave out --dtype")
     if args.peers and args.kv_bits is not None:

@@ -73,7 +73,7 @@ class Sampling:
             "frequency_context_size": (1, math.inf),
         }
         for name, (low, high) in ranges.items():
-            value = vars(self)[name]
+            value = getattr(self, name)
             whole = isinstance(_default(name), int)
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
                 raise OptionError(f"{name} must be {'an integer' if whole else 'a number'}, found {value!r}")
@@ -85,7 +85,7 @@ class Sampling:
             raise OptionError(f"repetition_penalty must be above 0, found {self.repetition_penalty:g}")
         if 0 < self.temperature < SMALLEST or self.top_p < SMALLEST:
             name = "top_p" if self.top_p < SMALLEST else "temperature"
-            raise OptionError(f"{name} must be at least {SMALLEST:g}, found {vars(self)[name]:g}")
+            raise OptionError(f"{name} must be at least {SMALLEST:g}, found {getattr(self, name):g}")
         for token, bias in self.logit_bias.items():
             is_valid = isinstance(token, int) and isinstance(bias, int | float) and bias < math.inf
             if isinstance(token, bool) or isinstance(bias, bool) or not is_valid:
@@ -108,7 +108,7 @@ class Sampling:
         The penalties of the copy read at most `max_context` tokens.
         """
         names = ("repetition_context_size", "presence_context_size", "frequency_context_size")
-        return replace(self, **{name: min(vars(self)[name], max_context) for name in names})
+        return replace(self, **{name: min(getattr(self, name), max_context) for name in names})
 
     def log_probabilities(self, logits: mx.array, coins: mx.array) -> mx.array:
         """Return the log probabilities that tokens are drawn from, float32 [rows, candidates].

@@ -301,7 +301,7 @@ def _join(projections: list[nn.Module]) -> nn.Module | None:
     Returns None if their types or quantization differ.
     """
     first = projections[0]
-    kinds = {(type(p), p.get("bias") is None, *(vars(p).get(n) for n in _QUANTIZATION)) for p in projections}
+    kinds = {(type(p), p.get("bias") is None, *(getattr(p, name, None) for name in _QUANTIZATION)) for p in projections}
     if len(kinds) > 1 or type(first) not in (nn.Linear, nn.QuantizedLinear) or "bias" in first:
         return None
     joined = copy(first)

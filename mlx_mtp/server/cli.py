@@ -165,7 +165,7 @@ def _options(args: argparse.Namespace) -> GenerationOptions:
 
 def _check(args: argparse.Namespace) -> None:
     for name, least in (("max_queue", 0), ("max_body_size", 1), ("shutdown_timeout", 0), ("max_prompt_tokens", 1)):
-        value = vars(args)[name]
+        value = getattr(args, name)
         if value is not None and not least <= value < math.inf:
             raise OptionError(f"--{name.replace('_', '-')} must be at least {least}, found {value}")
     if not 0 <= args.port <= 65535:

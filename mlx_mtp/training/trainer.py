@@ -57,8 +57,8 @@ class TrainingOptions:
         least = dict.fromkeys(["iters", "batch_size", "num_draft_tokens", "positions_per_pass"], 1)
         least |= {"steps_per_eval": 1, "val_batches": 1, "save_every": 1, "patience": 0, "seed": 0}
         for name, minimum in least.items():
-            if vars(self)[name] < minimum:
-                raise OptionError(f"{name} must be at least {minimum}, found {vars(self)[name]}")
+            if getattr(self, name) < minimum:
+                raise OptionError(f"{name} must be at least {minimum}, found {getattr(self, name)}")
         if self.num_draft_tokens > 8:
             raise OptionError(f"num_draft_tokens must be at most 8 to train, found {self.num_draft_tokens}")
         if self.optimizer not in OPTIMIZERS:
