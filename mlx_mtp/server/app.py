@@ -30,9 +30,9 @@ from .anthropic_errors import ERRORS as ANTHROPIC_ERRORS
 from .anthropic_requests import MessagesRequest
 from .http_entry import Entry
 from .openai_answers import Answer, ChatForm, CompletionForm, Form, ResponseForm, Tokens
-from .openai_fields import warn_once
 from .openai_requests import ChatRequest, CompletionRequest, Request, ResponseRequest, Task
 from .service import ApiError, Prefill, Service, api_error
+from .undeclared_fields import warn_once
 
 T = TypeVar("T")
 Items = Job[GenerationResponse | Prefill]

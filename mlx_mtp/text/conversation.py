@@ -16,7 +16,7 @@ Messages = list[dict[str, Any]]
 # This is the index of a message in the conversation, and the message.
 _Indexed = tuple[int, Mapping[str, Any]]
 
-_SYSTEM_ROLES = ("system", "developer")
+SYSTEM_ROLES = ("system", "developer")
 _THOUGHTS = ("reasoning", "reasoning_content")
 # This separates the texts of two messages that become one.
 _BLANK_LINE = "\n\n"
@@ -63,12 +63,17 @@ def canonical_messages(messages: Sequence[Mapping[str, Any]]) -> Messages:
     system = [
         _text(message.get("content"), index)
         for index, message in enumerate(messages)
-        if message["role"] in _SYSTEM_ROLES
+        if message["role"] in SYSTEM_ROLES
     ]
-    first = [{"role": "system", "content": _BLANK_LINE.join(filter(None, system))}] if system else []
-    others = [(index, message) for index, message in enumerate(messages) if message["role"] not in _SYSTEM_ROLES]
+    first = system_message(system)
+    others = [(index, message) for index, message in enumerate(messages) if message["role"] not in SYSTEM_ROLES]
     parts = _merged(_parts(others))
     return first + [message for part in parts for message in (part.message, *(result for _, result in part.results))]
+
+
+def system_message(texts: Sequence[str]) -> Messages:
+    """Return the system message that consists of these texts, as a list that is empty without a text."""
+    return [{"role": "system", "content": _BLANK_LINE.join(filter(None, texts))}] if texts else []
 
 
 def _parts(messages: Sequence[_Indexed]) -> list[_Part]:
@@ -190,17 +195,23 @@ def _own_call(call: Mapping[str, Any], index: int, number: int) -> dict[str, Any
 
 def _arguments(arguments: Any, place: str) -> Mapping[str, Any] | str:
     """Return the arguments as an object, or as text if they are not an object."""
-    if arguments is None or arguments == "":
+    if arguments is None:
         return {}
     if isinstance(arguments, Mapping):
         return arguments
-    if not isinstance(arguments, str):
-        return _json(arguments, place)
+    return read_object(arguments) if isinstance(arguments, str) else _json(arguments, place)
+
+
+def read_object(text: str) -> dict[str, Any] | str:
+    """Return the arguments of a call as an object.
+
+    The result is the text itself if it is not a JSON object, for example if the call was cut off.
+    """
     try:
-        found = json.loads(arguments)
+        found = json.loads(text or "{}")
     except (ValueError, RecursionError):
-        return arguments
-    return found if isinstance(found, dict) else arguments
+        return text
+    return found if isinstance(found, dict) else text
 
 
 def _parts_text(parts: Sequence[Any]) -> str | None:
@@ -230,5 +241,10 @@ def _json(value: Any, place: str) -> str:
 def _unexpected(message: Mapping[str, Any], index: int, ids: set[Any]) -> PromptError:
     given = message.get("tool_call_id")
     if given in ids:
-        return PromptError(f"messages[{index}].tool_call_id is {given!r}: its call has a result already")
+        return second_result(f"messages[{index}].tool_call_id", given)
     return PromptError(f"messages[{index}] is the result of a call, but no call before it waits for one")
+
+
+def second_result(place: str, call_id: Any) -> PromptError:
+    """Return the error for a result whose call has a result already. `place` is the place of the call's id."""
+    return PromptError(f"{place} is {call_id!r}: its call has a result already")
