@@ -9,8 +9,8 @@ from pydantic import BaseModel
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .answers import new_id
 from .http_entry import plain_path
-from .openai_answers import new_id
 
 _MESSAGES = re.compile(r"/v1/messages(/.*)?")
 _MODELS = re.compile(r"/v1/models(/.*)?")

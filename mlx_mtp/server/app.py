@@ -24,13 +24,15 @@ from mlx_mtp import __version__
 from mlx_mtp.responses import GenerationResponse
 from mlx_mtp.threads.job_thread import Job
 
-from .anthropic_answers import MessagesForm
+from .answers import Answer, AnswerWriter, Tokens
+from .anthropic_answers import MessagesWriter
 from .anthropic_errors import DESCRIPTIONS, AnthropicErrors, is_anthropic
 from .anthropic_errors import ERRORS as ANTHROPIC_ERRORS
 from .anthropic_requests import MessagesRequest
 from .http_entry import Entry
-from .openai_answers import Answer, ChatForm, CompletionForm, Form, ResponseForm, Tokens
+from .openai_answers import ChatWriter, CompletionWriter
 from .openai_requests import ChatRequest, CompletionRequest, Request, ResponseRequest, Task
+from .response_answers import ResponseWriter
 from .service import ApiError, Prefill, Service, api_error
 from .undeclared_fields import warn_once
 
@@ -104,27 +106,27 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
 
     @app.post("/v1/chat/completions", responses=responses, response_class=Response, summary="An answer to messages.")
     async def chat(body: ChatRequest, http: HttpRequest) -> Response:
-        def form(task: Task) -> Form:
-            return ChatForm(body, service.name, tokens, answer(task))
+        def writer(task: Task) -> AnswerWriter:
+            return ChatWriter(body, service.name, tokens, answer(task))
 
-        return await _answer(http, body, body.task, form)
+        return await _answer(http, body, body.task, writer)
 
     @app.post("/v1/completions", responses=responses, response_class=Response, summary="Text that goes on.")
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
-        return await _answer(http, body, body.task, lambda _: CompletionForm(body, service.name, tokens))
+        return await _answer(http, body, body.task, lambda _: CompletionWriter(body, service.name, tokens))
 
     @app.post("/v1/responses", responses=responses, response_class=Response, summary="An answer as a list of items.")
     async def answers(body: ResponseRequest, http: HttpRequest) -> Response:
-        def form(task: Task) -> Form:
-            return ResponseForm(body, service.name, tokens, answer(task))
+        def writer(task: Task) -> AnswerWriter:
+            return ResponseWriter(body, service.name, tokens, answer(task))
 
-        return await _answer(http, body, body.task, form)
+        return await _answer(http, body, body.task, writer)
 
     async def _answer(
         http: HttpRequest,
         body: Request,
         task: Callable[..., Task],
-        make_form: Callable[[Task], Form],
+        make_writer: Callable[[Task], AnswerWriter],
         *,
         takes_any_model: bool = False,
     ) -> Response:
@@ -138,8 +140,8 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         for name in body.ignored[:_MOST_NAMED]:
             warn_once(name)
         asked = task(service.options)
-        form = make_form(asked)
-        response = await _run(http, service.submit(asked), form, body.stream, settings.keep_alive)
+        writer = make_writer(asked)
+        response = await _run(http, service.submit(asked), writer, body.stream, settings.keep_alive)
         if body.ignored:
             response.headers[IGNORED_HEADER] = ", ".join(
                 quote(name[:100], safe="") or '""' for name in body.ignored[:_MOST_NAMED]
@@ -150,11 +152,11 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
 
     @app.post("/v1/messages", responses=ANTHROPIC_ERRORS, response_class=Response, summary="Anthropic's messages.")
     async def messages(body: MessagesRequest, http: HttpRequest) -> Response:
-        def form(task: Task) -> Form:
-            return MessagesForm(body, service.name, tokens, answer(task), task.options.max_tokens)
+        def writer(task: Task) -> AnswerWriter:
+            return MessagesWriter(body, service.name, tokens, answer(task), task.options.max_tokens)
 
         # Anthropic's clients name a different model for each kind of task. This model answers all of them.
-        return await _answer(http, body, body.task, form, takes_any_model=True)
+        return await _answer(http, body, body.task, writer, takes_any_model=True)
 
     @app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS, summary="Tokens of a prompt.")
     async def count_tokens(body: MessagesRequest) -> dict[str, int]:
@@ -212,7 +214,7 @@ def _model(service: Service, http: HttpRequest) -> dict[str, Any]:
     return found | {"type": "model", "display_name": service.name} | dates | limits
 
 
-async def _run(http: HttpRequest, job: Items, form: Form, stream: bool, keep_alive: float) -> Response:
+async def _run(http: HttpRequest, job: Items, writer: AnswerWriter, stream: bool, keep_alive: float) -> Response:
     """Return the response of a job: a stream of events, or the whole answer as JSON.
 
     An error of a whole answer gets its own HTTP status. In a stream, only an error before the first item and within
@@ -221,12 +223,12 @@ async def _run(http: HttpRequest, job: Items, form: Form, stream: bool, keep_ali
     try:
         first = await _unless_gone(http, _next(job, keep_alive if stream else None))
         if stream:
-            return _Stream(job, _events(job, first, form, keep_alive))
-        await _unless_gone(http, _consume(job, first, form))
+            return _Stream(job, _events(job, first, writer, keep_alive))
+        await _unless_gone(http, _consume(job, first, writer))
     except BaseException:
         job.cancel()
         raise
-    return JSONResponse(form.whole())
+    return JSONResponse(writer.whole())
 
 
 async def _next(job: Items, timeout: float | None) -> GenerationResponse | Prefill | None:
@@ -237,47 +239,47 @@ async def _next(job: Items, timeout: float | None) -> GenerationResponse | Prefi
         return None
 
 
-async def _consume(job: Items, first: GenerationResponse | Prefill | None, form: Form) -> None:
-    for _ in form.begin():
+async def _consume(job: Items, first: GenerationResponse | Prefill | None, writer: AnswerWriter) -> None:
+    for _ in writer.begin():
         pass
     item = first
     with contextlib.suppress(StopAsyncIteration):
         while True:
             if isinstance(item, GenerationResponse):
-                for _ in form.add(item):
+                for _ in writer.add(item):
                     pass
             item = await job.next()
-    for _ in form.end():
+    for _ in writer.end():
         pass
 
 
 async def _events(
-    job: Items, first: GenerationResponse | Prefill | None, form: Form, keep_alive: float
+    job: Items, first: GenerationResponse | Prefill | None, writer: AnswerWriter, keep_alive: float
 ) -> AsyncIterator[str]:
     """Yield the events of a stream.
 
     Signs of life fill the time without tokens, so that no reader considers the stream dead.
     """
     try:
-        for event in form.begin():
+        for event in writer.begin():
             yield event
         item = first
         while True:
             if item is None:
-                yield form.alive("keep-alive")
+                yield writer.alive("keep-alive")
             elif isinstance(item, Prefill):
-                yield form.alive(f"prefill {item.done}/{item.total}")
+                yield writer.alive(f"prefill {item.done}/{item.total}")
             else:
-                for event in form.add(item):
+                for event in writer.add(item):
                     yield event
             try:
                 item = await _next(job, keep_alive)
             except StopAsyncIteration:
                 break
-        for event in form.end():
+        for event in writer.end():
             yield event
     except Exception as error:
-        for event in form.fail(api_error(error).body()):
+        for event in writer.fail(api_error(error).body()):
             yield event
 
 
