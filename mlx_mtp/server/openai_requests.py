@@ -5,6 +5,7 @@ A field of the wrong type, or a field that asks for an unsupported feature, is r
 """
 
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -62,7 +63,7 @@ _NO_BIAS = BeforeValidator(lambda value: {} if value == [] else value)
 _EMPTY_IS_NONE = BeforeValidator(lambda value: None if value == "" else value)
 
 
-class Request(RequestPart):
+class Request(RequestPart, ABC):
     """RequestPart that all requests have: OpenAI's fields, and fields of `Sampling` and `GenerationOptions`."""
 
     model_config = ConfigDict(extra="allow")
@@ -106,6 +107,10 @@ class Request(RequestPart):
     def ignored(self) -> list[str]:
         """Names of the parts of the request that the server does not know or cannot use."""
         return unknown(self.model_extra or {}, field_names(*ENDPOINTS))
+
+    @abstractmethod
+    def task(self, default: GenerationOptions) -> "Task":
+        """Convert the request to a task. Raises OptionError and PromptError for unsupported values."""
 
     def sampling(self, default: Sampling) -> Sampling:
         """Return the default with the fields that the request sets. Raises OptionError for a value out of range."""

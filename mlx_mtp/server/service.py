@@ -77,6 +77,10 @@ class Prefill:
     total: int
 
 
+# The job yields the responses of a generation, and before them the progress of its prefill.
+GenerationJob = Job[GenerationResponse | Prefill]
+
+
 class Metrics:
     """Prometheus metrics of one server, for `/metrics`."""
 
@@ -149,14 +153,14 @@ class Service:
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.worker, self.model)
 
-    def submit(self, task: Task) -> Job[GenerationResponse | Prefill]:
+    def submit(self, task: Task) -> GenerationJob:
         """Queue a generation. The worker encodes its prompt and checks its options when its turn comes.
 
         Raises BusyError if too many generations wait.
         """
         asked = time.monotonic()
 
-        def start(job: Job[GenerationResponse | Prefill]) -> Iterator[GenerationResponse | Prefill]:
+        def start(job: GenerationJob) -> Iterator[GenerationResponse | Prefill]:
             return self._run(task, job, asked)
 
         return self.worker.submit(start)
@@ -165,9 +169,7 @@ class Service:
         """Return the seconds until the queue may have room: the mean time of a generation, rounded up."""
         return _FIRST_RETRY if self._seconds is None else min(_MOST_RETRY, max(1, math.ceil(self._seconds)))
 
-    def _run(
-        self, task: Task, job: Job[GenerationResponse | Prefill], asked: float
-    ) -> Iterator[GenerationResponse | Prefill]:
+    def _run(self, task: Task, job: GenerationJob, asked: float) -> Iterator[GenerationResponse | Prefill]:
         began, end, last = time.monotonic(), "cancelled", None
         try:
             responses = self.model.stream_generate(
