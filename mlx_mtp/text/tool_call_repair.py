@@ -86,8 +86,7 @@ class _Reader:
         assert frame is not None
         if self._scanner.is_at_closer(at):
             # The text after a value closes the object.
-            is_trailing = state.note == ","
-            yield int(is_trailing), state.to("after", at, frame, state.out)
+            yield self._end_of_members(state, frame, at)
         elif at == len(self._text):
             return
         elif self._text[at] in ",;":
@@ -106,6 +105,10 @@ class _Reader:
                 following = state.to("value", separator.end(), inner, out)._replace(schema=schema)
                 # If a name has two values, it is not known which value is meant.
                 yield slips + 2 * (name in frame.given), following.doubted(name in frame.given)
+
+    def _end_of_members(self, state: State, frame: Frame, at: int) -> tuple[int, State]:
+        """Return the state before a closing bracket. A comma before the bracket is a slip."""
+        return int(state.note == ","), state.to("after", at, frame, state.out)
 
     def _comma(self, state: State, frame: Frame, at: int) -> Steps:
         """Skip an extra comma, or close an empty object or list whose closing bracket is missing."""
@@ -193,8 +196,7 @@ class _Reader:
         frame = state.frame
         assert frame is not None
         if self._scanner.is_at_closer(at):
-            is_trailing = state.note == ","
-            yield int(is_trailing), state.to("after", at, frame, state.out)
+            yield self._end_of_members(state, frame, at)
         elif at < len(self._text) and self._text[at] == ",":
             yield from self._comma(state, frame, at)
         out = state.out if frame.is_empty else Output(",", state.out)
