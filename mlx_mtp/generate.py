@@ -84,14 +84,20 @@ def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--prompt", "-p", type=text_argument, metavar="TEXT|-", help="The prompt; '-' reads it from stdin.")
     add("--system-prompt", type=text_argument, help="System prompt for the chat template.")
-    most = "Most tokens to generate (default: %(default)s)."
+    most = "Largest number of tokens to generate (default: %(default)s)."
     add("--max-tokens", "-m", type=int, default=DEFAULT_MAX_TOKENS, help=most)
 
 
 def _add_answer_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say where the answer ends and what it must follow."""
     add = parser.add_argument
-    add("--stop", type=text_argument, action="append", default=[], help="End the text before this; may be repeated.")
+    add(
+        "--stop",
+        type=text_argument,
+        action="append",
+        default=[],
+        help="End the text before this string. May be repeated.",
+    )
     add("--ignore-eos", action="store_true", help="Do not stop at the model's own stop tokens.")
     add(
         "--min-tokens", type=int, default=0, help="Generate at least this many tokens before a stop token (default: 0)."
@@ -114,15 +120,15 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="A file of mlx_mtp.cache_prompt. --prompt continues the prompt in it.",
     )
-    add("--ignore-chat-template", action="store_true", help="Continue the bare prompt.")
+    add("--ignore-chat-template", action="store_true", help="Continue the prompt without the chat template.")
     add(
         "--compare",
         action="store_true",
         help=f"Decode {COMPARED_RUNS} more times with the drafter and without, in turn, and say how much faster it is.",
     )
-    plan = "Load nothing. Print how much memory weights, K/V and work would take."
+    plan = "Load nothing. Print the memory that weights, K/V cache and computation would take."
     add("--dry-run", action="store_true", help=plan)
-    add("--verbose", action="store_true", help="Print on stderr what was loaded.")
+    add("--verbose", action="store_true", help="Print the loaded model and its options on stderr.")
     add("--json", action="store_true", help="End stdout with one line: a JSON object with all results.")
 
 
@@ -188,7 +194,9 @@ def _check_prompt_cache(args: argparse.Namespace) -> None:
     if args.prompt_cache is None:
         return
     if args.system_prompt is not None:
-        raise OptionError("--system-prompt: the prompt cache begins with one, or with none; give it to cache_prompt")
+        raise OptionError(
+            "--system-prompt: a prompt cache already has its system prompt, or none; give it to cache_prompt"
+        )
     if args.num_draft_tokens != "auto" and args.num_draft_tokens > MAX_DRAFT_TOKENS:
         raise OptionError(f"--num-draft-tokens: with a prompt cache at most {MAX_DRAFT_TOKENS}")
     prompt_cache.check(Path(args.prompt_cache))

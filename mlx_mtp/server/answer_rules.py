@@ -90,7 +90,7 @@ def answer_rules(
         grammar = tool_grammar(callable_tools, choice.name, parallel=parallel, answer=schema)
         rules = AnswerRules(tools, grammar=grammar.text, not_enforced=(*grammar.not_enforced, *not_enforced))
     if rules.not_enforced:
-        logger.warning("not enforced of the schemas of a request: %s", ascii(", ".join(rules.not_enforced)))
+        logger.warning("schema keywords of a request are not enforced: %s", ascii(", ".join(rules.not_enforced)))
     return rules
 
 

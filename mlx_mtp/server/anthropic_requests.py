@@ -104,13 +104,15 @@ def _tag(known: Sequence[str], block: Any) -> str:
     return kind if isinstance(kind, str) and kind in known else "other"
 
 
-ResultBlock: TypeAlias = Annotated[
+# These blocks have a text. They can be the result of a tool call.
+_TextualBlock: TypeAlias = (
     Annotated[TextBlock, Tag("text")]
     | Annotated[DocumentBlock, Tag("document")]
     | Annotated[SearchResultBlock, Tag("search_result")]
     | Annotated[ToolReferenceBlock, Tag("tool_reference")]
-    | Annotated[OtherBlock, Tag("other")],
-    Discriminator(lambda block: _tag(_RESULT_BLOCKS, block)),
+)
+ResultBlock: TypeAlias = Annotated[
+    _TextualBlock | Annotated[OtherBlock, Tag("other")], Discriminator(lambda block: _tag(_RESULT_BLOCKS, block))
 ]
 
 
@@ -124,10 +126,7 @@ class ToolResultBlock(RequestPart):
 
 
 Block: TypeAlias = Annotated[
-    Annotated[TextBlock, Tag("text")]
-    | Annotated[DocumentBlock, Tag("document")]
-    | Annotated[SearchResultBlock, Tag("search_result")]
-    | Annotated[ToolReferenceBlock, Tag("tool_reference")]
+    _TextualBlock
     | Annotated[ThinkingBlock, Tag("thinking")]
     | Annotated[ToolUseBlock, Tag("tool_use")]
     | Annotated[ToolResultBlock, Tag("tool_result")]
@@ -271,7 +270,7 @@ class MessagesRequest(Request):
         if kind != "tool":
             return "required" if kind == "any" else kind
         if name is None:
-            raise OptionError("tool_choice is of type tool: it needs the name of one")
+            raise OptionError("tool_choice is of type tool: it needs the name of a tool")
         return {"type": "function", "function": {"name": name}}
 
     def _check_prefill(self) -> None:

@@ -75,19 +75,19 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
 
 def _add_openai_routes(app: FastAPI, endpoints: "_Endpoints", errors: Responses) -> None:
     for path, endpoint, summary in (
-        ("/v1/chat/completions", endpoints.chat, "An answer to messages."),
-        ("/v1/completions", endpoints.completions, "Text that goes on."),
-        ("/v1/responses", endpoints.answers, "An answer as a list of items."),
+        ("/v1/chat/completions", endpoints.chat, "Answer the messages of a conversation."),
+        ("/v1/completions", endpoints.completions, "Continue a text."),
+        ("/v1/responses", endpoints.answers, "Answer with a list of items."),
     ):
         app.post(path, responses=errors, response_class=Response, summary=summary)(endpoint)
 
 
 def _add_anthropic_routes(app: FastAPI, endpoints: "_Endpoints") -> None:
-    add = app.post("/v1/messages", responses=ANTHROPIC_ERRORS, response_class=Response, summary="Anthropic's messages.")
+    summary = "Answer the messages of a conversation, in Anthropic's API."
+    add = app.post("/v1/messages", responses=ANTHROPIC_ERRORS, response_class=Response, summary=summary)
     add(endpoints.messages)
-    app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS, summary="Tokens of a prompt.")(
-        endpoints.count_tokens
-    )
+    summary = "Count the tokens of a prompt."
+    app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS, summary=summary)(endpoints.count_tokens)
 
 
 def _add_server_routes(app: FastAPI, endpoints: "_Endpoints", errors: Responses) -> None:

@@ -66,41 +66,63 @@ def _add_access_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the address, of the names of server and model, and of who may ask."""
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="Address to bind (default: %(default)s, this machine only).")
-    add("--port", type=int, default=DEFAULT_PORT, help="Port, 0 for any that is free (default: %(default)s).")
+    add("--port", type=int, default=DEFAULT_PORT, help="Port, 0 for any free port (default: %(default)s).")
     add(
         "--api-key",
         default=os.environ.get(KEY_VARIABLE),
         metavar="KEY",
         help=f"Key that clients must send (default: the environment's {KEY_VARIABLE}, else none).",
     )
-    add("--served-model-name", metavar="NAME", help="Name of the model in the API (default: that of --model).")
+    add("--served-model-name", metavar="NAME", help="Name of the model in the API (default: the name of --model).")
     add(
-        "--allowed-origins", type=_names, default=(), metavar="URL,URL", help="Origins of web pages that may ask; CORS."
+        "--allowed-origins",
+        type=_names,
+        default=(),
+        metavar="URL,URL",
+        help="Origins of web pages that may send requests (CORS).",
     )
     add(
         "--allowed-hosts",
         type=_names,
         default=(),
         metavar="NAME,NAME",
-        help="Names this server may be asked by, *.DOMAIN for all in a domain, * for any. Where it is bound to this "
-        "machine, beside the machine's own and those under .local, .internal and .localhost.",
+        help="Host names that the server answers to: *.DOMAIN for all names in a domain, * for any name. A server "
+        "that is bound to this machine also answers to the machine's own names, and to names under .local, .internal "
+        "and .localhost.",
     )
 
 
 def _add_limit_options(parser: argparse.ArgumentParser) -> None:
     """Add the limits of the queue, the requests, the memory and the shutdown."""
     add = parser.add_argument
-    add("--max-queue", type=int, default=32, metavar="N", help="Most requests that wait (default: %(default)s).")
-    add("--max-body-size", type=_size, default=10_000_000, metavar="SIZE", help="Largest request (default: 10MB).")
-    add("--max-prompt-tokens", type=int, metavar="N", help="Longest prompt (default: what the context holds).")
+    add(
+        "--max-queue",
+        type=int,
+        default=32,
+        metavar="N",
+        help="Largest number of requests that wait (default: %(default)s).",
+    )
+    add(
+        "--max-body-size",
+        type=_size,
+        default=10_000_000,
+        metavar="SIZE",
+        help="Largest body of a request (default: 10MB).",
+    )
+    add(
+        "--max-prompt-tokens",
+        type=int,
+        metavar="N",
+        help="Largest number of tokens in a prompt (default: the context of the model).",
+    )
     add(
         "--max-tokens",
         "-m",
         type=int,
         default=DEFAULT_MAX_TOKENS,
-        help="Most tokens of an answer, where a request does not say (default: %(default)s).",
+        help="Largest number of tokens in an answer, if the request sets none (default: %(default)s).",
     )
-    add("--prompt-cache-bytes", type=_size, metavar="SIZE", help="Most memory for prompts read before.")
+    add("--prompt-cache-bytes", type=_size, metavar="SIZE", help="Largest memory of the prompt cache.")
     add(
         "--shutdown-timeout",
         type=float,

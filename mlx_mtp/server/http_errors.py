@@ -31,17 +31,17 @@ class ErrorBody(BaseModel):
 
 # The statuses of errors that both APIs have, and their descriptions.
 DESCRIPTIONS: dict[int | str, str] = {
-    400: "The request is wrong, or asks for what is not supported.",
+    400: "The request is wrong, or asks for an unsupported feature.",
     401: "The API key is missing or wrong.",
     413: "The body is too large.",
-    429: "Too many requests wait; Retry-After says when to ask again.",
+    429: "Too many requests wait. Retry-After tells when to send the request again.",
     500: "The generation failed.",
     503: "The server is shutting down.",
 }
 # The errors of OpenAI's endpoints, for the OpenAPI description.
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
-    for status, text in {**DESCRIPTIONS, 404: "There is no such model, or no such stored item."}.items()
+    for status, text in {**DESCRIPTIONS, 404: "The model or the stored item does not exist."}.items()
 }
 
 

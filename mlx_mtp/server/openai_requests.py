@@ -96,7 +96,9 @@ class Request(RequestPart, ABC):
     ignore_eos: bool = False
     regex: Annotated[str | None, _EMPTY_IS_NONE] = None
     grammar: Annotated[str | None, _EMPTY_IS_NONE] = None
-    include_stats: bool = Field(False, description="Add to each part what was drafted and accepted so far.")
+    include_stats: bool = Field(
+        False, description="Add the numbers of drafted and accepted tokens so far to each part."
+    )
 
     @model_validator(mode="after")
     def _check_others(self) -> "Request":
@@ -134,7 +136,7 @@ class Request(RequestPart, ABC):
         changes |= {"stop": self.stop, "regex": self.regex, "sampling": self.sampling(default.sampling)}
         if self.grammar is not None:
             if changes.get("grammar") is not None:
-                raise OptionError("grammar contradicts the tools, whose calls must follow one of their own")
+                raise OptionError("grammar contradicts the tools: their calls must follow a grammar of the server")
             changes["grammar"] = self.grammar
         if changes.get("enable_thinking") is False:
             default = replace(default, enable_thinking=False, thinking_budget=None)
@@ -253,7 +255,7 @@ def _effort(effort: str | bool | None) -> bool | None:
 class ChatRequest(ConversationRequest):
     """Request of `/v1/chat/completions`."""
 
-    # Error messages use this name for the field with the answer's form.
+    # Error messages use this name for the field with the answer's format.
     format_field: ClassVar[str] = "response_format"
 
     messages: list[Message] = Field(min_length=1)

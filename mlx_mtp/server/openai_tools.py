@@ -163,7 +163,7 @@ class ToolChoice(NamedTuple):
 def tool_choice(choice: str | ChatNamedTool | ResponseNamedTool | AllowedTools | OtherTool) -> ToolChoice:
     """Convert the tool choice of a request. Raises OptionError for a tool that is not a function."""
     if isinstance(choice, OtherTool):
-        raise OptionError(f"tool_choice is of type {choice.type!r}: there are only functions here")
+        raise OptionError(f"tool_choice is of type {choice.type!r}: this server has functions only")
     if isinstance(choice, AllowedTools):
         return ToolChoice(choice.mode, choice.names)
     return ToolChoice(choice if isinstance(choice, str) else choice.name)
