@@ -65,16 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Decode a prompt with Gemma 4: the drafter proposes, the target verifies.",
     )
     add_model_options(parser, default="the demo pair in the package")
-    add = parser.add_argument
-    add("--prompt", "-p", type=text_argument, metavar="TEXT|-", help="The prompt; '-' reads it from stdin.")
-    add("--system-prompt", type=text_argument, help="System prompt for the chat template.")
-    parser.add_argument(
-        "--max-tokens",
-        "-m",
-        type=int,
-        default=DEFAULT_MAX_TOKENS,
-        help="Most tokens to generate (default: %(default)s).",
-    )
+    _add_prompt_options(parser)
     add_sampling_options(parser)
     parser.add_argument(
         "--prefill-step-size",
@@ -83,44 +74,62 @@ def _parser() -> argparse.ArgumentParser:
         help="Prompt tokens read per pass (default: %(default)s).",
     )
     add_kv_options(parser)
-    add("--stop", type=text_argument, action="append", default=[], help="End the text before this; may be repeated.")
-    parser.add_argument("--ignore-eos", action="store_true", help="Do not stop at the model's own stop tokens.")
-    parser.add_argument(
+    _add_answer_options(parser)
+    add_thinking_options(parser)
+    _add_run_options(parser)
+    return parser
+
+
+def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--prompt", "-p", type=text_argument, metavar="TEXT|-", help="The prompt; '-' reads it from stdin.")
+    add("--system-prompt", type=text_argument, help="System prompt for the chat template.")
+    most = "Largest number of tokens to generate (default: %(default)s)."
+    add("--max-tokens", "-m", type=int, default=DEFAULT_MAX_TOKENS, help=most)
+
+
+def _add_answer_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where the answer ends and what it must follow."""
+    add = parser.add_argument
+    add(
+        "--stop",
+        type=text_argument,
+        action="append",
+        default=[],
+        help="End the text before this string. May be repeated.",
+    )
+    add("--ignore-eos", action="store_true", help="Do not stop at the model's own stop tokens.")
+    add(
         "--min-tokens", type=int, default=0, help="Generate at least this many tokens before a stop token (default: 0)."
     )
-    parser.add_argument(
-        "--logprobs",
-        type=int,
-        metavar="N",
-        help="With --json, each token's log probability and the N most likely ones.",
-    )
-    grammar = parser.add_mutually_exclusive_group()
-    grammar.add_argument("--json-schema", metavar="FILE", help="Answer with JSON that follows this JSON Schema.")
-    constrain = grammar.add_argument
-    constrain("--regex", type=text_argument, help="Answer with text that matches this regular expression as a whole.")
-    constrain("--grammar", type=text_argument, help="Answer in this grammar's language, in Lark or llama.cpp's GBNF.")
-    grammar.add_argument("--grammar-file", metavar="FILE", help="Answer in the language of the grammar in this file.")
-    add_thinking_options(parser)
-    parser.add_argument(
+    logprobs = "With --json, each token's log probability and the N most likely ones."
+    add("--logprobs", type=int, metavar="N", help=logprobs)
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--json-schema", metavar="FILE", help="Answer with JSON that follows this JSON Schema.")
+    add("--regex", type=text_argument, help="Answer with text that matches this regular expression as a whole.")
+    add("--grammar", type=text_argument, help="Answer in this grammar's language, in Lark or llama.cpp's GBNF.")
+    add("--grammar-file", metavar="FILE", help="Answer in the language of the grammar in this file.")
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of how the command runs, and of what it prints."""
+    add = parser.add_argument
+    add(
         "--prompt-cache",
         "--prompt-cache-file",
         metavar="FILE",
         help="A file of mlx_mtp.cache_prompt. --prompt continues the prompt in it.",
     )
-    parser.add_argument("--ignore-chat-template", action="store_true", help="Continue the bare prompt.")
-    parser.add_argument(
+    add("--ignore-chat-template", action="store_true", help="Continue the prompt without the chat template.")
+    add(
         "--compare",
         action="store_true",
         help=f"Decode {COMPARED_RUNS} more times with the drafter and without, in turn, and say how much faster it is.",
     )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="Load nothing. Print how much memory weights, K/V and work would take.",
-    )
-    parser.add_argument("--verbose", action="store_true", help="Print on stderr what was loaded.")
-    parser.add_argument("--json", action="store_true", help="End stdout with one line: a JSON object with all results.")
-    return parser
+    plan = "Load nothing. Print the memory that weights, K/V cache and computation would take."
+    add("--dry-run", action="store_true", help=plan)
+    add("--verbose", action="store_true", help="Print the loaded model and its options on stderr.")
+    add("--json", action="store_true", help="End stdout with one line: a JSON object with all results.")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -146,13 +155,7 @@ def _run(args: argparse.Namespace) -> int:
         summarize(seen[-1], model, options)
         report = _report(seen, model, interrupted)
         if args.compare and not interrupted:
-            ratios = _compare(model, prompt, options)
-            report["speedup"] = median(ratios)
-            print(
-                f"Speed: {median(ratios):.2f} times plain decoding "
-                f"({min(ratios):.2f} to {max(ratios):.2f}, {COMPARED_RUNS} runs of each in turn)",
-                file=sys.stderr,
-            )
+            report["speedup"] = _compare(model, prompt, options)
         if args.json:
             write_json(report)
     return INTERRUPTED if interrupted else 0
@@ -191,7 +194,9 @@ def _check_prompt_cache(args: argparse.Namespace) -> None:
     if args.prompt_cache is None:
         return
     if args.system_prompt is not None:
-        raise OptionError("--system-prompt: the prompt cache begins with one, or with none; give it to cache_prompt")
+        raise OptionError(
+            "--system-prompt: a prompt cache already has its system prompt, or none; give it to cache_prompt"
+        )
     if args.num_draft_tokens != "auto" and args.num_draft_tokens > MAX_DRAFT_TOKENS:
         raise OptionError(f"--num-draft-tokens: with a prompt cache at most {MAX_DRAFT_TOKENS}")
     prompt_cache.check(Path(args.prompt_cache))
@@ -226,8 +231,8 @@ def _options(args: argparse.Namespace) -> GenerationOptions:
     )
 
 
-def _compare(model: Model, prompt: list[int], options: GenerationOptions) -> list[float]:
-    """Return the speed with the drafter divided by the speed without, for COMPARED_RUNS pairs of runs.
+def _compare(model: Model, prompt: list[int], options: GenerationOptions) -> float:
+    """Print and return the speed with the drafter divided by the speed without, the median of COMPARED_RUNS pairs.
 
     The two runs of a pair follow each other directly.
 
@@ -240,7 +245,12 @@ def _compare(model: Model, prompt: list[int], options: GenerationOptions) -> lis
         if not plain.generation_tps:
             raise OptionError("--compare needs a text of several tokens, found one")
         ratios.append(drafted.generation_tps / plain.generation_tps)
-    return ratios
+    print(
+        f"Speed: {median(ratios):.2f} times plain decoding "
+        f"({min(ratios):.2f} to {max(ratios):.2f}, {COMPARED_RUNS} runs of each in turn)",
+        file=sys.stderr,
+    )
+    return median(ratios)
 
 
 def _read_text(path: str) -> str:

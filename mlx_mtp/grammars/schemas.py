@@ -47,7 +47,7 @@ _TRIVIAL: dict[str, tuple[Any, ...]] = {
 _LARGER = frozenset({"minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties"})
 _SMALLER = frozenset({"maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties"})
 _NUMBER = int | float
-_KINDS: dict[str, Any] = {
+_VALUE_TYPES: dict[str, Any] = {
     **dict.fromkeys(("properties", "patternProperties"), Mapping),
     **dict.fromkeys(("type", "required", "enum", "prefixItems", "allOf", "anyOf", "oneOf"), list),
     **dict.fromkeys(("pattern", "format"), str),
@@ -143,8 +143,8 @@ class Document:
         kept = restricting(self._expect(schema, Mapping, "a schema"))
         if isinstance(kept.get("type"), str):
             kept["type"] = [kept["type"]]
-        for name in kept.keys() & _KINDS.keys():
-            self._expect(kept[name], _KINDS[name], name)
+        for name in kept.keys() & _VALUE_TYPES.keys():
+            self._expect(kept[name], _VALUE_TYPES[name], name)
         for name in ("type", "required"):
             for item in kept.get(name, []):
                 self._expect(item, str, f"a name in {name}")

@@ -9,7 +9,8 @@ from mlx_mtp.decoding.constraints import JSON_WHITESPACE
 from mlx_mtp.errors import OptionError
 from mlx_mtp.text.call_syntax import CALL_END, CALL_START
 
-from .argument_rules import COMMON_RULES, ArgumentRules, Rules
+from .argument_rules import ArgumentRules
+from .lark_rules import COMMON_RULES, Rules
 from .schemas import LeftOut
 
 # The text before the calls. It must not spell out the start mark of a call, which a reader takes for a call.

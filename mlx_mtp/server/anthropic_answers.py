@@ -1,4 +1,4 @@
-"""Answers in the form of Anthropic's API: a message of blocks, as a whole or as the events of a stream."""
+"""Writer of answers in the format of Anthropic's API: a message of blocks."""
 
 import json
 from collections.abc import Iterator
@@ -7,20 +7,20 @@ from typing import Any, Literal
 
 from mlx_mtp.responses import GenerationResponse
 
+from .answers import Answer, AnswerWriter, JsonObject, Tokens, new_id, sse
 from .anthropic_errors import anthropic_error
 from .anthropic_requests import INVALID_JSON, MessagesRequest
-from .openai_answers import Answer, Fields, Form, Tokens, generation_stats, new_id, sse
 
 # Clients send a thought back only if its signature is not empty. Here the signature has no meaning.
 SIGNATURE = "bWx4LW10cA=="
 # The stream sends a ping after this many tokens without an event.
 _SILENT_TOKENS = 16
 
-Kind = Literal["thinking", "text", "tool_use"]
+TextBlockType = Literal["thinking", "text"]
 
 
-class MessagesForm(Form):
-    """Answer of `/v1/messages`: a list of blocks (thoughts, texts and tool calls), one open at a time.
+class MessagesWriter(AnswerWriter):
+    """Writer of the answer of `/v1/messages`: a list of blocks (thoughts, texts and tool calls), one open at a time.
 
     The message begins with the first token, because its usage is not known before. The arguments of a call must be a
     JSON object, so they are held back until the call ends. Text that is not a JSON object becomes the value of
@@ -28,12 +28,10 @@ class MessagesForm(Form):
     """
 
     def __init__(self, request: MessagesRequest, name: str, tokens: Tokens, answer: Answer, max_tokens: int) -> None:
-        super().__init__(name, tokens)
+        super().__init__(name, tokens, answer, id_prefix="msg_", include_stats=request.include_stats)
         self.request = request
-        self.answer = answer
-        self.id = new_id("msg_")
         self._max_tokens = max_tokens
-        self._blocks: list[Fields] = []
+        self._blocks: list[JsonObject] = []
         self._is_open = False
         self._silent = 0
 
@@ -47,14 +45,14 @@ class MessagesForm(Form):
             # The request asks only for the prefill of the prompt.
             response = replace(response, text="", thought="")
         is_first = self.answer.last is None
-        part = self.answer.add(response)
+        added = self.answer.add(response)
         if is_first:
             yield _event("message_start", message=self._message([], None, None, output_tokens=0))
         events = [
-            *(self._continue("thinking", part.thought) if part.thought else ()),
-            *(self._continue("text", part.text) if part.text else ()),
+            *(self._continue("thinking", added.thought) if added.thought else ()),
+            *(self._continue("text", added.text) if added.text else ()),
         ]
-        for call in part.calls:
+        for call in added.calls:
             if call.name is not None:
                 events += [
                     *self._close(),
@@ -70,17 +68,19 @@ class MessagesForm(Form):
         """Yield the events after the last token."""
         yield from self._close()
         delta = {"stop_reason": self._stop_reason, "stop_sequence": self._stop_sequence}
-        yield _event("message_delta", delta=delta, usage=self._usage(self._output_tokens), **self._stats())
+        yield _event(
+            "message_delta", delta=delta, usage=self._usage(self._output_tokens), **self.stats(self.answer.last)
+        )
         yield _event("message_stop")
 
-    def fail(self, error: Fields) -> Iterator[str]:
+    def fail(self, error: JsonObject) -> Iterator[str]:
         """Yield the event of an error, in place of the end."""
         yield sse(anthropic_error(error), "error")
 
-    def whole(self) -> Fields:
+    def whole(self) -> JsonObject:
         """Return the whole answer as one JSON object."""
         message = self._message(self._blocks, self._stop_reason, self._stop_sequence, self._output_tokens)
-        return message | self._stats()
+        return message | self.stats(self.answer.last)
 
     @property
     def _stop_sequence(self) -> str | None:
@@ -101,16 +101,16 @@ class MessagesForm(Form):
         assert self.answer.last is not None
         return 0 if self.request.max_tokens == 0 else self.answer.last.generation_tokens
 
-    def _continue(self, kind: Kind, text: str) -> Iterator[str]:
+    def _continue(self, kind: TextBlockType, text: str) -> Iterator[str]:
         """Add text to the open block of this kind, or start a new block. Yield the events."""
         if not self._is_open or self._blocks[-1]["type"] != kind:
             yield from self._close()
-            block: Fields = {"type": kind, kind: ""}
+            block: JsonObject = {"type": kind, kind: ""}
             yield from self._start(block | {"signature": ""} if kind == "thinking" else block)
         self._blocks[-1][kind] += text
         yield self._delta({"type": f"{kind}_delta", kind: text})
 
-    def _start(self, block: Fields) -> Iterator[str]:
+    def _start(self, block: JsonObject) -> Iterator[str]:
         if block["type"] == "tool_use":
             block = block | {"input": {}}
         self._is_open = True
@@ -136,12 +136,12 @@ class MessagesForm(Form):
         """Number of tool calls among the blocks."""
         return sum(block["type"] == "tool_use" for block in self._blocks)
 
-    def _delta(self, delta: Fields) -> str:
+    def _delta(self, delta: JsonObject) -> str:
         return _event("content_block_delta", index=len(self._blocks) - 1, delta=delta)
 
     def _message(
-        self, content: list[Fields], stop_reason: str | None, stop_sequence: str | None, output_tokens: int
-    ) -> Fields:
+        self, content: list[JsonObject], stop_reason: str | None, stop_sequence: str | None, output_tokens: int
+    ) -> JsonObject:
         return {
             "id": self.id,
             "type": "message",
@@ -153,7 +153,7 @@ class MessagesForm(Form):
             "usage": self._usage(output_tokens) | {"service_tier": "standard"},
         }
 
-    def _usage(self, output_tokens: int) -> Fields:
+    def _usage(self, output_tokens: int) -> JsonObject:
         """Return the token counts so far. As in Anthropic's API, `input_tokens` does not count cached tokens."""
         last = self.answer.last
         assert last is not None
@@ -165,16 +165,12 @@ class MessagesForm(Form):
             "output_tokens_details": {"thinking_tokens": min(self.answer.thought_tokens, output_tokens)},
         }
 
-    def _stats(self) -> Fields:
-        last = self.answer.last
-        return {"stats": generation_stats(last)} if self.request.include_stats and last is not None else {}
-
 
 def _event(kind: str, **data: Any) -> str:
     return sse({"type": kind} | data, kind)
 
 
-def _input(arguments: str) -> tuple[Fields, str]:
+def _input(arguments: str) -> tuple[JsonObject, str]:
     """Return the input of a call, always an object, and the JSON text of this object.
 
     The text is `arguments` itself if it is a JSON object. Otherwise the object holds it as the value of `INVALID_JSON`.

@@ -9,45 +9,38 @@ from pydantic import BaseModel
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .answers import new_id
 from .http_entry import plain_path
-from .openai_answers import new_id
+from .http_errors import DESCRIPTIONS
 
 _MESSAGES = re.compile(r"/v1/messages(/.*)?")
 _MODELS = re.compile(r"/v1/models(/.*)?")
 # These statuses decide the type of an error. With another status, an error keeps its type.
-_KINDS = {
+_ERROR_TYPES = {
     403: "permission_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
     500: "api_error", 503: "overloaded_error", 529: "overloaded_error",
 }  # fmt: skip
 _RENAMED = {"server_error": "api_error"}
 
 
-class ErrorDetail(BaseModel):
+class AnthropicErrorDetail(BaseModel):
     """Anthropic's error object."""
 
     type: str
     message: str
 
 
-class ErrorBody(BaseModel):
+class AnthropicErrorBody(BaseModel):
     """JSON body of an error response in the form of Anthropic's API."""
 
     type: Literal["error"]
-    error: ErrorDetail
+    error: AnthropicErrorDetail
     request_id: str
 
 
-# The statuses of errors that both APIs have, and their descriptions.
-DESCRIPTIONS: dict[int | str, str] = {
-    400: "The request is wrong, or asks for what is not supported.",
-    401: "The API key is missing or wrong.",
-    413: "The body is too large.",
-    429: "Too many requests wait; Retry-After says when to ask again.",
-    500: "The generation failed.",
-    503: "The server is shutting down.",
-}
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": text} for status, text in DESCRIPTIONS.items()
+# The errors of Anthropic's endpoints, for the OpenAPI description.
+ANTHROPIC_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": AnthropicErrorBody, "description": text} for status, text in DESCRIPTIONS.items()
 }
 
 
@@ -72,11 +65,11 @@ def anthropic_error(error: Mapping[str, Any], status: int | None = None) -> dict
         message = f"prompt is too long: {message}"
     if code == "shutting_down":
         status = 503
-    kind = _KINDS.get(status or 0) or _RENAMED.get(kind, kind)
+    kind = _ERROR_TYPES.get(status or 0) or _RENAMED.get(kind, kind)
     return {"type": "error", "error": {"type": kind, "message": message}}
 
 
-class AnthropicErrors:
+class AnthropicErrorMiddleware:
     """ASGI middleware that gives Anthropic's clients the header `request-id`, and errors in Anthropic's form."""
 
     def __init__(self, app: ASGIApp) -> None:

@@ -7,7 +7,6 @@ are accepted although they have no meaning for a local model.
 import json
 import logging
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeAlias
@@ -17,7 +16,9 @@ from pydantic import Discriminator, Field, Tag, ValidationError
 from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.options import GenerationOptions
 
-from .openai_requests import CalledFunction, ChatRequest, Fields, Message, Request, Task, ToolCall
+from .field_types import RequestPart, type_of
+from .openai_messages import CalledFunction, Message, ToolCall, WaitingCalls
+from .openai_requests import ChatRequest, Request, Task
 
 logger = logging.getLogger(__name__)
 
@@ -32,21 +33,21 @@ _BILLING = "x-anthropic-billing-header:"
 _NOT_COMMON = {"model", "stream", "stream_options"}
 
 
-class TextBlock(Fields):
+class TextBlock(RequestPart):
     """Block of text."""
 
     type: Literal["text"]
     text: str
 
 
-class ThinkingBlock(Fields):
+class ThinkingBlock(RequestPart):
     """Thought of an earlier answer."""
 
     type: Literal["thinking"]
     thinking: str = ""
 
 
-class ToolUseBlock(Fields):
+class ToolUseBlock(RequestPart):
     """Tool call of an earlier answer."""
 
     type: Literal["tool_use"]
@@ -55,7 +56,7 @@ class ToolUseBlock(Fields):
     input: dict[str, Any] = Field({})
 
 
-class SearchResultBlock(Fields):
+class SearchResultBlock(RequestPart):
     """Search result with a title, a source and text."""
 
     type: Literal["search_result"]
@@ -64,7 +65,7 @@ class SearchResultBlock(Fields):
     content: list[TextBlock]
 
 
-class Source(Fields):
+class Source(RequestPart):
     """Content of a document."""
 
     type: str
@@ -72,7 +73,7 @@ class Source(Fields):
     content: str | list[TextBlock] | None = None
 
 
-class DocumentBlock(Fields):
+class DocumentBlock(RequestPart):
     """Document with an optional title and context."""
 
     type: Literal["document"]
@@ -81,14 +82,14 @@ class DocumentBlock(Fields):
     context: str | None = None
 
 
-class ToolReferenceBlock(Fields):
+class ToolReferenceBlock(RequestPart):
     """Reference to a tool by its name."""
 
     type: Literal["tool_reference"]
     tool_name: str
 
 
-class OtherBlock(Fields):
+class OtherBlock(RequestPart):
     """Image, block of a tool that runs on Anthropic's servers, or block of an unknown type."""
 
     type: str
@@ -99,21 +100,23 @@ _BLOCKS = (*_RESULT_BLOCKS, "thinking", "tool_use", "tool_result")
 
 
 def _tag(known: Sequence[str], block: Any) -> str:
-    kind = block.get("type") if isinstance(block, dict) else getattr(block, "type", None)
+    kind = type_of(block)
     return kind if isinstance(kind, str) and kind in known else "other"
 
 
-ResultBlock: TypeAlias = Annotated[
+# These blocks have a text. They can be the result of a tool call.
+_TextualBlock: TypeAlias = (
     Annotated[TextBlock, Tag("text")]
     | Annotated[DocumentBlock, Tag("document")]
     | Annotated[SearchResultBlock, Tag("search_result")]
     | Annotated[ToolReferenceBlock, Tag("tool_reference")]
-    | Annotated[OtherBlock, Tag("other")],
-    Discriminator(lambda block: _tag(_RESULT_BLOCKS, block)),
+)
+ResultBlock: TypeAlias = Annotated[
+    _TextualBlock | Annotated[OtherBlock, Tag("other")], Discriminator(lambda block: _tag(_RESULT_BLOCKS, block))
 ]
 
 
-class ToolResultBlock(Fields):
+class ToolResultBlock(RequestPart):
     """Result of a tool call."""
 
     type: Literal["tool_result"]
@@ -123,10 +126,7 @@ class ToolResultBlock(Fields):
 
 
 Block: TypeAlias = Annotated[
-    Annotated[TextBlock, Tag("text")]
-    | Annotated[DocumentBlock, Tag("document")]
-    | Annotated[SearchResultBlock, Tag("search_result")]
-    | Annotated[ToolReferenceBlock, Tag("tool_reference")]
+    _TextualBlock
     | Annotated[ThinkingBlock, Tag("thinking")]
     | Annotated[ToolUseBlock, Tag("tool_use")]
     | Annotated[ToolResultBlock, Tag("tool_result")]
@@ -135,7 +135,7 @@ Block: TypeAlias = Annotated[
 ]
 
 
-class Turn(Fields):
+class Turn(RequestPart):
     """Message of a conversation."""
 
     role: Literal["user", "assistant", "system"]
@@ -147,7 +147,7 @@ class Turn(Fields):
         return [TextBlock(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
 
-class Tool(Fields):
+class Tool(RequestPart):
     """Tool of the client, or tool that runs on Anthropic's servers and has no schema."""
 
     type: str = "custom"
@@ -157,7 +157,7 @@ class Tool(Fields):
     strict: bool = False
 
 
-class ToolChoice(Fields):
+class ToolChoice(RequestPart):
     """Choice of the tools that the model may or must call."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -165,21 +165,21 @@ class ToolChoice(Fields):
     disable_parallel_tool_use: bool = False
 
 
-class Thinking(Fields):
+class Thinking(RequestPart):
     """Switch for thinking, with the token budget of a thought."""
 
     type: Literal["enabled", "adaptive", "between_tools", "disabled"]
     budget_tokens: int | None = Field(None, ge=0)
 
 
-class OutputFormat(Fields):
+class OutputFormat(RequestPart):
     """Answer format: JSON that follows a JSON Schema."""
 
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(Fields):
+class OutputConfig(RequestPart):
     """Options of the answer: its format."""
 
     format: OutputFormat | None = None
@@ -201,7 +201,7 @@ class MessagesRequest(Request):
     # This is the older name of `output_config.format`.
     output_format: OutputFormat | None = None
     max_tokens: int | None = Field(None, ge=0)
-    # These fields have no effect on a local model. `openai_fields` names such fields for all endpoints.
+    # These fields have no effect on a local model. `undeclared_fields` names such fields for all endpoints.
     betas: Any = None
     diagnostics: Any = None
     inference_geo: Any = None
@@ -270,7 +270,7 @@ class MessagesRequest(Request):
         if kind != "tool":
             return "required" if kind == "any" else kind
         if name is None:
-            raise OptionError("tool_choice is of type tool: it needs the name of one")
+            raise OptionError("tool_choice is of type tool: it needs the name of a tool")
         return {"type": "function", "function": {"name": name}}
 
     def _check_prefill(self) -> None:
@@ -351,14 +351,13 @@ def _prefill(turns: Sequence[_Turn]) -> str:
 
 
 def _messages(turns: Sequence[_Turn]) -> Iterator[Message]:
-    # Each id of a call has the number of calls with this id that have no result yet.
-    called: Counter[str] = Counter()
+    calls = WaitingCalls()
     for turn in turns:
         if turn.role == "user":
-            yield from _user_messages(turn, called)
+            yield from _user_messages(turn, calls)
         elif turn.blocks:
             message = _assistant_message(turn)
-            called.update(call.id for call in message.tool_calls or [])
+            calls.add(message.tool_calls or [])
             yield message
 
 
@@ -390,18 +389,14 @@ def _function(block: ToolUseBlock) -> CalledFunction:
     return CalledFunction(name=block.name, arguments=arguments)
 
 
-def _user_messages(turn: _Turn, called: Counter[str]) -> Iterator[Message]:
+def _user_messages(turn: _Turn, calls: WaitingCalls) -> Iterator[Message]:
     """Yield the results of tool calls, then one message of the user with the rest of the turn."""
     texts: list[str] = []
     for place, block in turn.blocks:
         if not isinstance(block, ToolResultBlock):
             texts += _texts([block], place)
             continue
-        if block.tool_use_id not in called:
-            raise PromptError(f"{place}.tool_use_id is {block.tool_use_id!r}: no tool_use block before has this id")
-        if not called[block.tool_use_id]:
-            raise PromptError(f"{place}.tool_use_id is {block.tool_use_id!r}: its call has a result already")
-        called[block.tool_use_id] -= 1
+        calls.take(block.tool_use_id, f"{place}.tool_use_id", "no tool_use block before has this id")
         text = block.content if isinstance(block.content, str) else "\n".join(_texts(block.content, place))
         if block.is_error:
             text = f"Error: {text}" if text else "Error"

@@ -1,41 +1,34 @@
 """FastAPI application: OpenAI's and Anthropic's endpoints over a `Service`, health, metrics and a chat page."""
 
-import asyncio
-import contextlib
-import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_mtp import __version__
-from mlx_mtp.responses import GenerationResponse
-from mlx_mtp.threads.job_thread import Job
 
-from .anthropic_answers import MessagesForm
-from .anthropic_errors import DESCRIPTIONS, AnthropicErrors, is_anthropic
-from .anthropic_errors import ERRORS as ANTHROPIC_ERRORS
+from .answers import Answer, AnswerWriter, Tokens
+from .anthropic_answers import MessagesWriter
+from .anthropic_errors import ANTHROPIC_ERRORS, AnthropicErrorMiddleware, is_anthropic
 from .anthropic_requests import MessagesRequest
-from .http_entry import Entry
-from .openai_answers import Answer, ChatForm, CompletionForm, Form, ResponseForm, Tokens
-from .openai_fields import warn_once
+from .http_entry import AccessMiddleware, EntryMiddleware
+from .http_errors import ERRORS, add_error_handlers
+from .job_response import job_response
+from .openai_answers import ChatWriter, CompletionWriter
 from .openai_requests import ChatRequest, CompletionRequest, Request, ResponseRequest, Task
-from .service import ApiError, Prefill, Service, api_error
+from .response_answers import ResponseWriter
+from .service import ApiError, Service
+from .undeclared_fields import warn_once
 
-T = TypeVar("T")
-Items = Job[GenerationResponse | Prefill]
+# The responses of an endpoint, for the OpenAPI description.
+Responses = dict[int | str, dict[str, Any]]
 
 # This response header lists the parts of the request that the server does not know and ignores.
 IGNORED_HEADER = "X-MLX-MTP-Ignored"
@@ -48,27 +41,6 @@ _MOST_HEADER = 2000
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 )
-
-
-class ErrorDetail(BaseModel):
-    """OpenAI's error object."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """JSON body of an error response."""
-
-    error: ErrorDetail
-
-
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": text}
-    for status, text in {**DESCRIPTIONS, 404: "There is no such model, or no such stored item."}.items()
-}
 
 
 @dataclass(frozen=True)
@@ -90,374 +62,146 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
 
     If the settings have an API key, all endpoints require it except the chat page and `/health`.
     """
-    app = FastAPI(
-        title="mlx-mtp",
-        version=__version__,
-        docs_url=None,
-        redoc_url=None,
-    )
-    tokens = Tokens(service.model)
-    responses = _ERRORS if settings.api_key is not None else {k: v for k, v in _ERRORS.items() if k != 401}
+    app = FastAPI(title="mlx-mtp", version=__version__, docs_url=None, redoc_url=None)
+    errors = {status: error for status, error in ERRORS.items() if status != 401 or settings.api_key is not None}
+    endpoints = _Endpoints(service, settings.keep_alive)
+    _add_openai_routes(app, endpoints, errors)
+    _add_anthropic_routes(app, endpoints)
+    _add_server_routes(app, endpoints, errors)
+    add_error_handlers(app, service, settings.max_body_bytes)
+    _add_middleware(app, settings)
+    return app
 
-    def answer(task: Task) -> Answer:
-        return Answer(task.tools, service.metrics.unreadable_calls.inc)
 
-    @app.post("/v1/chat/completions", responses=responses, response_class=Response, summary="An answer to messages.")
-    async def chat(body: ChatRequest, http: HttpRequest) -> Response:
-        def form(task: Task) -> Form:
-            return ChatForm(body, service.name, tokens, answer(task))
+def _add_openai_routes(app: FastAPI, endpoints: "_Endpoints", errors: Responses) -> None:
+    for path, endpoint, summary in (
+        ("/v1/chat/completions", endpoints.chat, "Answer the messages of a conversation."),
+        ("/v1/completions", endpoints.completions, "Continue a text."),
+        ("/v1/responses", endpoints.answers, "Answer with a list of items."),
+    ):
+        app.post(path, responses=errors, response_class=Response, summary=summary)(endpoint)
 
-        return await _answer(http, body, body.task, form)
 
-    @app.post("/v1/completions", responses=responses, response_class=Response, summary="Text that goes on.")
-    async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
-        return await _answer(http, body, body.task, lambda _: CompletionForm(body, service.name, tokens))
+def _add_anthropic_routes(app: FastAPI, endpoints: "_Endpoints") -> None:
+    summary = "Answer the messages of a conversation, in Anthropic's API."
+    add = app.post("/v1/messages", responses=ANTHROPIC_ERRORS, response_class=Response, summary=summary)
+    add(endpoints.messages)
+    summary = "Count the tokens of a prompt."
+    app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS, summary=summary)(endpoints.count_tokens)
 
-    @app.post("/v1/responses", responses=responses, response_class=Response, summary="An answer as a list of items.")
-    async def answers(body: ResponseRequest, http: HttpRequest) -> Response:
-        def form(task: Task) -> Form:
-            return ResponseForm(body, service.name, tokens, answer(task))
 
-        return await _answer(http, body, body.task, form)
+def _add_server_routes(app: FastAPI, endpoints: "_Endpoints", errors: Responses) -> None:
+    """Add the routes of the models, the state of the server and the chat page."""
+    wrong_key: Responses = {status: error for status, error in errors.items() if status == 401}
+    app.get("/v1/models", responses=wrong_key)(endpoints.models)
+    no_model: Responses = {status: error for status, error in errors.items() if status in (401, 404)}
+    app.get("/v1/models/{name:path}", responses=no_model)(endpoints.model)
+    app.get("/health")(endpoints.health)
+    app.get("/metrics", responses=wrong_key, response_class=Response)(endpoints.metrics)
+    app.get("/", include_in_schema=False)(endpoints.chat_page)
 
-    async def _answer(
-        http: HttpRequest,
-        body: Request,
-        task: Callable[..., Task],
-        make_form: Callable[[Task], Form],
-        *,
-        takes_any_model: bool = False,
-    ) -> Response:
-        if not takes_any_model and body.model not in (None, "", service.name):
-            raise ApiError(
-                404,
-                f"the model {body.model!r} is not here: this server has {service.name!r}",
-                code="model_not_found",
-                param="model",
-            )
-        for name in body.ignored[:_MOST_NAMED]:
-            warn_once(name)
-        asked = task(service.options)
-        form = make_form(asked)
-        response = await _run(http, service.submit(asked), form, body.stream, settings.keep_alive)
-        if body.ignored:
-            response.headers[IGNORED_HEADER] = ", ".join(
-                quote(name[:100], safe="") or '""' for name in body.ignored[:_MOST_NAMED]
-            )
-        if asked.not_enforced:
-            response.headers[_NOT_ENFORCED] = quote(", ".join(asked.not_enforced), safe=_HEADER_TEXT)[:_MOST_HEADER]
-        return response
 
-    @app.post("/v1/messages", responses=ANTHROPIC_ERRORS, response_class=Response, summary="Anthropic's messages.")
-    async def messages(body: MessagesRequest, http: HttpRequest) -> Response:
-        def form(task: Task) -> Form:
-            return MessagesForm(body, service.name, tokens, answer(task), task.options.max_tokens)
-
-        # Anthropic's clients name a different model for each kind of task. This model answers all of them.
-        return await _answer(http, body, body.task, form, takes_any_model=True)
-
-    @app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS, summary="Tokens of a prompt.")
-    async def count_tokens(body: MessagesRequest) -> dict[str, int]:
-        prompt = await run_in_threadpool(service.encode, body.task(service.options))
-        return {"input_tokens": len(prompt)}
-
-    @app.get("/v1/models", responses={k: v for k, v in responses.items() if k in (401,)})
-    async def models(http: HttpRequest) -> dict[str, Any]:
-        found = _model(service, http)
-        pages = {"has_more": False, "first_id": service.name, "last_id": service.name} if "type" in found else {}
-        return {"object": "list", "data": [found]} | pages
-
-    @app.get("/v1/models/{name:path}", responses={k: v for k, v in responses.items() if k in (401, 404)})
-    async def model(name: str, http: HttpRequest) -> dict[str, Any]:
-        if name != service.name:
-            raise ApiError(
-                404, f"the model {name!r} is not here: this server has {service.name!r}", code="model_not_found"
-            )
-        return _model(service, http)
-
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
-        worker = service.worker
-        return {"status": "ok", "model": service.name, "running": worker.running, "waiting": worker.waiting}
-
-    @app.get("/metrics", responses={k: v for k, v in responses.items() if k in (401,)}, response_class=Response)
-    async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
-
-    page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-
-    @app.get("/", include_in_schema=False)
-    async def chat_page() -> Response:
-        return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
-
-    _add_error_handlers(app, service, settings.max_body_bytes)
+def _add_middleware(app: FastAPI, settings: Settings) -> None:
     # The middleware that is added last sees a request first.
-    app.add_middleware(_Guard, key=settings.api_key, most_bytes=settings.max_body_bytes)
+    app.add_middleware(AccessMiddleware, key=settings.api_key, most_bytes=settings.max_body_bytes)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(Entry, hosts=settings.allowed_hosts)
-    app.add_middleware(AnthropicErrors)
-    return app
+    app.add_middleware(EntryMiddleware, hosts=settings.allowed_hosts)
+    app.add_middleware(AnthropicErrorMiddleware)
 
 
-def _model(service: Service, http: HttpRequest) -> dict[str, Any]:
-    """Return the model object of `/v1/models`. Clients of Anthropic's API get more fields."""
-    found = {"id": service.name, "object": "model", "created": 0, "owned_by": "mlx-mtp"}
-    if not is_anthropic(http.url.path, http.headers):
-        return found
-    dates = {"created_at": "1970-01-01T00:00:00Z", "lifecycle": "active"}
-    limits = {"max_input_tokens": service.max_input_tokens}
-    return found | {"type": "model", "display_name": service.name} | dates | limits
+class _Endpoints:
+    """Functions of the endpoints. The names of the parameters and their types are a part of the OpenAPI description."""
 
+    def __init__(self, service: Service, keep_alive: float) -> None:
+        self._service = service
+        self._keep_alive = keep_alive
+        self._tokens = Tokens(service.model)
+        self._page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 
-async def _run(http: HttpRequest, job: Items, form: Form, stream: bool, keep_alive: float) -> Response:
-    """Return the response of a job: a stream of events, or the whole answer as JSON.
+    async def chat(self, body: ChatRequest, http: HttpRequest) -> Response:
+        self._check_model(body)
+        task = self._task(body)
+        writer = ChatWriter(body, self._service.name, self._tokens, self._answer(task))
+        return await self._respond(http, body, task, writer)
 
-    An error of a whole answer gets its own HTTP status. In a stream, only an error before the first item and within
-    `keep_alive` seconds gets a status. A later error becomes an event of the stream.
-    """
-    try:
-        first = await _unless_gone(http, _next(job, keep_alive if stream else None))
-        if stream:
-            return _Stream(job, _events(job, first, form, keep_alive))
-        await _unless_gone(http, _consume(job, first, form))
-    except BaseException:
-        job.cancel()
-        raise
-    return JSONResponse(form.whole())
+    async def completions(self, body: CompletionRequest, http: HttpRequest) -> Response:
+        self._check_model(body)
+        writer = CompletionWriter(body, self._service.name, self._tokens)
+        return await self._respond(http, body, self._task(body), writer)
 
+    async def answers(self, body: ResponseRequest, http: HttpRequest) -> Response:
+        self._check_model(body)
+        task = self._task(body)
+        writer = ResponseWriter(body, self._service.name, self._tokens, self._answer(task))
+        return await self._respond(http, body, task, writer)
 
-async def _next(job: Items, timeout: float | None) -> GenerationResponse | Prefill | None:
-    """Return the next item of a job, or None if no item comes within `timeout` seconds."""
-    try:
-        return await job.next(timeout)
-    except TimeoutError:
-        return None
+    async def messages(self, body: MessagesRequest, http: HttpRequest) -> Response:
+        # Anthropic's clients name a different model for each kind of task. This model answers all of them.
+        task = self._task(body)
+        most = task.options.max_tokens
+        writer = MessagesWriter(body, self._service.name, self._tokens, self._answer(task), most)
+        return await self._respond(http, body, task, writer)
 
+    async def count_tokens(self, body: MessagesRequest) -> dict[str, int]:
+        prompt = await run_in_threadpool(self._service.encode, body.task(self._service.options))
+        return {"input_tokens": len(prompt)}
 
-async def _consume(job: Items, first: GenerationResponse | Prefill | None, form: Form) -> None:
-    for _ in form.begin():
-        pass
-    item = first
-    with contextlib.suppress(StopAsyncIteration):
-        while True:
-            if isinstance(item, GenerationResponse):
-                for _ in form.add(item):
-                    pass
-            item = await job.next()
-    for _ in form.end():
-        pass
+    async def models(self, http: HttpRequest) -> dict[str, Any]:
+        name = self._service.name
+        found = self._model(http)
+        pages = {"has_more": False, "first_id": name, "last_id": name} if "type" in found else {}
+        return {"object": "list", "data": [found]} | pages
 
+    async def model(self, name: str, http: HttpRequest) -> dict[str, Any]:
+        if name != self._service.name:
+            raise self._no_model(name)
+        return self._model(http)
 
-async def _events(
-    job: Items, first: GenerationResponse | Prefill | None, form: Form, keep_alive: float
-) -> AsyncIterator[str]:
-    """Yield the events of a stream.
+    async def health(self) -> dict[str, Any]:
+        worker = self._service.worker
+        return {"status": "ok", "model": self._service.name, "running": worker.running, "waiting": worker.waiting}
 
-    Signs of life fill the time without tokens, so that no reader considers the stream dead.
-    """
-    try:
-        for event in form.begin():
-            yield event
-        item = first
-        while True:
-            if item is None:
-                yield form.alive("keep-alive")
-            elif isinstance(item, Prefill):
-                yield form.alive(f"prefill {item.done}/{item.total}")
-            else:
-                for event in form.add(item):
-                    yield event
-            try:
-                item = await _next(job, keep_alive)
-            except StopAsyncIteration:
-                break
-        for event in form.end():
-            yield event
-    except Exception as error:
-        for event in form.fail(api_error(error).body()):
-            yield event
+    async def metrics(self) -> Response:
+        return Response(self._service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
+    async def chat_page(self) -> Response:
+        return HTMLResponse(self._page, headers={"Content-Security-Policy": _PAGE_POLICY})
 
-class _Stream(StreamingResponse):
-    """Response of server-sent events. It cancels its job when the connection ends."""
+    def _model(self, http: HttpRequest) -> dict[str, Any]:
+        """Return the model object of `/v1/models`. Clients of Anthropic's API get more fields."""
+        found = {"id": self._service.name, "object": "model", "created": 0, "owned_by": "mlx-mtp"}
+        if not is_anthropic(http.url.path, http.headers):
+            return found
+        dates = {"created_at": "1970-01-01T00:00:00Z", "lifecycle": "active"}
+        limits = {"max_input_tokens": self._service.max_input_tokens}
+        return found | {"type": "model", "display_name": self._service.name} | dates | limits
 
-    def __init__(self, job: Items, events: AsyncIterator[str]) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._job = job
+    def _check_model(self, body: Request) -> None:
+        """Check the model of a request. Raises ApiError for another model."""
+        if body.model not in (None, "", self._service.name):
+            raise self._no_model(body.model, param="model")
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._job.cancel()
+    def _no_model(self, name: str | None, param: str | None = None) -> ApiError:
+        message = f"the model {name!r} is not here: this server has {self._service.name!r}"
+        return ApiError(404, message, code="model_not_found", param=param)
 
+    def _task(self, body: Request) -> Task:
+        """Return the task of a request. Log the parts of the request that are ignored."""
+        for name in body.ignored[:_MOST_NAMED]:
+            warn_once(name)
+        return body.task(self._service.options)
 
-async def _unless_gone(http: HttpRequest, result: Awaitable[T]) -> T:
-    """Wait for the result while the client stays connected.
+    def _answer(self, task: Task) -> Answer:
+        return Answer(task.tools, self._service.metrics.unreadable_calls.inc)
 
-    Raises ApiError with status 499 if the client disconnects first, as nobody reads the result then.
-    """
-
-    async def gone() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-
-    wanted, lost = asyncio.ensure_future(result), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait([wanted, lost], return_when=asyncio.FIRST_COMPLETED)
-        if not wanted.done():
-            raise ApiError(499, "the client has disconnected")
-        return wanted.result()
-    finally:
-        for task in (wanted, lost):
-            task.cancel()
-
-
-def _add_error_handlers(app: FastAPI, service: Service, most_bytes: int) -> None:
-    def answer(error: ApiError) -> Response:
-        headers = {"Retry-After": str(service.retry_after())} if error.status == 429 else None
-        return JSONResponse(error.body(), error.status, headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: HttpRequest, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return answer(_validation_error(error))
-
-    @app.exception_handler(HTTPException)
-    async def refused(http: HttpRequest, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        if error.status_code == 400:
-            # FastAPI raises status 400 for a body that it cannot read.
-            return answer(_unreadable(error, http.headers.get("content-encoding", "")))
-        found = ApiError(error.status_code, f"{error.detail}: {http.method} {http.url.path}")
-        response = answer(_too_large(most_bytes) if error.status_code == 413 else found)
-        response.headers.update(error.headers or {})
+    async def _respond(self, http: HttpRequest, body: Request, task: Task, writer: AnswerWriter) -> Response:
+        response = await job_response(http, self._service.submit(task), writer, body.stream, self._keep_alive)
+        if body.ignored:
+            names = (quote(name[:100], safe="") or '""' for name in body.ignored[:_MOST_NAMED])
+            response.headers[IGNORED_HEADER] = ", ".join(names)
+        if task.not_enforced:
+            response.headers[_NOT_ENFORCED] = quote(", ".join(task.not_enforced), safe=_HEADER_TEXT)[:_MOST_HEADER]
         return response
-
-    @app.exception_handler(RecursionError)
-    async def too_deep(_: HttpRequest, error: Exception) -> Response:
-        # The JSON parser accepts slightly deeper nesting than the code after it.
-        return answer(ApiError(400, "the body is nested too deep", code="invalid_json"))
-
-    async def failed(_: HttpRequest, error: Exception) -> Response:
-        return answer(api_error(error))
-
-    for kind in (ApiError, ValueError, RuntimeError, Exception):
-        app.add_exception_handler(kind, failed)
-
-
-def _unreadable(error: HTTPException, encoding: str) -> ApiError:
-    """Return the error for a body that FastAPI cannot read. `encoding` is its Content-Encoding."""
-    if encoding.strip().lower() not in ("", "identity"):
-        reason = f"the body is encoded as {encoding[:100]!r}: send it as plain JSON"
-    elif isinstance(error.__cause__, RecursionError):
-        reason = "the body is not JSON that can be read: it is nested too deep"
-    elif isinstance(error.__cause__, UnicodeError):
-        reason = "the body is not JSON: it is not in UTF-8"
-    else:
-        reason = "the body is not JSON"
-    return ApiError(400, reason, code="invalid_json")
-
-
-def _validation_error(error: RequestValidationError) -> ApiError:
-    """Return the most specific error in a request's fields."""
-    # The longest path is the most specific. For a union, pydantic reports errors of the other types as well.
-    path, found = max(((_path(one, error.body), one) for one in error.errors()), key=lambda pair: len(pair[0]))
-    refused = found.get("ctx", {})
-    if "param" in refused:
-        return ApiError(refused["status"], refused["message"], code=found["type"], param=refused["param"])
-    if found["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {found['ctx']['error']}", code="invalid_json")
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
-    if not param:
-        return ApiError(400, "the body must be a JSON object, sent as application/json", code="invalid_json")
-    if found["type"] == "missing":
-        return ApiError(400, f"missing required parameter: {param!r}", code="missing_required_parameter", param=param)
-    value = found.get("input")
-    shown = f", found {str(value)[:100]!r}" if isinstance(value, str | int | float | None) else ""
-    return ApiError(400, f"{param}: {_plain(found)}{shown}", code="invalid_value", param=param)
-
-
-def _plain(error: Mapping[str, Any]) -> str:
-    """Return the message of an error, without names of this package."""
-    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return "expected an object"
-    if error["type"] == "union_tag_not_found":
-        return "expected an object with a type"
-    if error["type"] == "union_tag_invalid":
-        return f"expected the type {error['ctx']['expected_tags']}, found {error['ctx']['tag'][:100]!r}"
-    return str(error["msg"])
-
-
-def _path(error: Mapping[str, Any], body: Any) -> list[str | int]:
-    """Return the path of an error in the body.
-
-    The path omits the parts of pydantic's location that only name a type of a union.
-    """
-    path: list[str | int] = []
-    is_last_there = False
-    for part in error["loc"][1:]:
-        is_last_there = (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int))
-        if is_last_there:
-            body = body[part]
-            path.append(part)
-    # A missing field is not in the body, so the loop leaves out its name. A field with the value null is there already.
-    return path if is_last_there or error["type"] != "missing" else [*path, *error["loc"][1:][-1:]]
-
-
-class _Guard:
-    """Middleware that rejects a wrong API key (constant-time compare) or too large a body, before the body is read."""
-
-    _OPEN = ("/", "/health")
-
-    def __init__(self, app: ASGIApp, key: str | None, most_bytes: int) -> None:
-        self._app = app
-        self._key = None if key is None else key.encode()
-        self._most_bytes = most_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = self._error(scope) if scope["type"] == "http" else None
-        if error is None:
-            await self._app(scope, self._counted(receive), send)
-            return
-        headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-        await JSONResponse(error.body(), error.status, headers)(scope, receive, send)
-
-    def _error(self, scope: Scope) -> ApiError | None:
-        headers = dict(scope["headers"])
-        if not (self._key is None or scope["path"] in self._OPEN or _has_key(headers, self._key)):
-            message = "the API key is missing or wrong: send it as a Bearer token, or as x-api-key"
-            return ApiError(401, message, code="invalid_api_key")
-        length = headers.get(b"content-length", b"")
-        return _too_large(self._most_bytes) if length.isdigit() and int(length) > self._most_bytes else None
-
-    def _counted(self, receive: Receive) -> Receive:
-        """Return a `receive` that raises HTTPException with status 413 if the body gets too large.
-
-        It covers bodies that do not declare their length. FastAPI's own limit would answer in plain text.
-        """
-        size = 0
-
-        async def counted() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self._most_bytes:
-                raise HTTPException(413)
-            return message
-
-        return counted
-
-
-def _has_key(headers: Mapping[bytes, bytes], key: bytes) -> bool:
-    """Return whether the header `authorization` or `x-api-key` holds the key."""
-    is_bearer = secrets.compare_digest(headers.get(b"authorization", b""), b"Bearer " + key)
-    return secrets.compare_digest(headers.get(b"x-api-key", b""), key) or is_bearer
-
-
-def _too_large(most_bytes: int) -> ApiError:
-    return ApiError(413, f"the body has more than {most_bytes} bytes", code="body_too_large")

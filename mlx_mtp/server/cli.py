@@ -10,15 +10,10 @@ import ipaddress
 import logging
 import math
 import os
-import signal
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
 
 from mlx_mtp.command_line import (
     add_kv_options,
@@ -31,22 +26,17 @@ from mlx_mtp.command_line import (
     read_kv_options,
     read_sampling,
 )
-from mlx_mtp.errors import ClosedError, OptionError, OutputError, ServerError
+from mlx_mtp.errors import OptionError, ServerError
 from mlx_mtp.loading import DEMO_PAIR
 from mlx_mtp.memory_plan import parse_bytes
 from mlx_mtp.model import Model
 from mlx_mtp.options import GenerationOptions
-from mlx_mtp.shell import Parser, exit_status, write_out
+from mlx_mtp.shell import Parser, exit_status
 from mlx_mtp.threads.job_thread import Worker
-
-if TYPE_CHECKING:
-    from .service import Service
 
 DEFAULT_PORT = 8080
 DEFAULT_MAX_TOKENS = 4096
 KEY_VARIABLE = "MLX_MTP_API_KEY"
-# Uvicorn waits this many seconds after the generations are cancelled.
-_LAST_WORDS = 3
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,38 +51,78 @@ def _parser() -> argparse.ArgumentParser:
         description="Serve Gemma 4 with its drafter over OpenAI's API, one request after the other.",
     )
     add_model_options(parser, default="the demo pair in the package")
+    _add_access_options(parser)
+    _add_limit_options(parser)
+    parser.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: %(default)s)."
+    )
+    add_sampling_options(parser)
+    add_thinking_options(parser)
+    add_kv_options(parser)
+    return parser
+
+
+def _add_access_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the address, of the names of server and model, and of who may ask."""
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="Address to bind (default: %(default)s, this machine only).")
-    add("--port", type=int, default=DEFAULT_PORT, help="Port, 0 for any that is free (default: %(default)s).")
+    add("--port", type=int, default=DEFAULT_PORT, help="Port, 0 for any free port (default: %(default)s).")
     add(
         "--api-key",
         default=os.environ.get(KEY_VARIABLE),
         metavar="KEY",
         help=f"Key that clients must send (default: the environment's {KEY_VARIABLE}, else none).",
     )
-    add("--served-model-name", metavar="NAME", help="Name of the model in the API (default: that of --model).")
+    add("--served-model-name", metavar="NAME", help="Name of the model in the API (default: the name of --model).")
     add(
-        "--allowed-origins", type=_names, default=(), metavar="URL,URL", help="Origins of web pages that may ask; CORS."
+        "--allowed-origins",
+        type=_names,
+        default=(),
+        metavar="URL,URL",
+        help="Origins of web pages that may send requests (CORS).",
     )
     add(
         "--allowed-hosts",
         type=_names,
         default=(),
         metavar="NAME,NAME",
-        help="Names this server may be asked by, *.DOMAIN for all in a domain, * for any. Where it is bound to this "
-        "machine, beside the machine's own and those under .local, .internal and .localhost.",
+        help="Host names that the server answers to: *.DOMAIN for all names in a domain, * for any name. A server "
+        "that is bound to this machine also answers to the machine's own names, and to names under .local, .internal "
+        "and .localhost.",
     )
-    add("--max-queue", type=int, default=32, metavar="N", help="Most requests that wait (default: %(default)s).")
-    add("--max-body-size", type=_size, default=10_000_000, metavar="SIZE", help="Largest request (default: 10MB).")
-    add("--max-prompt-tokens", type=int, metavar="N", help="Longest prompt (default: what the context holds).")
+
+
+def _add_limit_options(parser: argparse.ArgumentParser) -> None:
+    """Add the limits of the queue, the requests, the memory and the shutdown."""
+    add = parser.add_argument
+    add(
+        "--max-queue",
+        type=int,
+        default=32,
+        metavar="N",
+        help="Largest number of requests that wait (default: %(default)s).",
+    )
+    add(
+        "--max-body-size",
+        type=_size,
+        default=10_000_000,
+        metavar="SIZE",
+        help="Largest body of a request (default: 10MB).",
+    )
+    add(
+        "--max-prompt-tokens",
+        type=int,
+        metavar="N",
+        help="Largest number of tokens in a prompt (default: the context of the model).",
+    )
     add(
         "--max-tokens",
         "-m",
         type=int,
         default=DEFAULT_MAX_TOKENS,
-        help="Most tokens of an answer, where a request does not say (default: %(default)s).",
+        help="Largest number of tokens in an answer, if the request sets none (default: %(default)s).",
     )
-    add("--prompt-cache-bytes", type=_size, metavar="SIZE", help="Most memory for prompts read before.")
+    add("--prompt-cache-bytes", type=_size, metavar="SIZE", help="Largest memory of the prompt cache.")
     add(
         "--shutdown-timeout",
         type=float,
@@ -100,11 +130,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="How long generations may go on after SIGTERM or Ctrl-C (default: %(default)s).",
     )
-    add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: %(default)s).")
-    add_sampling_options(parser)
-    add_thinking_options(parser)
-    add_kv_options(parser)
-    return parser
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -213,6 +238,7 @@ def _serve(
 ) -> None:
     from .app import Settings, create_app
     from .http_entry import local_hosts
+    from .http_server import serve_until_stopped
     from .service import Service
 
     name = args.served_model_name or (args.model if args.model and not Path(args.model).is_dir() else None)
@@ -221,62 +247,4 @@ def _serve(
     hosts = (*local_hosts(args.host), *args.allowed_hosts) if _is_local(args.host) else args.allowed_hosts or ("*",)
     settings = Settings(args.api_key, hosts, args.allowed_origins, args.max_body_size)
     app = create_app(service, settings)
-    asyncio.run(_until_stopped(app, service, listener, args.shutdown_timeout, args.log_level))
-
-
-async def _until_stopped(app: Any, service: "Service", listener: socket.socket, patience: float, level: str) -> None:
-    import uvicorn
-
-    loop = asyncio.get_running_loop()
-
-    class Server(uvicorn.Server):
-        """Uvicorn's server that also prints its address, and ends the generations when a signal stops it."""
-
-        failure: Exception | None = None
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            try:
-                write_out(_address(listener))
-            except (OutputError, OSError) as error:
-                # Raise the error only after the shutdown, because uvicorn would log the tasks that it cancels.
-                self.failure = error
-                self.should_exit = True
-
-        @contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            signals = (signal.SIGINT, signal.SIGTERM)
-            before = {number: signal.signal(number, self.handle_exit) for number in signals}
-            try:
-                yield
-            finally:
-                # Uvicorn would raise the signals again here. A stop is the normal end of a server.
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            is_first = not self.should_exit
-            super().handle_exit(sig, frame)
-            loop.call_soon_threadsafe(stop, patience if is_first else 0)
-
-    def stop(seconds: float) -> None:
-        service.worker.cancel(ClosedError("the server is shutting down"), waiting_only=True)
-        loop.call_later(seconds, service.worker.cancel, ClosedError("the server is shutting down"))
-
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        log_level=level,
-        timeout_graceful_shutdown=int(patience + _LAST_WORDS),
-        server_header=False,
-        ws="none",
-    )
-    server = Server(config)
-    await server.serve([listener])
-    if server.failure is not None:
-        raise server.failure
-
-
-def _address(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    asyncio.run(serve_until_stopped(app, service.worker, listener, args.shutdown_timeout, args.log_level))

@@ -77,6 +77,10 @@ class Prefill:
     total: int
 
 
+# The job yields the responses of a generation, and before them the progress of its prefill.
+GenerationJob = Job[GenerationResponse | Prefill]
+
+
 class Metrics:
     """Prometheus metrics of one server, for `/metrics`."""
 
@@ -88,7 +92,7 @@ class Metrics:
 
         self.requests = add(Counter, "requests", "Requests by end: stop, length, cancelled, error.", labelnames=["end"])
         self.prompt_tokens = add(Counter, "prompt_tokens", "Tokens of prompts.")
-        self.cached_tokens = add(Counter, "cached_prompt_tokens", "Tokens of prompts that were read before.")
+        self.cached_tokens = add(Counter, "cached_prompt_tokens", "Tokens of prompts that were in the prompt cache.")
         self.generation_tokens = add(Counter, "generation_tokens", "Tokens generated.")
         self.rounds = add(Counter, "rounds", "Verify passes.")
         self.drafted = add(Counter, "draft_tokens", "Draft tokens.")
@@ -96,16 +100,16 @@ class Metrics:
         self.unreadable_calls = add(
             Counter, "unreadable_tool_calls", "Tool calls whose arguments were passed on as the model wrote them."
         )
-        self.first_token = add(Histogram, "time_to_first_token_seconds", "From the request to its first token.")
-        self.duration = add(Histogram, "generation_seconds", "From the first look at a prompt to the end.")
-        self.tokens_per_second = add(Gauge, "tokens_per_second", "Of the last generation.")
+        self.first_token = add(Histogram, "time_to_first_token_seconds", "Seconds from the request to its first token.")
+        self.duration = add(Histogram, "generation_seconds", "Seconds from the start of a generation to its end.")
+        self.tokens_per_second = add(Gauge, "tokens_per_second", "Tokens per second of the last generation.")
         self.acceptance_length = add(Gauge, "acceptance_length", "Tokens per round of the last generation.")
         for name, text, value in (
             ("requests_running", "Generations running.", lambda: worker.running),
             ("requests_waiting", "Generations waiting.", lambda: worker.waiting),
             ("memory_active_bytes", "Memory of MLX in use.", mx.get_active_memory),
-            ("memory_peak_bytes", "Most memory of MLX in use so far.", mx.get_peak_memory),
-            ("prompt_cache_bytes", "K/V of prompts read before.", lambda: model.prompt_cache.nbytes),
+            ("memory_peak_bytes", "Largest memory of MLX in use so far.", mx.get_peak_memory),
+            ("prompt_cache_bytes", "Memory of the prompt cache.", lambda: model.prompt_cache.nbytes),
         ):
             add(Gauge, name, text).set_function(value)
 
@@ -149,14 +153,14 @@ class Service:
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.worker, self.model)
 
-    def submit(self, task: Task) -> Job[GenerationResponse | Prefill]:
+    def submit(self, task: Task) -> GenerationJob:
         """Queue a generation. The worker encodes its prompt and checks its options when its turn comes.
 
         Raises BusyError if too many generations wait.
         """
         asked = time.monotonic()
 
-        def start(job: Job[GenerationResponse | Prefill]) -> Iterator[GenerationResponse | Prefill]:
+        def start(job: GenerationJob) -> Iterator[GenerationResponse | Prefill]:
             return self._run(task, job, asked)
 
         return self.worker.submit(start)
@@ -165,9 +169,7 @@ class Service:
         """Return the seconds until the queue may have room: the mean time of a generation, rounded up."""
         return _FIRST_RETRY if self._seconds is None else min(_MOST_RETRY, max(1, math.ceil(self._seconds)))
 
-    def _run(
-        self, task: Task, job: Job[GenerationResponse | Prefill], asked: float
-    ) -> Iterator[GenerationResponse | Prefill]:
+    def _run(self, task: Task, job: GenerationJob, asked: float) -> Iterator[GenerationResponse | Prefill]:
         began, end, last = time.monotonic(), "cancelled", None
         try:
             responses = self.model.stream_generate(

@@ -7,6 +7,17 @@ from .argument_schema import ArgumentSchema
 
 CALL_START, CALL_END, STRING_MARK = "<|tool_call>", "<tool_call|>", '<|"|>'
 BLANKS = " \t\r\n"
+# The text of a call ends at one of these marks.
+END = re.compile(rf"{re.escape(CALL_END)}|{re.escape(CALL_START)}")
+_MARK = f"(?:{re.escape(STRING_MARK)})?"
+# The pattern is bounded, so that a long text is not searched again and again.
+_GAP = r"[ \t\r\n]{0,256}"
+_NAME = rf"{_GAP}{_MARK}([^\s{{}}<>()]{{1,256}})"
+# This text must follow `<|tool_call>`, or a call in the same block. The second pattern matches each beginning of it.
+HEAD = re.compile(rf"[ \t\r\n,;]{{0,256}}call:{_NAME}{_MARK}{_GAP}(?=[{{(]|{END.pattern}|\Z)")
+HEAD_BEGINNING = re.compile(rf"[ \t\r\n,;]{{0,256}}(?:c|ca|cal|call|call:(?:{_NAME}{_MARK}{_GAP}|{_GAP}{_MARK}))?")
+# This begins another call in the same block, without a mark.
+NEXT_CALL = re.compile(r"[ \t\r\n,;]*(?=call:[ \t\r\n]*[^\s{}<>()]+[ \t\r\n]*[{(])")
 
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _WORDS = {"true": "boolean", "false": "boolean", "null": "null"}

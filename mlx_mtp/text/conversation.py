@@ -16,14 +16,14 @@ Messages = list[dict[str, Any]]
 # This is the index of a message in the conversation, and the message.
 _Indexed = tuple[int, Mapping[str, Any]]
 
-_SYSTEM_ROLES = ("system", "developer")
+SYSTEM_ROLES = ("system", "developer")
 _THOUGHTS = ("reasoning", "reasoning_content")
 # This separates the texts of two messages that become one.
 _BLANK_LINE = "\n\n"
 
 
 @dataclass
-class _Part:
+class _MessageGroup:
     """Message of the model or the user, its index, and the results of its calls with their indexes."""
 
     index: int
@@ -34,14 +34,14 @@ class _Part:
 class _Call(NamedTuple):
     """Call without a result.
 
-    `given_id` is the id in the client's message. `own_id` is the id that this module assigns. `part` is the part with
+    `given_id` is the id in the client's message. `own_id` is the id that this module assigns. `group` is the group with
     the call.
     """
 
     given_id: Any
     own_id: str
     name: str
-    part: _Part
+    group: _MessageGroup
 
 
 # A result is matched with a call by its id, by its name, or by its order.
@@ -63,42 +63,49 @@ def canonical_messages(messages: Sequence[Mapping[str, Any]]) -> Messages:
     system = [
         _text(message.get("content"), index)
         for index, message in enumerate(messages)
-        if message["role"] in _SYSTEM_ROLES
+        if message["role"] in SYSTEM_ROLES
     ]
-    first = [{"role": "system", "content": _BLANK_LINE.join(filter(None, system))}] if system else []
-    others = [(index, message) for index, message in enumerate(messages) if message["role"] not in _SYSTEM_ROLES]
-    parts = _merged(_parts(others))
-    return first + [message for part in parts for message in (part.message, *(result for _, result in part.results))]
+    first = system_message(system)
+    others = [(index, message) for index, message in enumerate(messages) if message["role"] not in SYSTEM_ROLES]
+    groups = _merged(_groups(others))
+    return first + [
+        message for group in groups for message in (group.message, *(result for _, result in group.results))
+    ]
 
 
-def _parts(messages: Sequence[_Indexed]) -> list[_Part]:
+def system_message(texts: Sequence[str]) -> Messages:
+    """Return the system message that consists of these texts, as a list that is empty without a text."""
+    return [{"role": "system", "content": _BLANK_LINE.join(filter(None, texts))}] if texts else []
+
+
+def _groups(messages: Sequence[_Indexed]) -> list[_MessageGroup]:
     """Return the messages of all roles except tool, with the results of their calls."""
-    parts: list[_Part] = []
+    groups: list[_MessageGroup] = []
     # These calls have no result. The calls of the latest messages come first.
     waiting: list[_Call] = []
     ids: set[Any] = set()
-    for role, group in groupby(messages, key=lambda item: item[1]["role"]):
-        run = list(group)
+    for role, found in groupby(messages, key=lambda item: item[1]["role"]):
+        run = list(found)
         if role == "tool":
             _add_results(run, waiting, ids)
             continue
         for index, message in run:
-            parts.append(_Part(index, _answer(message, index) if role == "assistant" else dict(message)))
+            groups.append(_MessageGroup(index, _answer(message, index) if role == "assistant" else dict(message)))
         if role == "assistant":
-            new = zip(parts[-len(run) :], run, strict=True)
-            calls = [call for part, (_, message) in new for call in _calls(part, message)]
+            new = zip(groups[-len(run) :], run, strict=True)
+            calls = [call for group, (_, message) in new for call in _calls(group, message)]
             waiting[:0] = calls
             ids.update(call.given_id for call in calls if call.given_id)
-    return parts
+    return groups
 
 
-def _calls(part: _Part, message: Mapping[str, Any]) -> list[_Call]:
-    pairs = zip(message.get("tool_calls") or [], part.message.get("tool_calls") or [], strict=True)
-    return [_Call(given.get("id"), own["id"], own["function"]["name"], part) for given, own in pairs]
+def _calls(group: _MessageGroup, message: Mapping[str, Any]) -> list[_Call]:
+    pairs = zip(message.get("tool_calls") or [], group.message.get("tool_calls") or [], strict=True)
+    return [_Call(given.get("id"), own["id"], own["function"]["name"], group) for given, own in pairs]
 
 
 def _add_results(results: Sequence[_Indexed], waiting: list[_Call], ids: set[Any]) -> None:
-    """Add results to the parts with their calls. `ids` are the ids of all calls so far."""
+    """Add results to the groups with their calls. `ids` are the ids of all calls so far."""
     calls: dict[int, _Call] = {}
     for way in _WAYS:
         for index, message in results:
@@ -115,23 +122,23 @@ def _add_results(results: Sequence[_Indexed], waiting: list[_Call], ids: set[Any
             raise _unexpected(message, index, ids)
         call = calls[index]
         own = {"content": _result_text(message, index), "tool_call_id": call.own_id, "name": call.name}
-        call.part.results.append((index, {**message, **own}))
+        call.group.results.append((index, {**message, **own}))
 
 
-def _merged(parts: Sequence[_Part]) -> list[_Part]:
-    """Return the parts, with consecutive parts of the model merged if they belong together."""
-    merged: list[_Part] = []
+def _merged(groups: Sequence[_MessageGroup]) -> list[_MessageGroup]:
+    """Return the groups, with consecutive groups of the model merged if they belong together."""
+    merged: list[_MessageGroup] = []
     # The loop starts at the end, where it is known whether calls follow.
-    for part in reversed(parts):
-        if merged and _belong_together(part, merged[-1]):
-            merged[-1] = _joined(part, merged[-1])
+    for group in reversed(groups):
+        if merged and _belong_together(group, merged[-1]):
+            merged[-1] = _joined(group, merged[-1])
         else:
-            merged.append(part)
+            merged.append(group)
     return merged[::-1]
 
 
-def _belong_together(first: _Part, second: _Part) -> bool:
-    """Return whether two parts are one message, which the model wrote before it had a result.
+def _belong_together(first: _MessageGroup, second: _MessageGroup) -> bool:
+    """Return whether two groups are one message, which the model wrote before it had a result.
 
     Text after calls without a result is a message of its own.
     """
@@ -143,7 +150,7 @@ def _belong_together(first: _Part, second: _Part) -> bool:
     return bool(second.message.get("tool_calls")) or not first.message.get("tool_calls")
 
 
-def _joined(first: _Part, second: _Part) -> _Part:
+def _joined(first: _MessageGroup, second: _MessageGroup) -> _MessageGroup:
     messages = (first.message, second.message)
     joined = {**second.message, **first.message}
     for name in ("content", "reasoning_content"):
@@ -152,7 +159,7 @@ def _joined(first: _Part, second: _Part) -> _Part:
             joined[name] = _BLANK_LINE.join(filter(str.strip, texts)) or texts[0]
     if calls := [call for message in messages for call in message.get("tool_calls") or []]:
         joined["tool_calls"] = calls
-    return _Part(first.index, joined, sorted([*first.results, *second.results], key=lambda result: result[0]))
+    return _MessageGroup(first.index, joined, sorted([*first.results, *second.results], key=lambda result: result[0]))
 
 
 def _text(content: Any, index: int) -> str:
@@ -190,17 +197,23 @@ def _own_call(call: Mapping[str, Any], index: int, number: int) -> dict[str, Any
 
 def _arguments(arguments: Any, place: str) -> Mapping[str, Any] | str:
     """Return the arguments as an object, or as text if they are not an object."""
-    if arguments is None or arguments == "":
+    if arguments is None:
         return {}
     if isinstance(arguments, Mapping):
         return arguments
-    if not isinstance(arguments, str):
-        return _json(arguments, place)
+    return read_object(arguments) if isinstance(arguments, str) else _json(arguments, place)
+
+
+def read_object(text: str) -> dict[str, Any] | str:
+    """Return the arguments of a call as an object.
+
+    The result is the text itself if it is not a JSON object, for example if the call was cut off.
+    """
     try:
-        found = json.loads(arguments)
+        found = json.loads(text or "{}")
     except (ValueError, RecursionError):
-        return arguments
-    return found if isinstance(found, dict) else arguments
+        return text
+    return found if isinstance(found, dict) else text
 
 
 def _parts_text(parts: Sequence[Any]) -> str | None:
@@ -230,5 +243,10 @@ def _json(value: Any, place: str) -> str:
 def _unexpected(message: Mapping[str, Any], index: int, ids: set[Any]) -> PromptError:
     given = message.get("tool_call_id")
     if given in ids:
-        return PromptError(f"messages[{index}].tool_call_id is {given!r}: its call has a result already")
+        return second_result(f"messages[{index}].tool_call_id", given)
     return PromptError(f"messages[{index}] is the result of a call, but no call before it waits for one")
+
+
+def second_result(place: str, call_id: Any) -> PromptError:
+    """Return the error for a result whose call has a result already. `place` is the place of the call's id."""
+    return PromptError(f"{place} is {call_id!r}: its call has a result already")

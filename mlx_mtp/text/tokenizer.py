@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -254,25 +255,14 @@ def encode_chat(
     """
     if not tokenizer.has_chat_template:
         raise PromptError("messages need a chat template: this model has none")
-    switches = dict(template_options or {})
-    if switches.pop("add_generation_prompt", True) is not True:
-        raise PromptError("add_generation_prompt must be true: the prompt ends where the model's answer begins")
-    for name in _NOT_SWITCHES & switches.keys():
-        raise PromptError(f"{name} is no switch of a chat template")
+    switches = _switches(template_options or {})
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise PromptError(f"messages[{index}] must have a role and content, found {message!r}")
 
     def render(enable_thinking: bool, tools: Tools | None) -> str:
         # The switch is always set: mlx-lm's wrapper would turn thinking on where Gemma's own template leaves it off.
-        switches["enable_thinking"] = enable_thinking
-
-        def apply(messages: Messages, tools: Tools | None) -> str:
-            rendered: str = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, tools=tools, **switches
-            )
-            return rendered
-
+        apply = partial(_apply_template, tokenizer, {**switches, "enable_thinking": enable_thinking})
         return render_conversation(messages, apply, tools)
 
     with _template_errors():
@@ -283,6 +273,25 @@ def encode_chat(
         if tools and text == render(enable_thinking, None):
             raise PromptError("tools cannot be given: the chat template has no place for them")
     return encode_text(tokenizer, text)
+
+
+def _switches(template_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the switches of the chat template. Raises PromptError if an option is no switch of a template."""
+    switches = dict(template_options)
+    if switches.pop("add_generation_prompt", True) is not True:
+        raise PromptError("add_generation_prompt must be true: the prompt ends where the model's answer begins")
+    for name in _NOT_SWITCHES & switches.keys():
+        raise PromptError(f"{name} is no switch of a chat template")
+    return switches
+
+
+def _apply_template(
+    tokenizer: "TokenizerWrapper", switches: Mapping[str, Any], messages: Messages, tools: Tools | None
+) -> str:
+    rendered: str = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, tools=tools, **switches
+    )
+    return rendered
 
 
 def encode_text(tokenizer: "TokenizerWrapper", text: str, *, add_special_tokens: bool = False) -> list[int]:

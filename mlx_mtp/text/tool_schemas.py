@@ -155,7 +155,7 @@ class _Reader:
 
 
 # These keywords are read, with the type of their values. `required` is a list of names. `type` may be a list of names.
-_KINDS: dict[str, Any] = {
+_VALUE_TYPES: dict[str, Any] = {
     **dict.fromkeys(("description", "$ref"), str),
     **dict.fromkeys(("allOf", "anyOf", "oneOf", "enum", "required"), list),
     "properties": Mapping,
@@ -166,7 +166,7 @@ _KINDS: dict[str, Any] = {
 
 def _sound(schema: Mapping[str, Any]) -> Schema:
     """Return the schema without the keywords whose values make no sense."""
-    sound = {name: value for name, value in schema.items() if isinstance(value, _KINDS.get(name, object))}
+    sound = {name: value for name, value in schema.items() if isinstance(value, _VALUE_TYPES.get(name, object))}
     for name in ("required", "type"):
         if isinstance(sound.get(name), list):
             sound[name] = [item for item in sound[name] if isinstance(item, str)]

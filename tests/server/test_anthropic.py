@@ -21,7 +21,7 @@ from support.serving import Served, serve
 import mlx_mtp
 from mlx_mtp import DEMO_PAIR, GenerationOptions, Model, Sampling
 from mlx_mtp.errors import BusyError, ClosedError, MTPError
-from mlx_mtp.server.anthropic_answers import MessagesForm
+from mlx_mtp.server.anthropic_answers import MessagesWriter
 from mlx_mtp.server.anthropic_errors import anthropic_error
 from mlx_mtp.server.anthropic_requests import MessagesRequest
 from mlx_mtp.server.openai_requests import Task
@@ -490,7 +490,7 @@ def test_a_failure_in_a_stream(client: anthropic.Anthropic, monkeypatch: pytest.
 
     asked: Any = {"model": "any", "max_tokens": 9, "messages": [USER]}
     with monkeypatch.context() as patch:
-        patch.setattr(MessagesForm, "end", fail)
+        patch.setattr(MessagesWriter, "end", fail)
         with (
             pytest.raises(anthropic.APIStatusError, match="out of order"),
             client.messages.stream(**asked) as all_,

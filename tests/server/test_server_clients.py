@@ -19,8 +19,9 @@ from mlx_mtp import DEMO_PAIR, GenerationOptions
 from mlx_mtp.decoding.constraints import lark_problem
 from mlx_mtp.errors import OptionError
 from mlx_mtp.server.http_entry import local_hosts, plain_path
-from mlx_mtp.server.openai_fields import NEUTRAL, NO_EFFECT
-from mlx_mtp.server.openai_requests import ChatRequest, CompletionRequest, ResponseRequest, chat_messages, field_names
+from mlx_mtp.server.openai_messages import chat_messages
+from mlx_mtp.server.openai_requests import ChatRequest, CompletionRequest, ResponseRequest, field_names
+from mlx_mtp.server.undeclared_fields import NEUTRAL, NO_EFFECT
 from mlx_mtp.text.conversation import canonical_messages
 from mlx_mtp.text.tool_schemas import usable_tools
 

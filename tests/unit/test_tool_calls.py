@@ -30,7 +30,7 @@ from support.tool_syntax import (
 )
 
 import mlx_mtp
-from mlx_mtp.server.openai_answers import Answer
+from mlx_mtp.server.answers import Answer
 from mlx_mtp.text.answer import TextStream
 from mlx_mtp.text.tokenizer import load_tokenizer, thought_channel
 from mlx_mtp.text.tool_call_parser import ToolCallParser

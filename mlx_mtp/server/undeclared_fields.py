@@ -8,9 +8,8 @@ import logging
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Annotated, Any, LiteralString
+from typing import Any, LiteralString
 
-from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 logger = logging.getLogger(__name__)
@@ -105,39 +104,6 @@ _INSTEAD = {
 _SIMILAR = 0.85
 _MOST_COMPARED = 20
 _LONGEST = 50
-
-
-def _as_whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _minus_one_as(meaning: int | None) -> BeforeValidator:
-    """Return a validator that runs before the validator of an integer and replaces -1 with `meaning`."""
-
-    def read(value: Any) -> Any:
-        value = _as_whole(value)
-        return meaning if value == -1 else value
-
-    return BeforeValidator(read, json_schema_input_type=int | None)
-
-
-def _as_list(value: Any) -> Any:
-    """Return one string or several as a list, without empty strings, which stop nothing."""
-    items = [value] if isinstance(value, str) else value
-    return [item for item in items if item != ""] if isinstance(items, list) else value
-
-
-# This is an integer. Clients may write 16 as 16.0.
-Whole = Annotated[int, BeforeValidator(_as_whole)]
-# This is a maximum number of tokens. -1 means no limit.
-Limit = Annotated[Annotated[int, Field(ge=1)] | None, _minus_one_as(None)]
-# This is a maximum number of tokens of a thought. It may be 0, and -1 means no limit.
-Budget = Annotated[Annotated[int, Field(ge=0)] | None, _minus_one_as(None)]
-# This is a number of tokens to choose from. -1 and 0 mean all tokens.
-TopK = Annotated[Annotated[int, Field(ge=0)] | None, _minus_one_as(0)]
-# This is a number of tokens to look back at. -1 means all tokens.
-LookBack = Annotated[Annotated[int, Field(ge=1)] | None, _minus_one_as(2**31)]
-Strings = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 
 
 def refuse(code: LiteralString, name: str, message: str, status: int = 400) -> PydanticCustomError:
