@@ -18,12 +18,14 @@ from .state import RoundState
 class Host:
     """The host's part in a round: device reads, the guide, and the rows of mapped per-layer embeddings.
 
-    `reads` counts how often the host waited for the device.
+    `reads` counts how often the host waited for the device. Logits processors read the text so far, see `text`.
     """
 
-    def __init__(self, guide: Guide | None) -> None:
+    def __init__(self, guide: Guide | None, *, has_processors: bool = False) -> None:
         self.guide = guide
+        self._has_processors = has_processors
         self.reads = 0
+        self._copied = mx.zeros(0, mx.int32)
 
     def wait_for(self, values: mx.array) -> list[Any]:
         """Read an array of the device as a list, and count the read.
@@ -85,6 +87,16 @@ class Host:
         return [
             Logprobs(row[0], [(int(i), p) for i, p in zip(row[1 : n + 1], row[n + 1 :], strict=True)]) for row in rows
         ]
+
+    def text(self, tokens: list[int]) -> mx.array | None:
+        """Return the tokens of the text so far for the logits processors, int32 [n]. Return None if there are none.
+
+        Only new tokens are copied to the device. To copy a long text in each round would take milliseconds.
+        """
+        if not self._has_processors:
+            return None
+        self._copied = mx.concatenate([self._copied, mx.array(tokens[self._copied.size :], mx.int32)])
+        return self._copied
 
     def note(self, tokens: list[int]) -> None:
         """Tell the guide which tokens were emitted."""

@@ -17,7 +17,7 @@ from .draft_length import DraftLength
 from .host import Host
 from .prompt_cache import CacheEntry, KVLayout, ReusedPrefix, Snapshot
 from .report import Round
-from .round import RoundParts, Verified, draft_tokens, round_steps, token_logprobs
+from .round import RoundParts, Verified, choose_row, draft_tokens, round_steps, token_logprobs
 from .rules import LogitsProcessor, TokenRules
 from .sampling import Sampling
 from .state import RoundState
@@ -71,7 +71,7 @@ class Stream:
         sampling = sampling or Sampling()
         rules = TokenRules(target, sampling, processors)
         self.parts = RoundParts(target, drafter, rules, logprobs)
-        self.host = Host(guide)
+        self.host = Host(guide, has_processors=bool(processors))
         # Logits processors are Python functions that run on the host in each round. Nothing can be compiled.
         self._rounds = None if processors else rounds
         self._key = repr(replace(sampling, seed=0)), logprobs, max_draft_tokens, guide is not None
@@ -82,8 +82,6 @@ class Stream:
         self._is_reading = False
         # This list holds all tokens so far, including the prompt. The last token is the bonus token.
         self.tokens: list[int] = []
-        # The tokens that are on the device, for the logits processors.
-        self._copied = mx.zeros(0, mx.int32)
         self.cache = Cache(target.config, target.dtype, max_block=max_draft_tokens + 1, quantization=kv_quantization)
         draw_key, coin_key = mx.random.split(mx.random.key(sampling.seed))
         self._state = RoundState(
@@ -97,10 +95,7 @@ class Stream:
 
     @property
     def state(self) -> RoundState:
-        """All arrays of the text.
-
-        An assignment replaces them. Do not hold another reference to them, because MLX then copies the buffers.
-        """
+        """All arrays of the text. Do not hold another reference to them, because MLX then copies the buffers."""
         return self._state._replace(kv=self.cache.kv)
 
     @state.setter
@@ -143,12 +138,14 @@ class Stream:
         between two chunks.
         """
         logits = self.read(prompt, step_size, on_progress)
-        self._slide_window(mx.array(prompt[-self._state.window.size :], mx.int32))
+        window = [-1] * self._state.window.size + prompt
+        self._state = self._state._replace(window=mx.array(window[len(prompt) :], mx.int32))
         masks = self.host.first_mask(self._state.bonus)
         no_draft = draft_tokens(self.parts, self.cache, self.state, 0)
-        chosen = self.parts.rules.accept(self.state, no_draft, logits, masks, self._text(), ahead=0).tokens
-        self._slide_window(chosen)
-        self._state = self._state._replace(bonus=chosen[None])
+        chosen = self.parts.rules.accept(
+            self.state, no_draft, logits, masks, self.host.text(self.tokens), ahead=0
+        ).tokens
+        self._state = choose_row(self._state, self._state.hidden, chosen, mx.array(0))
         logprobs = token_logprobs(self.parts, logits, chosen)
         mx.eval(self._state.bonus, self._state.window)
         tokens = self.host.wait_for(chosen)
@@ -208,11 +205,9 @@ class Stream:
         verified = self._advance(k)
         mx.eval(verified, self.state)
         accepted, *tokens = self.host.wait_for(verified.report)
-        tokens = tokens[: accepted + 1]
-        self.cache.length = before + len(tokens)
-        stop = next((index for index, token in enumerate(tokens) if token in stop_ids), accepted)
-        if stop < accepted:
-            tokens = tokens[: stop + 1]
+        self.cache.length = before + accepted + 1
+        tokens = up_to_stop(tokens[: accepted + 1], stop_ids)
+        if len(tokens) <= accepted:
             self.cache.set_length(before + len(tokens))
         self._append(tokens)
         logprobs = self.host.logprobs(verified.logprobs, self.parts.logprobs, len(tokens))
@@ -221,7 +216,7 @@ class Stream:
     def _advance(self, k: int) -> Verified:
         """Run a round of k draft tokens and replace the state. Only the host's part is evaluated."""
         if self._rounds is None:
-            steps = round_steps(self.parts, self.cache, k, self._text())
+            steps = round_steps(self.parts, self.cache, k, self.host.text(self.tokens))
         else:
             steps = self._rounds.steps(self.parts, self.cache, k, self._key)
         if self.host.guide is None and self.parts.target.mapped is None:
@@ -241,24 +236,15 @@ class Stream:
         most = self.cache.longest_pass(self.cache.max_block) - 1
         return min(most, self.cache.rows_for(1) - self.cache.length - 1) if self._exact else most
 
-    def _text(self) -> mx.array | None:
-        """Return all tokens so far, int32 [n], for the logits processors. Return None if there are no processors."""
-        if not self.parts.rules.processors:
-            return None
-        # Copy only the new tokens to the device: a long text takes milliseconds.
-        new = self.tokens[self._copied.size :]
-        self._copied = mx.concatenate([self._copied, mx.array(new, mx.int32)])
-        return self._copied
-
-    def _slide_window(self, tokens: mx.array) -> None:
-        """Append tokens to the window that the penalties read."""
-        window = self._state.window
-        window = mx.concatenate([window, tokens])[tokens.size :][: window.size]
-        self._state = self._state._replace(window=window)
-
     def _append(self, tokens: list[int]) -> None:
         self.tokens += tokens
         self.host.note(tokens)
+
+
+def up_to_stop(tokens: list[int], stop_ids: frozenset[int]) -> list[int]:
+    """Return the tokens up to the first stop token, or all tokens if there is none."""
+    stop = next((index for index, token in enumerate(tokens) if token in stop_ids), len(tokens))
+    return tokens[: stop + 1]
 
 
 def chunk_size(config: TextConfig, kv_rows: int, itemsize: int, step_size: int) -> int:
