@@ -129,7 +129,9 @@ def is_allowed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bool]:
     tokenizer: LLTokenizer = from_tokenizer(wrapper._tokenizer, n_vocab=VOCAB_SIZE, eos_token=list(STOP_IDS))
 
     def check(grammar: str, *pieces: str) -> bool:
-        matcher = LLMatcher(tokenizer, compile_grammar(grammar=grammar), log_level=0)
+        compiled = compile_grammar(grammar=grammar)
+        assert compiled is not None
+        matcher = LLMatcher(tokenizer, compiled, log_level=0)
         assert not matcher.is_error(), matcher.get_error()
         tokens = [token for piece in pieces for token in wrapper.encode(piece, add_special_tokens=False)]
         return bool(matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting())

@@ -143,7 +143,7 @@ def test_markup_is_text(page: Page) -> None:
 
 def test_errors_are_shown_and_the_conversation_goes_on(page: Page) -> None:
     # Typed key by key it would take long.
-    page.driver.execute_script("document.getElementById('prompt').value = 'x '.repeat(4200)")  # type: ignore[no-untyped-call]
+    page.driver.execute_script("document.getElementById('prompt').value = 'x '.repeat(4200)")
     page.ask("")
     page.until(lambda: page.text("#status") == "Failed")
     assert "the context holds 4096" in page.text(".error")
@@ -168,7 +168,7 @@ def test_the_key_is_asked_for(chromium: Chrome) -> None:
 def test_a_narrow_window(page: Page) -> None:
     page.driver.set_window_size(500, 900)
     try:
-        width = page.driver.execute_script("return document.documentElement.scrollWidth")  # type: ignore[no-untyped-call]
+        width = page.driver.execute_script("return document.documentElement.scrollWidth")
         assert width <= 500
     finally:
         page.driver.set_window_size(1200, 800)
@@ -187,5 +187,5 @@ def test_screenshot(page: Page, tmp_path: Path, scheme: str, request: pytest.Fix
     page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     folder = request.config.getoption("--screenshots") or tmp_path
     screenshot(page, Path(folder) / f"chat-page-{scheme}.png")
-    back = page.driver.execute_script("return getComputedStyle(document.body).backgroundColor")  # type: ignore[no-untyped-call]
+    back = page.driver.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (max(map(int, back[4:-1].split(","))) < 60) == (scheme == "dark")

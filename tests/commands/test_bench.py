@@ -10,7 +10,6 @@ from typing import Any
 import mlx.core as mx
 import pytest
 import transformers
-from mlx.utils import tree_flatten
 from support.commands import run
 
 import mlx_mtp
@@ -18,13 +17,14 @@ from mlx_mtp.bench import cli as bench
 from mlx_mtp.bench import plots
 from mlx_mtp.bench.cli import KINDS, main, pass_bytes, prompt
 from mlx_mtp.bench.peers import load_peer
+from mlx_mtp.checkpoints.weights import lazy_parameters
 
 TinyPair = Callable[[str], Path]
 
 
 def test_a_table_plots_and_a_last_line_of_json(tiny_pair: TinyPair, tmp_path: Path) -> None:
     options = ["--kinds", "code,list", "--contexts", "40", "--temps", "0", "--num-draft-tokens", "2,auto"]
-    options += ["-m", "12", "--repeats", "2", "--dtype", "bfloat16", "--plot", tmp_path / "plots"]
+    options += ["-m", "12", "--repeats", "2", "--dtype", "bfloat16", "--plot", str(tmp_path / "plots")]
     result = run("bench.cli", "--model", tiny_pair("e2b") / "target", *options)
     *lines, last = result.stdout.splitlines()
     assert lines[0] == "code, 40 tokens, temperature 0"
@@ -77,7 +77,7 @@ def test_the_bytes_of_a_pass(tiny_pair: TinyPair) -> None:
 
 
 def arrays(model: mlx_mtp.Model) -> list[mx.array]:
-    return [value for _, value in tree_flatten(model.target.parameters())]
+    return list(lazy_parameters(model.target).values())
 
 
 def test_plots_show_the_figures() -> None:

@@ -156,7 +156,7 @@ def test_several_shards_with_an_index(
     tensors: dict[str, mx.array] = mx.load(str(folder / "model.safetensors"))  # type: ignore[assignment]
     mx.eval(tensors)
     (folder / "model.safetensors").unlink()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index in range(3):
         shard = f"model-{index + 1:05d}-of-00003.safetensors"
         part = {name: value for i, (name, value) in enumerate(sorted(tensors.items())) if i % 3 == index}
@@ -205,6 +205,7 @@ def test_the_drafter_computes_in_the_targets_type(folders: tuple[Path, Path]) ->
     model = mlx_mtp.load(target)
     assert model.drafter is not None
     assert model.drafter.pre_projection.weight.dtype == mx.float32
+    assert model.drafter.masked_embedding is not None
     assert model.drafter.masked_embedding.token_ordering.dtype == mx.int32
 
 

@@ -25,6 +25,7 @@ from mlx_mtp.convert import cli as convert
 from mlx_mtp.convert.converter import Options
 from mlx_mtp.convert.converter import convert as run_convert
 from mlx_mtp.decoding import calibration
+from mlx_mtp.decoding.draft_length import CostCurve
 from mlx_mtp.errors import ConfigError, DataError, OutputError, TokenizerError, WeightsError
 from mlx_mtp.server import cli as server
 from mlx_mtp.text.tokenizer import check_tokenizer, encode_prompt, load_tokenizer
@@ -100,7 +101,7 @@ def test_characters_that_the_terminal_lacks(
     monkeypatch.setattr(sys, "stdout", out)
     arguments = ["--prompt", "x", "--regex", "aé🔥", *GREEDY[:4], "--max-tokens", "20", "--json"]
     assert generate.main(arguments) == 0
-    text, report = out.buffer.getvalue().splitlines()  # type: ignore[attr-defined]
+    text, report = out.buffer.getvalue().splitlines()
     assert text == b"a\xe9\\U0001f525"
     assert json.loads(report)["text"] == "aé🔥"
     assert "stdout's encoding, latin-1, lacks characters of this text, such as '\\U0001f525'" in capsys.readouterr().err
@@ -343,7 +344,7 @@ def test_no_home_folder(
 def test_a_cache_folder_that_cannot_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    curve = calibration.CostCurve([1.0 + 0.1 * k for k in range(9)], 0.05, 0.02)
+    curve = CostCurve([1.0 + 0.1 * k for k in range(9)], 0.05, 0.02)
 
     def refuse(path: Path, *_: Any, **__: Any) -> str:
         raise PermissionError(13, "Permission denied", str(path))

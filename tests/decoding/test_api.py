@@ -123,8 +123,8 @@ def test_closing_a_stream_frees_its_caches(model: mlx_mtp.Model) -> None:
 def test_nothing_is_printed(model: mlx_mtp.Model, capfd: pytest.CaptureFixture[str]) -> None:
     sampling = mlx_mtp.Sampling(temperature=1.0, top_k=64, top_p=0.95, repetition_penalty=1.1)
     for grammar in ({}, {"json_schema": {"type": "array", "items": {"type": "boolean"}}}):
-        options = {"enable_thinking": True, "thinking_budget": 5, "logprobs": 1, "stop": "zz", **grammar}
-        model.generate([{"role": "user", "content": "hello"}], max_tokens=30, sampling=sampling, **options)
+        options: dict[str, Any] = {"enable_thinking": True, "thinking_budget": 5, "stop": "zz", **grammar}
+        model.generate([{"role": "user", "content": "hello"}], max_tokens=30, sampling=sampling, logprobs=1, **options)
     with pytest.raises(mlx_mtp.OptionError):
         model.stream_generate(PROMPT, regex="[a")
     assert capfd.readouterr() == ("", "")
@@ -137,8 +137,9 @@ def test_every_piece_is_readable_text(model: mlx_mtp.Model) -> None:
     for k in (0, 4):
         for stop in ("", "本", "語 🦊 ", "Ελλ", "done"):
             expected = TEXT.partition(stop)[0] if stop else TEXT
-            options = {"stop": stop or (), "max_tokens": len(tokens), "num_draft_tokens": k, "ignore_eos": True}
-            pieces = list(model.stream_generate(PROMPT, logits_processors=[dictate(PROMPT, tokens)], **options))
+            options: dict[str, Any] = {"stop": stop or (), "max_tokens": len(tokens), "ignore_eos": True}
+            processors = [dictate(PROMPT, tokens)]
+            pieces = list(model.stream_generate(PROMPT, logits_processors=processors, num_draft_tokens=k, **options))
             assert "".join(piece.text for piece in pieces) == expected
             for piece in pieces:
                 piece.text.encode()
@@ -151,7 +152,7 @@ def test_bytes_that_are_no_character_are_replaced(model: mlx_mtp.Model) -> None:
     unwanted = dict.fromkeys((model.tokenizer.get_vocab()[piece] for piece in ("<|channel>", "\u0100")), -1000.0)
     for seed in range(4):
         sampling = mlx_mtp.Sampling(temperature=1.5, seed=seed, logit_bias=unwanted)
-        options = {"sampling": sampling, "ignore_eos": True, "max_tokens": 60, "num_draft_tokens": 3}
+        options: dict[str, Any] = {"sampling": sampling, "ignore_eos": True, "max_tokens": 60, "num_draft_tokens": 3}
         pieces = list(model.stream_generate(PROMPT, stop="\ufffd\ufffd!", **options))
         assert [piece.text.encode().decode() for piece in pieces] == [piece.text for piece in pieces]
         # The same detokenizer, unlike Gemma's own, drops a space at the very beginning.

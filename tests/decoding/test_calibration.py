@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def test_a_clock_that_jumps_once_does_no_harm(
     monkeypatch.setattr(calibration, "_REPETITIONS", (2, 2))
     ticks = itertools.count()
     # Within the turn of some length.
-    monkeypatch.setattr(calibration.time, "perf_counter", lambda: (n := next(ticks)) * 0.01 + jump * (n > 100))
+    monkeypatch.setattr(time, "perf_counter", lambda: (n := next(ticks)) * 0.01 + jump * (n > 100))
     curve = measure_rounds(model.target, model.drafter, mlx_mtp.Sampling())
     assert curve.verify == pytest.approx([0.01] * 9)
     assert curve.draft == pytest.approx(0)
@@ -131,7 +132,7 @@ def test_a_clock_that_stands_still_is_an_error_not_a_curve(
     monkeypatch.setattr(calibration, "_REPETITIONS", (1, 1))
     monkeypatch.setattr(calibration, "_ROUNDS", (2, 2))
     with monkeypatch.context() as stopped:
-        stopped.setattr(calibration.time, "perf_counter", lambda: 5.0)
+        stopped.setattr(time, "perf_counter", lambda: 5.0)
         with pytest.raises(mlx_mtp.MTPError, match="costs of rounds must be positive"):
             model.calibrate()
     assert not list(tmp_path.iterdir())

@@ -245,7 +245,7 @@ def test_noise_of_a_position_does_not_depend_on_where_its_round_begins() -> None
 
 def reference(logits: Array, sampling: Sampling, coin: float) -> Array:
     """Probabilities as mlx-lm makes them, in its order: top-p, min-p, XTC, top-k, temperature."""
-    p = np.exp(logits - logits.max())
+    p: Array = np.exp(logits - logits.max())
     p /= p.sum()
     above = np.array([p[p > x].sum() for x in p])
     p = np.where(above < sampling.top_p, p, 0)
@@ -257,7 +257,8 @@ def reference(logits: Array, sampling: Sampling, coin: float) -> Array:
     if sampling.top_k:
         p[np.argsort(-p)[sampling.top_k :]] = 0
     p = np.where(p > 0, p, 0) ** (1 / sampling.temperature)
-    return p / p.sum()
+    p /= p.sum()
+    return p
 
 
 OPTIONS = [

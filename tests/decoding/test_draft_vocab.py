@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -59,7 +60,7 @@ def test_drafts_stay_lossless(tiny_pair: TinyPair, tmp_path: Path) -> None:
     model = mlx_mtp.load(tmp_path / "cut")
     coupled = mlx_mtp.Sampling(temperature=1.0, seed=2, top_k=100, presence_penalty=0.3, acceptance="coupled")
     for sampling in (mlx_mtp.Sampling(), coupled):
-        options = {"max_tokens": 80, "ignore_eos": True, "sampling": sampling}
+        options: dict[str, Any] = {"max_tokens": 80, "ignore_eos": True, "sampling": sampling}
         plain = model.generate(PROMPT, num_draft_tokens=0, **options)
         assert max(plain.tokens) >= SIZE, "the text never leaves the draft vocabulary: the test proves nothing"
         for k in (1, 4):
@@ -80,7 +81,7 @@ def test_a_grammar_outside_the_draft_vocabulary(tiny_pair: TinyPair, tmp_path: P
     model = mlx_mtp.load(tmp_path / "cut")
     assert model.drafter is not None
     assert model.drafter.draft_vocab_ids is not None
-    words = {model.tokenizer.decode([token]) for token in model.drafter.draft_vocab_ids.tolist()}
+    words = {model.tokenizer.decode([token]) for token in np.array(model.drafter.draft_vocab_ids).tolist()}
     assert not [word for word in words if any(character.isdigit() for character in word)]
     for regex in ("[0-9]{12}", "([a-z][0-9]){8}"):
         plain = model.generate(PROMPT, regex=regex, num_draft_tokens=0)
@@ -100,7 +101,7 @@ def test_counted_in_text_or_jsonl(tiny_pair: TinyPair, tmp_path: Path) -> None:
     for name in ("text.txt", "text.jsonl"):
         output = tmp_path / f"{name}.out"
         convert(tiny_pair("31b"), output, "--draft-vocab", "40", "--draft-vocab-text", tmp_path / name)
-        arrays = mx.load(str(output / "drafter" / "model-draft-vocab.safetensors"))
+        arrays: Any = mx.load(str(output / "drafter" / "model-draft-vocab.safetensors"))
         assert expected | {1, 5, 7} <= set(arrays["draft_vocab_ids"].tolist())
 
 
@@ -116,7 +117,7 @@ def test_trained_with_a_draft_vocabulary(tiny_pair: TinyPair, tmp_path: Path) ->
     model = mlx_mtp.load(tmp_path / "pair" / "target")
     assert model.drafter is not None
     assert model.drafter.draft_vocab_ids is not None
-    ids = set(model.drafter.draft_vocab_ids.tolist())
+    ids = set(np.array(model.drafter.draft_vocab_ids).tolist())
     assert len(ids) == 30
     assert ids >= set(model.tokenizer.encode("ba be on", add_special_tokens=False))
     plain = model.generate(PROMPT, max_tokens=30, num_draft_tokens=0)

@@ -364,7 +364,10 @@ def test_progress_of_loading(tiny_pair: TinyPair, placement: Any) -> None:
     folder = tiny_pair("e2b")
     seen: list[tuple[int, int]] = []
     model = mlx_mtp.load(
-        folder / "target", per_layer_embeddings=placement, on_load=lambda *at: seen.append(at), on_download=pytest.fail
+        folder / "target",
+        per_layer_embeddings=placement,
+        on_load=lambda *at: seen.append(at),
+        on_download=pytest.fail,  # type: ignore[arg-type]
     )
     done = [at for at, _ in seen]
     assert len(done) > 20

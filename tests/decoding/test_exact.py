@@ -44,8 +44,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose products and attention round otherwise for several rows."""
     for kind in (nn.Linear, nn.QuantizedLinear):
         monkeypatch.setattr(kind, "__call__", rounds_otherwise(kind.__call__))
-    for kind in (nn.Embedding, nn.QuantizedEmbedding):
-        monkeypatch.setattr(kind, "as_linear", rounds_otherwise(kind.as_linear))
+    for table in (nn.Embedding, nn.QuantizedEmbedding):
+        monkeypatch.setattr(table, "as_linear", rounds_otherwise(table.as_linear))
     attention = rounds_otherwise(mx.fast.scaled_dot_product_attention, axis=2)
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
 
@@ -156,11 +156,11 @@ def test_the_probe_counts_what_is_lost(tiny_pair: TinyPair, monkeypatch: pytest.
     fair = probe.acceptance(model, [text], 40, lambda _: None)
     assert fair["by_verify_pass"] == fair["by_single_passes"] > 1.5
     assert fair["rounds"] == 10
-    call = nn.Embedding.as_linear
+    call: Callable[..., mx.array] = nn.Embedding.as_linear
 
     def other_tokens(table: nn.Embedding, x: mx.array) -> mx.array:
         logits = call(table, x)
-        return mx.roll(logits, 1, axis=-1) if x.shape[1] > 1 else logits
+        return mx.roll(logits, 1, -1) if x.shape[1] > 1 else logits
 
     monkeypatch.setattr(nn.Embedding, "as_linear", other_tokens)
     lost = probe.acceptance(model, [text], 40, lambda _: None)

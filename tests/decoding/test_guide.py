@@ -52,7 +52,8 @@ def is_answer(text: str, grammar: dict[str, Any]) -> bool:
     if "json_schema" in grammar:
         jsonschema.validate(json.loads(text), grammar["json_schema"])
         return True
-    pattern = {REGEX: REGEX, GBNF: r"((yes|no|maybe [0-9][0-9])\.)+"}.get(grammar.get("regex", grammar.get("grammar")))
+    language: Any = grammar.get("regex", grammar.get("grammar"))
+    pattern = {REGEX: REGEX, GBNF: r"((yes|no|maybe [0-9][0-9])\.)+"}.get(language)
     if pattern is None:
         while re.search(r"\([a-z]+(, ?[a-z]+)+\)", text):
             text = re.sub(r"\([a-z]+(, ?[a-z]+)+\)", "x", text)
@@ -233,7 +234,7 @@ def assert_schemas_hold(model: mlx_mtp.Model, seeds: range) -> None:
     words = ["import", "def", "class", "return", "self", "path", "the", "of", "a", "None", "#", "config"]
     for seed in seeds:
         rng = np.random.default_rng(seed)
-        schema = {"type": "object", "properties": {"value": random_schema(rng)}, "required": ["value"]}
+        schema: dict[str, Any] = {"type": "object", "properties": {"value": random_schema(rng)}, "required": ["value"]}
         schema["additionalProperties"] = False
         prompt = " ".join(rng.choice(words, rng.integers(1, 12)))
         sampling = mlx_mtp.Sampling(temperature=float(rng.choice([0.0, 0.7, 1.0])), seed=seed, top_k=64, top_p=0.95)
@@ -261,7 +262,8 @@ def test_other_options_hold_under_a_grammar(model: mlx_mtp.Model) -> None:
         return logits.at[:, b].add(50.0 if tokens.size % 3 == 0 else -50.0)
 
     sampling = mlx_mtp.Sampling(frequency_penalty=2.0, repetition_penalty=1.3, logit_bias={a: 5.0, 300: 80.0})
-    options = {"regex": "[a-d]{30}", "sampling": sampling, "logits_processors": [process], "stop": "bdc"}
+    options: dict[str, Any] = {"regex": "[a-d]{30}", "sampling": sampling, "stop": "bdc"}
+    options["logits_processors"] = [process]
     plain = model.generate(PROMPT, num_draft_tokens=0, **options)
     assert model.generate(PROMPT, num_draft_tokens=4, **options).text == plain.text
     assert {"a", "b"} < set(plain.text) <= set("abcd")
@@ -310,7 +312,8 @@ def thinker(model: mlx_mtp.Model, channel: Channel, length: int) -> Callable[[mx
 def test_a_thought_is_separate_and_within_its_budget(
     model: mlx_mtp.Model, channel: Channel, grammar: dict[str, Any], length: int, expected: int
 ) -> None:
-    options = {"max_tokens": 50, "enable_thinking": True, "logits_processors": [thinker(model, channel, length)]}
+    processors = [thinker(model, channel, length)]
+    options: dict[str, Any] = {"max_tokens": 50, "enable_thinking": True, "logits_processors": processors}
     results = [
         model.generate(PROMPT, num_draft_tokens=k, thinking_budget=BUDGET, **options, **grammar) for k in (0, 1, 6)
     ]
@@ -392,7 +395,7 @@ def test_a_drafter_of_given_tokens_asks_for_each_row(model: mlx_mtp.Model) -> No
 
 def test_no_budget_leaves_a_thought_alone(model: mlx_mtp.Model, channel: Channel) -> None:
     for k in (0, 4):
-        options = {"max_tokens": 80, "num_draft_tokens": k, "ignore_eos": True}
+        options: dict[str, Any] = {"max_tokens": 80, "num_draft_tokens": k, "ignore_eos": True}
         process = thinker(model, channel, 40)
         result = model.generate(PROMPT, enable_thinking=True, logits_processors=[process], **options)
         assert result.tokens.index(channel.end) == 1 + channel.header + 40
@@ -405,8 +408,7 @@ def test_a_prompt_that_ends_inside_a_thought(model: mlx_mtp.Model, channel: Chan
     header = model.tokenizer.encode("thought\n", add_special_tokens=False)
     for opened, inside in (([], 0), (header, 0), ([*header, 40, 41], 2)):
         prompt = [*PROMPT, channel.start, *opened]
-        options = {"enable_thinking": True, "thinking_budget": BUDGET, "max_tokens": 40, "regex": "[a-z]{8}"}
-        result = model.generate(prompt, **options)
+        result = model.generate(prompt, enable_thinking=True, thinking_budget=BUDGET, max_tokens=40, regex="[a-z]{8}")
         assert result.tokens.index(channel.end) == BUDGET + channel.header - len(opened)
         assert re.fullmatch("[a-z]{8}", result.text)
         if opened:
@@ -419,7 +421,8 @@ def test_a_prompt_that_ends_inside_a_thought(model: mlx_mtp.Model, channel: Chan
 
 
 def test_stop_strings_do_not_end_a_thought(model: mlx_mtp.Model, channel: Channel) -> None:
-    options = {"logits_processors": [thinker(model, channel, 10)], "max_tokens": 60, "ignore_eos": True}
+    processors = [thinker(model, channel, 10)]
+    options: dict[str, Any] = {"logits_processors": processors, "max_tokens": 60, "ignore_eos": True}
     free = model.generate(PROMPT, **options)
     inside, answer = free.thought[4:6], free.text[10:13]
     assert model.generate(PROMPT, stop=answer, **options).text == free.text[: free.text.index(answer)]

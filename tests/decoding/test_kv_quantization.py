@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.caches import two_layers
+from support.caches import two_layers, unquantized
 from support.commands import run as run_command
 from support.streams import Models, Scripted
 from support.tiny import load_target, make_target, random_tokens
@@ -20,7 +20,7 @@ from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.exact import check_exact, make_exact
 from mlx_mtp.decoding.stream import Stream, decode
 from mlx_mtp.gemma4.drafter import Drafter
-from mlx_mtp.gemma4.kv_cache import CAPACITY_STEP, Cache, KVQuantization, Quantized, View
+from mlx_mtp.gemma4.kv_cache import CAPACITY_STEP, Cache, KVQuantization, KVRows, Quantized, View
 from mlx_mtp.gemma4.layers import Attention, _attend
 from mlx_mtp.gemma4.target import Target
 
@@ -99,19 +99,20 @@ def test_rows_are_quantized_once_the_start_is_reached(tiny_models: Models) -> No
         for index, rows in buffers.items():
             is_full = target.config.layers[index].layer_type == "full_attention"
             assert isinstance(rows, Quantized) == is_full
-    # Rows forgotten again stay quantized.
+    # KVRows forgotten again stay quantized.
     stream.cache.set_length(20)
     stream.round(0)
     assert stream.cache.is_quantized
 
 
-def dequantized(rows: Quantized) -> np.ndarray:
+def dequantized(rows: KVRows) -> np.ndarray:
     """In plain numpy: [1, kv_heads, rows, head_dim]."""
+    assert isinstance(rows, Quantized)
     packed = np.array(rows.packed)
     shifts = np.arange(0, 32, rows.bits, dtype=np.uint32)
     levels = (packed[..., None] >> shifts) & np.uint32(2**rows.bits - 1)
     grouped = levels.reshape(*packed.shape[:-1], -1, rows.group_size).astype(np.float64)
-    values = grouped * np.array(rows.scales)[..., None] + np.array(rows.biases)[..., None]
+    values: np.ndarray = grouped * np.array(rows.scales)[..., None] + np.array(rows.biases)[..., None]
     return values.reshape(*packed.shape[:-1], -1)
 
 
@@ -120,7 +121,8 @@ def reference(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: n
     keys, values = np.repeat(keys, group, axis=1), np.repeat(values, group, axis=1)
     scores = np.where(mask, queries.astype(np.float64) @ keys.swapaxes(-1, -2), -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return (weights / weights.sum(axis=-1, keepdims=True)) @ values
+    result: np.ndarray = (weights / weights.sum(axis=-1, keepdims=True)) @ values
+    return result
 
 
 # Groups divide the head.
@@ -175,9 +177,9 @@ def test_a_pass_is_one_over_dequantized_rows(tiny_models: Models, variant: str) 
                 buffers[index] = mx.array(dequantized(rows), mx.float32) if isinstance(rows, Quantized) else rows
         cache.is_quantized, cache.quantization = False, None
         np.testing.assert_allclose(_drafted(target, drafter, cache), drafted, atol=1e-4)
-    assert mx.std(logits[None]).item() > 0.9
+    assert float(mx.std(logits[None])) > 0.9
     np.testing.assert_allclose(logits[EIGHT], logits[None], atol=0.05)
-    errors = {kv: mx.abs(logits[kv] - logits[None]).mean().item() for kv in (EIGHT, FOUR)}
+    errors = {kv: float(mx.abs(logits[kv] - logits[None]).mean()) for kv in (EIGHT, FOUR)}
     assert 0 < 4 * errors[EIGHT] < errors[FOUR]
 
 
@@ -213,12 +215,10 @@ def test_a_pass_over_quantized_rows_against_numpy(tiny_models: Models, monkeypat
 @pytest.mark.parametrize("capacity", [8 * 1024, 16 * 1024])
 def test_quantized_buffers_are_small(capacity: int) -> None:
     make = partial(Cache, two_layers(window=32, head_dim=256, kv_heads=4), mx.float16, max_block=4, capacity=capacity)
-    sizes = {
-        bits: sum(array.nbytes for array in make(quantization=bits and KVQuantization(bits, 64, 0)).arrays())
-        for bits in (None, 8, 4)
-    }
-    assert sizes[8] < 0.6 * sizes[None]
-    assert sizes[4] < 0.35 * sizes[None]
+    kinds = (None, KVQuantization(8, 64, 0), KVQuantization(4, 64, 0))
+    plain, eight, four = (sum(array.nbytes for array in make(quantization=kv).arrays()) for kv in kinds)
+    assert eight < 0.6 * plain
+    assert four < 0.35 * plain
 
 
 def _peak_of_rounds(capacity: int) -> tuple[int, int]:
@@ -234,9 +234,11 @@ def _peak_of_rounds(capacity: int) -> tuple[int, int]:
     for _ in range(10):
         step = cache.start(4)
         views = [step.write(layer, new, new) for layer in range(2)]
-        seen = [views[0].keys.sum(), *(part.sum() for part in views[1].keys.parts)]
+        keys = views[1].keys
+        assert isinstance(keys, Quantized)
+        seen = [unquantized(views[0].keys).sum(), *(part.sum() for part in keys.parts)]
         cache.offset = cache.offset + 1
-        del step, views
+        del step, views, keys
         mx.eval(seen, cache.arrays())
         cache.length += 1
     return mx.get_peak_memory() - active, sum(array.nbytes for array in cache.arrays())
@@ -271,10 +273,10 @@ def test_converting_and_growing_take_one_buffer_at_a_time() -> None:
 def test_growing_keeps_quantized_rows() -> None:
     cache = Cache(two_layers(head_dim=32), mx.float32, max_block=4, quantization=EIGHT)
     for start in range(0, 2 * CAPACITY_STEP, 100):
-        rows = mx.broadcast_to(mx.arange(start, start + 100)[:, None], (1, 1, 100, 32)).astype(mx.float32)
+        new = mx.broadcast_to(mx.arange(start, start + 100)[:, None], (1, 1, 100, 32)).astype(mx.float32)
         step = cache.start(100)
         for layer in range(2):
-            step.write(layer, rows, -rows)
+            step.write(layer, new, -new)
         cache.set_length(start + 100)
     view = cache.draft_view("full_attention")
     assert cache.capacity == 3 * CAPACITY_STEP
@@ -339,7 +341,8 @@ def test_costs_are_measured_per_kind_of_kv(
 ) -> None:
     monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
     model = mlx_mtp.load(tiny_pair("e2b") / "target")
-    for kv in ({}, {"kv_bits": 8}, {"kv_bits": 4}, {"kv_bits": 4, "quantized_kv_start": 20}):
+    kinds: list[dict[str, Any]] = [{}, {"kv_bits": 8}, {"kv_bits": 4}, {"kv_bits": 4, "quantized_kv_start": 20}]
+    for kv in kinds:
         model.generate("hello", max_tokens=4, kv_group_size=32, **kv)
     assert len(list(tmp_path.iterdir())) == 3
     model.calibrate(kv_bits=4, kv_group_size=32)

@@ -42,7 +42,7 @@ def test_the_plan_counts_what_is_loaded(tiny_pair: TinyPair, tmp_path: Path, var
     assert sum(array.nbytes for _, array in _flat(model.drafter)) == pytest.approx(plan.drafter, rel=0.02)
     stream = streams.Stream(model.target, model.drafter, max_draft_tokens=8)
     stream.cache.reserve(1000)
-    full, rings = (stream.cache.buffers(kind) for kind in ("full_attention", "sliding_attention"))  # type: ignore[arg-type]
+    full, rings = (stream.cache.buffers(kind) for kind in ("full_attention", "sliding_attention"))
     assert _bytes(full) == plan.kv == rows_in_buffers(1000) * plan.kv_per_token
     assert _bytes(rings) == plan.rings
 

@@ -50,7 +50,7 @@ def reference(model: mlx_mtp.Model, options: dict[str, Any]) -> list[int]:
         logits = model.target.soft_cap(model.target(mx.array([tokens]), cache, logit_rows=1).logits[0])
         for processor in processors:
             logits = processor(mx.array(tokens), logits)
-        tokens.append(int(mx.argmax(logits).item()))
+        tokens.append(int(mx.argmax(logits)))
     return tokens[len(PROMPT) :]
 
 
@@ -88,7 +88,7 @@ def test_penalties_by_hand(candidates: list[list[int]] | None) -> None:
 
 
 def test_penalties_when_sampling_do_not_depend_on_drafts(model: mlx_mtp.Model) -> None:
-    options = {"temperature": 0.3, "seed": 3, "acceptance": "coupled"}
+    options: dict[str, Any] = {"temperature": 0.3, "seed": 3, "acceptance": "coupled"}
     plain = generate(model, 0, sampling=mlx_mtp.Sampling(**options)).tokens
     for penalties in PENALTIES[::2]:
         sampling = mlx_mtp.Sampling(**options, **penalties)
@@ -116,7 +116,7 @@ def test_logits_processors_see_each_rows_own_tokens(model: mlx_mtp.Model) -> Non
     for _ in range(TOKENS):
         cache = Cache(model.config.text, mx.float32, max_block=1)
         logits = model.target.soft_cap(model.target(mx.array([tokens]), cache, logit_rows=1).logits[0])
-        tokens.append(int(mx.argmax(process(mx.array(tokens), logits)).item()))
+        tokens.append(int(mx.argmax(process(mx.array(tokens), logits))))
     for k in (0, 4):
         result = generate(model, k, logits_processors=[process])
         assert result.tokens == tokens[len(PROMPT) :]
@@ -128,7 +128,7 @@ def test_a_processor_of_the_wrong_shape(model: mlx_mtp.Model) -> None:
     with pytest.raises(mlx_mtp.OptionError, match=r"must return logits \[1, 512\], found \[512\]"):
         next(model.stream_generate(PROMPT, logits_processors=[lambda _, logits: logits[0]]))
     with pytest.raises(mlx_mtp.OptionError, match=r"must return logits \[1, 512\], found NoneType"):
-        next(model.stream_generate(PROMPT, logits_processors=[lambda _, logits: None]))
+        next(model.stream_generate(PROMPT, logits_processors=[lambda *_: None]))  # type: ignore[list-item]
 
 
 def test_min_tokens(model: mlx_mtp.Model) -> None:
@@ -148,7 +148,7 @@ def test_logprobs_are_the_targets_own(model: mlx_mtp.Model) -> None:
     """Whatever the options are; the same with and without drafts."""
     sampling = mlx_mtp.Sampling(temperature=0.7, top_k=10, presence_penalty=1.0, acceptance="coupled")
     for k in (0, 3):
-        options = {"num_draft_tokens": k, "max_tokens": TOKENS, "ignore_eos": True, "logprobs": 4}
+        options: dict[str, Any] = {"num_draft_tokens": k, "max_tokens": TOKENS, "ignore_eos": True, "logprobs": 4}
         responses = list(model.stream_generate(PROMPT, sampling=sampling, **options))
         tokens = [response.token for response in responses]
         cache = Cache(model.config.text, mx.float32, max_block=1)
@@ -240,7 +240,7 @@ def test_options_are_checked_before_anything_is_generated(model: mlx_mtp.Model) 
     with pytest.raises(mlx_mtp.OptionError, match="logprobs is 513, more than the vocabulary of 512"):
         model.stream_generate(PROMPT, logprobs=513)
     with pytest.raises(TypeError, match="max_token"):
-        model.stream_generate(PROMPT, max_token=3)
+        model.stream_generate(PROMPT, max_token=3)  # type: ignore[call-arg]
 
 
 def test_the_command_line_takes_them_all(tiny_pair: TinyPair) -> None:

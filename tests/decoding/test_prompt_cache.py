@@ -81,7 +81,7 @@ def test_any_history_of_a_chat_gives_the_tokens_of_a_fresh_prefill(tiny_pair: Ti
     reused = 0
     for step in range(6):
         prompt = [token for turn in turns for token in turn]
-        options = {
+        options: dict[str, Any] = {
             "sampling": sampling,
             "max_tokens": chooser.randint(1, 30),
             "num_draft_tokens": chooser.randint(0, 8),
@@ -262,7 +262,7 @@ def test_what_was_read_for_other_rings_is_not_reused(model: mlx_mtp.Model) -> No
 @pytest.mark.parametrize("start", [0, 60])
 def test_quantized_kv_is_reused_from_where_it_begins(model: mlx_mtp.Model, start: int) -> None:
     prompt = random_tokens(5 * WINDOW, seed=61)
-    kv = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": start}
+    kv: dict[str, Any] = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": start}
     first = model.generate(prompt, GREEDY, **kv)
     # Back to before it begins, and to after that.
     for length, least in ((4 * WINDOW + 8, 3 * 24 - 12), (3 * WINDOW, 0)):
@@ -297,7 +297,7 @@ def test_a_saved_prompt_is_gone_on_from(model: mlx_mtp.Model, tiny_pair: TinyPai
 
 def test_quantized_kv_is_saved_as_it_is(model: mlx_mtp.Model, tmp_path: Path) -> None:
     prompt = random_tokens(5 * WINDOW, seed=75)
-    kv = {"kv_bits": 4, "kv_group_size": 32, "quantized_kv_start": 0}
+    kv: dict[str, Any] = {"kv_bits": 4, "kv_group_size": 32, "quantized_kv_start": 0}
     sizes = {}
     for name, options in (("plain", {}), ("quantized", kv)):
         file = tmp_path / f"{name}.safetensors"

@@ -102,7 +102,8 @@ def test_speculative_greedy_is_plain_greedy(tiny_models: Models, plain: Plain, v
 def test_a_four_bit_pair_with_float32_activations(tiny_pair: Callable[[str], Path], variant: str) -> None:
     target, _ = load_target(tiny_pair(variant) / "target")
     drafter, _ = load_drafter(tiny_pair(variant) / "target-assistant")
-    for module in (target, drafter):
+    modules: list[nn.Module] = [target, drafter]
+    for module in modules:
         nn.quantize(module, group_size=64, bits=4)
         mx.eval(module.parameters())
     reference, _, _ = run(target, None, LONG, 0, max_tokens=80)
@@ -373,6 +374,8 @@ def test_a_compiled_round_is_the_round(tiny_models: Models, sampling: Sampling) 
                 seen.append(stream.round(3))
         for left, right in zip(eager, compiled, strict=True):
             assert left[:3] == right[:3]
+            assert left.logprobs is not None
+            assert right.logprobs is not None
             np.testing.assert_allclose([p.token for p in left.logprobs], [p.token for p in right.logprobs], atol=1e-3)
         assert streams[1].cache.length == streams[0].cache.length
         np.testing.assert_allclose(streams[1].state.hidden, streams[0].state.hidden, atol=1e-3)

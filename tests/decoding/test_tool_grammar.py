@@ -45,7 +45,7 @@ def test_choices(
     assert [text for text in forbidden if is_allowed(grammar, text)] == []
 
 
-CITY = {"type": "object", "properties": {"city": {"$ref": "#/$defs/name"}}, "required": ["city"]}
+CITY: dict[str, Any] = {"type": "object", "properties": {"city": {"$ref": "#/$defs/name"}}, "required": ["city"]}
 CITY |= {"additionalProperties": False, "$defs": {"name": {"type": "string", "minLength": 1}}}
 ANSWER = '{"city": "start: ::= a"}'
 

@@ -108,7 +108,7 @@ def test_greedy_tokens_are_those_of_transformers(pair: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    reference = AutoModelForCausalLM.from_pretrained(pair / "target", dtype=torch.float32)
+    reference: Any = AutoModelForCausalLM.from_pretrained(pair / "target", dtype=torch.float32)
     model = mlx_mtp.load(pair / "target", pair / "assistant")
     for prompt in held_out(model, 100)[:2]:
         tokens = torch.tensor([prompt])

@@ -196,9 +196,9 @@ def check_candidates(drafter: Drafter, state: mx.array, logits: NDArray[Any]) ->
         assert difference(ours, logits) < TOLERANCE
         return int(ours.argmax())
     # transformers fills the logits of all other tokens with one value below those of the candidates.
-    assert sorted(ids[0].tolist()) == np.flatnonzero(logits[0] > logits[0].min()).tolist()
+    assert sorted(np.array(ids[0]).tolist()) == np.flatnonzero(logits[0] > logits[0].min()).tolist()
     assert difference(ours, logits[:, np.array(ids[0])]) < TOLERANCE
-    return int(ids[0, ours[0].argmax()].item())
+    return int(ids[0, ours[0].argmax()])
 
 
 @pytest.mark.parametrize("length", CONTEXTS)
@@ -243,7 +243,7 @@ def reference_drafts(pair: Pair, tokens: list[int]) -> list[int]:
     generator = SinglePositionMultiTokenCandidateGenerator(
         pair.hf_drafter, pair.hf_target.get_input_embeddings(), transformers.GenerationConfig(max_length=1000)
     )
-    with_bonus = torch.cat([prompt, output.logits[:, -1:].argmax(-1)], dim=1)
+    with_bonus: Any = torch.cat([prompt, output.logits[:, -1:].argmax(-1)], dim=1)
     candidates, _ = generator.get_candidates(with_bonus, {}, output, is_first_iteration=False, n_last_matches=0)
     drafts: list[int] = candidates[0, len(tokens) :].tolist()
     return drafts
@@ -256,7 +256,7 @@ def test_first_drafts_equal_reference(pair: Pair, length: int) -> None:
     hidden, logits = run_pass(pair.target, cache, tokens)
     bonus = logits[:, -1:].argmax(-1)
     drafted = pair.drafter.draft(pair.target, bonus, hidden[:, -1:], pair.drafter.draft_context(cache), 6)
-    assert [bonus.item(), *drafted.tokens[0].tolist()] == reference_drafts(pair, tokens)
+    assert [bonus.item(), *np.array(drafted.tokens)[0].tolist()] == reference_drafts(pair, tokens)
 
 
 class ScriptedDrafter:
@@ -290,7 +290,7 @@ class ObservedDrafter(ScriptedDrafter):
     def draft(self, target: Target, token: mx.array, hidden: mx.array, context: int, k: int, *_: object) -> Draft:
         assert self.real_context is not None
         drafted = self.drafter.draft(target, token, hidden, self.real_context, 6)
-        self.drafts[context - 1 + self.prompt] = [int(token.item()), *drafted.tokens[0].tolist()]
+        self.drafts[context - 1 + self.prompt] = [int(token), *np.array(drafted.tokens)[0].tolist()]
         self.real_context = None
         return super().draft(target, token, hidden, context, k)
 
@@ -359,8 +359,14 @@ def test_quantized_drafter(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     nn.quantize(quantized, group_size=64, bits=4)
     assert isinstance(quantized.model.embed_tokens, nn.QuantizedEmbedding)
     plain = dequantized(quantized, lambda: Drafter(quantized.config))
-    dequantize, sizes = mx.dequantize, []
-    monkeypatch.setattr(mx, "dequantize", lambda w, *args, **kw: sizes.append(w.shape[0]) or dequantize(w, *args, **kw))
+    sizes: list[int] = []
+    dequantize = mx.dequantize
+
+    def counted(weight: mx.array, *args: Any, **options: Any) -> mx.array:
+        sizes.append(weight.shape[0])
+        return dequantize(weight, *args, **options)
+
+    monkeypatch.setattr(mx, "dequantize", counted)
     cache = new_cache(pair.target)
     hidden = run_pass(pair.target, cache, random_tokens(30))[0][:, -1:]
     context: DraftContext = quantized.draft_context(cache)

@@ -199,7 +199,7 @@ def test_a_full_disk_keeps_the_last_state(folder: Path, data: Path) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    command = [*COMMAND, "--model", folder / "target", "--data", data, *QUICK]
+    command = [*COMMAND, "--model", str(folder / "target"), "--data", str(data), *QUICK]
     result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr

@@ -123,7 +123,7 @@ def assert_no_extras(value: Any) -> None:
 
 def create(client: anthropic.Anthropic, say: str = "", **options: Any) -> Message:
     script.say(say)
-    asked = {"model": "claude-haiku", "max_tokens": 120, "messages": [USER]} | options
+    asked: Any = {"model": "claude-haiku", "max_tokens": 120, "messages": [USER]} | options
     found: Message = check(Message, client.messages.with_raw_response.create(**asked).http_response.json())
     return found
 
@@ -131,7 +131,7 @@ def create(client: anthropic.Anthropic, say: str = "", **options: Any) -> Messag
 def stream(client: anthropic.Anthropic, say: str = "", **options: Any) -> Message:
     """The message that the client makes of a stream's events, after each of them was checked."""
     script.say(say)
-    asked = {"model": "claude-haiku", "max_tokens": 120, "messages": [USER]} | options
+    asked: Any = {"model": "claude-haiku", "max_tokens": 120, "messages": [USER]} | options
     kinds = []
     with client.messages.with_streaming_response.create(**asked, stream=True) as raw:
         for line in raw.iter_lines():
@@ -207,7 +207,8 @@ def test_arguments_that_are_no_object_are_kept_as_they_are(client: anthropic.Ant
             "content": [{"type": "tool_result", "tool_use_id": call.id, "content": "cut", "is_error": True}],
         },
     ]
-    (calling, result) = task(messages=[USER, *answer]).prompt[1:]  # type: ignore[index]
+    prompt: Any = task(messages=[USER, *answer]).prompt
+    (calling, result) = prompt[1:]
     assert calling["tool_calls"][0]["function"]["arguments"] == '{"city":"'
     assert result["content"] == "Error: cut"
 
@@ -330,7 +331,7 @@ def test_options_reach_the_generation(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_fields_of_other_services_are_accepted(client: anthropic.Anthropic) -> None:
-    fields = {
+    fields: dict[str, Any] = {
         "metadata": {"user_id": "u"}, "service_tier": "auto", "context_management": {"edits": []}, "speed": "fast",
         "inference_geo": "us", "output_config": {"effort": "max"}, "container": None, "betas": ["x-2026"],
         "cache_control": {"type": "ephemeral"}, "a_field_of_tomorrow": [{"x": 1}],
@@ -399,7 +400,7 @@ def test_async_client(served: Served) -> None:
                 parts = [part async for part in events.text_stream]
             counted = await client.messages.count_tokens(model="any", messages=[USER])
             assert counted.input_tokens > 5
-            return [whole.content[0].text, "".join(parts)]  # type: ignore[union-attr]
+            return [whole.content[0].text, "".join(parts)]
 
     whole, streamed = asyncio.run(ask())
     assert whole == streamed != ""
@@ -526,7 +527,7 @@ class Conversation:
 
     def __init__(self, client: anthropic.Anthropic, **options: Any) -> None:
         self._client = client
-        self._options = {"model": "claude-sonnet", "max_tokens": 400} | options
+        self._options: Any = {"model": "claude-sonnet", "max_tokens": 400} | options
         self.messages: list[Any] = []
         # Of each request, the tokens of its prompt and those of them that were read before.
         self.read: list[tuple[int, int]] = []
@@ -620,7 +621,7 @@ def agent_tools() -> list[Any]:
 def test_a_coding_agent_is_served(client: anthropic.Anthropic) -> None:
     """A session as such programs send it: all their fields, reminders between the messages, and two models."""
     kept = {"type": "ephemeral"}
-    system = [
+    system: Any = [
         text("x-anthropic-billing-header: cc_version=1.0; cc_entrypoint=cli; cch=00000;"),
         text("You are an agent.", cache_control=kept),
         text("\nYou help with code.\n" * 40, cache_control=kept),

@@ -456,13 +456,14 @@ def test_a_call_that_is_cut_says_length(client: openai.OpenAI) -> None:
         json.loads(call.function.arguments)
     parts = joined(chat(client, stream=True, max_tokens=length, **options))
     assert (parts["finish"], parts["calls"][0]["arguments"]) == ("length", call.function.arguments)
+    flat: Any = [{"type": "function", **TOOLS[0]["function"]}]
     answer = client.responses.create(
         model="pair",
         input=PROMPT,
         temperature=0,
         max_output_tokens=max(16, length),
         tool_choice="required",
-        tools=[{"type": "function", **TOOLS[0]["function"]}],
+        tools=flat,
     )
     assert (answer.status, answer.output[0].type) == ("incomplete", "function_call")
 
@@ -529,12 +530,11 @@ def test_text_thoughts_and_several_calls(
     first = f"<|tool_call>call:get_weather{{in-unit:{quote}C{quote},days:2,o:{{l:[1,{quote}x{quote}]}}}}<tool_call|>"
     script = f"<|channel>thought\nLet me see.<channel|>Wait. {first}<|tool_call>call:stop{{}}<tool_call|>"
     expected = [("get_weather", {"in-unit": "C", "days": 2, "o": {"l": [1, "x"]}}), ("stop", {})]
+    flat: Any = [{"type": "function", **tool["function"]} for tool in TOOLS]
     with scripted(served, monkeypatch, script):
         whole = chat(client, tools=TOOLS)
         parts = joined(chat(client, tools=TOOLS, stream=True, stream_options={"include_usage": True}))
-        answer = client.responses.create(
-            model="pair", input=PROMPT, tools=[{"type": "function", **tool["function"]} for tool in TOOLS]
-        )
+        answer = client.responses.create(model="pair", input=PROMPT, tools=flat)
         without = chat(client).choices[0].message
     message = whole.choices[0].message
     assert (message.content, message.reasoning_content) == ("Wait. ", "Let me see.")
@@ -822,7 +822,7 @@ def test_other_hosts_and_origins_are_refused(served: Served) -> None:
 def test_api_key() -> None:
     with serve(load_demo_pair, api_key="s3cret") as found:
         for key in ("x", "wrong", "s3cre", "s3crets", "schlüssel"):
-            answer = httpx.get(f"{found.v1}/models", headers={"Authorization": f"Bearer {key}".encode()})
+            answer = httpx.get(f"{found.v1}/models", headers={b"Authorization": f"Bearer {key}".encode()})
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
         assert httpx.get(f"{found.v1}/models").status_code == 401
         assert httpx.get(f"{found.url}/metrics").status_code == 401
@@ -912,7 +912,8 @@ def test_a_call_that_is_badly_written(served: Served, client: openai.OpenAI, mon
         events = list(client.responses.create(model="pair", input=PROMPT, tools=flat, stream=True))
     expected = {"command": "echo a, note: b", "note": "x"}
     assert (message.content, json.loads(message.tool_calls[0].function.arguments)) == ("So:Then.", expected)
-    for output in (answer.output, events[-1].response.output):  # type: ignore[union-attr]
+    outputs: list[Any] = [answer.output, events[-1].response.output]  # type: ignore[union-attr]
+    for output in outputs:
         assert [item.type for item in output] == ["message", "function_call", "message"]
         assert json.loads(output[1].arguments) == expected
     assert metrics(served)["mlx_mtp_unreadable_tool_calls_total"] == before

@@ -733,7 +733,12 @@ def test_odd_keywords_of_tools_are_rendered(keyword: str) -> None:
 
 
 def test_tools_with_odd_schemas_are_served(served: Served) -> None:
-    for parameters in ({"type": 5}, {"properties": {"a": {"type": 5, "enum": 3, "required": 2}}}, {"required": [[]]}):
+    odd: list[dict[str, Any]] = [
+        {"type": 5},
+        {"properties": {"a": {"type": 5, "enum": 3, "required": 2}}},
+        {"required": [[]]},
+    ]
+    for parameters in odd:
         function = {"name": "f", "parameters": parameters}
         answer = chat(served, tools=[{"type": "function", "function": function}])
         assert answer.status_code == 200, answer.text

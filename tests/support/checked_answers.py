@@ -208,7 +208,7 @@ class _Answer:
 
     async def _send_whole(self) -> None:
         try:
-            data = json.loads(self._body, parse_constant=_refuse) if self._body else None
+            data: Any = json.loads(self._body, parse_constant=_refuse) if self._body else None
             if self._start["status"] >= 400:
                 error(data)
             elif self._path in WHOLE:

@@ -29,7 +29,7 @@ def run(module: str, *args: object, stdin: str = "", code: int | None = 0) -> Fi
             status = main([str(arg) for arg in args])
         except SystemExit as ending:
             status = ending.code or 0
-    stdout, stderr = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
+    stdout, stderr = (stream.buffer.getvalue().decode() for stream in (out, err))
     return _checked(Finished(status, stdout, stderr), code)
 
 

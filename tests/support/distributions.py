@@ -26,7 +26,7 @@ class Tables:
 
     @property
     def vocab_size(self) -> int:
-        return self.target.shape[1]
+        return len(self.target[0])
 
     def log_probabilities(self, logits: Array) -> mx.array:
         """Without and with XTC, [2, vocab + 1, candidates]."""
@@ -39,7 +39,7 @@ class Tables:
         xtc = self.sampling.xtc_probability
         table = (1 - xtc) * without + xtc * applied
         table /= table.sum(axis=1, keepdims=True)
-        chance = table[-1]
+        chance: Array = table[-1]
         for _ in range(tokens - 1):
             chance = chance[..., None] * table[:-1]
         return chance.reshape(-1)

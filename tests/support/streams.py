@@ -48,7 +48,7 @@ class Scripted(Drafter):
 
 def assert_same_state(stream: Stream, target: Target, tokens: list[int]) -> None:
     """A stream's caches hold exactly these tokens: equal, where visible, to those of one fresh pass over them."""
-    assert stream.cache.length == int(stream.cache.offset.item()) == len(tokens)
+    assert stream.cache.length == int(stream.cache.offset) == len(tokens)
     fresh = Cache(target.config, target.dtype, max_block=stream.cache.max_block)
     target(mx.array([tokens]), fresh)
     fresh.set_length(len(tokens))

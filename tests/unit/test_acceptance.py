@@ -21,6 +21,6 @@ from mlx_mtp.decoding.acceptance import accept_matching
 def test_emits_the_matching_prefix_and_one_more(drafted: list[int], choices: list[int], emitted: list[int]) -> None:
     logits = (mx.arange(4)[None] == mx.array(choices)[:, None]).astype(mx.float32)
     result = accept_matching(mx.array([drafted], mx.int32), logits)
-    accepted = int(result.accepted.item())
+    accepted = int(result.accepted)
     assert accepted == len(emitted) - 1
-    assert result.tokens.tolist()[: accepted + 1] == emitted
+    assert result.tokens[: accepted + 1].tolist() == emitted

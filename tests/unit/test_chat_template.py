@@ -26,15 +26,15 @@ Q = '<|"|>'
 USER = {"role": "user", "content": "Look it up."}
 
 
-def call(id_: str, name: str, arguments: str) -> dict[str, Any]:
+def call(id_: str, name: str, arguments: Any) -> dict[str, Any]:
     return {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def calling(*calls: dict[str, Any], text: str | None = None, **fields: Any) -> dict[str, Any]:
+def calling(*calls: dict[str, Any], text: Any = None, **fields: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text, "tool_calls": list(calls), **fields}
 
 
-def result(id_: str, text: str) -> dict[str, Any]:
+def result(id_: str, text: Any) -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": id_, "content": text}
 
 
@@ -474,7 +474,7 @@ def test_objects_and_arrays_need_no_description(template: str) -> None:
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_items_of_items_are_no_data(template: str) -> None:
-    cube = {"type": "string"}
+    cube: dict[str, Any] = {"type": "string"}
     for _ in range(3):
         cube = {"type": "array", "items": cube}
     schema = {**cube, "description": "All."}

@@ -162,7 +162,9 @@ def test_token_ids_that_were_cast(folders: tuple[Path, Path], kind: mx.Dtype) ->
     assert convert(["--hf-path", str(target), "--mlx-path", str(target.parent / "out")]) == 0
     found = mlx_mtp.load(target.parent / "out").drafter
     assert found is not None
+    assert found.masked_embedding is not None
     assert expected is not None
+    assert expected.masked_embedding is not None
     ordering = found.masked_embedding.token_ordering
     assert ordering.dtype == mx.int32
     assert mx.array_equal(ordering, expected.masked_embedding.token_ordering)
@@ -184,6 +186,7 @@ def test_token_ids_of_every_integer_type(folders: tuple[Path, Path], kind: mx.Dt
     for folder in (target, output):
         found = mlx_mtp.load(folder).drafter
         assert found is not None
+        assert found.masked_embedding is not None
         assert found.masked_embedding.token_ordering.dtype == mx.int32
         assert mx.array_equal(found.masked_embedding.token_ordering, expected)
 

@@ -435,8 +435,7 @@ def test_quantization(spelling: str, tmp_path: Path) -> None:
     router = "language_model.model.layers.0.router.proj"
     entry = {"group_size": 64, "bits": 4, router: {"group_size": 64, "bits": 8}, "embed_tokens": False}
     config = target(tmp_path, published_target("26B") | {spelling: entry})
-    overrides = {router: Quantization(64, 8), "embed_tokens": False}
-    assert config.quantization == Quantization(64, 4, "affine", overrides)
+    assert config.quantization == Quantization(64, 4, "affine", {router: Quantization(64, 8), "embed_tokens": False})
     mode = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
     assert drafter(tmp_path, published_drafter("E2B") | {spelling: mode}).quantization == Quantization(32, 4, "mxfp4")
 

@@ -7,11 +7,11 @@ import count_ops
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
 from support.tiny import VARIANTS, WINDOW, load_drafter, load_target, random_tokens
 
 import mlx_mtp
 from mlx_mtp.bench.operations import operations, round_outputs
+from mlx_mtp.checkpoints.weights import lazy_parameters
 from mlx_mtp.gemma4.kv_cache import Cache
 from mlx_mtp.gemma4.layers import fuse_projections, lay_out_weights
 from mlx_mtp.gemma4.target import Target
@@ -35,26 +35,25 @@ def test_fused_projections_compute_the_same(tiny_pair: TinyPair, variant: str, b
     target = load_target(tiny_pair(variant) / "target")[0]
     if bits:
         nn.quantize(target, 64, bits)
-    size = sum(value.nbytes for _, value in tree_flatten(target.parameters()))
+    size = sum(value.nbytes for value in lazy_parameters(target).values())
     expected = logits(target)
     mx.eval(expected)
     before = mx.get_active_memory()
     fuse_projections(target.layers)
     # Fusing adds scales of queries and keys. The allocator may give a little more than asked for; a second copy would
     # be a sixth of the size or more.
-    scales = sum(value.nbytes for name, value in tree_flatten(target.parameters()) if name.endswith("qk_scale"))
+    scales = sum(value.nbytes for name, value in lazy_parameters(target).items() if name.endswith("qk_scale"))
     assert mx.get_active_memory() < before + scales + size / 20
     assert mx.abs(logits(target) - expected).max() < 1e-5
-    names = [name for name, _ in tree_flatten(target.parameters())]
-    assert not [name for name in names if "gate_proj" in name and "experts" not in name]
+    assert not [name for name in lazy_parameters(target) if "gate_proj" in name and "experts" not in name]
     attention = [set(layer.self_attn) for layer in target.layers]
     for layer, parts in zip(target.config.layers, attention, strict=True):
         assert ("qkv_proj" in parts) == layer.has_kv
         assert ("q_proj" in parts) != layer.has_kv
 
 
-def lies_by_input(projection: nn.Linear) -> bool:
-    weight = projection.weight
+def lies_by_input(projection: nn.Module) -> bool:
+    weight: mx.array = projection.weight
     return memoryview(weight).strides == (weight.itemsize, weight.itemsize * weight.shape[0])  # type: ignore[arg-type]
 
 
@@ -66,7 +65,7 @@ def test_weights_laid_out_by_input_compute_the_same(tiny_pair: TinyPair, variant
     target.save_weights(str(tmp_path / "before.safetensors"))
     before = mx.get_active_memory()
     lay_out_weights(target)
-    size = sum(value.nbytes for _, value in tree_flatten(target.parameters()))
+    size = sum(value.nbytes for value in lazy_parameters(target).values())
     assert mx.get_active_memory() < before + size / 20
     assert lies_by_input(target.layers[0].mlp.down_proj) == ON_CPU
     assert mx.abs(logits(target) - expected).max() < 1e-5

@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support.caches import LAYER_TYPES
 from support.distributions import Array, Tables, chi_square, make_tables
 
 from mlx_mtp.checkpoints.config import LayerConfig, RopeConfig, TextConfig
@@ -34,10 +35,7 @@ class TableTarget(Target):
     """The logits of the next token by the token before it, [vocab, vocab]."""
 
     def __init__(self, table: Array) -> None:
-        layers = [
-            LayerConfig(layer_type, 2, 1, False, True, index, 4)
-            for index, layer_type in enumerate(("sliding_attention", "full_attention"))
-        ]
+        layers = [LayerConfig(layer_type, 2, 1, False, True, index, 4) for index, layer_type in enumerate(LAYER_TYPES)]
         rope = {layer.layer_type: RopeConfig(1e4, 1.0) for layer in layers}
         size = len(table)
         super().__init__(TextConfig(size, 2, size, 1e-6, 8, 4096, None, tuple(layers), rope, 0, 0, 0, 0, 0))
@@ -117,7 +115,7 @@ def two_tokens(
             stream.tokens = list(started.tokens)
             stream.state = with_keys(mx.random.split(mx.random.key(seed)))
             assert (stream.round(k).tokens + stream.round(k).tokens)[:2] == tokens[seed].tolist()
-    return np.array(tokens, np.int64), float(accepted.mean().item())
+    return np.array(tokens, np.int64), float(accepted.mean())
 
 
 def tables_after_token_0(drafter: str, vocab_size: int, candidates: int | None = None) -> Tables:
@@ -165,21 +163,24 @@ def test_no_key_is_drawn_from_twice(k: int, monkeypatch: pytest.MonkeyPatch) -> 
     parts: dict[tuple[int, ...], set[int]] = {}
     split = mx.random.split
 
+    def words(key: mx.array) -> tuple[int, ...]:
+        return tuple(np.array(key).tolist())
+
     def record(name: str) -> Any:
         original = vars(mx.random)[name]
 
-        def draw(*args: Any, key: mx.array, **options: Any) -> mx.array:
-            drawn.append(tuple(key.tolist()))
+        def draw(*args: Any, key: mx.array, **options: Any) -> Any:
+            drawn.append(words(key))
             return original(*args, key=key, **options)
 
         return draw
 
     def split_once(key: mx.array, num: int = 2) -> mx.array:
-        parts.setdefault(tuple(key.tolist()), set()).add(num)
+        parts.setdefault(words(key), set()).add(num)
         return split(key, num)
 
     stream.prefill([0, 0, 0], 8)
-    coins = {tuple(position_key(stream.state.coin_key, mx.array(position)).tolist()) for position in range(100)}
+    coins = {words(position_key(stream.state.coin_key, mx.array(position))) for position in range(100)}
     for name in ("uniform", "categorical", "gumbel"):
         monkeypatch.setattr(mx.random, name, record(name))
     monkeypatch.setattr(mx.random, "split", split_once)

@@ -384,7 +384,7 @@ def schemas(depth: int = 2) -> st.SearchStrategy[dict[str, Any]]:
         },
     )
     constants = st.lists(st.sampled_from([None, True, 0, 1, "a", "", [1], {"a": 1}]), min_size=1, max_size=3)
-    leaves = st.one_of(
+    leaves: st.SearchStrategy[Any] = st.one_of(
         numbers,
         texts,
         constants.map(lambda values: {"enum": values}),

@@ -282,7 +282,7 @@ def test_what_a_job_holds_is_let_go_of(worker: Worker) -> None:
     big = Big()
     gone = weakref.ref(big)
 
-    async def main(held: Big) -> Job[int]:
+    async def main(held: Big) -> Job[Big]:
         job = worker.submit(lambda job: iter([held]))
         await items(job)
         return job
