@@ -45,6 +45,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers take all cores: threads of PyTorch and NumPy beside them would wait for each other.
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
+ROOT = Path(__file__).parents[1]
+# The configs of the published models, each in a folder of its name, with the drafter's in the subfolder `drafter`.
+PUBLISHED = ROOT / "tests" / "published"
+
 # Found first by the commands under test; see there.
 WITHOUT_TORCH = Path(__file__).parent / "without_torch"
 
