@@ -25,9 +25,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import held_out
 import numpy as np
-from tqdm import tqdm
+from huggingface_hub.utils import tqdm
+from measuring import held_out
 
 # Tables of character codes, and tests. Tests are more than half of all source, and much of their text is similar.
 LEFT_OUT = {"test", "tests", "idle_test", "encodings", "site-packages", "_vendor"}

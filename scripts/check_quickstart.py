@@ -1,11 +1,12 @@
 """Run the README's first commands like a new user, in a fresh copy of the repository and a new virtual environment.
 
-The first command needs no model, and no network except the package registry. The second command names a model. A fake
-hub on loopback serves a small pair under that name: the trained pair beside the checkout if it exists, else a random
-pair. All other parts are real: pip, the hub client, conversion and decoding.
+The first command needs no model, and no network except the package registry. The second command names a model. The demo
+pair stands in the cache of the hub's client under that name, as after a download. All other parts are real: pip, the
+hub's client, conversion and decoding.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,31 +15,37 @@ from pathlib import Path
 from readme_command import command
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from fake_hub import serve  # noqa: E402
-from tiny import make_drafter, make_target  # noqa: E402
-
+DEMO_PAIR = ROOT / "mlx_mtp" / "demo"
 MODEL = "google/gemma-4-E2B-it"
-TRAINED = ROOT.parent / "shared" / "pair"
+REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
-        if TRAINED.is_dir():
-            target, drafter = TRAINED / "target", TRAINED / "assistant"
-        else:
-            target = make_target(temporary / "target", "e2b")
-            drafter = make_drafter(temporary / "drafter", "e2b")
+        cache = temporary / "hub"
+        # The drafter of a published model is a model of its own, with a tokenizer.
+        cache_model(cache, MODEL, DEMO_PAIR)
+        cache_model(cache, f"{MODEL}-assistant", DEMO_PAIR / "drafter", *DEMO_PAIR.glob("tokenizer*"))
         copy = temporary / "checkout"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(copy)], check=True)
         env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "VIRTUAL_ENV"))}
-        env |= {"HF_HOME": str(temporary / "hub")}
-        run("main", copy, env | {"HF_HUB_OFFLINE": "1"}, "Acceptance length: ", "Speed: ")
-        with serve({MODEL: target, f"{MODEL}-assistant": drafter}) as (endpoint, _):
-            assert MODEL in command("model")
-            run("model", copy, env | {"HF_ENDPOINT": endpoint}, "Acceptance length: ")
+        env |= {"HF_HOME": str(temporary), "HF_HUB_OFFLINE": "1"}
+        run("main", copy, env, "Acceptance length: ", "Speed: ")
+        assert MODEL in command("model")
+        run("model", copy, env, "Acceptance length: ")
+
+
+def cache_model(cache: Path, model: str, folder: Path, *more: Path) -> None:
+    """Put the files of a folder, and more files, where the hub's client looks for a downloaded model."""
+    entry = cache / f"models--{model.replace('/', '--')}"
+    snapshot = entry / "snapshots" / REVISION
+    snapshot.mkdir(parents=True)
+    for file in (*folder.iterdir(), *more):
+        if file.is_file():
+            shutil.copy(file, snapshot)
+    (entry / "refs").mkdir()
+    (entry / "refs" / "main").write_text(REVISION)
 
 
 def run(name: str, folder: Path, env: dict[str, str], *expected: str) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
+from support.curves import CURVE
+from support.paths import WITHOUT_TORCH
 from support.tiny import (
     STOP_IDS,
     VOCAB_SIZE,
@@ -25,7 +27,6 @@ from support.tiny import (
 import mlx_mtp
 from mlx_mtp.decoding import calibration
 from mlx_mtp.decoding.constraints import compile_grammar
-from mlx_mtp.decoding.draft_length import CostCurve
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.target import Target
 from mlx_mtp.text.tokenizer import load_tokenizer
@@ -45,16 +46,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers take all cores: threads of PyTorch and NumPy beside them would wait for each other.
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
-# Found first by the commands under test; see there.
-WITHOUT_TORCH = Path(__file__).parent / "support" / "without_torch"
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--screenshots", metavar="DIR", help="Where the tests of the chat page put their pictures.")
-
-
-# Relative costs of rounds where drafting pays, as on the machines this is made for.
-CURVE = CostCurve([1, 1.1, 1.3, 1.5, 1.75, 2.06, 2.3, 2.6, 2.8], 0.05, 0.02)
 
 
 @pytest.fixture(scope="session", autouse=True)

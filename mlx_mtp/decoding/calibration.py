@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -34,19 +34,32 @@ from .stream import Progress, Stream
 
 logger = logging.getLogger(__name__)
 
-# This is the number of tokens before the measured rounds. A longer context adds the same cost to all rounds.
-CONTEXT_TOKENS = 64
-# A round runs once uncompiled, once to be compiled, and once more, before it is timed.
-_WARM_UP = 3
 # These draft lengths are measured with a drafter. The other lengths follow from the verify passes alone.
 _MEASURED = (1, MAX_DRAFT_TOKENS)
-# Rounds of one length follow each other for `_TURN` seconds. Their number stays within the limits of `_ROUNDS`. Only
-# the second half counts: the first rounds suffer from the caches that another length left.
-_TURN = 0.08
-_ROUNDS = (2, 100)
-# The turns repeat for `_SECONDS` seconds. Their number stays within the limits of `_REPETITIONS`.
-_SECONDS = 3.0
-_REPETITIONS = (2, 10)
+
+
+@dataclass(frozen=True)
+class MeasuringPlan:
+    """How often `measure_rounds` runs each round.
+
+    `context` is the number of tokens before the measured rounds. A longer context adds the same cost to all rounds.
+    `warm_up` is the number of rounds of each length that are not timed: one runs uncompiled, one is compiled, and one
+    more runs compiled.
+
+    Rounds of one length follow each other for `turn_seconds` seconds. Their number stays within the limits of
+    `turn_rounds`. Only the second half counts: the first rounds suffer from the caches that another length left. The
+    turns repeat for `seconds` seconds. Their number stays within the limits of `repetitions`.
+    """
+
+    context: int = 64
+    warm_up: int = 3
+    turn_seconds: float = 0.08
+    turn_rounds: tuple[int, int] = (2, 100)
+    seconds: float = 3.0
+    repetitions: tuple[int, int] = (2, 10)
+
+
+_PLAN = MeasuringPlan()
 
 
 def cache_directory() -> Path:
@@ -235,6 +248,8 @@ def measure_rounds(
     sampling: Sampling,
     on_progress: Progress | None = None,
     kv_quantization: KVQuantization | None = None,
+    *,
+    plan: MeasuringPlan = _PLAN,
 ) -> CostCurve:
     """Return the median seconds of verify passes of 1 to 9 rows, draft steps, and whole rounds.
 
@@ -252,10 +267,10 @@ def measure_rounds(
             rounds=CompiledRounds(),
             kv_quantization=kv_quantization,
         )
-        stream.prefill([(7 * i + 5) % target.config.vocab_size for i in range(CONTEXT_TOKENS)], CONTEXT_TOKENS)
+        stream.prefill([(7 * i + 5) % target.config.vocab_size for i in range(plan.context)], plan.context)
         for k in lengths:
-            runs[name, k] = partial(_round, stream, k)
-    seconds = _time_in_turn(runs, on_progress)
+            runs[name, k] = partial(_round, stream, plan.context, k)
+    seconds = _time_in_turn(runs, plan, on_progress)
     few, many = _MEASURED
     drafting = {k: seconds["round", k] - seconds["verify", k] for k in _MEASURED}
     draft = max(0.0, (drafting[many] - drafting[few]) / (many - few))
@@ -263,18 +278,19 @@ def measure_rounds(
     return CostCurve(verify, draft, max(0.0, drafting[few] - few * draft))
 
 
-def _round(stream: Stream, k: int) -> None:
+def _round(stream: Stream, position: int, k: int) -> None:
     """Run a round that begins with the token of the round before it, always at the same position."""
-    stream.cache.set_length(CONTEXT_TOKENS)
+    stream.cache.set_length(position)
     stream.round(k)
 
 
 def _time_in_turn(
-    runs: dict[tuple[str, int], Callable[[], object]], on_progress: Progress | None
+    runs: dict[tuple[str, int], Callable[[], object]], plan: MeasuringPlan, on_progress: Progress | None
 ) -> dict[tuple[str, int], float]:
     """Return the median seconds of each run, by key. The runs take turns."""
-    least, most = _REPETITIONS
-    total = len(runs) * (_WARM_UP + least)
+    least, most = plan.repetitions
+    fewest, limit = plan.turn_rounds
+    total = len(runs) * (plan.warm_up + least)
     done = 0
 
     def report(more: int) -> None:
@@ -284,17 +300,17 @@ def _time_in_turn(
             on_progress(min(done, total), total)
 
     for run in runs.values():
-        for _ in range(_WARM_UP):
+        for _ in range(plan.warm_up):
             run()
-        report(_WARM_UP)
+        report(plan.warm_up)
     taken: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
     began = time.perf_counter()
     for repetition in range(most):
-        if repetition >= least and time.perf_counter() - began > _SECONDS:
+        if repetition >= least and time.perf_counter() - began > plan.seconds:
             break
         for key, run in runs.items():
             seconds: list[float] = []
-            while len(seconds) < _ROUNDS[0] or (sum(seconds) < _TURN and len(seconds) < _ROUNDS[1]):
+            while len(seconds) < fewest or (sum(seconds) < plan.turn_seconds and len(seconds) < limit):
                 start = time.perf_counter()
                 run()
                 seconds.append(time.perf_counter() - start)

@@ -8,15 +8,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CURVE
+from support.curves import CURVE
 
 import mlx_mtp
 from mlx_mtp.decoding import calibration
-from mlx_mtp.decoding.calibration import cache_directory, measure_rounds, read_or_measure
+from mlx_mtp.decoding.calibration import MeasuringPlan, cache_directory, measure_rounds, read_or_measure
 from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, CostCurve
 
 TinyPair = Callable[[str], Path]
@@ -91,14 +92,12 @@ def test_the_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("sampling", [mlx_mtp.Sampling(), SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("variant", ["e2b", "26b"])
-def test_rounds_are_measured(
-    tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch, variant: str, sampling: mlx_mtp.Sampling
-) -> None:
-    monkeypatch.setattr(calibration, "_SECONDS", 0.0)
+def test_rounds_are_measured(tiny_pair: TinyPair, variant: str, sampling: mlx_mtp.Sampling) -> None:
     model = mlx_mtp.load(tiny_pair(variant) / "target")
     assert model.drafter is not None
     progress: list[tuple[int, int]] = []
-    curve = measure_rounds(model.target, model.drafter, sampling, lambda *at: progress.append(at))
+    plan = MeasuringPlan(seconds=0.0)
+    curve = measure_rounds(model.target, model.drafter, sampling, lambda *at: progress.append(at), plan=plan)
     assert len(curve.verify) == MAX_DRAFT_TOKENS + 1
     assert min(curve.verify) > 0
     assert curve.draft >= 0
@@ -113,11 +112,10 @@ def test_a_clock_that_jumps_once_does_no_harm(
 ) -> None:
     model = mlx_mtp.load(tiny_pair("e2b") / "target")
     assert model.drafter is not None
-    monkeypatch.setattr(calibration, "_REPETITIONS", (2, 2))
     ticks = itertools.count()
     # Within the turn of some length.
     monkeypatch.setattr(time, "perf_counter", lambda: (n := next(ticks)) * 0.01 + jump * (n > 100))
-    curve = measure_rounds(model.target, model.drafter, mlx_mtp.Sampling())
+    curve = measure_rounds(model.target, model.drafter, mlx_mtp.Sampling(), plan=MeasuringPlan(repetitions=(2, 2)))
     assert curve.verify == pytest.approx([0.01] * 9)
     assert curve.draft == pytest.approx(0)
 
@@ -128,9 +126,8 @@ def test_a_clock_that_stands_still_is_an_error_not_a_curve(
     """Nor is it kept."""
     model = mlx_mtp.load(tiny_pair("e2b") / "target")
     monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
-    monkeypatch.setattr(calibration, "measure_rounds", measure_rounds)
-    monkeypatch.setattr(calibration, "_REPETITIONS", (1, 1))
-    monkeypatch.setattr(calibration, "_ROUNDS", (2, 2))
+    plan = MeasuringPlan(turn_rounds=(2, 2), repetitions=(1, 1))
+    monkeypatch.setattr(calibration, "measure_rounds", partial(measure_rounds, plan=plan))
     with monkeypatch.context() as stopped:
         stopped.setattr(time, "perf_counter", lambda: 5.0)
         with pytest.raises(mlx_mtp.MTPError, match="costs of rounds must be positive"):

@@ -1,17 +1,14 @@
-"""The pair in the package: what it is, the README's first command, how well it drafts, and repairing its drafter."""
+"""The pair in the package: what it is, the README's first command, and repairing its drafter."""
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import mlx
 import numpy as np
 import pytest
-from held_out import package_files, prompts, stdlib_files
-from measure_pair import generated, teacher_forced
 
 import mlx_mtp
 from mlx_mtp.checkpoints.config import read_drafter_config, read_target_config
@@ -82,23 +79,6 @@ def test_its_template_has_tools(demo: mlx_mtp.Model) -> None:
     )
 
 
-@pytest.mark.parametrize("files", [stdlib_files, package_files])
-def test_how_well_it_drafts(demo: mlx_mtp.Model, files: Callable[[], list[Path]]) -> None:
-    """On files it was not trained on, k = 3; README has the figures."""
-    texts = prompts(demo, files(), 250)[:6]
-    assert len(texts) >= 5
-    options = mlx_mtp.GenerationOptions(max_tokens=80, num_draft_tokens=3, ignore_eos=True)
-    greedy, _ = generated(demo, texts, options)
-    sampling = mlx_mtp.Sampling(temperature=1.0, top_k=64, top_p=0.95, seed=0)
-    sampled, repeated = generated(demo, texts, mlx_mtp.GenerationOptions(**vars(options) | {"sampling": sampling}))
-    agreement, overlap = teacher_forced(demo, texts)
-    print(greedy.mean(), sampled.mean(), repeated, agreement, overlap)
-    assert greedy.mean() > 2.6
-    assert sampled.mean() > 2.0
-    assert repeated < 0.2
-    assert min(agreement) > 0.62
-
-
 def test_training_repairs_the_drafter_of_a_target_that_drifted_away(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,7 +107,8 @@ def test_training_repairs_the_drafter_of_a_target_that_drifted_away(
             ignore_eos=True,
             sampling=mlx_mtp.Sampling(temperature=1.0, top_k=64, top_p=0.95, seed=0),
         )
-        lengths[drafter] = generated(model, tokens, options)[0]
+        stats = [model.generate(prompt, options).last.stats for prompt in tokens]
+        lengths[drafter] = np.array([each.acceptance_length for each in stats])
         print(lengths[drafter])
     before, after = lengths.values()
     assert np.mean(after - before) > 0.1

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import transformers
-from published import NAMES, TARGETS, Json, published_drafter, published_target
+from support.paths import PUBLISHED
 
 from mlx_mtp.checkpoints.config import (
     DrafterConfig,
@@ -25,6 +25,9 @@ from mlx_mtp.errors import ConfigError
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.target import Target
 
+Json = dict[str, Any]
+
+NAMES = ("E2B", "E4B", "12B", "26B", "31B")
 # The last layers that own K/V, sliding and full: those the drafter reads.
 DRAFT_SOURCES = {"E2B": (13, 14), "E4B": (22, 23), "12B": (46, 47), "26B": (28, 29), "31B": (58, 59)}
 TARGET_PARAMETERS = {"E2B": 4.63e9, "E4B": 7.46e9, "12B": 11.91e9, "26B": 25.23e9, "31B": 30.70e9}
@@ -126,6 +129,19 @@ WRONG_VALUES: list[tuple[str, Any]] = [
 JUNK: list[Any] = [None, "x", -1, 0, 1.5, True, [], [None], [[]], {}, {"x": None}, {"x": {}}]
 
 
+def published_target(name: str) -> Json:
+    return read(PUBLISHED / name)
+
+
+def published_drafter(name: str) -> Json:
+    return read(PUBLISHED / name / "drafter")
+
+
+def read(folder: Path) -> Json:
+    config: Json = json.loads((folder / "config.json").read_text())
+    return config
+
+
 def write(folder: Path, config: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
@@ -218,12 +234,13 @@ def test_text_fields(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_drafter_fields(name: str, tmp_path: Path) -> None:
     config = drafter(tmp_path, published_drafter(name))
-    kv_heads = TARGETS[name]["num_key_value_heads"]
-    global_kv_heads = TARGETS[name].get("num_global_key_value_heads", kv_heads)
+    text = published_target(name)["text_config"]
+    kv_heads = text["num_key_value_heads"]
+    global_kv_heads = text["num_global_key_value_heads"] or kv_heads
     assert [layer.head_dim for layer in config.text.layers] == [256, 256, 256, 512]
     assert [layer.num_kv_heads for layer in config.text.layers] == [kv_heads] * 3 + [global_kv_heads]
     assert not any(layer.has_kv for layer in config.text.layers)
-    assert config.backbone_hidden_size == TARGETS[name]["hidden_size"]
+    assert config.backbone_hidden_size == text["hidden_size"]
     assert (config.num_centroids, config.centroid_top_k) == ((2048, 32) if name in ("E2B", "E4B") else (0, 0))
     assert (config.draft_position, config.text.final_logit_softcapping) == ("bonus", None)
 

@@ -4,9 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from artificial_acceptance import with_acceptance
 
-import mlx_mtp
 from mlx_mtp.decoding.draft_length import CostCurve, DraftLength
 
 # Seconds of a pass over 1..9 rows, relative to one row: this project's CPU backend, and a Mac's 4-bit kernels, stock
@@ -127,16 +125,3 @@ def test_a_round_without_room_changes_nothing() -> None:
     for _ in range(100):
         policy.update(0, 0)
     assert policy.k == k
-
-
-def test_an_artificial_drafter_is_accepted_as_told() -> None:
-    """The one that `scripts/artificial_acceptance.py` times; the text is plain decoding's."""
-    model = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
-    prompt = model.encode("def read_config(path):\n")
-    options = mlx_mtp.GenerationOptions(max_tokens=150, ignore_eos=True, num_draft_tokens=2)
-    plain = model.generate(prompt, options, max_tokens=160, num_draft_tokens=0).tokens
-    for share in (0.0, 0.5, 1.0):
-        result = with_acceptance(model, prompt + plain, share, seed=1).generate(prompt, options)
-        assert result.tokens == plain[:150]
-        found = result.last.stats.acceptance_by_position
-        assert found == pytest.approx([share, share**2], abs=0.12 if 0 < share < 1 else 0)

@@ -1,6 +1,6 @@
 """Measure a small pair with long contexts: memory compared with the plan, acceptance, and time per round.
 
-    python scripts/measure_long_context.py
+    python scripts/measure.py context
 
 Each context runs in its own process, with a larger `max_position_embeddings` in a copy of the pair's configs. The texts
 are concatenated source files. The prompts of all contexts end at the same places of these texts, so that the generated
@@ -9,46 +9,45 @@ texts are comparable.
 
 import argparse
 import json
-import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import mlx.core as mx
 
 import mlx_mtp
 
+from .processes import in_new_process
+
 # Number of texts. Each text is the source up to one of this number of evenly spread places.
-_PARTS = 3
+TEXTS = 3
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Memory, acceptance and time by context.")
-    parser.add_argument("--model", type=Path, default=mlx_mtp.DEMO_PAIR, help="A converted pair (default: the demo).")
-    parser.add_argument("--contexts", default="1024,8192,32768", help="Tokens of the prompts (%(default)s).")
-    parser.add_argument("--max-tokens", type=int, default=160, help="Tokens per generation (%(default)s).")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", type=Path, default=mlx_mtp.DEMO_PAIR, help="A converted pair (default: the demo pair)."
+    )
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", default=[1024, 8192, 32768], help="Tokens of the prompts (1024 8192 32768)."
+    )
+    parser.add_argument("--max-tokens", "-m", type=int, default=160, help="Tokens per generation (%(default)s).")
     parser.add_argument("--num-draft-tokens", type=int, default=3, help="Draft tokens per round (%(default)s).")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
-        print(json.dumps(measure(args.model, int(args.one), args.max_tokens, args.num_draft_tokens)))
-        return
+
+
+def run(args: argparse.Namespace) -> None:
     print(
         "| context | prefill, tokens/s | plain round, ms | round, ms | tokens per round, greedy / T = 1 | peak | plan |"
     )
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        pair = lengthened(args.model, Path(folder), 2 * max(map(int, args.contexts.split(","))))
-        for context in args.contexts.split(","):
-            command = [sys.executable, __file__, "--model", str(pair), "--one", context]
-            command += ["--max-tokens", str(args.max_tokens), "--num-draft-tokens", str(args.num_draft_tokens)]
-            result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            print(row(int(context), json.loads(result.stdout)), flush=True)
+        pair = lengthened(args.model, Path(folder), 2 * max(args.contexts))
+        for context in args.contexts:
+            found = in_new_process(measure, pair, context, args.max_tokens, args.num_draft_tokens)
+            print(row(context, found), flush=True)
 
 
 def lengthened(pair: Path, folder: Path, context: int) -> Path:
@@ -74,16 +73,16 @@ def measure(folder: Path, context: int, max_tokens: int, k: int) -> dict[str, An
     text = model.tokenizer.encode(source(), add_special_tokens=False)
     found: dict[str, Any] = {"plan": mlx_mtp.plan_memory(folder, max_context=limit).peak}
     rates, greedy, sampled, plain, drafted = [], [], [], [], []
-    for part in range(1, _PARTS + 1):
-        end = part * len(text) // _PARTS
+    for text_number in range(1, TEXTS + 1):
+        end = text_number * len(text) // TEXTS
         prompt = text[end - context : end]
         mx.reset_peak_memory()
-        result = model.generate(prompt, options, reuse_prompt=part > 1)
-        if part == 1:
+        result = model.generate(prompt, options, reuse_prompt=text_number > 1)
+        if text_number == 1:
             found["peak"] = result.last.peak_memory * 1e9
         rates.append(result.last.prompt_tps)
         greedy.append(result.last.stats.acceptance_length)
-        own = mlx_mtp.Sampling(temperature=1.0, top_k=64, top_p=0.95, seed=part)
+        own = mlx_mtp.Sampling(temperature=1.0, top_k=64, top_p=0.95, seed=text_number)
         sampled.append(model.generate(prompt, options, sampling=own).last.stats.acceptance_length)
         plain.append(seconds_per_round(model, prompt, options, 0))
         drafted.append(seconds_per_round(model, prompt, options, k))
@@ -111,14 +110,10 @@ def source() -> str:
 
 def row(context: int, found: dict[str, Any]) -> str:
     means = (
-        f"{sum(lengths) / _PARTS:.2f} ({min(lengths):.2f}-{max(lengths):.2f})"
+        f"{mean(lengths):.2f} ({min(lengths):.2f}-{max(lengths):.2f})"
         for lengths in (found["greedy"], found["sampled"])
     )
     cells = [str(context), f"{found['rate']:.0f}", f"{1e3 * found['plain']:.1f}", f"{1e3 * found['drafted']:.1f}"]
     cells += [" / ".join(means), f"{found['peak'] / 1e6:.0f} MB"]
     cells += [f"{found['plan'] / 1e6:.0f} MB ({found['peak'] / found['plan']:.2f})"]
     return "| " + " | ".join(cells) + " |"
-
-
-if __name__ == "__main__":
-    main()

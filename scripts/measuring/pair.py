@@ -1,6 +1,6 @@
 """Measure the fit of a drafter to its target, and the speed-up, on text that is not in their training data.
 
-    python scripts/measure_pair.py --model target --drafter assistant
+    python scripts/measure.py pair --model target --drafter assistant
 
 The prompts are beginnings of source files from Python's standard library and from other packages. Greedy texts of small
 models repeat themselves, which makes the acceptance length too high. The output therefore includes the share of
@@ -12,48 +12,50 @@ import argparse
 from dataclasses import replace
 from statistics import mean, median
 
-import held_out
 import mlx.core as mx
 import numpy as np
-from acceptance_rules import error
 
 import mlx_mtp
 from mlx_mtp.training.losses import compute_target_states, unroll
 
-STEPS = 4
+from . import held_out
+from .pairs import add_generation, add_pair, load_pair, mean_and_error, tokens_per_round
+
+DRAFT_STEPS = 4
 # Tokens at the beginning of each file for the measures on the file's own text.
-TEXT = 512
+TEXT_TOKENS = 512
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="How well a drafter fits its target.")
-    parser.add_argument("--model", default=mlx_mtp.DEMO_PAIR, help="Folder of the target (default: the demo pair).")
-    parser.add_argument("--drafter", help="Folder of its drafter.")
-    parser.add_argument("--num-draft-tokens", type=int, default=3, help="Draft tokens per round (default: 3).")
-    parser.add_argument("--max-tokens", type=int, default=120, help="Tokens per generation (default: 120).")
-    parser.add_argument("--prompt-tokens", type=int, default=250, help="Tokens per prompt (default: 250).")
-    args = parser.parse_args()
-    model = mlx_mtp.load(args.model, args.drafter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_pair(parser)
+    add_generation(parser, max_tokens=120, prompt_tokens=250, prompts=12)
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="Runs of each prompt to time; 0 times none (%(default)s)."
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    model = load_pair(args)
     options = mlx_mtp.GenerationOptions(
         max_tokens=args.max_tokens, num_draft_tokens=args.num_draft_tokens, ignore_eos=True
     )
     own = replace(model.default_sampling, temperature=1.0, seed=0)
     samplings = {"greedy": mlx_mtp.Sampling(), f"temperature 1, top-k {own.top_k}, top-p {own.top_p}": own}
-    for kind, files in (("standard library", held_out.stdlib_files()), ("other packages", held_out.package_files())):
-        prompts = held_out.prompts(model, files, args.prompt_tokens)
-        print(f"{kind}: {len(prompts)} prompts, {args.max_tokens} tokens each, {args.num_draft_tokens} draft tokens")
+    for title, files in (("standard library", held_out.stdlib_files()), ("other packages", held_out.package_files())):
+        prompts = held_out.prompts(model, files, args.prompt_tokens)[: args.prompts]
+        print(f"{title}: {len(prompts)} prompts, {args.max_tokens} tokens each, {args.num_draft_tokens} draft tokens")
         for name, sampling in samplings.items():
             lengths, repeats = generated(model, prompts, replace(options, sampling=sampling))
             print(
-                f"  {name}: {lengths.mean():.2f} +- {error(lengths):.2f} tokens per round "
-                f"({lengths.min():.2f} to {lengths.max():.2f}), {repeats:.0%} of 4-grams repeated"
+                f"  {name}: {mean_and_error(lengths)} tokens per round ({lengths.min():.2f} to {lengths.max():.2f}), "
+                f"{repeats:.0%} of 4-grams repeated"
             )
-        agreement, overlap = teacher_forced(model, held_out.prompts(model, files, TEXT))
+        agreement, overlap = teacher_forced(model, held_out.prompts(model, files, TEXT_TOKENS)[: args.prompts])
         print("  agreement by step, on the files' own text: " + " ".join(f"{share:.3f}" for share in agreement))
         print("  sum(min(p, q)) by step: " + " ".join(f"{share:.3f}" for share in overlap))
-        for name, sampling in samplings.items():
+        for name, sampling in samplings.items() if args.repeats else ():
             chosen = replace(options, sampling=sampling)
-            ratios = [speedup(model, prompt, chosen) for prompt in prompts[:5] for _ in range(3)]
+            ratios = [speedup(model, prompt, chosen) for prompt in prompts[:5] for _ in range(args.repeats)]
             print(
                 f"  speed over plain decoding, in turn, {name}: {median(ratios):.2f} "
                 f"({min(ratios):.2f} to {max(ratios):.2f})"
@@ -65,7 +67,7 @@ def generated(
 ) -> tuple[np.ndarray, float]:
     """Return the tokens per round of each prompt's generation, and the mean share of repeated 4-grams."""
     results = [model.generate(prompt, options) for prompt in prompts]
-    lengths = np.array([result.last.stats.acceptance_length for result in results])
+    lengths = np.array([tokens_per_round(result.last.stats) for result in results])
     return lengths, mean(repeated(result.tokens) for result in results)
 
 
@@ -77,10 +79,10 @@ def repeated(tokens: list[int]) -> float:
 def teacher_forced(model: mlx_mtp.Model, texts: list[list[int]]) -> tuple[list[float], list[float]]:
     """Return the mean agreement and the mean sum(min(p, q)) of each draft step, over all positions of the texts."""
     assert model.drafter is not None
-    sums, positions = np.zeros((2, STEPS)), 0
+    sums, positions = np.zeros((2, DRAFT_STEPS)), 0
     for tokens in texts:
-        rows = len(tokens) - STEPS
-        losses = unroll(model.target, model.drafter, compute_target_states(model.target, tokens), 1, rows, STEPS)
+        rows = len(tokens) - DRAFT_STEPS
+        losses = unroll(model.target, model.drafter, compute_target_states(model.target, tokens), 1, rows, DRAFT_STEPS)
         sums += np.array([[mx.sum(step.agrees).item(), mx.sum(step.accepted).item()] for step in losses]).T
         positions += rows
     return (sums[0] / positions).tolist(), (sums[1] / positions).tolist()
@@ -89,7 +91,3 @@ def teacher_forced(model: mlx_mtp.Model, texts: list[list[int]]) -> tuple[list[f
 def speedup(model: mlx_mtp.Model, prompt: list[int], options: mlx_mtp.GenerationOptions) -> float:
     drafted, plain = model.generate(prompt, options).last, model.generate(prompt, options, num_draft_tokens=0).last
     return drafted.generation_tps / plain.generation_tps
-
-
-if __name__ == "__main__":
-    main()

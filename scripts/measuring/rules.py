@@ -1,6 +1,6 @@
-"""Accepted draft tokens per round when sampling, by acceptance rule: block verification and two simpler ones.
+"""Count accepted draft tokens per round when sampling, by acceptance rule: block verification and two simpler rules.
 
-    python scripts/acceptance_rules.py --model target --drafter assistant
+    python scripts/measure.py rules
 
 All rules keep the target's distribution. They differ in the number of draft tokens that they accept. Each rule decodes
 the same prompts, beginnings of source files of Python's standard library, with the same seeds. The texts of the rules
@@ -11,7 +11,6 @@ their expected number of accepted tokens on equal drafts.
 import argparse
 from typing import Any, NamedTuple
 
-import held_out
 import mlx.core as mx
 import numpy as np
 
@@ -21,8 +20,11 @@ from mlx_mtp.decoding.report import Stats
 from mlx_mtp.decoding.rules import TokenRules, round_keys
 from mlx_mtp.decoding.sampling import Sampling, uniform
 from mlx_mtp.decoding.state import RoundState
-from mlx_mtp.decoding.stream import Stream, decode
+from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4.drafter import Choose, Draft, choose_best
+from mlx_mtp.gemma4.target import Target
+
+from .pairs import add_generation, add_pair, decode_to_length, load_pair, mean_and_error, stdlib_prompts
 
 
 class TokenByToken(TokenRules):
@@ -53,8 +55,10 @@ class Block(TokenRules):
     `expected` has a pair for each draft of k tokens: block verification, then rejection sampling token by token.
     """
 
-    k: int
-    expected: list[tuple[float, float]]
+    def __init__(self, target: Target, sampling: Sampling, k: int) -> None:
+        super().__init__(target, sampling)
+        self.k = k
+        self.expected: list[tuple[float, float]] = []
 
     def accept(self, state: RoundState, draft: Draft, logits: mx.array, *others: Any, ahead: int = 1) -> Acceptance:
         if draft.log_probabilities is not None and draft.tokens.shape[1] == self.k:
@@ -111,21 +115,18 @@ class Result(NamedTuple):
     expected: list[tuple[float, float]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Accepted draft tokens per round when sampling, by acceptance rule.")
-    parser.add_argument("--model", required=True, help="Folder of the target.")
-    parser.add_argument("--drafter", required=True, help="Folder of its drafter.")
-    parser.add_argument("--temperature", type=float, default=1.0, help="Sampling temperature (default: 1).")
-    parser.add_argument("--top-k", type=int, default=64, help="Keep this many tokens (default: 64).")
-    parser.add_argument("--top-p", type=float, default=0.95, help="Keep this much probability (default: 0.95).")
-    parser.add_argument("--num-draft-tokens", type=int, default=3, help="Draft tokens per round (default: 3).")
-    parser.add_argument("--max-tokens", type=int, default=100, help="Tokens per generation (default: 100).")
-    parser.add_argument("--prompt-tokens", type=int, default=250, help="Tokens per prompt (default: 250).")
-    parser.add_argument("--prompts", type=int, default=8, help="How many prompts (default: 8).")
-    parser.add_argument("--seeds", type=int, default=3, help="How many seeds per prompt (default: 3).")
-    args = parser.parse_args()
-    model = mlx_mtp.load(args.model, args.drafter)
-    prompts = held_out.prompts(model, held_out.stdlib_files(), args.prompt_tokens)[: args.prompts]
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_pair(parser)
+    add_generation(parser, max_tokens=100, prompt_tokens=250, prompts=8)
+    parser.add_argument("--seeds", type=int, default=3, help="Seeds per prompt (%(default)s).")
+    parser.add_argument("--temperature", type=float, default=1.0, help="Sampling temperature (%(default)s).")
+    parser.add_argument("--top-k", type=int, default=64, help="Keep this many tokens (%(default)s).")
+    parser.add_argument("--top-p", type=float, default=0.95, help="Keep this much probability (%(default)s).")
+
+
+def run(args: argparse.Namespace) -> None:
+    model = load_pair(args)
+    prompts = stdlib_prompts(model, args)
     samplings = [
         Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=seed)
         for seed in range(args.seeds)
@@ -149,11 +150,11 @@ def measure(
     for prompt in prompts:
         for sampling in samplings:
             stream = Stream(model.target, model.drafter, max_draft_tokens=k, sampling=sampling)
-            rules = rule(model.target, sampling)
-            if isinstance(rules, Block):
-                rules.k, rules.expected = k, result.expected
+            rules = Block(model.target, sampling, k) if rule is Block else rule(model.target, sampling)
             stream.parts = stream.parts._replace(rules=rules)
             stats = generate(stream, prompt, k, min(max_tokens, model.max_context - len(prompt)))
+            if isinstance(rules, Block):
+                result.expected.extend(rules.expected)
             result.accepted.append(stats.accepted / stats.rounds)
             result.first.append(stats.acceptance_by_position[0])
     return result
@@ -162,9 +163,7 @@ def measure(
 def generate(stream: Stream, prompt: list[int], k: int, max_tokens: int) -> Stats:
     """Return the statistics of one generation, over its rounds of k draft tokens. Stop tokens do not end it."""
     stats = Stats()
-    for result in decode(
-        stream, prompt, max_tokens=max_tokens, num_draft_tokens=k, stop_ids=frozenset(), prefill_step_size=512
-    ):
+    for result in decode_to_length(stream, prompt, max_tokens, k):
         if result.drafted == k:
             stats.add(result.drafted, result.accepted)
     return stats
@@ -180,17 +179,7 @@ def print_table(results: dict[str, Result], k: int) -> None:
     print(f"accepted draft tokens per round of {k}, mean and standard error over {len(block.accepted)} generations")
     print(f"{'rule':<20} {'accepted':>16} {'first accepted':>16}")
     for rule, result in results.items():
-        mean = f"{np.mean(result.accepted):.3f} +- {error(np.array(result.accepted)):.3f}"
-        print(f"{rule:<20} {mean:>16} {np.mean(result.first):>15.1%}")
+        print(f"{rule:<20} {mean_and_error(result.accepted, 3):>16} {np.mean(result.first):>15.1%}")
     ours, theirs = np.array(block.expected).T
-    gain = f"{(ours - theirs).mean():.3f} +- {error(ours - theirs):.3f}"
+    gain = mean_and_error(ours - theirs, 3)
     print(f"on the same {len(ours)} drafts: block {ours.mean():.3f}, token by token {theirs.mean():.3f}, gain {gain}")
-
-
-def error(values: np.ndarray) -> float:
-    """Return the standard error of the mean."""
-    return float(values.std(ddof=1) / values.size**0.5) if values.size > 1 else float("nan")
-
-
-if __name__ == "__main__":
-    main()

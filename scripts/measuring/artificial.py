@@ -1,0 +1,67 @@
+"""Drafters and targets whose tokens are known beforehand: acceptance is given, and only time is measured."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_mtp.decoding.acceptance import Acceptance
+from mlx_mtp.decoding.rules import TokenRules
+from mlx_mtp.decoding.sampling import Sampling
+from mlx_mtp.decoding.state import RoundState
+from mlx_mtp.gemma4.drafter import Allow, Choose, Draft, DraftContext, Drafter, ask_for_each, choose_best
+from mlx_mtp.gemma4.kv_cache import Cache
+from mlx_mtp.gemma4.target import Target
+
+
+class ArtificialDrafter(Drafter):
+    """Drafter that computes a real drafter's steps, but replaces its draft tokens.
+
+    It drafts the next token of a known text, which includes the prompt, with a given chance, and a wrong token
+    otherwise.
+    """
+
+    def __init__(self, drafter: Drafter, text: list[int], chance: float, seed: int) -> None:
+        nn.Module.__init__(self)
+        self.config = drafter.config
+        self.real = drafter
+        is_right = np.random.default_rng(seed).random(len(text)) < chance
+        wrong = [(token + 1) % drafter.config.text.vocab_size for token in text]
+        self._tokens = mx.array(np.where(is_right, text, wrong), mx.int32)
+
+    def draft_context(self, cache: Cache) -> DraftContext:
+        return self.real.draft_context(cache)
+
+    def draft(
+        self,
+        target: Target,
+        token: mx.array,
+        hidden: mx.array,
+        context: DraftContext,
+        k: int,
+        choose: Choose = choose_best,
+        allow: Allow | None = None,
+    ) -> Draft:
+        """Draft k tokens of the known text. `context.position` is the bonus token's index in the text."""
+        real = self.real.draft(target, token, hidden, context, k, choose)
+        tokens = self._tokens[context.position + 1 + mx.arange(k)]
+        # The real tokens are only a dependency. Without it, MLX does not compute them.
+        draft = Draft(tokens[None] + 0 * real.tokens)
+        if allow is not None:
+            ask_for_each(allow, token, draft)
+        return draft
+
+
+class KnownText(TokenRules):
+    """Greedy rules by which the target always chooses the next token of a known text, with any weights."""
+
+    def __init__(self, target: Target, text: list[int]) -> None:
+        super().__init__(target, Sampling())
+        self._text = mx.array(text, mx.int32)
+
+    def accept(self, state: RoundState, draft: Draft, logits: mx.array, *others: Any, ahead: int = 1) -> Acceptance:
+        rows, vocab_size = logits.shape
+        tokens = self._text[state.kv.offset + ahead + mx.arange(rows)]
+        is_next = tokens[:, None] == mx.arange(vocab_size)
+        return super().accept(state, draft, mx.where(is_next, mx.inf, logits), *others, ahead=ahead)

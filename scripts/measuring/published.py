@@ -1,0 +1,186 @@
+"""Measure the cost and speed of rounds at the size of a published model, with random quantized weights.
+
+    python scripts/measure.py published tests/published/E2B --bits 4 --chances 0 0.5 0.7 0.9 --mlx-lm
+
+The output has the milliseconds of rounds that verify 1 to 9 rows and of a draft step, and the number of operations of a
+round on this device. With `--chances`, it has tokens/s for each chance that a draft token is accepted: for plain
+decoding, fixed draft lengths and `auto`, in turn, compared with the speed that follows from the costs. Random models do
+not agree on tokens. The target is therefore made to choose the tokens of a random text.
+"""
+
+import argparse
+import time
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from statistics import median
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+from huggingface_hub.utils import tqdm
+from mlx.utils import tree_map_with_path
+
+from mlx_mtp.bench.operations import operations, round_outputs
+from mlx_mtp.decoding.calibration import MeasuringPlan, measure_rounds
+from mlx_mtp.decoding.compiled import CompiledRounds
+from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, CostCurve, DraftLength
+from mlx_mtp.decoding.report import Round, Stats
+from mlx_mtp.decoding.sampling import Sampling
+from mlx_mtp.decoding.stream import Stream
+from mlx_mtp.gemma4.drafter import Drafter
+from mlx_mtp.gemma4.target import Target
+
+from .artificial import ArtificialDrafter, KnownText
+from .costs import add_quick, measuring_plan
+from .pairs import decode_to_length, tokens_per_round
+from .random_weights import quantization_value
+from .sizes import add_bits, add_folder, weightless_mlx_lm_model, weightless_pair
+
+# With few tokens before the round, there is no product over many rows. MLX's CUDA backend compiles each for a minute.
+PROMPT_TOKENS = 4
+AUTO: Literal["auto"] = "auto"
+FIXED_LENGTHS = (0, 1, 2, 3, 5, 8)
+LENGTHS: tuple[int | Literal["auto"], ...] = (*FIXED_LENGTHS, AUTO)
+# A chance that a draft token is accepted, and a draft length.
+Setting = tuple[float, int | Literal["auto"]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_folder(parser)
+    add_bits(parser)
+    parser.add_argument("--dtype", default="bfloat16", help="Type of activations (%(default)s).")
+    add_quick(parser)
+    parser.add_argument("--chances", type=float, nargs="+", default=[], help="Chances of acceptance (default: none).")
+    parser.add_argument("--max-tokens", "-m", type=int, default=128, help="Tokens to decode in a run (%(default)s).")
+    parser.add_argument("--repeats", type=int, default=3, help="Runs of each that count (%(default)s).")
+    parser.add_argument("--mlx-lm", action="store_true", help="Also measure mlx-lm's model of this size.")
+
+
+def run(args: argparse.Namespace) -> None:
+    target, drafter = weightless_pair(args.folder, args.bits)
+    for module in (target, drafter):
+        module.set_dtype(getattr(mx, args.dtype))
+        randomize(module, args.bits)
+    for k in (0, 3):
+        print(f"k = {k}: {operations(round_outputs(target, drafter, k)).total()} operations on {mx.default_device()}")
+    curve = measure_costs(target, drafter, replace(measuring_plan(args), context=PROMPT_TOKENS))
+    print_costs(curve)
+    if args.chances:
+        measure_speed(target, drafter, curve, args)
+    if args.mlx_lm:
+        mx.random.seed(0)
+        print(f"mlx-lm: {mlx_lm_speed(args):.1f} tokens/s")
+
+
+def measure_costs(target: Target, drafter: Drafter, plan: MeasuringPlan) -> CostCurve:
+    with tqdm(desc="Rounds") as bar:
+        return measure_rounds(target, drafter, Sampling(), partial(show_progress, bar), plan=plan)
+
+
+def show_progress(bar: tqdm, done: int, total: int) -> None:
+    bar.total = total
+    bar.update(done - bar.n)
+
+
+def print_costs(curve: CostCurve) -> None:
+    one = curve.verify[0]
+    print("v(1) to v(9), ms: " + " ".join(f"{1e3 * seconds:.1f}" for seconds in curve.verify))
+    print("over v(1):        " + " ".join(f"{seconds / one:.2f}" for seconds in curve.verify))
+    print(
+        f"draft step {1e3 * curve.draft:.2f} ms, {curve.draft / one:.3f} of v(1); other {1e3 * curve.overhead:.2f} ms"
+    )
+    print(f"peak memory {mx.get_peak_memory() / 1e9:.2f} GB", flush=True)
+
+
+def measure_speed(target: Target, drafter: Drafter, curve: CostCurve, args: argparse.Namespace) -> None:
+    """Print the tokens/s of each draft length, for each chance that a draft token is accepted."""
+    drawn: Any = mx.random.randint(0, target.config.vocab_size, (PROMPT_TOKENS + args.max_tokens + 10,)).tolist()
+    text: list[int] = drawn
+    drafters = {chance: (ArtificialDrafter(drafter, text, chance, 0), CompiledRounds()) for chance in args.chances}
+    settings = list(product(args.chances, LENGTHS))
+    speeds: dict[Setting, list[float]] = {setting: [] for setting in settings}
+    stats: dict[Setting, Stats] = {setting: Stats() for setting in settings}
+    for repeat in tqdm(range(-1, args.repeats), desc="Runs"):
+        for chance, length in settings:
+            artificial, rounds = drafters[chance]
+            stream = Stream(target, artificial, max_draft_tokens=MAX_DRAFT_TOKENS, rounds=rounds)
+            stream.parts = stream.parts._replace(rules=KnownText(target, text))
+            done, seconds = decode_known(
+                stream, text, args.max_tokens, DraftLength(curve) if length == AUTO else length
+            )
+            if repeat >= 0:
+                speeds[chance, length].append((args.max_tokens - 1) / seconds)
+                for each in done:
+                    stats[chance, length].add(each.drafted, each.accepted, each.host_reads)
+    print("chance    k  tokens/s  to plain (range)    formula  of it  of the best  drafted  tokens per round  reads")
+    for chance in args.chances:
+        best = max((speeds[chance, k] for k in FIXED_LENGTHS), key=median)
+        for length in LENGTHS:
+            found = stats[chance, length]
+            expected = None if length == AUTO else tokens_per_round(found) * curve.round(0) / curve.round(length)
+            speed, plain = speeds[chance, length], speeds[chance, 0]
+            print(
+                f"{chance:6.2f} {length:>4} {speed_cells(speed, plain, best, expected)} {round_cells(found)}",
+                flush=True,
+            )
+
+
+def decode_known(stream: Stream, text: list[int], max_tokens: int, k: int | DraftLength) -> tuple[list[Round], float]:
+    """Decode tokens of the known text. Return the rounds after the first token, and their seconds."""
+    decoded = decode_to_length(stream, text[:PROMPT_TOKENS], max_tokens, k)
+    next(decoded)
+    start = time.perf_counter()
+    done = list(decoded)
+    seconds = time.perf_counter() - start
+    assert stream.tokens == text[: PROMPT_TOKENS + max_tokens], "another text than the known text"
+    return done, seconds
+
+
+def speed_cells(speed: list[float], plain: list[float], best: list[float], expected: float | None) -> str:
+    """Return the cells of a speed: itself, over plain decoding, over the formula, and over the best fixed length."""
+    ratios = [a / b for a, b in zip(speed, plain, strict=True)]
+    of_best = median(a / b for a, b in zip(speed, best, strict=True))
+    formula = 16 * " " if expected is None else f" {expected:8.2f} {median(ratios) / expected:6.2f}"
+    spread = f"({min(ratios):.2f}-{max(ratios):.2f})"
+    return f"{median(speed):9.1f} {median(ratios):9.2f} {spread}{formula} {of_best:12.2f}"
+
+
+def round_cells(found: Stats) -> str:
+    """Return the cells of the rounds: draft tokens, emitted tokens and host reads of each."""
+    drafted, reads = found.drafted / found.rounds, found.host_reads / found.rounds
+    return f"{drafted:8.2f} {tokens_per_round(found):17.2f} {reads:6.2f}"
+
+
+def mlx_lm_speed(args: argparse.Namespace) -> float:
+    """Return the tokens/s of mlx-lm's plain decoding."""
+    from mlx_lm.generate import generate_step
+
+    model = weightless_mlx_lm_model(args.folder, args.bits)
+    model.set_dtype(getattr(mx, args.dtype))
+    randomize(model, args.bits)
+    found = []
+    for _ in range(args.repeats + 1):
+        steps = generate_step(mx.arange(PROMPT_TOKENS), model, max_tokens=args.max_tokens)
+        next(steps)
+        start = time.perf_counter()
+        rest = sum(1 for _ in steps)
+        found.append(rest / (time.perf_counter() - start))
+    return median(found[1:])
+
+
+def randomize(module: nn.Module, bits: int) -> None:
+    """Replace zeros with random weights of unit gain, and set norms and scalars to 1, one tensor at a time."""
+
+    def random(name: str, old: mx.array) -> mx.array:
+        if old.dtype == mx.uint32:
+            new = mx.random.randint(0, 2**31 - 1, old.shape, mx.uint32)
+        elif name.endswith((".scales", ".biases")):
+            value = quantization_value(name, old.shape[-1], bits)
+            new = mx.full(old.shape, value, old.dtype)
+        else:
+            new = mx.arange(old.size).reshape(old.shape) if old.dtype == mx.int32 else mx.ones(old.shape, old.dtype)
+        mx.eval(new)
+        return new
+
+    module.update(tree_map_with_path(random, module.parameters()))

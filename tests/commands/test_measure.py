@@ -1,0 +1,103 @@
+"""The measurements of `scripts/measure.py`, run as in the documents, with small settings."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.paths import PUBLISHED, ROOT
+
+SCRIPT = ROOT / "scripts" / "measure.py"
+MEASUREMENTS = (
+    "pair", "rules", "schema", "kv", "context", "formula", "published", "mapped", "ops", "host", "convert",
+)  # fmt: skip
+
+
+def measure(*args: str | Path) -> str:
+    result = subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def cells(output: str, start: str) -> list[str]:
+    """The words after the first words of a line of the output."""
+    (line,) = (line for line in output.splitlines() if line.strip().startswith(start))
+    return line.strip().removeprefix(start).split()
+
+
+def test_help_names_all_measurements() -> None:
+    output = measure("--help")
+    assert all(re.search(rf"^ +{name} ", output, re.MULTILINE) for name in MEASUREMENTS)
+
+
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_each_measurement_has_a_help(name: str) -> None:
+    output = measure(name, "--help")
+    assert f"python scripts/measure.py {name}" in output
+    assert "options:" in output
+
+
+def test_a_round_launches_fewer_kernels_than_a_pass_of_mlx_lm() -> None:
+    """Real sizes of E2B; the other models' counts are in docs/performance.md."""
+    output = measure("ops", PUBLISHED / "E2B", "--details")
+    _, plain, _, draft_step, reference = map(int, cells(output, "E2B"))
+    assert plain <= 751 < reference
+    assert draft_step <= 77
+    compiled = output.split("plain round, compiled:")[1]
+    assert re.search(rf" {35 * 6 + 2} QuantizedMatmul\n", compiled)
+
+
+def test_an_artificial_drafter_is_accepted_as_told() -> None:
+    """The script itself checks that the text is plain decoding's."""
+    output = measure("formula", "--quick", "--repeats", "1", "--chances", "0", "0.5", "1", "--num-draft-tokens", "2")
+    lengths = {chance: float(cells(output, f"{chance}  2")[0]) for chance in ("0.0", "0.5", "1.0")}
+    assert lengths["0.0"] == 1
+    assert lengths["0.5"] == pytest.approx(1.75, abs=0.2)
+    assert lengths["1.0"] > 2.9
+
+
+def test_how_well_the_demo_pair_drafts() -> None:
+    """On files it was not trained on, k = 3; README has the figures."""
+    output = measure("pair", "--prompts", "6", "--max-tokens", "80", "--repeats", "0")
+    library, packages = output.split("other packages:")
+    for part in (library, packages):
+        greedy = cells(part, "greedy:")
+        sampled = cells(part, "temperature 1, top-k 64, top-p 0.95:")
+        assert float(greedy[0]) > 2.6
+        assert float(sampled[0]) > 2.0
+        assert int(sampled[sampled.index("of") - 1].rstrip("%")) < 20
+        assert min(map(float, cells(part, "agreement by step, on the files' own text:"))) > 0.62
+
+
+SMALL = ("--prompts", "2", "--prompt-tokens", "100", "--max-tokens", "12")
+
+
+def test_acceptance_rules() -> None:
+    output = measure("rules", *SMALL, "--seeds", "1")
+    for rule in ("block verification", "token by token", "sample and compare"):
+        assert 0 <= float(cells(output, rule)[0]) <= 3
+    assert "on the same" in output
+
+
+def test_quantized_kv() -> None:
+    output = measure("kv", *SMALL)
+    full, everything = (int(cells(output, "none")[i]) for i in (6, 7))
+    assert int(cells(output, "8")[6]) < full < everything
+    assert output.splitlines()[2].endswith("2 of 2, 100%")
+
+
+def test_a_json_schema() -> None:
+    output = measure("schema", *SMALL, "--seeds", "1")
+    assert 1 <= float(cells(output, "schema")[0]) <= 4
+    assert 1 <= float(cells(output, "no schema")[0]) <= 4
+
+
+def test_contexts() -> None:
+    output = measure("context", "--contexts", "64", "128", "--max-tokens", "12")
+    assert [line.split()[1] for line in output.splitlines()[2:]] == ["64", "128"]
+
+
+def test_the_host() -> None:
+    output = measure("host", PUBLISHED / "E2B", "--repeats", "1", "--one-kernel-each")
+    assert [line.split()[0] for line in output.splitlines()][:4] == ["mlx-mtp"] * 3 + ["mlx-lm"]
