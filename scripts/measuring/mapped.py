@@ -47,7 +47,9 @@ Figures = dict[str, float]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_folder(parser)
     add_bits(parser)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="Type of activations.")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="Type of activations (%(default)s)."
+    )
     parser.add_argument("--layers", type=int, help="Layers, a multiple of 5 for E2B (default: as in FOLDER).")
     parser.add_argument("--vocab", type=int, help="Vocabulary, a multiple of 2048 (default: as in FOLDER).")
     parser.add_argument("--rounds", type=int, default=10, help="Rounds timed per draft length (%(default)s).")

@@ -1,8 +1,10 @@
 """The measurements of `scripts/measure.py`, run as in the documents, with small settings."""
 
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -101,3 +103,31 @@ def test_contexts() -> None:
 def test_the_host() -> None:
     output = measure("host", PUBLISHED / "E2B", "--repeats", "1", "--one-kernel-each")
     assert [line.split()[0] for line in output.splitlines()][:4] == ["mlx-mtp"] * 3 + ["mlx-lm"]
+
+
+@pytest.fixture
+def tiny(tiny_pair: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A tiny pair in the layout of a published one."""
+    shutil.copytree(tiny_pair("e2b") / "target", tmp_path / "tiny")
+    shutil.copytree(tiny_pair("e2b") / "target-assistant", tmp_path / "tiny" / "drafter")
+    return tmp_path / "tiny"
+
+
+def test_the_size_of_a_model(tiny: Path) -> None:
+    options = ("--dtype", "float32", "--quick", "--chances", "1", "--max-tokens", "12", "--repeats", "1", "--mlx-lm")
+    output = measure("published", tiny, *options)
+    assert len(cells(output, "v(1) to v(9), ms:")) == 9
+    # The last column is the host reads. The column before it is the tokens per round.
+    plain, three = (float(cells(output, f"1.00    {k}")[-2]) for k in (0, 3))
+    assert (plain, three) == (1, 3.67)
+    assert "mlx-lm: " in output
+
+
+def test_mapped_embeddings(tiny: Path) -> None:
+    output = measure("mapped", tiny, "--dtype", "float32", "--rounds", "1", "--turns", "1")
+    assert float(cells(output, "rows read")[0]) == 0 < float(cells(output, "rows read")[1])
+
+
+def test_conversion(tiny: Path) -> None:
+    output = measure("convert", tiny, "--gigabytes", "0.001")
+    assert [line.split()[0] for line in output.splitlines()] == ["checkpoint", "mlx-mtp:", "mlx-lm:"]
