@@ -1,5 +1,6 @@
 """The guides of a model's generations."""
 
+from copy import copy
 from typing import TYPE_CHECKING
 
 from mlx_mtp.checkpoints.config import TargetConfig
@@ -57,14 +58,24 @@ class GuideMaker:
     def _tokenizer_of_grammars(self) -> "LLTokenizer":
         """Return the tokenizer in llguidance's form. The first call takes seconds for a vocabulary of 262144."""
         if self._grammar_tokenizer is None:
-            from llguidance.hf import from_tokenizer
-
-            eos = sorted(self._tokenizer.eos_token_ids)
             try:
-                self._grammar_tokenizer = from_tokenizer(
-                    self._tokenizer._tokenizer, n_vocab=self._config.text.vocab_size, eos_token=eos
-                )
+                self._grammar_tokenizer = grammar_tokenizer(self._tokenizer, self._config.text.vocab_size)
             except ValueError as error:
                 folder = self._config.path.parent
                 raise OptionError(f"{folder}: the tokenizer cannot follow a grammar: {error}") from None
         return self._grammar_tokenizer
+
+
+def grammar_tokenizer(tokenizer: "TokenizerWrapper", vocab_size: int) -> "LLTokenizer":
+    """Return a tokenizer in llguidance's form.
+
+    Raises ValueError if the tokenizer is not from Hugging Face's library `tokenizers`.
+    """
+    from llguidance import LLTokenizer
+
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ValueError("it is not from the library tokenizers")
+    backend = copy(tokenizer.backend_tokenizer)
+    backend.no_padding()
+    backend.no_truncation()
+    return LLTokenizer(backend.to_str(), n_vocab=vocab_size, eos_token=sorted(tokenizer.eos_token_ids))

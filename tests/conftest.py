@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from llguidance import LLMatcher, LLTokenizer
-from llguidance.hf import from_tokenizer
+from llguidance import LLMatcher
 from support.curves import CURVE
 from support.paths import WITHOUT_TORCH
 from support.tiny import (
@@ -29,6 +28,7 @@ from mlx_mtp.decoding import calibration
 from mlx_mtp.decoding.constraints import compile_grammar
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.target import Target
+from mlx_mtp.guides import grammar_tokenizer
 from mlx_mtp.text.tokenizer import load_tokenizer
 
 # Ignored in what a shell runs in the background, and inherited by the commands under test: not when there is a handler.
@@ -120,7 +120,7 @@ def tiny_models(tiny_pair: Callable[[str], Path]) -> Callable[[str], tuple[Targe
 def is_allowed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bool]:
     """Whether a grammar in Lark allows a text as a whole, in pieces that no token spans."""
     wrapper = load_tokenizer(make_tokenizer(tmp_path_factory.mktemp("tokenizer")), STOP_IDS)
-    tokenizer: LLTokenizer = from_tokenizer(wrapper._tokenizer, n_vocab=VOCAB_SIZE, eos_token=list(STOP_IDS))
+    tokenizer = grammar_tokenizer(wrapper, VOCAB_SIZE)
 
     def check(grammar: str, *pieces: str) -> bool:
         compiled = compile_grammar(grammar=grammar)

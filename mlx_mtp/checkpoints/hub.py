@@ -73,7 +73,7 @@ class Downloads:
 
             def update(self, n: float | None = 1) -> None:
                 if self.counts:
-                    downloads._add(int(n or 0))
+                    downloads.add(int(n or 0))
 
         self.bar_class: type[Any] = Bar
 
@@ -97,9 +97,10 @@ class Downloads:
     def finish(self) -> None:
         """Report that all bytes are downloaded, unless the last report said so."""
         if self._done != self._total:
-            self._add(self._total - self._done)
+            self.add(self._total - self._done)
 
-    def _add(self, size: int) -> None:
+    def add(self, size: int) -> None:
+        """Count downloaded bytes, and report them. Raises an exception if the callback does."""
         with self._lock:
             # If the callback raised for one file, the downloads of the other files end as well.
             self.check()

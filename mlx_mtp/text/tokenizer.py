@@ -48,24 +48,32 @@ def load_tokenizer(folder: Path, eos_token_ids: tuple[int, ...]) -> "TokenizerWr
     """
     _vocabulary_file(folder)
     _template_files(folder)
-    # mlx-lm imports transformers, which takes seconds. --help and the converter do not need it.
-    from mlx_lm import tokenizer_utils
-
     try:
         with _without_marks(folder) as source:
-            tokenizer = tokenizer_utils.load(source, _chat_template_json(folder), eos_token_ids=list(eos_token_ids))
+            tokenizer = _load(source, _chat_template_json(folder), list(eos_token_ids))
     # Rust code raises plain Exception. transformers raises the errors that its guesses cause.
     except Exception as error:
         check_tokenizer(folder)
         raise TokenizerError(f"{folder}: the tokenizer cannot be read: {error}") from error
-    if not (folder / "tokenizer.json").is_file():
-        # mlx-lm detects sentencepiece by tokenizer.json. Its general detokenizer repeats characters that are split into
-        # bytes.
-        tokenizer._detokenizer = tokenizer_utils.SPMStreamingDetokenizer(tokenizer, trim_space=False)
     _name_a_default(tokenizer)
     # The context limit is checked where decoding starts. transformers would warn about a limit of its own.
     tokenizer.model_max_length = sys.maxsize
     return tokenizer
+
+
+def _load(folder: Path, fields: dict[str, Any], eos_token_ids: list[int]) -> "TokenizerWrapper":
+    # mlx-lm imports transformers, which takes seconds. --help and the converter do not need it.
+    from mlx_lm import tokenizer_utils
+
+    if (folder / "tokenizer.json").is_file():
+        return tokenizer_utils.load(folder, fields, eos_token_ids=eos_token_ids)
+    from transformers import AutoTokenizer
+
+    # mlx-lm detects sentencepiece by tokenizer.json. Its general detokenizer repeats characters that are split into
+    # bytes.
+    detokenizer = partial(tokenizer_utils.SPMStreamingDetokenizer, trim_space=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **fields)
+    return tokenizer_utils.TokenizerWrapper(tokenizer, detokenizer, eos_token_ids=eos_token_ids)
 
 
 def _chat_template_json(folder: Path) -> dict[str, Any]:
