@@ -1,6 +1,6 @@
 """Measure the time and peak memory of the conversion of a large random checkpoint, with mlx-mtp and with mlx-lm.
 
-    python scripts/measure.py convert tests/published/12B --gigabytes 6
+    python scripts/measure.py convert tests/support/published/12B --gigabytes 6
 
 A random bfloat16 checkpoint is written to a temporary folder. It has the shapes of the given model, and enough layers
 to reach the size. Each converter quantizes it in its own process. All files are removed at the end.

@@ -1,7 +1,7 @@
 """Measure the host's processor time per round, at E2B's depth. This time of the main thread excludes device waits.
 
     pip install -c constraints.txt -e '.[peers]'
-    python scripts/measure.py host tests/published/E2B
+    python scripts/measure.py host tests/support/published/E2B
 
 "Building" is all time except MLX's evaluation, which hands the operations to the device. The pair is random, with the
 layers of the given model and small matrices: its graph equals the model's graph, but is cheap to compute. Almost no

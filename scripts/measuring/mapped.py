@@ -1,6 +1,6 @@
 """Measure the memory that mapped per-layer embeddings save, and their time, with random weights.
 
-    python scripts/measure.py mapped tests/published/E2B --dtype float32 --rounds 6
+    python scripts/measure.py mapped tests/support/published/E2B --dtype float32 --rounds 6
 
 A quantized pair of the given size is written to disk (3 GB for E2B; --layers and --vocab make it smaller). It is loaded
 resident and mapped, in turn, each time in a new process. The output has the seconds to load, the peak of MLX's memory

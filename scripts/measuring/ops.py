@@ -1,6 +1,6 @@
 """Count the operations in the graph of a round, at the sizes of published models.
 
-    python scripts/measure.py ops tests/published/E2B --bits 4
+    python scripts/measure.py ops tests/support/published/E2B --bits 4
 
 Nothing is computed: the weights are zeros that take no memory. MLX's norm, rotation and attention are one kernel each
 on a Mac, but many operations on the CPU backend. Here, one operation replaces each of them. Views of memory (reshapes,

@@ -1,6 +1,6 @@
 """Measure the cost and speed of rounds at the size of a published model, with random quantized weights.
 
-    python scripts/measure.py published tests/published/E2B --bits 4 --chances 0 0.5 0.7 0.9 --mlx-lm
+    python scripts/measure.py published tests/support/published/E2B --bits 4 --chances 0 0.5 0.7 0.9 --mlx-lm
 
 The output has the milliseconds of rounds that verify 1 to 9 rows and of a draft step, and the number of operations of a
 round on this device. With `--chances`, it has tokens/s for each chance that a draft token is accepted: for plain

@@ -1,7 +1,7 @@
 """Models of the size that a config describes, without a checkpoint's weights.
 
 A folder holds the target's `config.json`, and the drafter's in its subfolder `drafter`, as the converter writes them.
-`tests/published` has such a folder for each published model.
+`tests/support/published` has such a folder for each published model.
 """
 
 import argparse
@@ -23,7 +23,7 @@ GROUP_SIZE = 64
 
 
 def add_folder(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    help_text = "Folder with config.json and drafter/config.json, for example tests/published/E2B."
+    help_text = "Folder with config.json and drafter/config.json, for example tests/support/published/E2B."
     if several:
         parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help=help_text)
     else:
