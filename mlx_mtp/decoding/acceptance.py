@@ -63,7 +63,7 @@ def accept_block(draft: Draft, log_probabilities: mx.array, key: mx.array) -> Ac
     partial = mx.where(room > 0, surplus / mx.maximum(room, 1e-30), 0)
     passes = mx.random.uniform(shape=(k,), key=uniform_key) < mx.concatenate([partial[1:], weights[-1:]])
     accepted = mx.max(mx.where(passes, mx.arange(1, k + 1), 0))
-    following = _next_token(draft, p, q, weights, accepted, next_key)
+    following = next_token(draft, p, q, weights, accepted, next_key)
     tokens = mx.concatenate([draft.tokens[0], mx.zeros(1, mx.int32)])
     return Acceptance(accepted, mx.where(mx.arange(k + 1) == accepted, following, tokens))
 
@@ -75,9 +75,14 @@ def _of_token(draft: Draft, q: mx.array) -> mx.array:
     return mx.where(draft.ids == draft.tokens.T, q, 0).sum(axis=-1)
 
 
-def _next_token(
+def next_token(
     draft: Draft, p: mx.array, q: mx.array, weights: mx.array, accepted: mx.array, key: mx.array
 ) -> mx.array:
+    """Draw the token after the accepted draft tokens, int32 [].
+
+    After a rejection, its distribution is proportional to max(weights * p - q, 0) at the rejected row. Otherwise it is
+    p after the last draft token. `p` is [k + 1, vocab], `q` is [k, candidates], and `weights` [k + 1] is P.
+    """
     k = draft.tokens.shape[1]
     row = mx.minimum(accepted, k - 1)
     spent = q[row] if draft.ids is None else mx.zeros(p.shape[-1]).at[draft.ids[row]].add(q[row])

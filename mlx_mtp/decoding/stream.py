@@ -25,9 +25,9 @@ from .state import RoundState
 # The prefill calls this function with (tokens done, tokens in total).
 Progress = Callable[[int, int], None]
 
-# `_SCORE_BYTES` limits the attention scores of a layer, and with them the size of a prompt chunk. The limit does not
+# `SCORE_BYTES` limits the attention scores of a layer, and with them the size of a prompt chunk. The limit does not
 # reduce a chunk below `_LEAST_CHUNK` rows.
-_SCORE_BYTES = 1 << 29
+SCORE_BYTES = 1 << 29
 _LEAST_CHUNK = 32
 
 
@@ -253,7 +253,7 @@ def chunk_size(config: TextConfig, kv_rows: int, itemsize: int, step_size: int) 
     MLX keeps all attention scores in memory if it has no kernel for a head size. The chunk keeps the scores of a layer
     below a limit in bytes.
     """
-    most = _SCORE_BYTES // (config.num_attention_heads * kv_rows * itemsize)
+    most = SCORE_BYTES // (config.num_attention_heads * kv_rows * itemsize)
     return min(step_size, max(_LEAST_CHUNK, most))
 
 

@@ -139,7 +139,7 @@ class Attention(nn.Module):
         rows = queries.shape[2]
         at_once = 1 if rows <= self.exact_rows else rows
         parts = [
-            _attend(queries[:, :, row : row + at_once], view.keys, view.values, view.mask[row : row + at_once])
+            attend(queries[:, :, row : row + at_once], view.keys, view.values, view.mask[row : row + at_once])
             for row in range(0, rows, at_once)
         ]
         out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
@@ -150,7 +150,7 @@ class Attention(nn.Module):
         return x.reshape(*x.shape[:-1], -1, self.head_dim).transpose(0, 2, 1, 3)
 
 
-def _attend(queries: mx.array, keys: KVRows, values: KVRows, mask: mx.array) -> mx.array:
+def attend(queries: mx.array, keys: KVRows, values: KVRows, mask: mx.array) -> mx.array:
     """Return the attention output of queries [1, heads, length, head_dim], without a scale, in their shape."""
     if isinstance(keys, mx.array) and isinstance(values, mx.array):
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)

@@ -160,12 +160,12 @@ def test_the_test_rejects_drafting_the_argmax_against_its_probability(drafter: s
 
 @pytest.mark.parametrize("k", [3, 4])
 def test_the_test_rejects_a_residual_without_weight(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = acceptance._next_token
+    right = acceptance.next_token
 
     def wrong(draft: Draft, p: mx.array, q: mx.array, weights: mx.array, accepted: mx.array, key: mx.array) -> mx.array:
         return right(draft, p, q, mx.ones_like(weights), accepted, key)
 
-    monkeypatch.setattr(acceptance, "_next_token", wrong)
+    monkeypatch.setattr(acceptance, "next_token", wrong)
     assert misfit(make_tables("bad", 4), k) > 2
 
 

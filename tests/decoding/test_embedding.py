@@ -346,10 +346,10 @@ def test_closing_from_a_callback(tiny_pair: TinyPair) -> None:
 
 
 def test_a_model_that_is_dropped_needs_no_closing(tiny_pair: TinyPair) -> None:
-    before = active()
+    before, threads = active(), set(threading.enumerate())
     model = mlx_mtp.load(tiny_pair("e2b") / "target")
     asyncio.run(model.agenerate(PROMPT, OPTIONS))
-    thread = model.life.worker()._thread
+    (thread,) = set(threading.enumerate()) - threads
     del model
     assert active() - before < 4096
     thread.join(10)

@@ -21,7 +21,7 @@ from mlx_mtp.decoding.exact import check_exact, make_exact
 from mlx_mtp.decoding.stream import Stream, decode
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.kv_cache import CAPACITY_STEP, Cache, KVQuantization, KVRows, Quantized, View
-from mlx_mtp.gemma4.layers import Attention, _attend
+from mlx_mtp.gemma4.layers import Attention, attend
 from mlx_mtp.gemma4.target import Target
 
 TinyPair = Callable[[str], Path]
@@ -151,10 +151,10 @@ def test_attention_is_that_over_dequantized_rows(
     for length in (1, 4, 30):
         queries = mx.array(rng.normal(size=(1, heads, length, head_dim)) * head_dim**-0.5, mx.float32)
         mask = mx.arange(seen)[None] <= (mx.arange(length)[:, None] + 9)
-        found = _attend(queries, keys, values, mask)
+        found = attend(queries, keys, values, mask)
         expected = reference(np.array(queries), dequantized(keys), dequantized(values), np.array(mask))
         np.testing.assert_allclose(found, expected, atol=1e-4)
-        rows = [_attend(queries[:, :, i : i + 1], keys, values, mask[i : i + 1]) for i in range(length)]
+        rows = [attend(queries[:, :, i : i + 1], keys, values, mask[i : i + 1]) for i in range(length)]
         assert mx.allclose(mx.concatenate(rows, axis=2), found, atol=1e-5).item()
 
 

@@ -134,11 +134,11 @@ def test_a_long_prompt_is_read_in_smaller_chunks_with_the_same_text(
         tokens, chunks = read(prefill_step_size=step)
         assert tokens == whole
         assert max(chunks) == step
-    monkeypatch.setattr(streams, "_SCORE_BYTES", 4 * 4 * 512 * 100)
+    monkeypatch.setattr(streams, "SCORE_BYTES", 4 * 4 * 512 * 100)
     tokens, chunks = read()
     assert tokens == whole
     assert chunks[0] == 100
-    monkeypatch.setattr(streams, "_SCORE_BYTES", 1)
+    monkeypatch.setattr(streams, "SCORE_BYTES", 1)
     assert read()[1][0] == 32
 
 

@@ -224,15 +224,15 @@ def test_a_stream_that_is_closed_or_fails_leaves_what_it_read(
     expected = fresh(model, longer)
     # As Ctrl-C does, in the middle of a chunk: its rings are lost, the snapshots before it are not.
     target, calls = type(model.target), []
-    original = target._per_layer_inputs
+    original = target.read_per_layer_rows
 
-    def interrupted(*args: Any) -> mx.array | None:
+    def interrupted(*args: Any) -> Any:
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(target, "_per_layer_inputs", interrupted)
+    monkeypatch.setattr(target, "read_per_layer_rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.generate(longer, GREEDY)
     monkeypatch.undo()

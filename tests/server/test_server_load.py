@@ -20,7 +20,7 @@ import httpx2
 import mlx.core as mx
 import openai
 import pytest
-from support.serving import Served, process, serve
+from support.serving import Served, process, serve, value
 
 import mlx_mtp
 from mlx_mtp import DEMO_PAIR, GenerationOptions, Model
@@ -128,7 +128,7 @@ def test_100_clients_that_leave(served: Served) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_ends_its_generation(served: Served, stream: bool) -> None:
     tokens = served.service.metrics.generation_tokens
-    before = tokens._value.get()
+    before = value(tokens)
     content = body("def f(", max_tokens=ENDLESS, ignore_eos=True, stream=stream)
     timeout = httpx.Timeout(60, read=None if stream else 0.3)
     with (
@@ -139,7 +139,7 @@ def test_a_client_that_leaves_ends_its_generation(served: Served, stream: bool) 
         next(lines)
         assert served.service.worker.running == 1
     eventually(lambda: is_idle(served))
-    assert 0 < tokens._value.get() - before < ENDLESS / 2
+    assert 0 < value(tokens) - before < ENDLESS / 2
 
 
 def test_streams_say_that_they_live(served: Served) -> None:
@@ -193,15 +193,15 @@ def test_what_fails_is_said_and_the_next_is_served(served: Served, monkeypatch: 
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a secret of the machine")
 
-    failed = served.service.metrics.requests.labels("error")._value
-    before = failed.get()
+    failed = served.service.metrics.requests.labels("error")
+    before = value(failed)
     for stream in (False, True):
         with monkeypatch.context() as patch:
             patch.setattr(served.service, "encode", fail)
             answer = httpx.post(f"{served.v1}/completions", json=body("x", stream=stream))
         assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
         assert "secret" not in answer.text
-    assert failed.get() - before == 2
+    assert value(failed) - before == 2
     assert httpx.post(f"{served.v1}/completions", json=body("x")).status_code == 200
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
+from prometheus_client.metrics import MetricWrapperBase
 from support.checked_answers import Checked
 
 from mlx_mtp import GenerationOptions, Model
@@ -62,6 +63,12 @@ def serve(
         server.should_exit = True
         thread.join()
         worker.close()
+
+
+def value(metric: MetricWrapperBase) -> float:
+    """The value of a metric, or of a metric with labels."""
+    (family,) = metric.collect()
+    return family.samples[0].value
 
 
 @contextmanager
