@@ -1,4 +1,4 @@
 """The decode loop in token ids: the round, its compiled forms, and the stream of rounds.
 
-This package does not handle text, tokenizers, checkpoint files or the options of a user.
+This package does not handle text, tokenizers, checkpoint folders or the command line.
 """

@@ -1,1 +1,5 @@
-"""The two networks of Gemma 4, target and drafter, and the K/V cache: functions of arrays."""
+"""The two networks of Gemma 4, target and drafter, and the K/V cache: functions of arrays.
+
+This package does not handle acceptance, sampling, text or the loading of checkpoints. The packages `decoding`, `text`
+and `checkpoints` do.
+"""

@@ -1,1 +1,4 @@
-"""Conversion between text and tokens: tokenizer, chat template, answers and their tool calls."""
+"""Conversion between text and tokens: tokenizer, chat template, answers and their tool calls.
+
+This package does not contain networks, grammars or the formats of HTTP requests.
+"""

@@ -1,1 +1,4 @@
-"""One model on several threads: its lock, and the thread that runs jobs."""
+"""One model on several threads: its lock, and the thread that runs jobs.
+
+This package does not handle networks, tokens or HTTP.
+"""
