@@ -280,6 +280,7 @@ def test_a_round_copies_no_buffer(folder: Folder, k: int, compiled: bool) -> Non
 
 _MEASURE = """
 import sys, mlx.core as mx, mlx_mtp
+from mlx.utils import tree_flatten
 model = mlx_mtp.load(sys.argv[1], per_layer_embeddings=sys.argv[2])
 loading, active = mx.get_peak_memory(), mx.get_active_memory()
 weights = sum(v.nbytes for m in (model.target, model.drafter) for _, v in tree_flatten(m.parameters()))

@@ -44,7 +44,7 @@ def test_a_round_launches_fewer_kernels_than_a_pass_of_mlx_lm() -> None:
     """Real sizes of E2B; the other models' counts are in docs/performance.md."""
     output = measure("ops", PUBLISHED / "E2B", "--details")
     _, plain, _, draft_step, reference = map(int, cells(output, "E2B"))
-    assert plain <= 751 < reference
+    assert plain <= 740 < reference
     assert draft_step <= 77
     compiled = output.split("plain round, compiled:")[1]
     assert re.search(rf" {35 * 6 + 2} QuantizedMatmul\n", compiled)
@@ -52,16 +52,15 @@ def test_a_round_launches_fewer_kernels_than_a_pass_of_mlx_lm() -> None:
 
 def test_an_artificial_drafter_is_accepted_as_told() -> None:
     """The script itself checks that the text is plain decoding's."""
-    output = measure("formula", "--quick", "--repeats", "1", "--chances", "0", "0.5", "1", "--num-draft-tokens", "2")
-    lengths = {chance: float(cells(output, f"{chance}  2")[0]) for chance in ("0.0", "0.5", "1.0")}
-    assert lengths["0.0"] == 1
+    output = measure("formula", "--quick", "--repeats", "1", "--chances", "0.5", "1", "--num-draft-tokens", "2", "-m", "120")
+    lengths = {chance: float(cells(output, f"{chance}  2")[0]) for chance in ("0.5", "1.0")}
     assert lengths["0.5"] == pytest.approx(1.75, abs=0.2)
     assert lengths["1.0"] > 2.9
 
 
 def test_how_well_the_demo_pair_drafts() -> None:
     """On files it was not trained on, k = 3; README has the figures."""
-    output = measure("pair", "--prompts", "6", "--max-tokens", "80", "--repeats", "0")
+    output = measure("pair", "--prompts", "4", "--max-tokens", "60", "--repeats", "0")
     library, packages = output.split("other packages:")
     for part in (library, packages):
         greedy = cells(part, "greedy:")
@@ -96,7 +95,7 @@ def test_a_json_schema() -> None:
 
 
 def test_contexts() -> None:
-    output = measure("context", "--contexts", "64", "128", "--max-tokens", "12")
+    output = measure("context", "--contexts", "64", "128", "-m", "6")
     assert [line.split()[1] for line in output.splitlines()[2:]] == ["64", "128"]
 
 

@@ -182,8 +182,8 @@ def test_a_coupled_stop_inside_a_block(tiny_models: Models, plain: Plain) -> Non
     ("variant", "temperature", "acceptance", "seeds"),
     [
         ("12b", 4.0, "block", 600),
-        ("31b", 4.0, "block", 600),
-        ("31b", 4.0, "coupled", 600),
+        ("31b", 4.0, "block", 400),
+        ("31b", 4.0, "coupled", 400),
     ],
 )
 def test_the_token_a_round_decides_on_has_the_target_s_distribution(

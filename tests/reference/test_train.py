@@ -42,7 +42,7 @@ def data(tmp_path: Path) -> Path:
     file = tmp_path / "data.jsonl"
     rng = np.random.default_rng(0)
     words = [f"{a}{b}" for a in "bcdfgh" for b in ("a", "e", "i", "an", "on")]
-    file.write_text("".join(json.dumps({"text": " ".join(rng.choice(words, 60))}) + "\n" for _ in range(24)))
+    file.write_text("".join(json.dumps({"text": " ".join(rng.choice(words, 30))}) + "\n" for _ in range(24)))
     return file
 
 
