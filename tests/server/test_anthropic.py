@@ -16,7 +16,7 @@ import pytest
 from anthropic.types import ErrorResponse, Message, MessageTokensCount, RawMessageStreamEvent
 from pydantic import BaseModel, TypeAdapter
 from support.chat_templates import TEMPLATES
-from support.serving import Served, serve
+from support.serving import Served, post, serve
 
 import mlx_mtp
 from mlx_mtp import DEMO_PAIR, GenerationOptions, Model, Sampling
@@ -411,7 +411,7 @@ def test_a_stream_says_that_it_lives(served: Served) -> None:
     headers = {"x-api-key": KEY}
     body = {"model": "any", "max_tokens": 99, "messages": [USER], "tools": [WEATHER], "stream": True}
     script.say(f"<|tool_call>call:weather{{city:{Q}{'Oslo ' * 9}{Q}}}<tool_call|>", delay=0.4)
-    answer = httpx.post(f"{served.v1}/messages?beta=true", json=body, headers=headers)
+    answer = post(f"{served.v1}/messages?beta=true", json=body, headers=headers)
     kinds = [line.removeprefix("event: ") for line in answer.text.splitlines() if line.startswith("event: ")]
     assert kinds[0] == "ping"
     assert "ping" in kinds[kinds.index("content_block_start") : kinds.index("content_block_delta")]
@@ -460,7 +460,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("body", "message"), BAD)
 def test_errors(served: Served, body: Any, message: str) -> None:
     asked = {"model": "any", "max_tokens": 5, "messages": [USER]} | body
-    answer = httpx.post(f"{served.v1}/messages", json=asked, headers={"x-api-key": KEY})
+    answer = post(f"{served.v1}/messages", json=asked, headers={"x-api-key": KEY})
     assert answer.status_code == 400
     found = check(ErrorResponse, answer.json())
     assert found.error.type == "invalid_request_error"
@@ -476,7 +476,7 @@ def test_errors_of_all_statuses(served: Served, client: anthropic.Anthropic) -> 
         client.messages.batches.list()
     with pytest.raises(anthropic.NotFoundError, match="not_found_error"):
         client.models.retrieve("other")
-    large = httpx.post(f"{served.v1}/messages", content=b"x" * 400_000, headers={"x-api-key": KEY})
+    large = post(f"{served.v1}/messages", content=b"x" * 400_000, headers={"x-api-key": KEY})
     assert (large.status_code, large.json()["error"]["type"]) == (413, "request_too_large")
     wrong = httpx.get(f"{served.v1}/messages", headers={"x-api-key": KEY})
     assert (wrong.status_code, wrong.json()["type"], "POST" in wrong.headers["allow"]) == (405, "error", True)

@@ -17,7 +17,7 @@ from langchain_openai import ChatOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, Field, SecretStr
 from support.scripted import ScriptedModel, load_demo_pair
-from support.serving import Served, serve
+from support.serving import Served, post, serve
 
 import mlx_mtp
 from mlx_mtp import GenerationOptions, Model, Sampling
@@ -386,7 +386,7 @@ def test_what_is_not_enforced_is_named(served: Served, caplog: pytest.LogCapture
         ):
             for stream in (False, True):
                 caplog.clear()
-                answer = httpx.post(f"{served.v1}/chat/completions", json=request | body | {"stream": stream})
+                answer = post(f"{served.v1}/chat/completions", json=request | body | {"stream": stream})
                 assert answer.status_code == 200, answer.text
                 assert answer.headers.get(header) == expected
                 logged = [found for found in caplog.messages if "not enforced" in found]
@@ -394,7 +394,7 @@ def test_what_is_not_enforced_is_named(served: Served, caplog: pytest.LogCapture
                 assert all(expected in found for found in logged if expected)
     name = {"type": "object", "properties": {"é\r\nx: y": {"not": {}}}}
     body = request | {"response_format": {"type": "json_schema", "json_schema": {"name": "o", "schema": name}}}
-    answer = httpx.post(f"{served.v1}/chat/completions", json=body)
+    answer = post(f"{served.v1}/chat/completions", json=body)
     assert answer.headers[header] == "response_format.%C3%A9%0D%0Ax: y: not"
     strict: Any = [{"type": "function", "function": tool["function"] | {"strict": True}}]
     for body, message in (
@@ -404,10 +404,10 @@ def test_what_is_not_enforced_is_named(served: Served, caplog: pytest.LogCapture
         ),
         ({"tools": strict}, "tools: parameters of f: it is strict, but uniqueItems cannot be followed, at s"),
     ):
-        answer = httpx.post(f"{served.v1}/chat/completions", json=request | body)
+        answer = post(f"{served.v1}/chat/completions", json=request | body)
         assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
     text = {"format": {"type": "json_schema", "name": "o", "schema": LOOSE, "strict": True}}
-    answer = httpx.post(f"{served.v1}/responses", json={"input": "x", "text": text})
+    answer = post(f"{served.v1}/responses", json={"input": "x", "text": text})
     message = "text.format: it is strict, but propertyNames cannot be followed, at m"
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
 
@@ -473,7 +473,7 @@ def test_a_call_that_is_cut_says_length(client: openai.OpenAI) -> None:
 def test_usage_is_null_until_the_end_where_it_is_asked_for(served: Served, path: str, options: Any) -> None:
     given = {"messages": MESSAGES} if path == "chat/completions" else {"prompt": PROMPT}
     body = {"stream": True, "max_tokens": 4, "temperature": 0} | given | options
-    lines = httpx.post(f"{served.v1}/{path}", json=body).text.split("\n\n")
+    lines = post(f"{served.v1}/{path}", json=body).text.split("\n\n")
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
     assert len(chunks) > 2
     if not options:
@@ -596,8 +596,7 @@ def test_thinking_can_be_turned_off(client: openai.OpenAI) -> None:
         body = {"messages": MESSAGES}
         url = f"{thinking.v1}/chat/completions"
         tokens = [
-            httpx.post(url, json=body | more).json()["usage"]["prompt_tokens"]
-            for more in ({}, {"reasoning_effort": "none"})
+            post(url, json=body | more).json()["usage"]["prompt_tokens"] for more in ({}, {"reasoning_effort": "none"})
         ]
     assert tokens[0] > tokens[1] == chat(client, max_tokens=1).usage.prompt_tokens
 
@@ -744,7 +743,7 @@ BAD_BODIES: list[tuple[str, Any, str | None, str]] = [
 def test_bad_bodies(served: Served, path: str, body: Any, param: str | None, code: str) -> None:
     given = {"messages": MESSAGES, "max_tokens": 2} if body and path == "chat/completions" else {}
     for stream in (False, True):
-        answer = httpx.post(f"{served.v1}/{path}", json=given | body | ({"stream": True} if stream else {}))
+        answer = post(f"{served.v1}/{path}", json=given | body | ({"stream": True} if stream else {}))
         error = answer.json()["error"]
         assert (answer.status_code, error["type"], error["code"]) == (400, "invalid_request_error", code), error
         assert param is None or error["param"] == param, error
@@ -767,7 +766,7 @@ def test_bad_bodies(served: Served, path: str, body: Any, param: str | None, cod
     ],
 )
 def test_bodies_that_are_none(served: Served, content: bytes, headers: dict[str, str], status: int) -> None:
-    answer = httpx.post(
+    answer = post(
         f"{served.v1}/chat/completions", content=content, headers={"content-type": "application/json"} | headers
     )
     assert answer.status_code == status
@@ -780,9 +779,7 @@ def test_a_huge_body_without_a_length_is_cut_off(served: Served) -> None:
         for _ in range(200):
             yield b" " * 100_000
 
-    answer = httpx.post(
-        f"{served.v1}/chat/completions", content=endless(), headers={"content-type": "application/json"}
-    )
+    answer = post(f"{served.v1}/chat/completions", content=endless(), headers={"content-type": "application/json"})
     assert answer.status_code == 413
 
 
@@ -806,9 +803,9 @@ def test_other_paths_models_and_methods(served: Served, client: openai.OpenAI) -
 def test_other_hosts_and_origins_are_refused(served: Served) -> None:
     with serve(load_demo_pair, allowed_hosts=("127.0.0.1",)) as local:
         body = {"messages": MESSAGES, "max_tokens": 1}
-        refused = httpx.post(f"{local.v1}/chat/completions", json=body, headers={"Host": "evil.example"})
+        refused = post(f"{local.v1}/chat/completions", json=body, headers={"Host": "evil.example"})
         assert refused.status_code == 400
-        assert httpx.post(f"{local.v1}/chat/completions", json=body).status_code == 200
+        assert post(f"{local.v1}/chat/completions", json=body).status_code == 200
     answer = httpx.get(f"{served.v1}/models", headers={"Origin": "http://evil.example"})
     assert "access-control-allow-origin" not in answer.headers
     asked = {"Origin": "http://app.example", "Access-Control-Request-Method": "POST"}
@@ -826,7 +823,7 @@ def test_api_key() -> None:
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
         assert httpx.get(f"{found.v1}/models").status_code == 401
         assert httpx.get(f"{found.url}/metrics").status_code == 401
-        assert httpx.post(f"{found.v1}/chat/completions", content=b"{").status_code == 401
+        assert post(f"{found.v1}/chat/completions", content=b"{").status_code == 401
         assert httpx.get(f"{found.url}/health").status_code == 200
         with openai.OpenAI(base_url=found.v1, api_key="s3cret") as client:
             assert [model.id for model in client.models.list()] == ["pair"]
@@ -836,7 +833,7 @@ def test_prompt_limit() -> None:
     with serve(load_demo_pair, max_prompt_tokens=20) as found:
         for words, status in ((2, 200), (40, 400)):
             body = {"messages": [{"role": "user", "content": "x " * words}], "max_tokens": 1}
-            assert httpx.post(f"{found.v1}/chat/completions", json=body).status_code == status
+            assert post(f"{found.v1}/chat/completions", json=body).status_code == status
 
 
 def metrics(served: Served) -> dict[str, float]:

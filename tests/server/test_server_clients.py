@@ -12,7 +12,7 @@ import openai
 import pytest
 from openai.types.responses import Tool
 from pydantic import TypeAdapter, ValidationError
-from support.serving import Served, serve
+from support.serving import Served, post, serve
 
 import mlx_mtp
 from mlx_mtp import DEMO_PAIR, GenerationOptions
@@ -45,11 +45,11 @@ def served() -> Iterator[Served]:
 
 def chat(served: Served, messages: Any = None, **fields: Any) -> httpx.Response:
     body = {"messages": messages or [ASKED], "temperature": 0} | fields
-    return httpx.post(f"{served.v1}/chat/completions", json=body)
+    return post(f"{served.v1}/chat/completions", json=body)
 
 
 def respond(served: Served, items: Any, **fields: Any) -> httpx.Response:
-    return httpx.post(f"{served.v1}/responses", json={"input": items, "temperature": 0} | fields)
+    return post(f"{served.v1}/responses", json={"input": items, "temperature": 0} | fields)
 
 
 def text_of(answer: httpx.Response) -> str:
@@ -76,9 +76,9 @@ def test_fields_without_effect_are_accepted_and_change_nothing(served: Served) -
         for value in values:
             assert options_of(**{name: value}) is not None
     body = {"input": "x", **{name: given[name] for name in given if name not in field_names(ResponseRequest)}}
-    assert httpx.post(f"{served.v1}/responses", json=body).status_code == 200
+    assert post(f"{served.v1}/responses", json=body).status_code == 200
     prompt = {"prompt": "x", **{name: given[name] for name in given if name not in field_names(CompletionRequest)}}
-    assert httpx.post(f"{served.v1}/completions", json=prompt).status_code == 200
+    assert post(f"{served.v1}/completions", json=prompt).status_code == 200
 
 
 def test_an_unknown_field_is_accepted_and_named(served: Served, caplog: pytest.LogCaptureFixture) -> None:
@@ -151,7 +151,7 @@ def test_sampling_of_other_servers_is_read(given: dict[str, Any], expected: dict
 def test_the_token_limit_of_other_names_holds(served: Served) -> None:
     for path, body in (("completions", {"prompt": "x"}), ("responses", {"input": "x"})):
         for name in ("max_tokens", "n_predict"):
-            answer = httpx.post(f"{served.v1}/{path}", json=body | {name: 3}).json()["usage"]
+            answer = post(f"{served.v1}/{path}", json=body | {name: 3}).json()["usage"]
             assert answer.get("completion_tokens", answer.get("output_tokens")) == 3
     # No limit of the request's own: the server's.
     assert chat(served, max_tokens=-1).json()["usage"]["completion_tokens"] == 6
@@ -434,8 +434,8 @@ def test_head_is_answered_where_get_is(served: Served, path: str) -> None:
 def test_paths_are_read_as_meant(served: Served) -> None:
     body = {"messages": [ASKED], "max_tokens": 1}
     for path in ("/v1/chat/completions/", "/v1//chat/completions", "//v1/chat//completions", "/chat/completions"):
-        assert httpx.post(f"{served.url}{path}", json=body).status_code == 200, path
-    assert httpx.post(f"{served.v1}/v1/chat/completions", json=body).status_code == 200
+        assert post(f"{served.url}{path}", json=body).status_code == 200, path
+    assert post(f"{served.v1}/v1/chat/completions", json=body).status_code == 200
     for path in ("/v1/models/", "/models", "//v1//models//", "/v1/v1/models"):
         assert httpx.get(f"{served.url}{path}").json()["data"][0]["id"] == "pair", path
     assert httpx.get(f"{served.url}/models/pair/").json()["id"] == "pair"
@@ -496,7 +496,7 @@ def test_the_page_of_fields_names_them_all() -> None:
 
 def refused(served: Served, path: str, **body: Any) -> dict[str, Any]:
     """The error of a request that is refused with 400."""
-    answer = httpx.post(f"{served.v1}/{path}", json=body)
+    answer = post(f"{served.v1}/{path}", json=body)
     assert answer.status_code == 400, answer.text
     error: dict[str, Any] = answer.json()["error"]
     return error
@@ -807,7 +807,7 @@ def test_a_body_that_cannot_be_read_says_why(
 ) -> None:
     for path in ("chat/completions", "responses", "completions"):
         sent = {"content-type": "application/json"} | headers
-        answer = httpx.post(f"{served.v1}/{path}", content=content, headers=sent)
+        answer = post(f"{served.v1}/{path}", content=content, headers=sent)
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_json", None), error
         assert message in error["message"]
@@ -826,7 +826,7 @@ def test_a_name_in_another_case_is_nearly_that_of_a_field(name: str, meant: str)
 def test_no_depth_of_a_body_is_an_error_of_the_server(served: Served) -> None:
     sent = {"content-type": "application/json"}
     codes = set()
-    with httpx.Client() as client:
+    with httpx.Client(timeout=60) as client:
         for depth in range(930, 996, 6):
             content = '{"messages": [{"role": "user", "content": "x"}], "mirostat": %s}' % ("[" * depth + "]" * depth)
             answer = client.post(f"{served.v1}/chat/completions", content=content.encode(), headers=sent)

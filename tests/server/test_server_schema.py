@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
-import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -17,7 +16,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
     unsupported_method,
 )
-from support.serving import Served, serve
+from support.serving import Served, post, serve
 
 import mlx_mtp
 from mlx_mtp import DEMO_PAIR, GenerationOptions
@@ -76,5 +75,5 @@ def test_random_requests(served: Served, path: str, mode: GenerationMode) -> Non
 
 def test_the_server_is_well_afterwards(served: Served) -> None:
     body = {"prompt": "def f(", "max_tokens": 4, "temperature": 0}
-    answer = httpx.post(f"{served.v1}/completions", json=body)
+    answer = post(f"{served.v1}/completions", json=body)
     assert answer.json()["choices"][0]["finish_reason"] == "length"

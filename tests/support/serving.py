@@ -7,8 +7,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import httpx
 import uvicorn
 from prometheus_client.metrics import MetricWrapperBase
 from support.checked_answers import Checked
@@ -17,6 +19,9 @@ from mlx_mtp import GenerationOptions, Model
 from mlx_mtp.server.app import Settings, create_app
 from mlx_mtp.server.service import Service
 from mlx_mtp.threads.job_thread import Worker
+
+# The first answer waits for the compiler: longer than the five seconds that httpx waits.
+post = partial(httpx.post, timeout=60)
 
 
 @dataclass
