@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: tiny random pairs of every variant, and the demo pair."""
+"""Fixtures that the tests share: tiny random pairs of every variant, and the demo pair."""
 
 import importlib
 import os
@@ -31,19 +31,19 @@ from mlx_mtp.gemma4.target import Target
 from mlx_mtp.guides import grammar_tokenizer
 from mlx_mtp.text.tokenizer import load_tokenizer
 
-# Ignored in what a shell runs in the background, and inherited by the commands under test: not when there is a handler.
+# A shell's background jobs ignore this signal, and the commands under test inherit this. A handler is not inherited.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Hypothesis tries the constants of all modules that are imported: here they do not depend on the tests that ran before.
+# Hypothesis tries constants of all imported modules. Import all, so that earlier tests do not change its examples.
 for module in pkgutil.walk_packages(mlx_mtp.__path__, "mlx_mtp."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
 
-# LiteLLM asks the network for prices otherwise.
+# Without this, LiteLLM asks the network for prices.
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # The workers take all cores: threads of PyTorch and NumPy beside them would wait for each other.
+    # The workers take all cores. More threads of PyTorch and NumPy only wait for each other.
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
@@ -53,7 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the commands keep what they measured: nothing of the user's is read or written. One for all workers."""
+    """Set the folder where commands keep their measurements. All workers share it, and the user's folder is unused."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
     os.environ["MLX_MTP_CACHE"] = str(folder)
@@ -67,13 +67,13 @@ def commands_without_torch() -> None:
 
 @pytest.fixture(autouse=True)
 def known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is timed in this process, so that the same text is drafted in the same way; commands do time."""
+    """Use fixed costs instead of measurements in this process: the same text is always drafted in the same way."""
     monkeypatch.setattr(calibration, "measure_rounds", lambda *_: CURVE)
 
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo pair in Hugging Face layout, `target/` and `assistant/`. Read only."""
+    """Return the demo pair in Hugging Face layout, `target/` and `assistant/`. It is read only."""
     folder = tmp_path_factory.mktemp("pair")
     unpack_demo_pair(folder)
     return folder
@@ -81,7 +81,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def switchless(tiny_pair: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny target whose chat template has no switch for thinking."""
+    """Return a tiny target whose chat template has no switch for thinking."""
     folder = tmp_path_factory.mktemp("switchless") / "target"
     shutil.copytree(tiny_pair("e2b") / "target", folder)
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
@@ -90,7 +90,7 @@ def switchless(tiny_pair: Callable[[str], Path], tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="session")
 def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a tiny random pair by variant, holding `target/` and `target-assistant/`. Read only."""
+    """Return a function from a variant to a tiny pair's folder: `target/` and `target-assistant/`. It is read only."""
     root = tmp_path_factory.mktemp("tiny")
 
     def folder(variant: str) -> Path:
@@ -104,7 +104,7 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 @pytest.fixture(scope="session")
 def tiny_models(tiny_pair: Callable[[str], Path]) -> Callable[[str], tuple[Target, Drafter]]:
-    """Target and drafter of a tiny random pair by variant, in float32."""
+    """Return a function from a variant to the target and drafter of a tiny random pair, in float32."""
     models: dict[str, tuple[Target, Drafter]] = {}
 
     def load(variant: str) -> tuple[Target, Drafter]:
@@ -118,7 +118,7 @@ def tiny_models(tiny_pair: Callable[[str], Path]) -> Callable[[str], tuple[Targe
 
 @pytest.fixture(scope="session")
 def is_allowed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bool]:
-    """Whether a grammar in Lark allows a text as a whole, in pieces that no token spans."""
+    """Return a check whether a Lark grammar allows a whole text. No token spans two of the text's pieces."""
     wrapper = load_tokenizer(make_tokenizer(tmp_path_factory.mktemp("tokenizer")), STOP_IDS)
     tokenizer = grammar_tokenizer(wrapper, VOCAB_SIZE)
 

@@ -1,4 +1,4 @@
-"""The smallest text config that a K/V cache can be made for."""
+"""The smallest text config that a K/V cache accepts."""
 
 import mlx.core as mx
 
@@ -11,7 +11,7 @@ HEAD_DIM = 2
 
 
 def two_layers(window: int = WINDOW, head_dim: int = HEAD_DIM, kv_heads: int = 1) -> TextConfig:
-    """Two layers that own K/V, one of each type."""
+    """Return the config of two layers that own K/V, one of each type."""
     layers = [
         LayerConfig(layer_type, head_dim, kv_heads, False, True, index, 4)
         for index, layer_type in enumerate(LAYER_TYPES)
@@ -21,6 +21,6 @@ def two_layers(window: int = WINDOW, head_dim: int = HEAD_DIM, kv_heads: int = 1
 
 
 def unquantized(rows: KVRows) -> mx.array:
-    """KVRows of a cache without quantization."""
+    """Return the K/V rows of a cache without quantization as an array."""
     assert isinstance(rows, mx.array)
     return rows

@@ -1,13 +1,16 @@
-"""Chat templates with the structure of the published ones, in fewer words: what each does with calls and results.
+"""Short chat templates with the structure of the published ones, as far as tool calls and results are concerned.
 
-`launch` writes a result as a turn of role `tool`, takes results inside the message that called, and knows no thoughts.
-`spring` looks ahead for results, and closes the turn between two messages of the model. `summer` joins such messages,
-writes null, refuses arguments that are no object, shows thoughts of all messages after the last user's, and opens a
-thought behind a result where the model thinks. `autumn` is `summer` of a large model, which closes an empty thought.
-All but `summer` and `autumn` write a null argument as `None`, and all write the text of an answer behind its calls.
+- `launch` writes a result as a turn of role `tool`. It accepts results inside the message that has the calls. It does
+  not know thoughts.
+- `spring` looks ahead for results. It closes the turn between two messages of the model.
+- `summer` joins two such messages and writes null. It refuses arguments that are not an object. It shows the thoughts
+  of all messages after the user's last message. It opens a thought after a result if the model thinks.
+- `autumn` is `summer` for a large model, which closes an empty thought.
 
-Of tools, `launch` and `spring` leave out parameters that are named like keywords, `launch` writes a comma before the
-properties of an object and the items of an array, and all write the items of an array's items as data.
+`launch` and `spring` write a null argument as `None`. All templates write the text of a message after its calls.
+
+Tool declarations: `launch` and `spring` leave out parameters whose names are keywords. `launch` writes a comma before
+the properties of an object and the items of an array. All templates write the nested items of an array as plain data.
 """
 
 _ARGUMENT = """

@@ -1,7 +1,8 @@
-"""Every answer of a server under test, held to the official client's own models: no field missing, mistyped or more.
+"""Checks of every answer of a test server against the official OpenAI client's models.
 
-An application wrapped in `Checked` sends no wrong answer: instead of one it sends status 500 that says what is wrong,
-and a stream breaks off with the same as its last event, so that the client under test fails there.
+A field that is missing, has a wrong type or is unknown to the client is an error. An application wrapped in `Checked`
+never sends a wrong answer. It sends status 500 with the reason instead. A stream ends with the reason as its last
+event. The client under test then fails at this point.
 """
 
 import json
@@ -27,25 +28,27 @@ EVENTS: dict[str, type[BaseModel]] = {
 
 
 class CompletionChunkChoice(CompletionChoice):
-    """As OpenAI sends it: without a reason before the end, which the client's model of whole answers does not say."""
+    """A choice that has no finish_reason before the end, which OpenAI sends but the client's model does not allow."""
 
     finish_reason: Literal["stop", "length", "content_filter"] | None  # type: ignore[assignment]
 
 
 class CompletionChunk(Completion):
+    """A chunk of a text completion with OpenAI's type of choices."""
+
     choices: list[CompletionChunkChoice]  # type: ignore[assignment]
 
 
-# What this server adds to the fields of the client's models: thoughts as others do, and what OpenAI itself sends.
+# Fields that this server adds to the client's models: other servers add thoughts, and OpenAI itself sends `store`.
 ADDED = {"reasoning_content", "store"}
 
 
 class AnswerError(Exception):
-    """An answer is not one that OpenAI's client knows."""
+    """An answer does not fit the models of OpenAI's client."""
 
 
 def check(data: Any, model: type[BaseModel], *, added: frozenset[str] = frozenset()) -> None:
-    """Hold parsed JSON to a model, strictly. `added` are fields allowed at the top level besides."""
+    """Check parsed JSON strictly against a model. `added` names more fields that are allowed at the top level."""
     if not isinstance(data, dict):
         raise AnswerError(f"expected an object, found {data!r}")
     try:
@@ -58,8 +61,10 @@ def check(data: Any, model: type[BaseModel], *, added: frozenset[str] = frozense
 
 
 def _extra(value: Any, place: str) -> Iterator[str]:
-    """Where fields are that the models do not name. What a model leaves open, as metadata and schemas, is not looked
-    at."""
+    """Yield the places of fields that the models do not name.
+
+    Parts that a model leaves open, for example metadata and schemas, are not checked.
+    """
     if isinstance(value, BaseModel):
         yield from (f"{place}.{name}" for name in value.model_extra or {} if name not in ADDED)
         for name in type(value).model_fields:
@@ -70,7 +75,7 @@ def _extra(value: Any, place: str) -> Iterator[str]:
 
 
 class Conversation:
-    """One request, and the checks of what answers it."""
+    """One request, and the checks of its answer."""
 
     def __init__(self, path: str, body: dict[str, Any]) -> None:
         self.path = path
@@ -82,12 +87,13 @@ class Conversation:
         self._number = 0
 
     def whole(self, data: Any) -> None:
+        """Check a complete answer that is not streamed."""
         check(data, WHOLE[self.path], added=self.stats)
         if self.path != "/v1/responses" and (data.get("usage") is None or data["choices"][0]["finish_reason"] is None):
             raise AnswerError("a whole answer has no usage or no finish_reason")
 
     def event(self, text: str) -> None:
-        """One server-sent event; comments keep the connection alive."""
+        """Check one server-sent event. Comments only keep the connection alive and are ignored."""
         lines = [line for line in text.split("\n") if line and not line.startswith(":")]
         if not lines:
             return
@@ -131,7 +137,7 @@ class Conversation:
 
 
 def error(data: Any) -> None:
-    """Hold an answer to OpenAI's error object."""
+    """Check that an answer is OpenAI's error object."""
     if not isinstance(data, dict) or set(data) != {"error"}:
         raise AnswerError(f"expected an error object, found {data!r}")
     check(data["error"], ErrorObject)
@@ -144,7 +150,7 @@ def _refuse(constant: str) -> None:
 
 
 class Checked:
-    """An application whose answers on OpenAI's paths are checked before they are sent."""
+    """An application that checks its answers on OpenAI's paths before it sends them."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -152,7 +158,7 @@ class Checked:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = plain_path(scope.get("path", ""))
         is_checked = scope.get("method") in ("GET", "POST") and (path in WHOLE or path.startswith("/v1/models"))
-        # test_anthropic.py checks what Anthropic's clients get.
+        # test_anthropic.py checks the answers to Anthropic's clients.
         if not is_checked or b"anthropic-version" in dict(scope["headers"]):
             await self.app(scope, receive, send)
             return

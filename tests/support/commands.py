@@ -1,4 +1,4 @@
-"""Run a command as a user would: in this process, which saves its start, or in a process of its own."""
+"""Run a command as a user does: in this process, which saves the start time, or in a process of its own."""
 
 import io
 import subprocess
@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 @dataclass(frozen=True)
 class Finished:
-    """The exit status of a command, and the text that it wrote."""
+    """The exit status and the output of a command."""
 
     returncode: int
     stdout: str
@@ -19,7 +19,7 @@ class Finished:
 
 
 def run(module: str, *args: object, stdin: str = "", code: int | None = 0) -> Finished:
-    """Run `python -m mlx_mtp.MODULE` in this process, and check its exit status unless `code` is None."""
+    """Run `python -m mlx_mtp.MODULE` in this process. Check its exit status unless `code` is None."""
     out, err, given = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(3))
     given.write(stdin)
     given.seek(0)
@@ -34,7 +34,7 @@ def run(module: str, *args: object, stdin: str = "", code: int | None = 0) -> Fi
 
 
 def run_process(module: str, *args: object, stdin: str = "", code: int | None = 0) -> Finished:
-    """Run `python -m mlx_mtp.MODULE` in a process of its own, and check its exit status unless `code` is None."""
+    """Run `python -m mlx_mtp.MODULE` in a process of its own. Check its exit status unless `code` is None."""
     command = [sys.executable, "-m", f"mlx_mtp.{module}", *map(str, args)]
     result = subprocess.run(command, input=stdin, capture_output=True, text=True)
     return _checked(Finished(result.returncode, result.stdout, result.stderr), code)

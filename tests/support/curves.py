@@ -1,6 +1,6 @@
-"""The costs of rounds that the tests take instead of measured ones."""
+"""The costs of rounds that the tests use instead of measured costs."""
 
 from mlx_mtp.decoding.draft_length import CostCurve
 
-# Relative costs of rounds where drafting pays, as on the machines this is made for.
+# Relative costs of rounds on a machine where drafting pays.
 CURVE = CostCurve([1, 1.1, 1.3, 1.5, 1.75, 2.06, 2.3, 2.6, 2.8], 0.05, 0.02)

@@ -1,4 +1,4 @@
-"""Small Markov tables whose distribution of tokens is known, and the chi-square test against it."""
+"""Small Markov tables with a known distribution of tokens, and the chi-square test against this distribution."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from mlx_mtp.decoding.sampling import Sampling
 
-# Standard normal quantile of 1 - 1e-4.
+# The standard normal quantile of 1 - 1e-4.
 Z = 3.719
 
 
@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Tables:
-    """Logits by last token, [vocab + 1, vocab], the last row being the start; `ids` are the drafter's candidates."""
+    """Logits by last token, [vocab + 1, vocab]. The last row is for the start. `ids` are the drafter's candidates."""
 
     target: Array
     drafter: Array
@@ -29,12 +29,12 @@ class Tables:
         return len(self.target[0])
 
     def log_probabilities(self, logits: Array) -> mx.array:
-        """Without and with XTC, [2, vocab + 1, candidates]."""
+        """Return log probabilities without and with XTC, [2, vocab + 1, candidates]."""
         rows = mx.array(logits, dtype=mx.float32)
         return mx.stack([self.sampling.log_probabilities(rows, mx.full(len(logits), coin)) for coin in (1.0, -1.0)])
 
     def expected(self, tokens: int) -> Array:
-        """Probability of every sequence of that many tokens under plain sampling."""
+        """Return the probability of every sequence of `tokens` tokens under plain sampling."""
         without, applied = np.exp(np.array(self.log_probabilities(self.target), np.float64))
         xtc = self.sampling.xtc_probability
         table = (1 - xtc) * without + xtc * applied
@@ -46,7 +46,7 @@ class Tables:
 
 
 def chi_square(tokens: NDArray[np.int64], expected: Array, vocab_size: int) -> float:
-    """Pearson's statistic over its critical value: above 1, the tokens are not distributed as expected."""
+    """Return Pearson's statistic divided by its critical value. Above 1, the tokens do not fit the distribution."""
     index = tokens @ vocab_size ** np.arange(tokens.shape[1] - 1, -1, -1)
     observed, expected = np.bincount(index, minlength=expected.size), expected * len(tokens)
     if observed[expected == 0].any():
@@ -73,7 +73,7 @@ def make_tables(drafter: str, vocab_size: int, sampling: Sampling | None = None)
         "good": np.log(0.7 * np.exp(target) + 0.3 * np.exp(other)),
         "bad": other,
         "opposite": target[:, ::-1].copy(),
-        # Nearly sure of the target's least likely token.
+        # The drafter is nearly sure of the target's least likely token.
         "adversarial": np.log(np.eye(vocab_size)[target.argmin(axis=1)] * 0.97 + 0.03 / vocab_size),
         "identical": target,
     }[drafter]

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on loopback, serving folders as model repositories to the real hub client."""
+"""A Hugging Face hub on loopback that serves folders as model repositories to the real hub client."""
 
 import hashlib
 import json
@@ -19,11 +19,11 @@ def serve(
     failing: Mapping[str, int] | None = None,
     cut: Collection[str] = (),
 ) -> Iterator[tuple[str, list[str]]]:
-    """Serve folders by repository id. Yields the endpoint and the list of requests seen, as "METHOD path".
+    """Serve folders by repository id. Yield the endpoint and the list of requests, each as "METHOD path".
 
-    With a token, requests without it get 401, as private repositories do. Those for repositories that are `failing` get
-    this status; 403 is that of a gated one. Downloads of the files whose names are in `cut` end in the middle, and do
-    not go on, as long as they are in it.
+    If `token` is given, requests without it get status 401, as for private repositories. `failing` maps repositories to
+    the status of all their requests. 403 means a gated repository. `cut` names files whose downloads stop in the middle
+    and cannot resume while the name is in `cut`.
     """
     requests: list[str] = []
 

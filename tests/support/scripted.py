@@ -1,4 +1,4 @@
-"""A model that says a given text."""
+"""A model that writes a given text."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ def load_demo_pair() -> Model:
 
 
 class ScriptedModel:
-    """A model that says what it is told to: for what a small one would not say."""
+    """A model that writes a given text. It gives tests answers that a small model does not write."""
 
     def __init__(self, model: Model, text: str, logprobs: Logprobs | None = None) -> None:
         self._model = model

@@ -1,4 +1,4 @@
-"""A server of this package for tests: in this process, or as a process of its own."""
+"""A server of this package for tests: in this process, or in a process of its own."""
 
 import os
 import subprocess
@@ -44,7 +44,7 @@ def serve(
     max_prompt_tokens: int | None = None,
     **settings: Any,
 ) -> Iterator[Served]:
-    """Serve a model, loaded on the thread that generates, from a thread of this process; answers are `Checked`."""
+    """Serve a model in a thread of this process. The worker loads it, and `Checked` checks the answers."""
     worker = Worker("model", max_waiting)
     model = worker.run(load)
     service = Service(model, worker, name, options or GenerationOptions(), max_prompt_tokens)
@@ -71,14 +71,14 @@ def serve(
 
 
 def value(metric: MetricWrapperBase) -> float:
-    """The value of a metric, or of a metric with labels."""
+    """Return the value of a metric, or of a metric with labels."""
     (family,) = metric.collect()
     return family.samples[0].value
 
 
 @contextmanager
 def process(*arguments: str, env: dict[str, str] | None = None) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
-    """`python -m mlx_mtp.server --port 0` with these arguments: its address, and the process."""
+    """Run `python -m mlx_mtp.server --port 0` with these arguments. Yield its address and the process."""
     command = [sys.executable, "-m", "mlx_mtp.server", "--port", "0", *arguments]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (env or {})

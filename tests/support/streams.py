@@ -1,4 +1,4 @@
-"""Prompts and drafters for streams of tiny pairs, and a comparison of their state with that of a fresh pass."""
+"""Prompts and drafters for streams of tiny pairs, and a comparison of their state with a fresh pass."""
 
 from collections.abc import Callable
 
@@ -18,12 +18,12 @@ LONG = random_tokens(3 * WINDOW + 5, seed=2)
 
 
 class Scripted(Drafter):
-    """A drafter that knows the plain continuation of a prompt: it drafts it, wrong in the positions told."""
+    """A drafter that knows the plain continuation of a prompt. It drafts it, with wrong tokens at some positions."""
 
     def __init__(self, drafter: Drafter, prompt: list[int], plain: list[int], wrong_at: tuple[int, ...] = ()) -> None:
         super().__init__(drafter.config)
         self.prompt_length = len(prompt)
-        # Beyond the plain tokens, and more than any block has.
+        # The zeros make the array longer than the plain tokens by more than one block.
         self.plain = mx.array(plain + [0] * 16, mx.int32)
         self.wrong_at = wrong_at
 
@@ -37,7 +37,7 @@ class Scripted(Drafter):
         choose: Choose = choose_best,
         allow: Allow | None = None,
     ) -> Draft:
-        # The bonus token's index is context.position; the continuation begins at the prompt's end.
+        # The bonus token's index is context.position. The continuation begins at the prompt's end.
         start = context.position - self.prompt_length + 1
         wrong = mx.array([[int(i in self.wrong_at) for i in range(k)]], mx.int32)
         draft = Draft((self.plain[start + mx.arange(k)] + wrong) % 512)
@@ -47,7 +47,7 @@ class Scripted(Drafter):
 
 
 def assert_same_state(stream: Stream, target: Target, tokens: list[int]) -> None:
-    """A stream's caches hold exactly these tokens: equal, where visible, to those of one fresh pass over them."""
+    """Check that a stream's caches hold exactly these tokens. Visible K/V must equal the K/V of one fresh pass."""
     assert stream.cache.length == int(stream.cache.offset) == len(tokens)
     fresh = Cache(target.config, target.dtype, max_block=stream.cache.max_block)
     target(mx.array([tokens]), fresh)

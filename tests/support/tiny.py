@@ -1,7 +1,7 @@
-"""Tiny random Gemma 4 pairs in the layout Hugging Face publishes: small, with every feature of their variant.
+"""Tiny random Gemma 4 pairs in Hugging Face layout, with every feature of their variant.
 
-Weights are random but not trivial: norms, layer scalars and expert scales differ from 1, and the logits depend on the
-context, so that a part left out or computed wrongly shows up in the logits and in the greedy text.
+The weights are random but not trivial: norms, layer scalars and expert scales differ from 1. The logits depend on the
+context. An omitted or wrong part of the computation changes the logits and the greedy text.
 """
 
 import json
@@ -25,7 +25,7 @@ from mlx_mtp.gemma4.target import Target
 VARIANTS = ("e2b", "12b", "26b", "31b")
 VOCAB_SIZE = 512
 WINDOW = 16
-# The first ids of the tokenizer; ids from FIRST_TEXT_ID on are bytes and pairs of letters.
+# The first ids of the tokenizer. The ids from FIRST_TEXT_ID on are bytes and pairs of letters.
 SPECIAL_TOKENS = (
     "<pad>",
     "<eos>",
@@ -68,12 +68,12 @@ _CHAT_TEMPLATE = """\
 {% endif -%}
 """
 
-# As in the published models, full-attention layers with K/V of their own stand between sliding ones.
+# As in the published models, full-attention layers with K/V of their own stand between sliding layers.
 _OTHER_TYPES = ["sliding_attention", "full_attention"] * 2
 _E2B_TYPES = [*_OTHER_TYPES, "sliding_attention", "full_attention"]
 _DRAFTER_TYPES = ["sliding_attention"] * 3 + ["full_attention"]
 
-# What differs between the variants' text configs.
+# The fields in which the variants' text configs differ.
 _VARIANT: dict[str, dict[str, Any]] = {
     "e2b": {
         "layer_types": _E2B_TYPES,
@@ -111,7 +111,7 @@ _VARIANT: dict[str, dict[str, Any]] = {
 
 
 def make_target(folder: Path, variant: str, seed: int = 0, **overrides: Any) -> Path:
-    """Write a target checkpoint with its tokenizer. Overrides are fields of config.json, of its text config or not."""
+    """Write a target checkpoint with its tokenizer. Overrides are fields of config.json or of its text config."""
     text = _text_config(_OTHER_TYPES) | _VARIANT[variant]
     config = {
         "architectures": [f"{'Gemma4Unified' if variant == '12b' else 'Gemma4'}ForConditionalGeneration"],
@@ -134,14 +134,14 @@ def make_target(folder: Path, variant: str, seed: int = 0, **overrides: Any) -> 
     _override(config, overrides)
     tensors = _target_tensors(text, np.random.default_rng(seed))
     if variant == "e2b":
-        # One tensor of the modalities the text decoder has no use for.
+        # One tensor of a modality that the text decoder does not use.
         tensors["model.vision_tower.patch_embedder.input_proj.weight"] = np.ones((4, 4), np.float32)
     _write(folder, config, tensors, is_assistant=False)
     return folder
 
 
 def make_drafter(folder: Path, variant: str, seed: int = 0, **overrides: Any) -> Path:
-    """Write the checkpoint of a drafter that fits the variant's target: a centroid head for e2b, else a dense one."""
+    """Write the checkpoint of a drafter that fits the variant's target: a centroid head for e2b, else a dense head."""
     backbone = (_text_config(_OTHER_TYPES) | _VARIANT[variant])["hidden_size"]
     kept = ("model_type", "head_dim", "global_head_dim", "num_key_value_heads", "num_global_key_value_heads")
     text = _text_config(_DRAFTER_TYPES) | {name: _VARIANT[variant][name] for name in kept if name in _VARIANT[variant]}
@@ -169,7 +169,7 @@ def make_drafter(folder: Path, variant: str, seed: int = 0, **overrides: Any) ->
 
 
 def make_tokenizer(folder: Path) -> Path:
-    """Write a byte-level tokenizer of 512 tokens with Gemma's special ones, and a small chat template."""
+    """Write a byte-level tokenizer of 512 tokens with Gemma's special tokens, and a small chat template."""
     pieces, merges = _pieces()
     vocab = {piece: index for index, piece in enumerate((*SPECIAL_TOKENS, *pieces))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
@@ -190,7 +190,7 @@ def make_tokenizer(folder: Path) -> Path:
 
 
 def make_gemma_tokenizer(folder: Path) -> Path:
-    """Write the same in the form of Gemma's own tokenizer: "▁" for a blank, other characters by their bytes."""
+    """Write a small tokenizer in the form of Gemma's own: "▁" for a blank, and unknown characters as bytes."""
     make_tokenizer(folder)
     pieces = [
         *SPECIAL_TOKENS,
@@ -216,7 +216,7 @@ def make_gemma_tokenizer(folder: Path) -> Path:
 
 
 def unpack_demo_pair(folder: Path) -> None:
-    """Write the demo pair as Hugging Face would publish it: `target/` and `assistant/`, with its names."""
+    """Write the demo pair in Hugging Face layout, with its tensor names, to `target/` and `assistant/`."""
     for source, name in ((DEMO_PAIR, "target"), (DEMO_PAIR / "drafter", "assistant")):
         shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("drafter", "*.index.json", "README.md"))
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -229,7 +229,7 @@ def unpack_demo_pair(folder: Path) -> None:
 
 
 def load_target(folder: Path) -> tuple[Target, TargetConfig]:
-    """The target of a checkpoint folder, quantized where the checkpoint is."""
+    """Load the target of a checkpoint folder. It is quantized if the checkpoint is."""
     config = read_target_config(folder)
     target = Target(config.text)
     fill_module(target, folder, partial(target_names, config=config), config.quantization)
@@ -237,7 +237,7 @@ def load_target(folder: Path) -> tuple[Target, TargetConfig]:
 
 
 def load_drafter(folder: Path) -> tuple[Drafter, DrafterConfig]:
-    """The drafter of a checkpoint folder, quantized where the checkpoint is."""
+    """Load the drafter of a checkpoint folder. It is quantized if the checkpoint is."""
     config = read_drafter_config(folder)
     drafter = Drafter(config)
     fill_module(drafter, folder, partial(drafter_names, config=config), config.quantization)
@@ -245,7 +245,7 @@ def load_drafter(folder: Path) -> tuple[Drafter, DrafterConfig]:
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:
-    """`<bos>` and random ids that are no special tokens."""
+    """Return `<bos>` and `count - 1` random ids of tokens that are not special."""
     return [2, *np.random.default_rng(seed).integers(FIRST_TEXT_ID, VOCAB_SIZE, count - 1).tolist()]
 
 
@@ -292,7 +292,7 @@ def _text_config(layer_types: list[str]) -> dict[str, Any]:
 
 
 def _override(config: dict[str, Any], overrides: dict[str, Any]) -> None:
-    """Set fields where they belong: in the text config if it has them, else at the top level."""
+    """Set each field in the text config if it is there, else at the top level."""
     text = config["text_config"]
     for name, value in overrides.items():
         (text if name in text else config)[name] = value
@@ -303,7 +303,7 @@ def _override(config: dict[str, Any], overrides: dict[str, Any]) -> None:
 
 def _target_tensors(text: dict[str, Any], rng: np.random.Generator) -> Tensors:
     hidden, layers, per_layer = text["hidden_size"], len(text["layer_types"]), text["hidden_size_per_layer_input"]
-    # Small embeddings under a large final norm: a tied head would otherwise repeat the last token.
+    # Small embeddings come before a large final norm. Otherwise a tied head repeats the last token.
     tensors = {
         "embed_tokens.weight": _normal(rng, 0.12 * hidden**-0.5, text["vocab_size"], hidden),
         "norm.weight": _norm(rng, hidden, 8.0),
@@ -360,7 +360,7 @@ def _layer_tensors(text: dict[str, Any], index: int, rng: np.random.Generator, *
 
 
 def _attention_tensors(text: dict[str, Any], is_full: bool, rng: np.random.Generator, *, owns_kv: bool) -> Tensors:
-    """Projections and norms; as published, layers that share another's K/V ship (dead) projections of their own."""
+    """Return projections and norms. As published, layers with shared K/V also have unused projections of their own."""
     hidden, heads, kv_heads = text["hidden_size"], text["num_attention_heads"], text["num_key_value_heads"]
     head_dim = text["global_head_dim"] if is_full else text["head_dim"]
     k_eq_v = is_full and text["attention_k_eq_v"]
@@ -403,7 +403,7 @@ def _norm(rng: np.random.Generator, size: int, scale: float = 1.0) -> NDArray[An
 
 
 def _pieces() -> tuple[list[str], list[tuple[str, str]]]:
-    """256 bytes and 240 pairs of letters, and the merges that make the pairs."""
+    """Return 256 bytes and 240 pairs of letters, and the merges that make the pairs."""
     vowels, consonants = "aeiou", "bcdfghjklmnpqrstvwxyz"
     pairs = [("Ġ", letter) for letter in "abcdefghijklmnopqrstuvwxyzABCD"]
     pairs += [(c, v) for c in consonants for v in vowels] + [(v, c) for c in consonants for v in vowels]

@@ -1,4 +1,4 @@
-"""Gemma's syntax of tool calls for the tests: written, cut into pieces, and read back."""
+"""Gemma's syntax of tool calls for tests: write it, cut it into pieces and parse it."""
 
 import json
 import random
@@ -18,14 +18,16 @@ End = Literal["stop", "length"] | None
 
 
 def tool(name: str, **properties: Any) -> Tool:
-    """A function tool as OpenAI has it, with these properties for parameters."""
+    """Return a function tool in OpenAI's form, with these properties as parameters."""
     parameters = {"type": "object", "properties": properties}
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
 def parse(pieces: Iterable[str], *, tools: Sequence[Tool] = (), end: End = "stop") -> tuple[str, list[Call]]:
-    """The content, and name and arguments of each call, of an answer in pieces that ends for this reason, or goes on
-    if it is None."""
+    """Parse an answer in pieces. Return its content, and the name and arguments of each call.
+
+    `end` is the finish reason. If it is None, the answer is not complete yet.
+    """
     parser = ToolCallParser(tools)
     content, calls = "", list[Call]()
     for text, is_last in [*((piece, False) for piece in pieces), *([("", True)] if end else [])]:
@@ -41,7 +43,7 @@ def parse(pieces: Iterable[str], *, tools: Sequence[Tool] = (), end: End = "stop
 
 
 def render(value: Any, blank: str = "") -> str:
-    """A value in Gemma's syntax, with blanks between its tokens."""
+    """Write a value in Gemma's syntax, with `blank` between its tokens."""
     if isinstance(value, str):
         return f"{QUOTE}{value}{QUOTE}"
     if isinstance(value, dict):
@@ -53,7 +55,7 @@ def render(value: Any, blank: str = "") -> str:
 
 
 def render_key(key: str) -> str:
-    """Between marks, unless it is a name, or names with blanks between."""
+    """Write a key. It stands between marks unless it is one name or several names separated by blanks."""
     return key if re.fullmatch(r"[\w.-]+( [\w.-]+)*", key) else render(key)
 
 
@@ -62,14 +64,14 @@ def render_call(name: str, arguments: dict[str, Any], blank: str = "") -> str:
 
 
 class Writer:
-    """Writes values in the syntaxes that models mix: Gemma's, JSON's and Python's, another for each value."""
+    """Writes values in the syntaxes that models mix: Gemma's, JSON's and Python's. Each value has a random syntax."""
 
     def __init__(self, choices: random.Random, styles: Sequence[str]) -> None:
         self._choices = choices
         self._styles = styles
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """In braces, or with parentheses as Python's calls if the style is "call" and all names can be."""
+        """Write a call in braces. The style "call" writes it in parentheses, as in Python, if all names allow this."""
         if "call" in self._styles and all(re.fullmatch("[a-z_]+", key) for key in arguments):
             pairs = ", ".join(f"{key}={self.value(value)}" for key, value in arguments.items())
             return f"<|tool_call>call:{name}({pairs})<tool_call|>"
@@ -100,7 +102,7 @@ class Writer:
         return self._choices.choice(self._styles)
 
 
-# The characters of the syntax, and some that take several bytes or an escape.
+# The characters of the syntax, and characters that need several bytes or an escape.
 TEXTS = st.text(st.sampled_from('<|">{}[]:,\\\n\t -_.tolc1é日😀\x00\x7f\u2028'), max_size=12) | st.text(max_size=8)
 STRINGS = TEXTS.filter(lambda text: QUOTE not in text)
 SCALARS = st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False, allow_infinity=False)

@@ -1,4 +1,4 @@
-"""For the commands that tests run: they start as they do for users, who have no PyTorch, and in half the time."""
+"""Hide PyTorch from the commands that tests run: users do not have it, and the start takes half the time."""
 
 import sys
 
