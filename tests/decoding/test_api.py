@@ -1,4 +1,4 @@
-"""The library as an app uses it: prompts of every kind, interleaved and cancelled streams, text piece by piece."""
+"""The library as an app uses it: prompts of every kind, interleaved and cancelled streams, text in pieces."""
 
 import gc
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def model(tiny_pair: TinyPair) -> mlx_mtp.Model:
 
 
 def dictate(prompt: list[int], tokens: list[int]) -> Callable[[mx.array, mx.array], mx.array]:
-    """A processor that makes the model say these tokens."""
+    """Return a processor that makes the model write these tokens."""
 
     def process(text: mx.array, logits: mx.array) -> mx.array:
         index = text.size - len(prompt)
@@ -100,7 +100,7 @@ def test_streams_of_one_model_may_interleave(model: mlx_mtp.Model) -> None:
 
 def test_closing_a_stream_frees_its_caches(model: mlx_mtp.Model) -> None:
     prompt = random_tokens(2000, seed=1)
-    # Compiles the rounds, which the model keeps.
+    # This call compiles the rounds, which the model keeps.
     options = mlx_mtp.GenerationOptions(num_draft_tokens=3, ignore_eos=True, reuse_prompt=False)
     model.generate(prompt, options, max_tokens=30)
     gc.collect()
@@ -111,12 +111,12 @@ def test_closing_a_stream_frees_its_caches(model: mlx_mtp.Model) -> None:
     held = mx.get_active_memory() - before
     assert held > 4e5
     stream.close()
-    # At once: nothing is left for the garbage collector.
+    # The memory is free at once. Nothing is left for the garbage collector.
     assert mx.get_active_memory() - before < held / 20
     with pytest.raises(StopIteration):
         next(stream)
     assert last.generation_tokens == 20
-    # One that was never begun has nothing to free.
+    # A stream that never started has nothing to free.
     model.stream_generate(prompt).close()
 
 
@@ -131,7 +131,7 @@ def test_nothing_is_printed(model: mlx_mtp.Model, capfd: pytest.CaptureFixture[s
 
 
 def test_every_piece_is_readable_text(model: mlx_mtp.Model) -> None:
-    """Characters of several tokens come whole, whatever blocks and stop strings cut."""
+    """A character of several tokens arrives whole, even where a block or a stop string cuts it."""
     tokens = model.tokenizer.encode(TEXT, add_special_tokens=False)
     assert len(tokens) > 1.5 * len(TEXT)
     for k in (0, 4):
@@ -147,22 +147,22 @@ def test_every_piece_is_readable_text(model: mlx_mtp.Model) -> None:
 
 
 def test_bytes_that_are_no_character_are_replaced(model: mlx_mtp.Model) -> None:
-    """A random model says such things all the time; every piece is text all the same."""
-    # The second is the zero byte, which mlx-lm's detokenizer for byte-level vocabularies takes for another one.
+    """A random model often writes such bytes. Every piece is valid text all the same."""
+    # The second token is the zero byte. mlx-lm's detokenizer for byte-level vocabularies confuses it with another one.
     unwanted = dict.fromkeys((model.tokenizer.get_vocab()[piece] for piece in ("<|channel>", "\u0100")), -1000.0)
     for seed in range(4):
         sampling = mlx_mtp.Sampling(temperature=1.5, seed=seed, logit_bias=unwanted)
         options: dict[str, Any] = {"sampling": sampling, "ignore_eos": True, "max_tokens": 60, "num_draft_tokens": 3}
         pieces = list(model.stream_generate(PROMPT, stop="\ufffd\ufffd!", **options))
         assert [piece.text.encode().decode() for piece in pieces] == [piece.text for piece in pieces]
-        # The same detokenizer, unlike Gemma's own, drops a space at the very beginning.
+        # The same detokenizer, unlike Gemma's own, drops a space at the start of the text.
         whole = model.tokenizer.decode([piece.token for piece in pieces])
         assert "".join(piece.text for piece in pieces) == whole.removeprefix(" ")
 
 
 @pytest.mark.parametrize("stop_id", STOP_IDS)
 def test_every_stop_id_ends_the_text(model: mlx_mtp.Model, stop_id: int) -> None:
-    """generation_config.json lists several; the text leaves them out, wherever in a block they come."""
+    """generation_config.json lists several stop ids. The text does not contain them, wherever they are in a block."""
     words = model.tokenizer.encode("a few words", add_special_tokens=False)
     for k, length in chain(((0, 3),), ((4, n) for n in range(1, 6))):
         said = [*words[:length], stop_id, *words]

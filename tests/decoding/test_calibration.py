@@ -1,4 +1,4 @@
-"""What rounds cost: measured, kept, and used; and drafting as many tokens as that says."""
+"""The costs of rounds: measure them, keep them, and choose the number of draft tokens by them."""
 
 import itertools
 import json
@@ -113,7 +113,7 @@ def test_a_clock_that_jumps_once_does_no_harm(
     model = mlx_mtp.load(tiny_pair("e2b") / "target")
     assert model.drafter is not None
     ticks = itertools.count()
-    # Within the turn of some length.
+    # The jump is within the measurement of one draft length.
     monkeypatch.setattr(time, "perf_counter", lambda: (n := next(ticks)) * 0.01 + jump * (n > 100))
     curve = measure_rounds(model.target, model.drafter, mlx_mtp.Sampling(), plan=MeasuringPlan(repetitions=(2, 2)))
     assert curve.verify == pytest.approx([0.01] * 9)
@@ -123,7 +123,7 @@ def test_a_clock_that_jumps_once_does_no_harm(
 def test_a_clock_that_stands_still_is_an_error_not_a_curve(
     tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor is it kept."""
+    """The wrong measurement is not kept."""
     model = mlx_mtp.load(tiny_pair("e2b") / "target")
     monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
     plan = MeasuringPlan(turn_rounds=(2, 2), repetitions=(1, 1))
@@ -160,7 +160,7 @@ def test_a_model_measures_once_per_kind_of_sampling(
 
 
 def test_auto_drafts_what_pays_and_the_text_is_the_same() -> None:
-    """More where the drafter is good than where it is damaged; greedy and coupled text never depends on it."""
+    """A good drafter drafts more than a damaged one. Greedy and coupled text does not depend on the draft length."""
     model = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
     coupled = mlx_mtp.Sampling(temperature=0.5, acceptance="coupled", seed=2)
     per_round = []

@@ -1,8 +1,8 @@
-"""Sampled tokens are distributed as plain sampling from the target: chi-square tests on small Markov tables.
+"""Sampled tokens have the distribution of plain sampling from the target: chi-square tests on small Markov tables.
 
-Each test compares the joint distribution of the first k + 1 tokens of 100,000 rounds with the exact one, at a
-significance of 1e-4. Power: moving 2 % of the mass of one row of the target's table, which changes 1 to 2 % of all
-sequences, is noticed, and so are the wrong rules below.
+Each test compares the joint distribution of the first k + 1 tokens of 100,000 rounds with the exact distribution, at a
+significance of 1e-4. The tests detect a move of 2 % of the mass of one row of the target's table. This move changes
+1 to 2 % of all sequences. The tests also detect the wrong acceptance rules below.
 """
 
 import itertools
@@ -27,10 +27,10 @@ Rule = Callable[[Draft, mx.array, mx.array], Acceptance]
 def rounds(
     tables: Tables, k: int, rule: Rule = accept_block, *, greedy_draft: bool = False, reported: Array | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The first k + 1 tokens, [draws, k + 1], and how many drafts were accepted, [draws].
+    """Return the first k + 1 tokens, [draws, k + 1], and the numbers of accepted draft tokens, [draws].
 
-    Rounds that emit fewer tokens go on by plain sampling. `reported` are drafter logits to claim instead of those drawn
-    from.
+    If a round emits fewer tokens, plain sampling adds the rest. `reported` replaces the drafter logits for the rule.
+    The draft tokens are still drawn from the drafter's own logits.
     """
     vocab_size, start = tables.vocab_size, mx.array(tables.vocab_size)
     p, q = tables.log_probabilities(tables.target), tables.log_probabilities(tables.drafter)
@@ -39,7 +39,7 @@ def rounds(
 
     def one(key: mx.array) -> tuple[mx.array, mx.array]:
         keys = mx.random.split(key, 2 * k + 3)
-        # XTC's coins belong to positions: drafter, target and later rounds share them.
+        # XTC's coins belong to positions. The drafter, the target and later rounds share them.
         coins = (mx.random.uniform(shape=(k + 1,), key=keys[0]) < tables.sampling.xtc_probability).astype(mx.int32)
         last, drafted, q_rows, id_rows, p_rows = start, [], [], [], [p[coins[0], start]]
         for i in range(k):
@@ -73,7 +73,7 @@ DRAFTERS = ("good", "bad", "opposite", "adversarial", "identical")
 
 
 def token_by_token(draft: Draft, log_probabilities: mx.array, key: mx.array) -> Acceptance:
-    """Rejection sampling (Leviathan et al. 2022): each token by itself, by u < p / q."""
+    """Accept each token independently if u < p / q: rejection sampling (Leviathan et al. 2022)."""
     assert draft.log_probabilities is not None
     k = draft.tokens.shape[1]
     p, q = mx.exp(log_probabilities), mx.exp(draft.log_probabilities)
@@ -109,7 +109,7 @@ WARPS = {
 @pytest.mark.parametrize("drafter", ["good", "bad"])
 @pytest.mark.parametrize("name", WARPS)
 def test_with_sampling_options_on_both_sides(name: str, drafter: str) -> None:
-    """The filters exclude other tokens in p than in q, so each has zeros where the other has none."""
+    """The filters exclude different tokens in p and in q, so each has zeros where the other has none."""
     tables = make_tables(drafter, 5, WARPS[name])
     excluded = [np.isinf(np.array(tables.log_probabilities(x))) for x in (tables.target, tables.drafter)]
     if "top" in name and name != "top_k all":
@@ -121,7 +121,7 @@ def test_with_sampling_options_on_both_sides(name: str, drafter: str) -> None:
 @pytest.mark.parametrize("sampling", [Sampling(temperature=1), WARPS["all"]], ids=["plain", "all options"])
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_with_candidates_of_the_drafter(count: int, sampling: Sampling) -> None:
-    """Candidates in any order, other ones after every token; all other tokens have q = 0."""
+    """The candidates have any order and differ after every token. All other tokens have q = 0."""
     rng = np.random.default_rng(count)
     ids = np.stack([rng.permutation(5)[:count] for _ in range(6)]).astype(np.int32)
     logits = np.take_along_axis(make_tables("good", 5).drafter, ids, axis=1)
@@ -154,7 +154,7 @@ def test_the_test_accepts_another_right_rule() -> None:
 
 @pytest.mark.parametrize("drafter", ["good", "bad", "opposite", "identical"])
 def test_the_test_rejects_drafting_the_argmax_against_its_probability(drafter: str) -> None:
-    """Hugging Face's assisted decoding: a greedy draft, accepted with probability p / q, residual max(p - q, 0)."""
+    """Hugging Face's assisted decoding: a greedy draft, accepted with probability p / q, and residual max(p - q, 0)."""
     assert misfit(make_tables(drafter, 4), 3, token_by_token, greedy_draft=True) > 20
 
 
@@ -177,7 +177,7 @@ def test_the_test_rejects_a_q_that_was_not_drawn_from(scale: float) -> None:
 
 @pytest.mark.parametrize("row", range(4))
 def test_the_test_notices_small_changes(row: int) -> None:
-    """2 % of one row's mass moved from its likeliest token to the next."""
+    """A move of 2 % of one row's mass from its likeliest token to the second is detected."""
     tables = make_tables("good", 4)
     changed = np.exp(tables.target)
     first, second = changed[row].argsort()[::-1][:2]
@@ -188,7 +188,7 @@ def test_the_test_notices_small_changes(row: int) -> None:
 
 
 def coupled_rounds(tables: Tables, k: int, first: int) -> tuple[NDArray[np.int64], ...]:
-    """Tokens of coupled rounds, accepted drafts, and the k + 1 tokens of plain sampling with the same noise."""
+    """Return tokens of coupled rounds, accepted counts, and k + 1 tokens of plain sampling with the same noise."""
     p, q = (tables.log_probabilities(x)[0] for x in (tables.target, tables.drafter))
     start = mx.array(tables.vocab_size)
 
@@ -222,7 +222,7 @@ def test_coupled_rounds_are_plain_sampling_with_the_same_noise(drafter: str, fir
 
 
 def test_noise_differs_between_positions_and_seeds() -> None:
-    """No stream of numbers is shared: all keys, coins and rows of noise of neighbours are different."""
+    """Neighbours share no random numbers: all keys, coins and rows of noise are different."""
     keys = [stream for seed in range(20) for stream in mx.random.split(mx.random.key(seed))]
     positions = [*range(200), *range(2**16 - 100, 2**16 + 100), *range(2**18 - 100, 2**18)]
     by_position = [position_key(key, mx.array(position)) for key in keys for position in positions]
@@ -244,7 +244,7 @@ def test_noise_of_a_position_does_not_depend_on_where_its_round_begins() -> None
 
 
 def reference(logits: Array, sampling: Sampling, coin: float) -> Array:
-    """Probabilities as mlx-lm makes them, in its order: top-p, min-p, XTC, top-k, temperature."""
+    """Compute probabilities in mlx-lm's order: top-p, min-p, XTC, top-k, temperature."""
     p: Array = np.exp(logits - logits.max())
     p /= p.sum()
     above = np.array([p[p > x].sum() for x in p])
@@ -280,14 +280,14 @@ def test_log_probabilities_are_those_of_a_plain_implementation() -> None:
 
 
 def test_log_probabilities_are_those_of_mlx_lm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The logits that reach mlx-lm's last step, the draw, are ours but for a constant."""
+    """The logits before mlx-lm's last step, the draw, equal the project's own except for a constant."""
     from mlx_lm import sample_utils
 
     monkeypatch.setattr(sample_utils, "categorical_sampling", lambda logits, temp: logits / temp)
     logits = mx.array(np.random.default_rng(1).standard_normal((1, 12)) * 2, dtype=mx.float32)
     for sampling in OPTIONS:
         if sampling.xtc_probability == 0.5 or sampling.top_k >= 12:
-            continue  # mlx-lm tosses a coin of its own, and refuses a top_k that leaves nothing out.
+            continue  # mlx-lm draws a coin of its own, and refuses a top_k of the whole vocabulary.
         sampler = sample_utils.make_sampler(
             temp=sampling.temperature,
             top_p=sampling.top_p,
@@ -302,7 +302,7 @@ def test_log_probabilities_are_those_of_mlx_lm(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_draws_of_mlx_lm_have_our_distribution() -> None:
-    """Draws of its sampler, XTC's coin included."""
+    """mlx-lm's sampler draws from the same distribution, including XTC's coin."""
     from mlx_lm.sample_utils import make_sampler
 
     sampling = Sampling(temperature=0.8, top_p=0.9, min_p=0.05, xtc_probability=0.4, xtc_threshold=0.2)
@@ -310,7 +310,7 @@ def test_the_draws_of_mlx_lm_have_our_distribution() -> None:
     logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     sampler = make_sampler(temp=0.8, top_p=0.9, min_p=0.05, xtc_probability=0.4, xtc_threshold=0.2)
     mx.random.seed(0)
-    # mlx-lm tosses one coin per call, so each draw is a call.
+    # mlx-lm draws one coin per call, so each draw is one call.
     tokens = np.array(mx.concatenate([sampler(logits) for _ in range(4000)]), np.int64)
     without, applied = (np.exp(np.array(sampling.log_probabilities(logits, mx.array([c]))))[0] for c in (1.0, 0.0))
     assert abs(without - applied).max() > 0.1

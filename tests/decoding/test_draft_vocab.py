@@ -1,4 +1,4 @@
-"""Drafters with a part of the vocabulary: cut when converting or training, lossless all the same."""
+"""Drafters with a part of the vocabulary: the converter or training cuts them, and decoding stays lossless."""
 
 import json
 import re
@@ -23,12 +23,12 @@ SIZE = 150
 
 
 def convert(source: Path, output: Path, *args: str | Path, code: int = 0) -> None:
-    """The command line, in this process: a dozen of them would take a minute to start."""
+    """Run the converter's command line in this process, because a dozen processes take a minute to start."""
     assert main(list(map(str, ["--hf-path", source / "target", "--mlx-path", output, *args]))) == code
 
 
 def test_the_most_useful_tokens() -> None:
-    """Those to keep, the most frequent, then the first."""
+    """The order is: tokens to keep, the most frequent tokens, the first tokens."""
     texts = [[9, 9, 7], [7, 9, 11]]
     assert choose_ids(texts, {1}, 12, 3).tolist() == [1, 7, 9]
     assert choose_ids(texts, {1}, 12, 6).tolist() == [0, 1, 2, 7, 9, 11]
@@ -47,7 +47,7 @@ def test_converted_with_a_draft_vocabulary(tiny_pair: TinyPair, tmp_path: Path, 
     ids = cut.drafter.draft_vocab_ids.tolist()
     assert ids == list(range(SIZE))
     assert json.loads((tmp_path / "cut" / "drafter" / "config.json").read_text())["draft_vocab_size"] == SIZE
-    # The rows are those of the whole head, the logits too.
+    # The rows and the logits equal those of the whole head.
     state = mx.random.normal((1, 1, cut.drafter.config.text.hidden_size), key=mx.random.key(0))
     candidates, every = cut.drafter.candidates(state), whole.drafter.candidates(state)
     assert mx.array_equal(candidates.logits[:, :SIZE], every.logits[:, :SIZE])
@@ -65,7 +65,7 @@ def test_drafts_stay_lossless(tiny_pair: TinyPair, tmp_path: Path) -> None:
         assert max(plain.tokens) >= SIZE, "the text never leaves the draft vocabulary: the test proves nothing"
         for k in (1, 4):
             assert model.generate(PROMPT, num_draft_tokens=k, **options).tokens == plain.tokens
-    # Sampled blocks: what is accepted was in the draft vocabulary.
+    # In sampled blocks, all accepted tokens are in the draft vocabulary.
     sampling = mlx_mtp.Sampling(temperature=1.0, seed=3)
     responses = list(model.stream_generate(PROMPT, sampling=sampling, max_tokens=120, ignore_eos=True))
     assert {r.token for r in responses if r.from_draft} <= set(range(SIZE))
@@ -74,7 +74,7 @@ def test_drafts_stay_lossless(tiny_pair: TinyPair, tmp_path: Path) -> None:
 
 
 def test_a_grammar_outside_the_draft_vocabulary(tiny_pair: TinyPair, tmp_path: Path) -> None:
-    """Where no token that can be drafted is allowed, one that is takes its place."""
+    """If the grammar allows no token of the draft vocabulary, the draft has an allowed token instead."""
     text = tmp_path / "text.txt"
     text.write_text("letters and nothing else\n" * 3)
     convert(tiny_pair("31b"), tmp_path / "cut", "--draft-vocab", "20", "--draft-vocab-text", text)
@@ -128,14 +128,14 @@ def test_trained_with_a_draft_vocabulary(tiny_pair: TinyPair, tmp_path: Path) ->
 def test_options_of_a_drafter_that_is_not_found(
     tiny_pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, str]
 ) -> None:
-    """They cannot be honoured: never dropped without a word."""
+    """These options need a drafter. They are an error, and are never ignored silently."""
     shutil.copytree(tiny_pair("31b") / "target", tmp_path / "alone")
     args = ["--hf-path", str(tmp_path / "alone"), "--mlx-path", str(tmp_path / "out"), *options]
     assert main(args) == 1
     message = f"error: {options[0]}: expected a drafter with it, but none was found; name one with --drafter\n"
     assert capsys.readouterr().err == message
     assert not (tmp_path / "out").exists()
-    # A value that no drafter could have comes first.
+    # An invalid value is reported first.
     assert main([*args[:-1], "-5"]) == 1
     assert ", found -5\n" in capsys.readouterr().err
 

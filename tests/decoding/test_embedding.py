@@ -1,4 +1,4 @@
-"""The library inside an app: an event loop, threads, giving memory back, progress, and no effect on the process."""
+"""The library inside an app: event loop, threads, freed memory, progress, and no effect on the process."""
 
 import asyncio
 import gc
@@ -57,7 +57,7 @@ def test_the_stream_is_that_of_stream_generate(model: mlx_mtp.Model) -> None:
         found = []
         prompt = [*LONG, *PROMPT]
         async for response in model.astream_generate(prompt, max_tokens=3, prefill_step_size=200, on_prefill=note):
-            # All of it is reported before the first token is.
+            # All progress is reported before the first token.
             assert [done for done, *_ in progress] == [200, 400, 440]
             found.append(response)
         assert len(found) == 3
@@ -101,7 +101,7 @@ def test_closing_and_cancelling_end_the_generation(model: mlx_mtp.Model) -> None
     async def main() -> None:
         await closed()
         await wait_until(lambda: is_idle(model))
-        # What was read is kept, as by an iterator that is closed.
+        # The tokens that were read stay cached, as after an iterator's close.
         assert 40 <= len(model.prompt_cache.entries[-1].tokens) < 2000
         task = asyncio.create_task(model.agenerate(LONG, **ENDLESS))
         await wait_until(lambda: not is_idle(model))
@@ -109,7 +109,7 @@ def test_closing_and_cancelling_end_the_generation(model: mlx_mtp.Model) -> None
         with pytest.raises(asyncio.CancelledError):
             await task
         await wait_until(lambda: is_idle(model))
-        # A waiting one is never begun: nothing of its prompt is read.
+        # A waiting generation never starts, and none of its prompt is read.
         read = model.prompt_cache.read
         async with aclosing(model.astream_generate(PROMPT, **ENDLESS)) as first:
             await anext(first)
@@ -205,7 +205,7 @@ def active() -> int:
 
 @pytest.mark.parametrize("how", ["resident", "mapped", "exact"])
 def test_close_gives_the_memory_back(tiny_pair: TinyPair, how: str) -> None:
-    """After generations of every kind, with open ones, and although the model is still referred to."""
+    """Memory is free after generations of every kind, with open streams, and while the model is still referenced."""
     before = active()
     kind: dict[str, Any] = {"exact": True} if how == "exact" else {"per_layer_embeddings": how}
     model = mlx_mtp.load(tiny_pair("e2b") / "target", **kind)
@@ -223,7 +223,7 @@ def test_close_gives_the_memory_back(tiny_pair: TinyPair, how: str) -> None:
     next(is_open[0])
     cache = model.prompt_cache
     model.close()
-    # Nothing is left to the garbage collector, but for a few keys of random numbers.
+    # Nothing is left for the garbage collector except a few keys of random numbers.
     assert mx.get_active_memory() - before < 4096 < loaded / 20
     assert mx.get_cache_memory() == 0
     assert not cache.entries
@@ -235,7 +235,7 @@ def test_close_gives_the_memory_back(tiny_pair: TinyPair, how: str) -> None:
 
 
 def test_models_used_on_two_threads_leave_nothing_to_each_other(tmp_path: Path) -> None:
-    """MLX keeps what it compiled by thread, and by the address of a function, which a later model's may have."""
+    """MLX caches compiled functions by thread and function address. A later model can have the same address."""
     options = mlx_mtp.GenerationOptions(max_tokens=40, num_draft_tokens=0, ignore_eos=True)
     folders = [make_target(tmp_path / str(seed), "e2b", seed=seed) for seed in (1, 2)]
     expected = []
@@ -248,7 +248,7 @@ def test_models_used_on_two_threads_leave_nothing_to_each_other(tmp_path: Path) 
         for folder, tokens in zip(folders, expected, strict=True):
             with mlx_mtp.load(folder) as model:
                 assert model.generate(PROMPT, options).tokens == tokens
-                # Last on the thread that ends with the model: the other one must forget it all the same.
+                # The last use is on the thread that ends with the model. The main thread must also forget the model.
                 assert asyncio.run(model.agenerate(PROMPT, options)).tokens == tokens
             assert active() - before < 4096
 
@@ -278,7 +278,7 @@ def test_everything_is_an_error_once_it_is_closed(model: mlx_mtp.Model, tmp_path
             use()
     with pytest.raises(AttributeError, match="'Model' object has no attribute 'colour'"):
         model.colour  # noqa: B018
-    # What its folder says is still known.
+    # The facts from its folder are still available.
     assert model.max_context == 4096
 
 
@@ -326,7 +326,7 @@ def test_closing_from_a_callback(tiny_pair: TinyPair) -> None:
     model = mlx_mtp.load(tiny_pair("e2b") / "target")
 
     async def waits() -> None:
-        # On the model's thread, it waits for the generation whose callback closes the model.
+        # This generation waits on the model's thread for the generation whose callback closes the model.
         with pytest.raises(mlx_mtp.ClosedError):
             await model.agenerate(PROMPT, **ENDLESS)
 
@@ -417,7 +417,7 @@ def test_loading_for_an_event_loop(tiny_pair: TinyPair) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        # Its thread has ended.
+        # The load's thread has ended.
         assert not any(thread.name == "mlx-mtp load" for thread in threading.enumerate())
         seen.clear()
         with await mlx_mtp.aload(folder, "none", on_load=note, max_context=100) as model:
@@ -540,7 +540,7 @@ if end == "close":
     ],
 )
 def test_threads_in_every_combination(where: str, ways: str, end: str) -> None:
-    """Loaded on one thread, used on others, and the program ends without an abort."""
+    """A model is loaded on one thread and used on others. The program ends without an abort."""
     command = [sys.executable, "-c", THREADS, where, ways, end]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (0, "")

@@ -1,6 +1,6 @@
-"""Exact verify passes, and the probe that compares passes over several rows with single ones.
+"""Exact verify passes, and the probe that compares passes over several rows with single passes.
 
-The device at hand may round alike for any number of rows; those that do not are imitated by parts that round otherwise.
+The current device possibly rounds alike for any number of rows. Replaced operations imitate devices that do not.
 """
 
 import json
@@ -23,12 +23,12 @@ from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4.target import Target
 
 TinyPair = Callable[[str], Path]
-# Up to where the number of K/V rows looked at changes.
+# The prompt ends just before the number of visible K/V rows changes.
 PROMPT = random_tokens(245, seed=3)
 
 
 def rounds_otherwise(call: Callable[..., Any], axis: int = 1) -> Callable[..., Any]:
-    """The same but for the last bits where there is more than one row."""
+    """Return `call` with other last bits in its result if there is more than one row."""
 
     def calling(*args: Any, **kwargs: Any) -> Any:
         x = next(arg for arg in args if isinstance(arg, mx.array))
@@ -41,7 +41,7 @@ def rounds_otherwise(call: Callable[..., Any], axis: int = 1) -> Callable[..., A
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One whose products and attention round otherwise for several rows."""
+    """A device whose products and attention round differently for several rows."""
     for kind in (nn.Linear, nn.QuantizedLinear):
         monkeypatch.setattr(kind, "__call__", rounds_otherwise(kind.__call__))
     for table in (nn.Embedding, nn.QuantizedEmbedding):
@@ -67,7 +67,7 @@ def test_a_device_that_rounds_otherwise_is_made_exact(tiny_pair: TinyPair, varia
     make_exact(target)
     check_exact(target, CompiledRounds(always=True))
     ways = {module.way for module in target.modules() if isinstance(module, ExactRows)}
-    # A batch of single rows is another kernel, which has their bits here; experts have products of their own.
+    # A batch of single rows uses another kernel, which has the bits of single rows here. Experts are products apart.
     assert ways - {"apart"} == ({"batched"} if bits else set())
     assert isinstance(target.embed_tokens, ExactTable)
 
@@ -75,7 +75,7 @@ def test_a_device_that_rounds_otherwise_is_made_exact(tiny_pair: TinyPair, varia
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_exact_text_is_that_of_plain_decoding(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    # The function of that name hides the module.
+    # The function of the same name hides the module.
     module = sys.modules["mlx_mtp.loading"]
     monkeypatch.setattr(module, "load_target", lambda config, **_: cast(load_target(config.path.parent)[0], dtype))
     model = mlx_mtp.load(tiny_pair("e2b") / "target", exact=True)
@@ -150,7 +150,7 @@ def test_the_probe_names_the_first_difference(
 
 
 def test_the_probe_counts_what_is_lost(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A head that finds other tokens when it is asked for several rows."""
+    """The replaced head finds other tokens for several rows."""
     model = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
     text = model.encode("def read(path):\n    with open(path) as file:\n        return json.load(file)\n\n\n" * 4)
     fair = probe.acceptance(model, [text], 40, lambda _: None)
@@ -178,7 +178,7 @@ def test_bad_options_of_the_probe(tiny_pair: TinyPair, capsys: pytest.CaptureFix
 
 
 def test_an_exact_round_looks_at_no_more_rows_than_a_plain_one(tiny_pair: TinyPair) -> None:
-    """Sums over K/V rows round by their number: a draft ends where the number of rows would grow."""
+    """Sums over K/V rows round by the number of rows. A draft ends where this number would grow."""
     target = load_target(tiny_pair("e2b") / "target")[0]
     for exact, expected in ((True, [8, 8, 2, 1, 0, 8]), (False, [8] * 6)):
         stream = Stream(target, None, max_draft_tokens=8, exact=exact)

@@ -1,4 +1,4 @@
-"""Constrained answers and thoughts: always in the language, the same text with the drafter and without it."""
+"""Constrained answers and thoughts: always in the language, and the same text with and without the drafter."""
 
 import json
 import re
@@ -63,7 +63,7 @@ def is_answer(text: str, grammar: dict[str, Any]) -> bool:
 
 @pytest.fixture(scope="module", params=["e2b", "31b"])
 def model(tiny_pair: TinyPair, request: pytest.FixtureRequest) -> mlx_mtp.Model:
-    """Centroid head and dense head."""
+    """A model with a centroid head, and one with a dense head."""
     return mlx_mtp.load(tiny_pair(request.param) / "target")
 
 
@@ -95,7 +95,7 @@ def test_an_answer_is_in_the_language_and_does_not_depend_on_drafts(
 def test_compiled_passes_are_the_same_and_copy_no_buffer(
     model: mlx_mtp.Model, channel: Channel, k: int, options: dict[str, Any]
 ) -> None:
-    """With masks that depend on the tokens before, and with one for all rows."""
+    """One grammar has masks that depend on the tokens before. The thinking budget has one mask for all rows."""
     sampling = mlx_mtp.Sampling(temperature=1.0, seed=3)
     peaks = []
     for capacity in (1024, 64 * 1024):
@@ -121,7 +121,7 @@ def test_compiled_passes_are_the_same_and_copy_no_buffer(
 
 
 def test_characters_made_of_bytes(tiny_pair: TinyPair, tmp_path: Path) -> None:
-    """In a vocabulary of Gemma's form, where "本" is three tokens, a grammar is followed inside a character."""
+    """In a vocabulary of Gemma's form, "本" is three tokens. A grammar applies inside such a character."""
     shutil.copytree(tiny_pair("e2b"), tmp_path, dirs_exist_ok=True)
     for folder in ("target", "target-assistant"):
         make_gemma_tokenizer(tmp_path / folder)
@@ -138,7 +138,7 @@ def test_characters_made_of_bytes(tiny_pair: TinyPair, tmp_path: Path) -> None:
 
 
 def test_greedy_text_of_the_trained_pair_and_the_drafters_use(trained: mlx_mtp.Model) -> None:
-    """Without masks of its own the drafter would propose little that a grammar allows. Measured: 2.8."""
+    """Without masks of its own, the drafter seldom drafts allowed tokens. The measured acceptance length is 2.8."""
     accepted = []
     for grammar in GRAMMARS[:3]:
         plain = trained.generate(CODE, num_draft_tokens=0, max_tokens=80, **grammar)
@@ -160,7 +160,7 @@ def test_sampled_answers_are_in_the_language(model: mlx_mtp.Model) -> None:
 
 
 def exact(model: mlx_mtp.Model, regex: str) -> dict[tuple[int, ...], float]:
-    """The probability of every text of a small language: the target's own, over the allowed tokens at each step."""
+    """Return each text of a small language with its probability: the target's, over the allowed tokens at each step."""
     stop_ids = frozenset(model.tokenizer.eos_token_ids)
     guide = model.parts.guides.guide(mlx_mtp.GenerationOptions(regex=regex), None, stop_ids)
     assert guide is not None
@@ -187,7 +187,7 @@ def exact(model: mlx_mtp.Model, regex: str) -> dict[tuple[int, ...], float]:
 
 
 def test_sampled_answers_have_the_plain_distribution(model: mlx_mtp.Model) -> None:
-    """Chi-square over all texts of a small language, at a significance of 1e-4: masks on both sides bias nothing."""
+    """Chi-square over all texts of a small language, at a significance of 1e-4. The masks on both sides add no bias."""
     draws, regex = 300, r"[ab][cd]e?"
     expected = exact(model, regex)
     assert len(expected) > 10
@@ -203,12 +203,12 @@ def test_sampled_answers_have_the_plain_distribution(model: mlx_mtp.Model) -> No
     terms.append((draws - found, draws - mean))
     chi_square = sum((found - mean) ** 2 / mean for found, mean in terms)
     freedom = len(terms) - 1
-    # Wilson and Hilferty: the cube root is nearly normal, which is 3.72 deviations above its mean once in 10,000.
+    # Wilson and Hilferty: the cube root is nearly normal. It exceeds 3.72 deviations above its mean once in 10,000.
     assert chi_square < freedom * (1 - 2 / (9 * freedom) + 3.72 * (2 / (9 * freedom)) ** 0.5) ** 3
 
 
 def random_schema(rng: np.random.Generator, depth: int = 0) -> dict[str, Any]:
-    """A schema with a bound on everything, so that its answers are finite."""
+    """Return a schema with a bound on everything, so that its answers are finite."""
     kind = rng.integers(0, 9 if depth < 2 else 5)
     if kind == 0:
         return {"type": "string", "minLength": int(rng.integers(0, 3)), "maxLength": int(rng.integers(3, 12))}
@@ -255,7 +255,7 @@ def test_an_answer_cut_short_is_a_beginning(trained: mlx_mtp.Model) -> None:
 
 
 def test_other_options_hold_under_a_grammar(model: mlx_mtp.Model) -> None:
-    """Penalties, bias and a processor choose among what is allowed, with and without drafts."""
+    """Penalties, bias and a processor choose among the allowed tokens, with and without drafts."""
     a, b = (model.tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "ab")
 
     def process(tokens: mx.array, logits: mx.array) -> mx.array:
@@ -288,8 +288,10 @@ def channel(model: mlx_mtp.Model) -> Channel:
 
 
 def thinker(model: mlx_mtp.Model, channel: Channel, length: int) -> Callable[[mx.array, mx.array], mx.array]:
-    """A random model never thinks of its own accord: this opens the channel, names it, and closes it in the end, not
-    before."""
+    """Return a processor that opens the channel, names it, and closes it after `length` tokens.
+
+    A random model does not think without it.
+    """
     header = model.tokenizer.encode("thought\n", add_special_tokens=False)
     script = {
         0: channel.start,
@@ -332,7 +334,7 @@ def test_a_thought_is_separate_and_within_its_budget(
 
 
 def decoded(model: mlx_mtp.Model, drafter: Drafter | None, guide: Guide, k: int) -> tuple[list[int], Stats]:
-    """Greedy tokens after a prompt that opens a thought, and the counts of the rounds."""
+    """Decode greedily after a prompt that opens a thought. Return the tokens and the counts of the rounds."""
     stream = Stream(model.target, drafter, max_draft_tokens=k, guide=guide)
     prompt, tokens, stats = [*PROMPT, guide_channel(model).start], list[int](), Stats()
     for result in decode(stream, prompt, max_tokens=12, num_draft_tokens=k, stop_ids=frozenset(), prefill_step_size=64):
@@ -348,7 +350,7 @@ def guide_channel(model: mlx_mtp.Model) -> Channel:
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_a_budget_holds_to_the_token_where_every_draft_is_accepted(model: mlx_mtp.Model, k: int) -> None:
-    """Wherever the last token of the thought lies in its round: the draft is the plain text, so nothing is rejected."""
+    """The thought's last token has every place in its round. The draft is the plain text, so nothing is rejected."""
     channel = guide_channel(model)
     assert model.drafter is not None
 
@@ -366,7 +368,7 @@ def test_a_budget_holds_to_the_token_where_every_draft_is_accepted(model: mlx_mt
 
 @pytest.mark.parametrize("asked", [0, 1, 3])
 def test_a_drafter_that_does_not_ask_for_each_row_is_an_error(model: mlx_mtp.Model, asked: int) -> None:
-    """Its masks would stand at other rows than theirs: one of them, at all rows."""
+    """The drafter's masks would apply to the wrong rows. With one request, its mask would apply to all rows."""
 
     class Silent(GivenDrafter):
         def draft(self, target: Target, token: mx.array, *others: Any) -> Draft:
@@ -383,7 +385,7 @@ def test_a_drafter_that_does_not_ask_for_each_row_is_an_error(model: mlx_mtp.Mod
 
 
 def test_a_drafter_of_given_tokens_asks_for_each_row(model: mlx_mtp.Model) -> None:
-    """As the drafters that time and compare rounds do."""
+    """Drafters that time and compare rounds also use given tokens."""
     channel = guide_channel(model)
 
     def guide() -> Guide:
@@ -400,7 +402,7 @@ def test_no_budget_leaves_a_thought_alone(model: mlx_mtp.Model, channel: Channel
         result = model.generate(PROMPT, enable_thinking=True, logits_processors=[process], **options)
         assert result.tokens.index(channel.end) == 1 + channel.header + 40
         assert result.text
-        # Not enabled is a matter of the template: a thought that comes all the same is separated as well.
+        # Only the chat template enables thoughts. A thought is separated even if it is not enabled.
         assert model.generate(PROMPT, logits_processors=[process], **options).thought == result.thought
 
 
@@ -412,9 +414,9 @@ def test_a_prompt_that_ends_inside_a_thought(model: mlx_mtp.Model, channel: Chan
         assert result.tokens.index(channel.end) == BUDGET + channel.header - len(opened)
         assert re.fullmatch("[a-z]{8}", result.text)
         if opened:
-            # mlx-lm's detokenizer of such a tokenizer leaves out a blank at the beginning.
+            # mlx-lm's detokenizer of this tokenizer drops a blank at the beginning.
             assert result.thought == model.tokenizer.decode(result.tokens[: BUDGET - inside]).removeprefix(" ")
-    # A user's own text is no thought, nor is one that was closed.
+    # The user's own text is not a thought. A closed thought in the prompt also does not count.
     turn = model.tokenizer.get_vocab()["<|turn>"]
     for prompt in ([*PROMPT, channel.start, turn, 40], [*PROMPT, channel.start, 40, channel.end]):
         assert model.generate(prompt, max_tokens=10, ignore_eos=True).thought == ""
@@ -481,7 +483,7 @@ def test_a_language_without_texts_is_refused_before_the_prompt_is_read(model: ml
 
 
 def test_a_grammar_of_special_tokens(model: mlx_mtp.Model) -> None:
-    """They are looked up in the model's tokenizer, where one that is not there is found."""
+    """The model's tokenizer resolves them, and an unknown special token is an error."""
     result = model.generate(PROMPT, grammar='start: <|tool_call> "a" <tool_call|>', num_draft_tokens=3)
     assert result.text == "<|tool_call>a<tool_call|>"
     with pytest.raises(mlx_mtp.OptionError, match="unknown special token"):
@@ -522,7 +524,7 @@ def test_the_command_line_takes_regex_grammar_and_grammar_file(tiny_pair: TinyPa
 
 
 def test_the_command_line_refuses_bad_grammars_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Before the model is looked at: none of these has one."""
+    """The error comes before the model is read: the model does not exist in these cases."""
     broken = tmp_path / "broken.json"
     broken.write_text('{"type": ')
     for args, message in (

@@ -1,4 +1,4 @@
-"""The memory plan against what a process takes, and limits: refused before anything is loaded, with what would fit."""
+"""The memory plan against real memory use, and limits: an error before loading says what fits."""
 
 import itertools
 import json
@@ -35,7 +35,7 @@ def test_the_plan_counts_what_is_loaded(tiny_pair: TinyPair, tmp_path: Path, var
     plan = mlx_mtp.plan_memory(folder, max_context=1000)
     model = mlx_mtp.load(folder)
     loaded = sum(array.nbytes for _, array in _flat(model.target))
-    # What fusing adds: a scale per head of the queries and keys.
+    # Fusion adds a scale per head of the queries and keys.
     planned = plan.weights + plan.token_embeddings + plan.per_layer_embeddings
     assert planned <= loaded <= 1.02 * planned
     assert model.drafter is not None
@@ -59,7 +59,7 @@ def _bytes(buffers: Any) -> int:
 
 @pytest.mark.parametrize(("variant", "length"), [("e2b", 2500), ("31b", 1500), ("31b", 300)])
 def test_the_peak_is_the_planned_one(tmp_path: Path, variant: str, length: int) -> None:
-    """Of layers large enough that what is not planned for, such as masks and norms, matters little."""
+    """The layers are large, so that unplanned parts such as masks and norms matter little."""
     sizes = {"hidden_size": 256, "intermediate_size": 1024}
     make_target(tmp_path / "target", variant, **sizes)
     make_drafter(tmp_path / "target-assistant", variant, backbone_hidden_size=256)
@@ -168,7 +168,7 @@ def test_quantized_kv_and_mapped_embeddings_are_planned(tmp_path: Path, bits: in
     stream.cache.reserve(1000)
     assert sum(a.nbytes for a in stream.cache.arrays()) == pytest.approx(plan.kv + plan.rings, rel=0.01)
     assert plan.kv_per_token < plain.kv_per_token
-    # Not that long yet.
+    # The context is shorter than the start of quantization.
     later = mlx_mtp.plan_memory(
         folder, max_context=1000, options=mlx_mtp.GenerationOptions(kv_bits=8, kv_group_size=32)
     )
@@ -176,7 +176,7 @@ def test_quantized_kv_and_mapped_embeddings_are_planned(tmp_path: Path, bits: in
     with pytest.raises(mlx_mtp.OptionError, match="does not divide"):
         mlx_mtp.plan_memory(folder, options=mlx_mtp.GenerationOptions(kv_bits=8))
     mapped = mlx_mtp.plan_memory(folder, per_layer_embeddings="mapped")
-    # The rows kept, here more than all there are.
+    # The number of rows to keep in memory exceeds the number of all rows here.
     assert mapped.per_layer_embeddings == plain.per_layer_embeddings
     assert mlx_mtp.plan_memory(folder, per_layer_embeddings="resident") == plain
 

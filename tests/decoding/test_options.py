@@ -1,4 +1,4 @@
-"""Penalties, logit bias, stop strings and stop tokens: the same text with the drafter and without it."""
+"""Penalties, logit bias, stop strings and stop tokens: the same text with and without the drafter."""
 
 import json
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def generate(model: mlx_mtp.Model, k: int, **options: Any) -> mlx_mtp.Generation
 
 
 def reference(model: mlx_mtp.Model, options: dict[str, Any]) -> list[int]:
-    """Plain greedy decoding with mlx-lm's processors, each token from a fresh pass over the whole text."""
+    """Decode greedily with mlx-lm's processors. Each token comes from a fresh pass over the whole text."""
     processors = make_logits_processors(**options)
     tokens = list(PROMPT)
     for _ in range(TOKENS):
@@ -64,7 +64,7 @@ def test_penalties_are_mlx_lms_with_and_without_drafts(model: mlx_mtp.Model, opt
 
 @pytest.mark.parametrize("candidates", [None, [[5, 0, 3], [0, 1, 2], [7, 6, 0]]])
 def test_penalties_by_hand(candidates: list[list[int]] | None) -> None:
-    """Of contexts that are shorter than the window: what pads them is no token, not token 0 either."""
+    """The contexts are shorter than the window. The padding is no token, and not token 0 either."""
     sampling = mlx_mtp.Sampling(
         repetition_penalty=2.0, repetition_context_size=4, presence_penalty=0.5, presence_context_size=2,
         frequency_penalty=0.25, frequency_context_size=3, logit_bias={3: 1.5},
@@ -98,7 +98,7 @@ def test_penalties_when_sampling_do_not_depend_on_drafts(model: mlx_mtp.Model) -
 
 
 def test_a_banned_token_never_appears(model: mlx_mtp.Model) -> None:
-    """Neither greedily nor sampled, in any row of a block."""
+    """The token appears neither greedily nor sampled, in any row of a block."""
     banned = set(generate(model, 0).tokens[:10])
     for temperature in (0.0, 1.0):
         sampling = mlx_mtp.Sampling(temperature=temperature, logit_bias=dict.fromkeys(banned, -1e9))
@@ -106,7 +106,7 @@ def test_a_banned_token_never_appears(model: mlx_mtp.Model) -> None:
 
 
 def test_logits_processors_see_each_rows_own_tokens(model: mlx_mtp.Model) -> None:
-    """One that forbids repeating the last three tokens, and depends on the length: as in mlx-lm's plain loop."""
+    """The processor forbids the last three tokens and depends on the length. The text equals mlx-lm's plain loop."""
 
     def process(tokens: mx.array, logits: mx.array) -> mx.array:
         bias = 5.0 if tokens.size % 2 else 0.0
@@ -145,7 +145,7 @@ def test_min_tokens(model: mlx_mtp.Model) -> None:
 
 
 def test_logprobs_are_the_targets_own(model: mlx_mtp.Model) -> None:
-    """Whatever the options are; the same with and without drafts."""
+    """They do not depend on the options or on drafts."""
     sampling = mlx_mtp.Sampling(temperature=0.7, top_k=10, presence_penalty=1.0, acceptance="coupled")
     for k in (0, 3):
         options: dict[str, Any] = {"num_draft_tokens": k, "max_tokens": TOKENS, "ignore_eos": True, "logprobs": 4}
@@ -166,7 +166,7 @@ def test_logprobs_are_the_targets_own(model: mlx_mtp.Model) -> None:
 
 
 def test_penalties_keep_the_drafter_useful() -> None:
-    """On the demo pair: penalties reach the drafter as well. Measured 2.1 tokens per round; 1.0 is no help."""
+    """Penalties reach the drafter as well. The demo pair has 2.1 tokens per round. 1.0 means no help."""
     model = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
     sampling = mlx_mtp.Sampling(presence_penalty=1.5)
     stats = model.generate(
@@ -189,14 +189,14 @@ def test_stop_strings_wherever_tokens_and_blocks_break(model: mlx_mtp.Model) -> 
             assert result.last.finish_reason == "stop"
     several = generate_40(3, stop=[text[40:44], text[20:24], "not in the text at all"])
     assert several.text == text[: min(text.index(text[40:44]), text.index(text[20:24]))]
-    # What begins like a stop string but is none is not lost, not at the end either.
+    # Text that only begins like a stop string is not lost, also at the end.
     almost = generate_40(3, stop=[text[-4:] + "?", text[30:34] + "?!"])
     assert almost.text == text
     assert almost.last.finish_reason == "length"
 
 
 def test_stop_tokens_and_ignore_eos(model: mlx_mtp.Model) -> None:
-    """The text goes on after a stop token only with ignore_eos."""
+    """The text continues after a stop token only with ignore_eos."""
     token = generate(model, 0).tokens[20]
     model.tokenizer.add_eos_token(str(token))
     try:

@@ -1,4 +1,4 @@
-"""Prompts read before: the same tokens whatever is reused, bounded in bytes, and files that are whole or refused."""
+"""The prompt cache: reuse does not change the tokens, memory is bounded in bytes, and damaged files are refused."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ from mlx_mtp import cache_prompt, generate, generation
 
 TinyPair = Callable[[str], Path]
 GREEDY = mlx_mtp.GenerationOptions(max_tokens=24, num_draft_tokens=3, ignore_eos=True, prefill_step_size=24)
-# Both kinds of head, shared K/V or not.
+# The pairs have a centroid head and a dense head, with and without shared K/V.
 PAIRS = ("e2b", "31b")
 
 
@@ -42,12 +42,12 @@ def test_a_text_that_goes_on_is_not_read_again(model: mlx_mtp.Model) -> None:
     assert first.tokens == fresh(model, prompt).tokens
     longer = prompt + first.tokens + random_tokens(9, seed=2)[1:]
     again = model.generate(longer, GREEDY)
-    # All but the last token, which was emitted but not read.
+    # All tokens are cached except the last one, which was emitted but not read.
     assert again.last.cached_tokens == len(prompt) + 23
     assert again.last.prompt_tokens == len(longer)
     expected = fresh(model, longer)
     assert again.tokens == expected.tokens
-    # Drafting goes on as if all had been read.
+    # Drafting continues as after a full prefill.
     assert again.last.stats == expected.last.stats
     assert model.prompt_cache.reused == len(prompt) + 23
     assert len(model.prompt_cache.entries) == 1, "a text that goes on is kept once"
@@ -59,19 +59,19 @@ def test_the_same_prompt_again_and_branches_of_it(model: mlx_mtp.Model) -> None:
     again = model.generate(prompt, GREEDY)
     assert again.last.cached_tokens == len(prompt) - 1
     assert again.tokens == fresh(model, prompt).tokens
-    # Parts from the first in the middle: what is reused ends at a snapshot.
+    # The branch differs from the first prompt in the middle. The reuse ends at a snapshot.
     branch = prompt[: 5 * WINDOW] + random_tokens(2 * WINDOW, seed=4)[1:]
     branched = model.generate(branch, GREEDY)
     assert branched.last.cached_tokens == 3 * 24
     assert branched.tokens == fresh(model, branch).tokens
-    # The first is still there.
+    # The first prompt is still cached.
     assert model.generate(prompt, GREEDY).last.cached_tokens == len(prompt) - 1
     assert model.generate(random_tokens(50, seed=5)[1:], GREEDY).last.cached_tokens == 0
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_any_history_of_a_chat_gives_the_tokens_of_a_fresh_prefill(tiny_pair: TinyPair, seed: int) -> None:
-    """Turns are added, taken back, edited and branched off; with few bytes, old ones are forgotten on the way."""
+    """Turns are added, removed, edited and branched. With a low limit in bytes, old texts are dropped on the way."""
     chooser = random.Random(seed)
     model = mlx_mtp.load(tiny_pair(PAIRS[seed % 2]) / "target")
     if seed % 3 == 0:
@@ -103,25 +103,25 @@ def test_any_history_of_a_chat_gives_the_tokens_of_a_fresh_prefill(tiny_pair: Ti
 
 
 def positions(model: mlx_mtp.Model) -> list[int]:
-    """Where the snapshots of the text used last lie."""
+    """Return the positions of the snapshots of the text used last."""
     return [snapshot.position for snapshot in model.prompt_cache.entries[-1].snapshots]
 
 
 def test_snapshots_lie_at_their_positions_once_each(model: mlx_mtp.Model) -> None:
-    """A prompt that ends where a snapshot is due, and an answer that ends with it, or begins there again."""
+    """A prompt can end where a snapshot is due. An answer can end at a snapshot, or start again at one."""
     every = 2 * WINDOW
     prompt = random_tokens(3 * every, seed=6)
     chunks: dict[str, Any] = {"prefill_step_size": every}
     model.generate(prompt, GREEDY, max_tokens=1, **chunks)
     assert positions(model) == [every, 2 * every, 3 * every]
-    # The last token of all must be read, so the snapshot at the end serves up to there.
+    # The last token of the prompt must be read, so the reuse from the snapshot at the end stops one token before it.
     again = model.generate(prompt, GREEDY, max_tokens=1, **chunks)
     assert again.last.cached_tokens == 3 * every - 1
     assert positions(model) == [every, 2 * every, 3 * every]
-    # One token read after it is a place of its own.
+    # One more token gets a snapshot of its own.
     model.generate(prompt, GREEDY, max_tokens=2, **chunks)
     assert positions(model) == [every, 2 * every, 3 * every, 3 * every + 1]
-    # One that goes on at the snapshot keeps it, and the text that branches off there begins with it.
+    # A text that continues at the snapshot keeps it. A text that branches there begins with it.
     longer = prompt + random_tokens(every + 1, seed=7)[1:]
     result = model.generate(longer, GREEDY, max_tokens=1, **chunks)
     assert result.last.cached_tokens == 3 * every
@@ -133,7 +133,7 @@ def test_snapshots_lie_at_their_positions_once_each(model: mlx_mtp.Model) -> Non
     assert result.tokens == fresh(model, branch).tokens
     # The answer's last token is emitted, not read.
     assert positions(model) == [every, 2 * every, 3 * every, len(branch), len(branch) + 23]
-    # Between two snapshots, a chunk that passes one by takes it at the chunk's end, and none twice.
+    # If a chunk passes a snapshot's position, the snapshot is at the chunk's end. There are no duplicates.
     model.generate(random_tokens(3 * every, seed=9)[1:], GREEDY, max_tokens=1, prefill_step_size=every // 2 + 4)
     assert positions(model) == [40, 80, 95]
 
@@ -149,7 +149,7 @@ def test_old_texts_go_first_and_snapshots_where_they_are_missed_least(model: mlx
     assert prompts[1] not in kept
     assert prompts[2] in kept
     assert model.prompt_cache.nbytes <= model.prompt_cache.limit
-    # A long text keeps eight, closer to each other near its end.
+    # A long text keeps eight snapshots. They are closer to each other near its end.
     model.prompt_cache.limit = 10**9
     model.generate(random_tokens(40 * WINDOW, seed=13), GREEDY)
     positions = [snapshot.position for snapshot in model.prompt_cache.entries[-1].snapshots]
@@ -157,14 +157,14 @@ def test_old_texts_go_first_and_snapshots_where_they_are_missed_least(model: mlx
     gaps = [b - a for a, b in itertools.pairwise([0, *positions])]
     assert gaps[0] < 24 * WINDOW
     assert max(gaps[-3:]) <= 3 * WINDOW
-    # No room, nothing kept.
+    # With a limit of 0 nothing is kept.
     model.prompt_cache.limit = 0
     model.generate(prompts[0], GREEDY)
     assert not model.prompt_cache.entries
 
 
 def test_clearing_frees_the_memory(model: mlx_mtp.Model) -> None:
-    # Compiles the rounds, which the model keeps.
+    # These calls compile the rounds, which the model keeps.
     for seed in (20, 21):
         model.generate(random_tokens(4 * WINDOW, seed=seed), GREEDY)
     model.prompt_cache.clear()
@@ -180,7 +180,7 @@ def test_a_text_that_goes_on_is_written_in_place_and_a_branch_is_copied(tiny_pai
     model = mlx_mtp.load(tiny_pair("31b") / "target")
     prompt = random_tokens(2800, seed=25)
     options = mlx_mtp.GenerationOptions(max_tokens=8, num_draft_tokens=3, ignore_eos=True)
-    # Twice, for compiled rounds stay.
+    # The second run does not count the compiled rounds, which stay in memory.
     for _ in range(2):
         model.prompt_cache.clear()
         kept = model.generate(prompt, options)
@@ -222,7 +222,7 @@ def test_a_stream_that_is_closed_or_fails_leaves_what_it_read(
     stream.close()
     longer = prompt + emitted + random_tokens(30, seed=41)[1:]
     expected = fresh(model, longer)
-    # As Ctrl-C does, in the middle of a chunk: its rings are lost, the snapshots before it are not.
+    # Ctrl-C stops in the middle of a chunk: its ring buffers are lost, but the snapshots before it are not.
     target, calls = type(model.target), []
     original = target.read_per_layer_rows
 
@@ -264,7 +264,7 @@ def test_quantized_kv_is_reused_from_where_it_begins(model: mlx_mtp.Model, start
     prompt = random_tokens(5 * WINDOW, seed=61)
     kv: dict[str, Any] = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": start}
     first = model.generate(prompt, GREEDY, **kv)
-    # Back to before it begins, and to after that.
+    # The branches go back to before the start of quantization, and to after it.
     for length, least in ((4 * WINDOW + 8, 3 * 24 - 12), (3 * WINDOW, 0)):
         branch = prompt[:length] + random_tokens(20, seed=62)[1:]
         result = model.generate(branch, GREEDY, **kv)
@@ -272,7 +272,7 @@ def test_quantized_kv_is_reused_from_where_it_begins(model: mlx_mtp.Model, start
         assert result.last.cached_tokens >= least
         assert result.tokens == fresh(model, branch, **kv).tokens
     assert model.generate(prompt, GREEDY, **kv).tokens == first.tokens == fresh(model, prompt, **kv).tokens
-    # Not for others.
+    # Other K/V settings do not reuse it.
     assert model.generate(prompt, GREEDY).last.cached_tokens == 0
 
 
@@ -314,7 +314,7 @@ def test_quantized_kv_is_saved_as_it_is(model: mlx_mtp.Model, tmp_path: Path) ->
 
 
 def test_a_damaged_file_is_refused(tiny_pair: TinyPair, tmp_path: Path) -> None:
-    """Any byte changed, and any end cut off: one error of the right kind, and nothing else is lost."""
+    """Any changed byte and any cut end is an error of the right kind, and nothing else is lost."""
     model = mlx_mtp.load(tiny_pair("e2b") / "target")
     whole, file = tmp_path / "whole.safetensors", tmp_path / "damaged.safetensors"
     model.save_prompt(random_tokens(20, seed=80), whole)
@@ -328,7 +328,7 @@ def test_a_damaged_file_is_refused(tiny_pair: TinyPair, tmp_path: Path) -> None:
         damaged = bytearray(content)
         damaged[place] ^= 1 << chooser.randrange(8)
         file.write_bytes(damaged)
-        # Padding of the header may be anything.
+        # The padding of the header can have any value.
         if place < 8 + header and content[place : place + 1] == b" ":
             continue
         with pytest.raises(mlx_mtp.PromptCacheError, match=str(file)):
@@ -355,7 +355,7 @@ def test_a_file_of_another_model_or_version_is_refused(
     model.save_prompt("hello", file)
     with pytest.raises(mlx_mtp.PromptCacheError, match="a prompt cache of another model: its field model is"):
         mlx_mtp.load(tiny_pair("31b") / "target").load_prompt(file)
-    # One weight is enough.
+    # One different weight is enough.
     layer = model.target.layers[0].mlp.down_proj
     monkeypatch.setattr(layer, "weight", layer.weight + 1.0)
     model = mlx_mtp.Model(model.target, None, model.tokenizer, model.config, None)

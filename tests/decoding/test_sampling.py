@@ -1,4 +1,4 @@
-"""Sampling through the round: what a seed fixes, by acceptance rule, and the distribution of a real round's tokens."""
+"""Sampling in rounds: a seed fixes the tokens, by acceptance rule, and a real round has the right distribution."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +26,7 @@ OPTIONS = {
     "min_p": Sampling(temperature=2, min_p=0.02, seed=4, acceptance="coupled"),
     "XTC": Sampling(temperature=1, xtc_probability=0.5, xtc_threshold=0.02, seed=5, acceptance="coupled"),
 }
-# At this temperature the random dense drafter and its target agree more often than not.
+# At this temperature the random dense drafter and its target usually agree.
 HOT = Sampling(temperature=4)
 
 
@@ -57,7 +57,7 @@ Plain = Callable[[str, str, bool], list[int]]
 
 @pytest.fixture(scope="module")
 def plain(tiny_models: Models) -> Plain:
-    """100 tokens of plain sampling by variant, options and whether the prompt is longer than the window."""
+    """100 tokens of plain sampling by variant, options, and whether the prompt is longer than the window."""
     known: dict[tuple[str, str, bool], list[int]] = {}
 
     def tokens(variant: str, name: str, is_long: bool) -> list[int]:
@@ -70,7 +70,7 @@ def plain(tiny_models: Models) -> Plain:
     return tokens
 
 
-# Every option with both heads, and every k, with a short prompt and a long one in turn.
+# The cases have every option with both heads and every k. The prompts are short and long in turn.
 COUPLED = [("e2b", "XTC", 1, True), ("31b", "min_p", 2, False), ("e2b", "top_p", 3, False), ("31b", "top_k", 4, True)]
 COUPLED += [("e2b", "temperature", 5, True), ("31b", "XTC", 6, False), ("e2b", "min_p", 4, True)]
 COUPLED += [("31b", "temperature", 3, True), ("31b", "top_p", 5, False), ("e2b", "top_k", 2, False)]
@@ -80,7 +80,7 @@ COUPLED += [("31b", "temperature", 3, True), ("31b", "top_p", 5, False), ("e2b",
 def test_coupled_tokens_do_not_depend_on_the_draft(
     tiny_models: Models, plain: Plain, variant: str, name: str, k: int, is_long: bool
 ) -> None:
-    """With a random drafter, a perfect one, and one right for the first half of each block."""
+    """The drafter is random, perfect, or right for the first half of each block."""
     target, drafter = tiny_models(variant)
     prompt, sampling = LONG if is_long else SHORT, OPTIONS[name]
     reference = plain(variant, name, is_long)
@@ -96,7 +96,7 @@ def test_coupled_tokens_do_not_depend_on_the_draft(
 
 
 def test_coupled_drafts_share_the_noise(tiny_models: Models) -> None:
-    """Of two like distributions coupling makes like draws: the drafts of the random drafter are often right."""
+    """Coupling draws similar tokens from similar distributions. The random drafter is often right."""
     target, drafter = tiny_models("31b")
     coupled = sample(target, drafter, LONG, 3, replace(HOT, acceptance="coupled"))[1]
     assert coupled.acceptance_by_position[0] > 0.3
@@ -151,7 +151,7 @@ def test_top_k_of_one_is_greedy(tiny_models: Models, top_k: int) -> None:
 
 
 def test_a_stop_inside_a_block(tiny_models: Models) -> None:
-    """An accepted draft token that stops: nothing after it is emitted, or kept."""
+    """An accepted draft token is a stop token. No token after it is emitted or kept."""
     target, drafter = tiny_models("31b")
     stream = Stream(target, drafter, max_draft_tokens=4, sampling=HOT)
     blocks = list(decode(stream, LONG, max_tokens=100, num_draft_tokens=4, stop_ids=frozenset(), prefill_step_size=64))
@@ -189,7 +189,7 @@ def test_a_coupled_stop_inside_a_block(tiny_models: Models, plain: Plain) -> Non
 def test_the_token_a_round_decides_on_has_the_target_s_distribution(
     tiny_models: Models, variant: str, temperature: float, acceptance: Any, seeds: int
 ) -> None:
-    """The first token of the round after prefill, over many seeds, in classes of tokens of like probability."""
+    """The test counts the first token of the round after prefill for many seeds, in classes of similar probability."""
     target, drafter = tiny_models(variant)
     sampling = Sampling(temperature=temperature, top_p=0.95, acceptance=acceptance)
     stream = Stream(target, drafter, max_draft_tokens=3, sampling=sampling, rounds=CompiledRounds())

@@ -1,4 +1,4 @@
-"""The round: greedy output is the target's own whatever is drafted; the state after it is that of plain decoding."""
+"""The round: greedy output is the target's own for any draft, and the state after it is that of plain decoding."""
 
 import ctypes
 import weakref
@@ -27,7 +27,7 @@ from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.kv_cache import Cache
 from mlx_mtp.gemma4.target import Target
 
-# With the long prompt, the K/V buffers of full attention grow once.
+# With this many tokens after the long prompt, the K/V buffers of full attention grow once.
 TOKENS = 220
 
 
@@ -42,7 +42,7 @@ def run(
     max_context: int = 4096,
     step: int = 64,
 ) -> tuple[list[int], Stats, Stream]:
-    """Decode in compiled rounds, returning tokens, statistics and the stream afterwards."""
+    """Decode in compiled rounds. Return the tokens, the statistics and the stream afterwards."""
     stream = Stream(target, drafter, max_draft_tokens=k, rounds=CompiledRounds())
     tokens: list[int] = []
     stats = Stats()
@@ -77,7 +77,7 @@ Plain = Callable[[str, tuple[int, ...]], list[int]]
     [("e2b", 1), ("e2b", 4), ("12b", 2), ("12b", 8), ("26b", 3), ("26b", 5), ("31b", 4), ("31b", 8)],
 )
 def test_speculative_greedy_is_plain_greedy(tiny_models: Models, plain: Plain, variant: str, k: int) -> None:
-    """With a random drafter, with a perfect one, and with one that is right for the first half of each block."""
+    """The drafter is random, perfect, or right for the first half of each block."""
     target, drafter = tiny_models(variant)
     for prompt, draft_randomly in ((SHORT, k % 2 == 1), (LONG, k % 2 == 0)):
         reference = plain(variant, tuple(prompt))
@@ -122,7 +122,7 @@ def test_chunk_size_of_prefill_does_not_matter(tiny_models: Models, plain: Plain
     assert run(target, drafter, LONG, 3, step=step, max_tokens=60)[0] == plain(variant, tuple(LONG))[:60]
 
 
-# (draft tokens of the round, how many of them are right)
+# Each tuple holds the number of draft tokens of a round and the number of right ones.
 rounds = st.integers(0, 4).flatmap(lambda k: st.tuples(st.just(k), st.integers(0, k)))
 
 
@@ -157,7 +157,7 @@ def test_a_stop_inside_a_block_ends_there_and_leaves_exactly_the_emitted_tokens(
 ) -> None:
     target, drafter = tiny_models(variant)
     reference = plain(variant, tuple(LONG))
-    # A token first seen in the middle of a block of four.
+    # The stop token first appears in the middle of a block of four.
     end = next(i for i in range(18, TOKENS) if i % 5 == 2 and reference[i] not in reference[:i])
     stop_ids = frozenset({reference[end]})
     perfect = Scripted(drafter, LONG, reference)
@@ -204,7 +204,7 @@ def test_bad_arguments(tiny_models: Models) -> None:
 def test_the_drafter_never_sees_a_rejected_row(
     tiny_models: Models, plain: Plain, variant: str, prompt: list[int]
 ) -> None:
-    """After rounds with rejections, the drafts are those of a cache that never held a rejected token."""
+    """After rounds with rejections, the drafts equal those from a cache that never held a rejected token."""
     target, drafter = tiny_models(variant)
     reference = plain(variant, tuple(prompt))
     stream = Stream(target, Scripted(drafter, prompt, reference, wrong_at=(1, 2, 3)), max_draft_tokens=4)
@@ -229,7 +229,7 @@ def test_the_drafter_never_sees_a_rejected_row(
 
 
 def test_the_first_round_after_a_long_prompt_sees_the_right_rows_and_the_window_stays(tiny_models: Models) -> None:
-    """From the first round on the drafter sees the same number of rows: the last window + 1, the newest among them."""
+    """From the first round on, the drafter sees the same number of rows: the last window + 1, with the newest row."""
     target, drafter = tiny_models("e2b")
     stream = Stream(target, drafter, max_draft_tokens=3)
     stream.prefill(LONG, 1000)
@@ -240,7 +240,7 @@ def test_the_first_round_after_a_long_prompt_sees_the_right_rows_and_the_window_
         seen = np.array(view.keys)[0, 0][np.array(view.mask)[0]]
         assert len(seen) == WINDOW + 1
         if round_index == 0:
-            # This cache never wrapped: its rows are in order of position.
+            # This cache never wrapped, so its rows are in order of position.
             layer = target.config.last_kv_layer("sliding_attention")
             last = np.array(everything.keys[layer])[0, 0][len(LONG) - WINDOW - 1 : len(LONG)]
             np.testing.assert_allclose(np.sort(seen, axis=0), np.sort(last, axis=0), atol=1e-5)
@@ -250,7 +250,7 @@ def test_the_first_round_after_a_long_prompt_sees_the_right_rows_and_the_window_
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, acceptance="coupled")])
 def test_plain_rounds_compute_nothing_of_no_drafts(tiny_models: Models, sampling: Sampling) -> None:
-    """A product over no draft tokens ends the process on MLX's CUDA backend, and no slice of no context is needed."""
+    """A product over zero draft tokens ends the process on MLX's CUDA backend. An empty context needs no slice."""
     target, drafter = tiny_models("e2b")
     found = [set(operations(round_outputs(target, drafter, k, sampling))) for k in (0, 1)]
     assert "CumProd" in found[1] - found[0]
@@ -259,7 +259,7 @@ def test_plain_rounds_compute_nothing_of_no_drafts(tiny_models: Models, sampling
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_one_host_read_per_round(tiny_models: Models, monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
-    """Nothing is read, and nothing evaluated, but once per round: `.item()` in a draft step would be."""
+    """Values are evaluated and read once per round only. An `.item()` in a draft step would be another read."""
     target, drafter = tiny_models("e2b")
     stream = Stream(target, drafter, max_draft_tokens=4, rounds=CompiledRounds() if compiled else None)
     stream.prefill(SHORT, 64)
@@ -285,7 +285,7 @@ def test_one_host_read_per_round(tiny_models: Models, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("variant", ["e2b", "31b"])
 def test_drafting_reads_nothing(tiny_models: Models, variant: str) -> None:
-    """Draft steps can be traced, in which reading a value (`.item()`) is an error: both heads stay on the device."""
+    """Draft steps can be traced, and in a trace `.item()` is an error. So both heads stay on the device."""
     target, drafter = tiny_models(variant)
     stream = Stream(target, drafter, max_draft_tokens=4)
     stream.prefill(LONG, 64)
@@ -300,7 +300,7 @@ def test_drafting_reads_nothing(tiny_models: Models, variant: str) -> None:
 
 
 class AnyToken:
-    """A matcher of the language of all texts."""
+    """A matcher that allows every text."""
 
     def unsafe_compute_mask_ptr(self, address: int, size: int) -> None:
         ctypes.memset(address, 0xFF, size)
@@ -321,9 +321,9 @@ class AnyToken:
 @pytest.mark.parametrize(("guided", "compiled"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("k", [0, 3])
 def test_a_round_copies_no_buffer(tiny_models: Models, k: int, guided: bool, compiled: bool) -> None:
-    """Drafting, verifying and accepting hold no old K/V view: a round's peak does not grow with the buffers.
+    """Drafting, verifying and accepting hold no old K/V view. A round's peak does not grow with the buffers.
 
-    Nor where draft tokens are read one by one.
+    This is also true if a guide reads draft tokens one by one.
     """
     target, drafter = tiny_models("31b")
     peaks, sizes, rounds = [], [], CompiledRounds() if compiled else None
@@ -353,7 +353,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("sampling", OPTIONS, ids=["greedy", "block", "coupled"])
 def test_a_compiled_round_is_the_round(tiny_models: Models, sampling: Sampling) -> None:
-    """The same tokens, log probabilities and state, in a text that makes the buffers grow; traced once per shape."""
+    """Tokens, log probabilities and state are equal while the buffers grow. Each shape is traced once."""
     target, drafter = tiny_models("e2b")
     prompt, rounds = random_tokens(220, seed=3), CompiledRounds()
     for seed in (sampling.seed, sampling.seed + 1):
@@ -380,13 +380,13 @@ def test_a_compiled_round_is_the_round(tiny_models: Models, sampling: Sampling) 
         assert streams[1].cache.length == streams[0].cache.length
         np.testing.assert_allclose(streams[1].state.hidden, streams[0].state.hidden, atol=1e-3)
         assert streams[0].cache.length + 4 < 1024
-    # Texts of up to 512 tokens see 256 rows, then 512. Another seed is the same round.
+    # Texts of up to 512 tokens see 256 rows, then 512 rows. Another seed reuses the same round.
     assert len(rounds.traces) == len(set(rounds.traces))
     assert [shape[:2] for shape in rounds.traces] in ([(3, 256)], [(3, 256), (3, 512)])
 
 
 def test_compiled_rounds_do_not_keep_a_stream_alive(tiny_models: Models) -> None:
-    """Neither its buffers nor, once the pair is done with, themselves: memory is free at once."""
+    """The rounds hold no buffers of the stream, and they are free themselves when the pair is no longer used."""
     target, drafter = tiny_models("31b")
     rounds = CompiledRounds()
     stream = Stream(target, drafter, max_draft_tokens=3, rounds=rounds)

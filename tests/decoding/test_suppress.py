@@ -1,4 +1,4 @@
-"""Tokens that `generation_config.json` suppresses never come, whatever chooses: nothing else changes."""
+"""Tokens that `generation_config.json` suppresses never appear with any option, and nothing else changes."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def plain(tiny_pair: TinyPair, variant: str) -> mlx_mtp.Model:
 
 @pytest.fixture(scope="module")
 def suppressed(plain: mlx_mtp.Model) -> tuple[int, ...]:
-    """Tokens that the model likes: those of its greedy text, and of one that is sampled."""
+    """Tokens that the model prefers: all tokens of its greedy text and of a sampled text."""
     texts = [generate(plain, 0), generate(plain, 0, sampling=HOT)]
     return tuple(sorted({token for text in texts for token in text}))
 
@@ -54,7 +54,7 @@ def folder(
     pair = tmp_path_factory.mktemp("suppress") / variant
     shutil.copytree(tiny_pair(variant), pair)
     file = pair / "target" / "generation_config.json"
-    # As published, beside ids that only a larger vocabulary has.
+    # As published, the list also has ids that only a larger vocabulary has.
     fields = {"suppress_tokens": [*suppressed, 258883, 258882]}
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
     return pair / "target"
@@ -88,7 +88,7 @@ def test_greedy_text_is_that_of_transformers(folder: Path, model: mlx_mtp.Model,
 def test_sampled_text_is_that_of_a_bias_of_minus_infinity(
     model: mlx_mtp.Model, plain: mlx_mtp.Model, acceptance: AcceptanceRule, k: int
 ) -> None:
-    """A bias goes through another path to the same distribution: the same draws give the same tokens."""
+    """A bias reaches the same distribution in another way. The same draws give the same tokens."""
     options = replace(HOT, acceptance=acceptance, top_k=200, top_p=0.99)
     tokens = generate(model, k, sampling=options)
     assert not set(tokens) & set(model.config.suppress_tokens)
@@ -117,13 +117,13 @@ def test_log_probabilities_are_of_the_other_tokens(model: mlx_mtp.Model) -> None
 def test_they_are_not_drafted(
     tiny_pair: TinyPair, kind: str, sampling: mlx_mtp.Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No draft step is spent on a token that cannot be accepted."""
+    """No draft step is used for a token that cannot be accepted."""
     folder = tiny_pair("e2b" if kind in ("centroids", "dead clusters") else "31b")
     target, drafter = load_target(folder / "target")[0], load_drafter(folder / "target-assistant")[0]
     tokens = list(range(0, VOCAB_SIZE, 2))
     if kind == "dead clusters":
         assert drafter.masked_embedding is not None
-        # All of the others: what is left to be drafted is in four of 32 clusters.
+        # The tokens that can still be drafted are all in four of 32 clusters.
         tokens = np.array(drafter.masked_embedding.token_ordering).tolist()[64:]
     if kind == "pruned":
         prune(drafter, np.arange(64, dtype=np.int32))
@@ -158,7 +158,7 @@ def test_a_grammar_goes_on_without_them(model: mlx_mtp.Model) -> None:
 
 
 def test_a_grammar_of_nothing_else_is_an_error(tiny_pair: TinyPair, tmp_path: Path) -> None:
-    """Of the letter q, which is a token alone or with a vowel."""
+    """The grammar needs the letter q, which is a token alone or with a vowel."""
     shutil.copytree(tiny_pair("31b") / "target", tmp_path / "it")
     tokenizer = _tokenizer(tiny_pair("31b"))
     texts = {token: tokenizer.decode([token]) for token in range(FIRST_TEXT_ID, VOCAB_SIZE)}
@@ -175,7 +175,7 @@ def test_a_grammar_of_nothing_else_is_an_error(tiny_pair: TinyPair, tmp_path: Pa
 
 
 def test_what_it_costs(tiny_pair: TinyPair) -> None:
-    """One choice between two values for all verified rows, one for each draft step, and nothing where none is named."""
+    """The cost is one selection for all verified rows and one per draft step. An empty list costs nothing."""
     target, _ = load_target(tiny_pair("31b") / "target")
     drafter, _ = load_drafter(tiny_pair("31b") / "target-assistant")
     before = operations(round_outputs(target, drafter, 3, compiled=False))
@@ -186,7 +186,7 @@ def test_what_it_costs(tiny_pair: TinyPair) -> None:
         model.suppress([5, 9])
     more = operations(round_outputs(target, drafter, 3, compiled=False)) - before
     assert more.pop("Select") == 4
-    # Constants, and their types.
+    # The other operations are constants and their types.
     assert set(more) <= {"AsType", "Full", "Load"}
 
 

@@ -1,4 +1,4 @@
-"""A grammar of tool calls: it allows the valid ones and no others."""
+"""A grammar of tool calls allows all valid calls and no others."""
 
 import json
 import re
@@ -68,7 +68,7 @@ def test_an_answer_by_a_schema_instead_of_calls(
 
 
 def test_blanks_in_an_answer_beside_tools_are_bounded(is_allowed: Callable[[str, str], bool]) -> None:
-    """As in one without tools."""
+    """The bound is the same in an answer without tools."""
     grammar = tool_grammar(TWO, "auto", answer=CITY).text
     assert is_allowed(grammar, '{\n  "city": "a"}')
     assert not is_allowed(grammar, '{\n\n\n"city": "a"}')
@@ -80,7 +80,7 @@ def test_without_tools_there_is_text_only(is_allowed: Callable[[str, str], bool]
     assert not is_allowed(grammar, A)
 
 
-# A schema of an object's property x, values it allows and values it does not.
+# Each tuple holds a schema of the property x, values that it allows, and values that it does not allow.
 SCHEMAS: list[tuple[Any, list[Any], list[Any]]] = [
     ({"type": "string"}, ["", "a", '{"\\\n}', "<|", "tool_call|>"], [1, None]),
     ({"type": "integer"}, [0, -12, 10**15], [1.5, "1", 10**16]),
@@ -126,7 +126,7 @@ SCHEMAS: list[tuple[Any, list[Any], list[Any]]] = [
         [{"a": 1}],
         [{}, {"b": 1}],
     ),
-    # What is not followed.
+    # The grammar does not follow these schemas completely.
     ({"$ref": "#/$defs/a"}, [1, "a"], []),
     ({"type": "file", "enum": ["a"]}, ["a"], [1]),
     ({"type": ["string", "null"], "anyOf": [{"type": "integer"}]}, ["a", None], [1]),
@@ -144,7 +144,7 @@ def test_arguments_follow_the_schema(
 
 
 def test_a_string_does_not_spell_the_mark_that_ends_it(is_allowed: Callable[[str, str], bool]) -> None:
-    """The text would be the same as with the special token."""
+    """Its text would equal the text of the special token."""
     grammar = tool_grammar([tool("f", {"properties": {"x": {"type": "string"}}})], "auto").text
     for mark in (QUOTE, "<|tool_call>"):
         assert mark not in grammar.replace(f" {mark}", "")
@@ -161,7 +161,7 @@ def test_a_string_of_ordinary_tokens_holds_no_mark(is_allowed: Callable[..., boo
     assert not is_allowed(grammar, start, "a<|", '"|>', end)
 
 
-# None of them holds the text of a special token: here it would become the token.
+# No string holds the text of a special token, because here the text would become the token.
 PLAIN = STRINGS.filter(lambda text: re.search(r"<\|?\w+\|?>", text) is None)
 
 
@@ -337,7 +337,7 @@ def model(tiny_pair: Callable[[str], Path], request: pytest.FixtureRequest, tmp_
     ("choice", "parallel"), [("auto", True), ("required", True), ("light", False), ("plan", False)]
 )
 def test_generated_calls_are_valid(model: mlx_mtp.Model, choice: str, parallel: bool) -> None:
-    """Of random models, which are urged to call and to end, drafted."""
+    """The models are random, with a bias to call and to end, and with drafts."""
     tokens = ("<|tool_call>", 6.5), ("<|tool_response>", 6.0), ("}", 3.0)
     bias = {model.tokenizer.encode(text, add_special_tokens=False)[0]: value for text, value in tokens}
     grammar = tool_grammar(TOOLS, choice, parallel=parallel).text
