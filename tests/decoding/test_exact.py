@@ -67,7 +67,7 @@ def test_a_device_that_rounds_otherwise_is_made_exact(tiny_pair: TinyPair, varia
     make_exact(target)
     check_exact(target, CompiledRounds(always=True))
     ways = {module.way for module in target.modules() if isinstance(module, ExactRows)}
-    # A batch of single rows uses another kernel, which has the bits of single rows here. Experts are products apart.
+    # A batch of single rows uses another kernel with the bits of single rows here. Experts have their own products.
     assert ways - {"apart"} == ({"batched"} if bits else set())
     assert isinstance(target.embed_tokens, ExactTable)
 

@@ -176,7 +176,7 @@ def test_quantized_kv_and_mapped_embeddings_are_planned(tmp_path: Path, bits: in
     with pytest.raises(mlx_mtp.OptionError, match="does not divide"):
         mlx_mtp.plan_memory(folder, options=mlx_mtp.GenerationOptions(kv_bits=8))
     mapped = mlx_mtp.plan_memory(folder, per_layer_embeddings="mapped")
-    # The number of rows to keep in memory exceeds the number of all rows here.
+    # The limit for rows in memory is above the size of this whole table.
     assert mapped.per_layer_embeddings == plain.per_layer_embeddings
     assert mlx_mtp.plan_memory(folder, per_layer_embeddings="resident") == plain
 

@@ -1,4 +1,4 @@
-"""Schemas of answers as clients send them: what cannot be followed is left out and named, or refused if strict."""
+"""Schemas of answers from clients: unsupported keywords are left out and named, or refused if strict."""
 
 import json
 from typing import Any
@@ -20,7 +20,7 @@ def in_object(schema: Any, **more: Any) -> dict[str, Any]:
     return {"type": "object", "properties": {"x": schema}, **more}
 
 
-# A schema, what is followed of it, and what is left out.
+# Each tuple holds a schema, the part that is followed, and the parts that are left out.
 LEFT_OUT: list[tuple[Any, Any, tuple[str, ...]]] = [
     (in_object({"type": "array", "uniqueItems": True}), in_object({"type": "array"}), (".x: uniqueItems",)),
     (
@@ -61,7 +61,7 @@ LEFT_OUT: list[tuple[Any, Any, tuple[str, ...]]] = [
         in_object({"allOf": [{"$ref": "#/$defs/o"}, {}]}, **{"$defs": {"o": in_object({})}}),
         (".x.allOf[1]: minProperties",),
     ),
-    # Followed in full.
+    # These schemas are followed in full.
     (in_object({"type": "string", "format": "email"}), in_object({"type": "string", "format": "email"}), ()),
     (
         in_object({"type": "array", "uniqueItems": False, "propertyNames": {"type": "string"}}),

@@ -1,4 +1,4 @@
-"""Every bad option of every command: one line that names it, exit status 1 or 2, and nothing is loaded."""
+"""Every bad option of every command: one line names it, the exit status is 1 or 2, and nothing is loaded."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from mlx_mtp.server import cli as server
 from mlx_mtp.shell import Parser
 
 DEMO = ("--model", str(DEMO_PAIR))
-# More than Python's parser of JSON follows.
+# This is deeper than Python's JSON parser can follow.
 DEEP = "[" * 100_000
 MODEL: list[tuple[list[str], str]] = [
     (["--drafter", "no/such/folder"], "no/such/folder: no such folder"),
@@ -205,7 +205,7 @@ def test_a_bad_option_is_one_line_and_nothing_is_loaded(
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_good_options_are_loaded_with(command: str) -> None:
-    """The same commands without a bad option come to the loading: the test above would see it."""
+    """Without a bad option the commands start to load. This proves that the test above can detect it."""
     main, always, _ = COMMANDS[command]
     with pytest.raises(AssertionError, match="loaded"):
         main([*always])

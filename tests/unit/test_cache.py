@@ -1,4 +1,4 @@
-"""The caches: equal to a fresh fill after any history, updated in place, and never showing a rejected row."""
+"""The caches: equal to a fresh fill after any history, updated in place, and without visible rejected rows."""
 
 import time
 from dataclasses import replace
@@ -17,19 +17,19 @@ MAX_BLOCK = 4
 
 
 def rows(positions: np.ndarray, salt: int) -> mx.array:
-    """K/V rows that say which position they belong to, and (for rejected tokens) that they do not."""
+    """Return K/V rows that hold their positions and a salt. The salt marks rows of rejected tokens."""
     return mx.array(np.stack([positions, np.full_like(positions, salt)], axis=-1)[None, None], mx.float32)
 
 
 def write(cache: Cache, length: int, salt: int = 0) -> list[View]:
-    """One pass of `length` rows at the offset; returns what each layer attends to."""
+    """Run one pass of `length` rows at the offset. Return the view of each layer."""
     step = cache.start(length)
     new = rows(np.arange(cache.length, cache.length + length), salt)
     return [step.write(layer, new, -new) for layer in range(2)]
 
 
 def visible(view: View, query: int) -> list[tuple[float, float]]:
-    """(position, salt) of the rows a query sees, in order of position; keys and values must agree."""
+    """Return (position, salt) of the rows that a query sees, in order of position. Keys and values must agree."""
     mask = np.array(view.mask)[query]
     keys, values = np.array(view.keys)[0, 0][mask], np.array(view.values)[0, 0][mask]
     assert (keys == -values).all()
@@ -41,7 +41,7 @@ def expected(query: int, window: int | None) -> list[tuple[float, float]]:
     return [(float(position), 0.0) for position in range(first, query + 1)]
 
 
-# A history is a list of passes: (rows written, rows kept of them). Prefill chunks keep all their rows.
+# A history is a list of passes: (rows written, rows kept). Prefill chunks keep all their rows.
 passes = st.one_of(
     st.integers(1, 3 * (WINDOW + MAX_BLOCK)).map(lambda n: (n, n)),
     st.integers(1, MAX_BLOCK).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))),
@@ -56,7 +56,7 @@ def test_any_history_leaves_the_cache_like_a_fresh_fill(history: list[tuple[int,
         start = cache.length
         step = cache.start(length)
         positions = np.arange(start, start + length)
-        # Rows of rejected tokens are marked, so that a test sees them should they ever become visible.
+        # Rows of rejected tokens are marked. The test detects them if they become visible.
         new = rows(positions, 0)
         if kept < length:
             new = mx.concatenate([new[:, :, :kept], rows(positions[kept:], 1)], axis=2)
@@ -94,8 +94,10 @@ def test_the_cache_grows_in_steps_and_keeps_its_rows() -> None:
 
 
 def test_buffers_grow_seldom_and_little() -> None:
-    """By an eighth at most beyond 4096 rows, so that little memory is idle; by a sixteenth at least, so that copies and
-    compiled shapes are few."""
+    """Beyond 4096 rows, buffers grow by at most an eighth and at least a sixteenth.
+
+    The upper bound leaves little memory idle. The lower bound keeps copies and compiled shapes few.
+    """
     cache = Cache(two_layers(), mx.float32, max_block=MAX_BLOCK)
     capacities = [cache.capacity]
     for length in range(0, 40_000, 50):
@@ -112,7 +114,7 @@ def test_buffers_grow_seldom_and_little() -> None:
 
 
 def test_growing_leaves_the_order_of_the_layers() -> None:
-    """Compiled rounds take the buffers in this order; a full-attention layer may come before others."""
+    """Compiled rounds take the buffers in this order. A full-attention layer can come before the others."""
     few = two_layers()
     cache = Cache(replace(few, layers=(few.layers[1], *few.layers)), mx.float32, max_block=MAX_BLOCK)
     before = [array.shape for array in cache.arrays()]
@@ -132,7 +134,7 @@ def test_growing_holds_one_buffer_twice_at_a_time() -> None:
     active = mx.get_active_memory()
     cache.reserve(17 * 1024)
     after = sum(array.nbytes for array in cache.arrays())
-    # What was added, and the larger copy of the last buffer beside it.
+    # The peak is the added memory plus a larger copy of the last buffer.
     assert mx.get_peak_memory() - active < after - before + 1.2 * after / 12
 
 
@@ -149,7 +151,7 @@ def test_sliding_layers_cost_the_same_at_any_length() -> None:
 
 
 def _cost_of_a_round(capacity: int) -> tuple[float, int, int]:
-    """Seconds of the fastest of some rounds, peak bytes over what was active, and bytes of the buffers."""
+    """Return seconds of the fastest round, peak bytes above the active memory, and bytes of the buffers."""
     cache = Cache(two_layers(window=32, head_dim=256, kv_heads=4), mx.float32, max_block=MAX_BLOCK, capacity=capacity)
     new = mx.ones((1, 4, MAX_BLOCK, 256))
     mx.eval(cache.arrays(), new)
@@ -169,7 +171,7 @@ def _cost_of_a_round(capacity: int) -> tuple[float, int, int]:
 
 
 def test_buffers_are_updated_in_place() -> None:
-    """Copying a buffer per round would raise the peak by the buffer's size; times are reported, not asserted."""
+    """A copied buffer per round would raise the peak by the buffer's size. Times are printed, but not asserted."""
     small_time, small_peak, _ = _cost_of_a_round(1024)
     large_time, large_peak, large_bytes = _cost_of_a_round(32 * 1024)
     print(

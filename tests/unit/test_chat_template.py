@@ -1,4 +1,4 @@
-"""Conversations with calls, as each published template must render them, and declarations a model can use."""
+"""Conversations with tool calls in each published template, and tool declarations that a model can use."""
 
 import json
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def parse(template: str) -> Template:
 
 
 def rendered(template: str, messages: Messages, tools: Any = None, **switches: Any) -> str:
-    """A conversation after its first message, which is the user's, up to where the model goes on."""
+    """Return the rendered conversation after the user's first message, up to the model's next turn."""
     parsed = parse(TEMPLATES.get(template, template))
 
     def render(messages: Messages, tools: Any) -> str:
@@ -108,7 +108,7 @@ def test_the_turn_is_closed_before_the_user_goes_on(template: str, answer: str |
     ("arguments", "written"),
     [
         ('{"a": null, "b": [null, {"c": null}], "d": "null"}', f"{{a:null,b:[null,{{c:null}}],d:{Q}null{Q}}}"),
-        # Cut by a limit, malformed, and JSON that is no object: as they were.
+        # Arguments that are cut by a limit, malformed, or JSON but no object stay unchanged.
         ('{"a": "x', '{"a": "x'),
         ("{a:1}{b:2", "{a:1}{b:2"),
         ("ls -l", "{ls -l}"),
@@ -226,11 +226,11 @@ def test_answers_in_a_row_are_one_and_end_the_turn(
     [
         [calling(F, G), result("2", "G"), result("1", "F")],
         [calling(F), calling(G), result("2", "G"), result("1", "F")],
-        # An unknown id, and none: by name, else what is left.
+        # Some ids are unknown or missing. The result is matched by name, or else to a remaining call.
         [calling(F, G), result("zz", "G"), result("1", "F")],
         [calling(F, G), {"role": "tool", "content": "G", "name": "g"}, {"role": "tool", "content": "F", "name": "f"}],
         [calling(F, G), result("", "G") | {"name": "g"}, result("", "F")],
-        # The others came in between.
+        # Other messages came in between.
         [calling(F, G), {"role": "system", "content": ""}, result("2", "G"), result("1", "F")],
         [calling(F, G), result("2", "G"), said(None), result("1", "F")],
     ],
@@ -352,7 +352,7 @@ def test_a_template_with_another_format_gets_the_messages_as_they_are() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    """The demo pair's tokenizer with another chat template."""
+    """Return a function that loads the demo pair's tokenizer with another chat template."""
 
     def load(template: str) -> Any:
         folder = tmp_path_factory.mktemp("tokenizer")
@@ -439,7 +439,7 @@ def test_parameters_have_a_type_that_templates_can_write(schema: Any, expected: 
 
 
 def declaration(template: str, properties: dict[str, Any]) -> str:
-    """What a template writes for the parameters of a tool."""
+    """Return the text that a template writes for the parameters of a tool."""
     parameters = {"type": "object", "properties": properties}
     tools = usable_tools([{"type": "function", "function": {"name": "f", "parameters": parameters}}])
 

@@ -1,4 +1,4 @@
-"""Checkpoints as other programs leave them: what is only odd is read as meant, what is ambiguous is refused."""
+"""Checkpoints from other programs: merely odd checkpoints are read, and ambiguous ones are refused."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 
 @pytest.fixture
 def folders(tiny_pair: TinyPair, tmp_path: Path) -> tuple[Path, Path]:
-    """A pair to change: target and drafter."""
+    """The folders of a target and a drafter that a test may change."""
     shutil.copytree(tiny_pair("e2b"), tmp_path / "pair")
     return tmp_path / "pair" / "target", tmp_path / "pair" / "target-assistant"
 
@@ -38,7 +38,7 @@ def generate(model: mlx_mtp.Model, k: int = 3) -> list[int]:
 
 @pytest.fixture(scope="module")
 def quantized(tiny_pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text-only checkpoint with experts, as mlx-lm converts it: the router has other bits than the rest."""
+    """A text-only checkpoint with experts, as mlx-lm converts it. The router has other bits than the rest."""
     from mlx_lm.convert import convert
 
     root = tmp_path_factory.mktemp("text")
@@ -70,7 +70,7 @@ def test_quantization_overrides_under_every_prefix(quantized: Path, tmp_path: Pa
     found = config.pop("quantization")
     config.pop("quantization_config", None)
     assert found["model.layers.0.router.proj"] == {"group_size": 64, "bits": 8}
-    # An override of a module that is not there means nothing.
+    # An override of a missing module has no effect.
     found["model.layers.0.absent"] = {"group_size": 128, "bits": 2}
     config[field] = {name.replace("model.", prefix, 1): value for name, value in found.items()}
     (folder / "config.json").write_text(json.dumps(config))
@@ -96,7 +96,7 @@ def test_overrides_of_a_drafter(folders: tuple[Path, Path]) -> None:
 
 
 def test_two_complete_copies_of_the_weights(folders: tuple[Path, Path]) -> None:
-    """Shards without an index beside an older file: which of them is meant cannot be known."""
+    """Shards without an index are beside an older file. It is unknown which copy is meant."""
     target, _ = folders
     tensors = tensors_of(target)
     names = sorted(tensors)
@@ -114,13 +114,13 @@ def test_two_complete_copies_of_the_weights(folders: tuple[Path, Path]) -> None:
 
 
 def test_an_index_chooses_between_copies(folders: tuple[Path, Path]) -> None:
-    """Whichever file the index names for a tensor, first or last by name: in load, convert and the counted bytes."""
+    """The index can name any file for a tensor, first or last by name. Loading, conversion and byte counts obey it."""
     target, _ = folders
     expected = generate(mlx_mtp.load(target, "none"), 0)
     tensors = tensors_of(target)
     norm, mlp = "model.language_model.norm.weight", "model.language_model.layers.0.mlp.up_proj.weight"
     (target / "model.safetensors").unlink()
-    # Each file spoils the tensor that the other is named for.
+    # Each file has a wrong copy of the tensor that the index takes from the other file.
     first = tensors | {norm: mx.zeros_like(tensors[norm])}
     last = {norm: tensors[norm], mlp: mx.zeros((3, 5))}
     mx.save_safetensors(str(target / "model.safetensors"), first, metadata={"format": "pt"})
@@ -134,7 +134,7 @@ def test_an_index_chooses_between_copies(folders: tuple[Path, Path]) -> None:
     output = target.parent / "out"
     assert convert(["--hf-path", str(target), "--mlx-path", str(output), "--drafter", "none"]) == 0
     assert generate(mlx_mtp.load(output), 0) == expected
-    # A copy that the index does not choose between.
+    # The index does not choose between these copies.
     for chosen, reason in ((None, "remove the older file"), ("model-0.safetensors", "names model-0.safetensors for")):
         mx.save_safetensors(str(target / "model-0.safetensors"), {"odd": mx.zeros(1)}, metadata={"format": "pt"})
         wrong = {name: file for name, file in weight_map.items() if name != mlp} | {"odd": "model-0.safetensors"}
@@ -145,7 +145,7 @@ def test_an_index_chooses_between_copies(folders: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize("kind", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 def test_token_ids_that_were_cast(folders: tuple[Path, Path], kind: mx.Dtype) -> None:
-    """A float type that holds 512 different ids gives them back; bfloat16 rounds those above 256."""
+    """A float type that holds 512 different ids is accepted. bfloat16 is not, because it rounds ids above 256."""
     target, drafter = folders
     expected = mlx_mtp.load(target).drafter
     tensors = tensors_of(drafter)
@@ -195,7 +195,7 @@ def test_token_ids_of_every_integer_type(folders: tuple[Path, Path], kind: mx.Dt
 def test_token_ids_that_are_none(
     folders: tuple[Path, Path], kind: mx.Dtype, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither loaded nor converted."""
+    """The checkpoint is neither loaded nor converted."""
     target, drafter = folders
     tensors = tensors_of(drafter)
     tensors["masked_embedding.token_ordering"] = mx.zeros((VOCAB_SIZE,), kind)
@@ -209,7 +209,7 @@ def test_token_ids_that_are_none(
 
 
 def test_tokens_beyond_the_embedding(folders: tuple[Path, Path]) -> None:
-    """As a fine-tune leaves them that added a token and did not resize: it is named, in text as among ids."""
+    """A fine-tune added a token without a resize. The error names the token, for text and for ids."""
     target, _ = folders
     file = target / "tokenizer.json"
     content = json.loads(file.read_text())
@@ -246,7 +246,7 @@ def test_a_chat_template_in_a_file_of_its_own(tmp_path: Path) -> None:
     file = tmp_path / "b" / "chat_template.json"
     file.write_text(json.dumps({"chat_template": template}))
     assert rendered(tmp_path / "b") == expected
-    # Newer places come first.
+    # Newer locations have priority.
     file.write_text(json.dumps({"chat_template": "old"}))
     (tmp_path / "b" / "chat_template.jinja").write_text(template)
     assert rendered(tmp_path / "b") == expected
@@ -286,7 +286,7 @@ def test_several_named_chat_templates(tmp_path: Path, place: str) -> None:
     ],
 )
 def test_a_chat_template_that_fails(tmp_path: Path, expression: str, reason: str) -> None:
-    """A template may raise anything; it is no failure of the program that asks."""
+    """A template can raise any exception. The caller gets a PromptError."""
     make_tokenizer(tmp_path)
     file = tmp_path / "chat_template.jinja"
     file.write_text(file.read_text() + "{{ " + expression + " }}")

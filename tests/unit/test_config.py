@@ -1,4 +1,4 @@
-"""Reading config.json: the published models and their other spellings, and what is said about a bad file."""
+"""Reading config.json: the published models, their other spellings, and the errors for a bad file."""
 
 import contextlib
 import copy
@@ -28,12 +28,12 @@ from mlx_mtp.gemma4.target import Target
 Json = dict[str, Any]
 
 NAMES = ("E2B", "E4B", "12B", "26B", "31B")
-# The last layers that own K/V, sliding and full: those the drafter reads.
+# The last layers that own K/V, sliding and full. The drafter reads their K/V.
 DRAFT_SOURCES = {"E2B": (13, 14), "E4B": (22, 23), "12B": (46, 47), "26B": (28, 29), "31B": (58, 59)}
 TARGET_PARAMETERS = {"E2B": 4.63e9, "E4B": 7.46e9, "12B": 11.91e9, "26B": 25.23e9, "31B": 30.70e9}
 DRAFTER_PARAMETERS = {"E2B": 77.73e6, "E4B": 78.5e6, "12B": 422.9e6, "26B": 419.7e6, "31B": 469.5e6}
 
-# Fields without which a tensor's shape or what is computed from it would be a guess, and a model that needs each.
+# Required fields and a model that needs each. Without them, a tensor's shape or a computation is a guess.
 TARGET_FIELDS = {
     "text_config.hidden_size": "31B",
     "text_config.intermediate_size": "31B",
@@ -85,7 +85,7 @@ DRAFTER_FIELDS = {
     "text_config.final_logit_softcapping": "E2B",
     "model_type": "E2B",
 }
-# A field, and a value of the wrong type or range for it.
+# Each entry is a field and a value of the wrong type or range.
 WRONG_VALUES: list[tuple[str, Any]] = [
     ("model_type", None),
     ("text_config", []),
@@ -125,7 +125,7 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ("quantization", {"group_size": "64.5", "bits": 4}),
     ("quantization", {"group_size": 64, "bits": None}),
 ]
-# What a hand-edited file may hold anywhere: refused as a ConfigError or accepted, never another exception.
+# Values that a hand-edited file can hold anywhere. They are accepted or raise ConfigError, and nothing else.
 JUNK: list[Any] = [None, "x", -1, 0, 1.5, True, [], [None], [[]], {}, {"x": None}, {"x": {}}]
 
 
@@ -149,7 +149,7 @@ def write(folder: Path, config: Any) -> Path:
 
 
 def place(config: Json, field: str) -> tuple[Json, str]:
-    """The object that holds a field written with dots, and the field's own name."""
+    """Return the object that holds a field written with dots, and the field's own name."""
     *parents, name = field.split(".")
     for parent in parents:
         config = config[parent]
@@ -179,7 +179,7 @@ def drafter(folder: Path, config: Json) -> DrafterConfig:
 
 
 def refused(read: Callable[[Path], Any], folder: Path, *words: str) -> str:
-    """The message of the ConfigError that reading raises, which names all of these."""
+    """Return the message of the ConfigError that `read` raises. It must contain all words."""
     with pytest.raises(ConfigError) as caught:
         read(folder)
     message = str(caught.value)
@@ -214,7 +214,7 @@ def test_layer_table(name: str, tmp_path: Path) -> None:
 
 
 def test_global_kv_heads_need_k_eq_v(tmp_path: Path) -> None:
-    """As in transformers: without K == V, full layers have as many K/V heads as the others."""
+    """As in transformers: without K == V, full layers have as many K/V heads as the sliding layers."""
     config = changed(published_target("31B"), "text_config.attention_k_eq_v", False)
     assert {layer.num_kv_heads for layer in target(tmp_path, config).text.layers} == {16}
 
@@ -247,7 +247,7 @@ def test_drafter_fields(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameter_counts(name: str, tmp_path: Path) -> None:
-    """The published sizes. The models are lazy: no weight is ever computed."""
+    """The counts are the published sizes. The models are lazy, so no weight is computed."""
     text = target(tmp_path / "target", published_target(name)).text
     assert _parameters(Target(text)) == pytest.approx(TARGET_PARAMETERS[name], rel=1e-3)
     config = drafter(tmp_path / "drafter", published_drafter(name))
@@ -255,13 +255,13 @@ def test_parameter_counts(name: str, tmp_path: Path) -> None:
 
 
 def _parameters(module: Any) -> int:
-    # Buffers in the reference: no parameters.
+    # These are buffers in the reference, and not parameters.
     buffers = ("layer_scalar", "token_ordering")
     return sum(array.size for name, array in lazy_parameters(module).items() if not name.endswith(buffers))
 
 
 def resaved(folder: Path, config: Json, *, flat: bool = False) -> Json:
-    """The config as transformers writes it, whole or its text part alone."""
+    """Return the config as transformers writes it: the whole config, or only its text part."""
     source = transformers.AutoConfig.from_pretrained(write(folder / "source", config))
     (source.text_config if flat else source).save_pretrained(folder / "saved")
     saved: Json = json.loads((folder / "saved" / "config.json").read_text())
@@ -333,7 +333,7 @@ def test_missing_drafter_field(field: str, name: str, tmp_path: Path) -> None:
 
 
 def test_fields_that_decide_nothing_may_be_missing(tmp_path: Path) -> None:
-    """One mirror of the 12B assistant omits a field of the head it does not have."""
+    """One mirror of the 12B assistant omits a field of the head that it does not have."""
     expected = drafter(tmp_path, published_drafter("12B"))
     for field in ("centroid_intermediate_top_k", "num_centroids", "tie_word_embeddings"):
         assert drafter(tmp_path, without(published_drafter("12B"), field)) == expected
@@ -472,7 +472,7 @@ def test_external_quantization(method: str, tmp_path: Path) -> None:
 
 
 def test_stop_ids(tmp_path: Path) -> None:
-    """generation_config.json lists the most, so it comes first; config.json and its text config follow."""
+    """generation_config.json lists the most stop ids and comes first. config.json and its text config follow."""
     config = published_target("E2B")
     assert target(tmp_path, config).eos_token_ids == (1, 106)
     assert target(tmp_path, without(config, "eos_token_id")).eos_token_ids == (1,)
@@ -492,7 +492,7 @@ def test_stop_ids(tmp_path: Path) -> None:
         ({"do_sample": True, "top_k": 10}, (1.0, 10, 1.0)),
         ({"do_sample": False, "temperature": 1.0, "top_k": 64}, (0.0, 64, 1.0)),
         ({"temperature": 1.0}, (0.0, 0, 1.0)),
-        # Zero, also where it means that nothing is left out, and all spellings of a number.
+        # Zero is valid, also as "leave nothing out". Numbers have several spellings.
         ({"do_sample": False, "temperature": 0.0}, (0.0, 0, 1.0)),
         ({"do_sample": True, "temperature": 0}, (0.0, 0, 1.0)),
         ({"do_sample": True, "top_k": -1}, (1.0, 0, 1.0)),
@@ -505,7 +505,7 @@ def test_stop_ids(tmp_path: Path) -> None:
 def test_sampling_defaults(
     generation: Json, expected: tuple[float, int, float], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As Hugging Face reads them: without do_sample, greedy."""
+    """The defaults follow Hugging Face: without do_sample, decoding is greedy."""
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     sampling = target(tmp_path, published_target("E2B")).sampling
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == expected
@@ -565,7 +565,7 @@ def test_what_is_honoured_of_a_generation_config_and_what_is_not(
     ("written", "expected"), [([2, 2.0, "3", None], (2, 3)), (5, (5,)), ([7, 10**6], (7,)), (None, ())]
 )
 def test_token_ids_in_every_spelling(written: Any, expected: tuple[int, ...], tmp_path: Path) -> None:
-    """Those that lie outside of the vocabulary are no tokens to suppress."""
+    """Ids outside of the vocabulary are not suppressed."""
     (tmp_path / "generation_config.json").write_text(json.dumps({"suppress_tokens": written, "eos_token_id": "106"}))
     config = target(tmp_path, published_target("E2B"))
     assert (config.suppress_tokens, config.eos_token_ids) == (expected, (106,))

@@ -1,4 +1,4 @@
-"""Marks of control tokens: none is left in the content, and nothing else is lost, however the text is cut."""
+"""Marks of control tokens: none stays in the content, and no other text is lost, wherever the text is cut."""
 
 import pytest
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""Training sees what decoding does: the same draft steps, and acceptance as decoding counts it."""
+"""Training matches decoding: it has the same draft steps and counts acceptance alike."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,7 @@ STEPS = 4
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_unrolled_pass_is_the_decode_loops_draft_steps(tiny_models: Models, variant: str) -> None:
-    """At positions before and far past the sliding window, with both heads' states, float32."""
+    """Positions are before and far past the sliding window. Both heads' states are compared in float32."""
     target, drafter = tiny_models(variant)
     target_states = compute_target_states(target, TOKENS)
     rows = len(TOKENS) - STEPS
@@ -48,7 +48,7 @@ def test_the_unrolled_pass_is_the_decode_loops_draft_steps(tiny_models: Models, 
 
 
 def test_passes_over_parts_of_a_text_are_the_pass_over_all(tiny_models: Models) -> None:
-    """So that memory can be bounded; computing again instead of keeping changes nothing either."""
+    """Parts bound the memory. Recomputation instead of storage also changes nothing."""
     target, drafter = tiny_models("e2b")
     target_states = compute_target_states(target, TOKENS)
     rows = len(TOKENS) - STEPS
@@ -81,7 +81,7 @@ def test_passes_over_parts_of_a_text_are_the_pass_over_all(tiny_models: Models) 
 
 @pytest.mark.parametrize("variant", ["e2b", "31b"])
 def test_acceptance_is_counted_as_decoding_draws(tiny_models: Models, variant: str) -> None:
-    """From the candidates of decoding's own head, zero outside them."""
+    """The probabilities come from the candidates of decoding's own head, and are zero for all other tokens."""
     target, drafter = tiny_models(variant)
     target_states = compute_target_states(target, TOKENS)
     states = unrolled_states(drafter, target_states, 1, 40, STEPS)
@@ -110,7 +110,7 @@ def test_acceptance_is_counted_as_decoding_draws(tiny_models: Models, variant: s
 
 
 def test_a_head_started_from_the_target(tiny_models: Models) -> None:
-    """Clusters of equal size hold tokens the target sees as alike."""
+    """Clusters have equal size and hold tokens that are similar for the target."""
     rng = np.random.default_rng(0)
     centers = rng.normal(size=(8, 16))
     truth = np.repeat(np.arange(8), 32)
@@ -125,7 +125,7 @@ def test_a_head_started_from_the_target(tiny_models: Models) -> None:
     start_from_target(fresh, target, seed=0)
     assert fresh.masked_embedding is not None
     assert sorted(np.array(fresh.masked_embedding.token_ordering).tolist()) == list(range(512))
-    # What a hidden state of the target says, up to what is the same for all tokens, it says too.
+    # For a hidden state, the head gives the target's logits up to a constant.
     hidden = mx.random.normal((1, 3, target.config.hidden_size), key=mx.random.key(0))
     size = target.config.hidden_size
     state = hidden @ fresh.pre_projection.weight[:, size:].T

@@ -1,4 +1,4 @@
-"""Draft length by measured cost: against the best fixed length, and against none, where acceptance is simulated."""
+"""Draft length by measured cost, against the best fixed length and no drafts, with simulated acceptance."""
 
 from itertools import pairwise
 
@@ -7,8 +7,8 @@ import pytest
 
 from mlx_mtp.decoding.draft_length import CostCurve, DraftLength
 
-# Seconds of a pass over 1..9 rows, relative to one row: this project's CPU backend, and a Mac's 4-bit kernels, stock
-# and flat (Apple M4 Pro: mlx#3839; the flat one of mlx-dspark's README).
+# Seconds of a pass over 1 to 9 rows, relative to one row. The curves are this project's CPU backend and a Mac's 4-bit
+# kernels, stock and flat (Apple M4 Pro: mlx#3839; the flat curve is from mlx-dspark's README).
 CURVES = {
     "cpu": CostCurve([1, 1.4, 1.75, 2.0, 2.3, 2.6, 2.9, 3.2, 3.5], 0.35, 0.05),
     "stock": CostCurve([1, 1.1, 1.3, 1.5, 1.75, 2.06, 2.3, 2.6, 2.8], 0.05, 0.02),
@@ -23,7 +23,7 @@ def accepted(rng: np.random.Generator, k: int, share: float) -> int:
 
 
 def tokens_per_second(curve: CostCurve, share: float, seed: int) -> float:
-    """Of a text whose draft tokens are each accepted with this chance, as the policy drafts."""
+    """Return the policy's speed for a text whose draft tokens are each accepted with chance `share`."""
     rng = np.random.default_rng(seed)
     policy = DraftLength(curve)
     seconds, made = 0.0, 0
@@ -47,7 +47,7 @@ def test_close_to_the_best_fixed_length_and_never_slower_than_none(name: str, sh
 
 
 def test_nothing_is_tried_where_nothing_can_pay() -> None:
-    """Where a row costs as much as a pass, not even drafts that are all accepted are worth their cost."""
+    """A row costs as much as a pass. Even drafts that are all accepted are not worth their cost."""
     policy = DraftLength(CURVES["steep"])
     for _ in range(2000):
         assert policy.k == 0
@@ -55,7 +55,7 @@ def test_nothing_is_tried_where_nothing_can_pay() -> None:
 
 
 def test_it_follows_a_text_whose_segments_differ() -> None:
-    """Copied text among text the drafter knows nothing of: better than any fixed length."""
+    """Copied text alternates with text that the drafter does not know. The policy beats any fixed length."""
     curve = CURVES["flat"]
 
     def run(k: int | None) -> float:
@@ -84,12 +84,12 @@ def test_a_useless_drafter_is_tried_less_and_less() -> None:
     assert (np.diff(waits[3:]) >= 0).all()
     assert waits[-1] > 2.5 * next(wait for wait in waits if wait > 5)
     assert all(drafted[index] == 1 for index in tries[5:])
-    # A two hundredth of the time in the end.
+    # In the end, trials take 1/200 of the time.
     assert waits[-1] == pytest.approx(200 * (CURVES["cpu"].round(1) / CURVES["cpu"].round(0) - 1), abs=2)
 
 
 def test_it_settles() -> None:
-    """No oscillation where nothing changes: few changes of k over a thousand rounds."""
+    """Without changes in the text, k does not oscillate: it changes rarely in a thousand rounds."""
     rng = np.random.default_rng(1)
     policy = DraftLength(CURVES["stock"])
     lengths = []
@@ -102,8 +102,10 @@ def test_it_settles() -> None:
 
 
 def test_drafting_ends_where_none_is_best_though_some_drafts_are_accepted() -> None:
-    """One of eight is accepted: two tokens for the price of three passes. One draft token does not pay either, so that
-    the drafter is left alone."""
+    """One draft token of eight is accepted, so two tokens cost three passes. One draft token does not pay either.
+
+    The policy stops drafting.
+    """
     policy = DraftLength(CostCurve([1, *[3.0] * 8], 0.0, 0.0))
     while policy.k < 8:
         policy.update(policy.k, policy.k)
@@ -114,7 +116,7 @@ def test_drafting_ends_where_none_is_best_though_some_drafts_are_accepted() -> N
     ended = drafted.index(0)
     assert set(drafted[:ended]) == {8}
     assert ended < 30
-    # Trials are of one token.
+    # Trials draft one token.
     assert set(drafted[ended:]) <= {0, 1}
 
 

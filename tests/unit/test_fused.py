@@ -1,4 +1,4 @@
-"""Fused projections: the same results, from weights that are in memory once."""
+"""Fused projections: the same results, from weights that are in memory only once."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ ON_CPU = mx.default_device() == mx.Device(mx.cpu)
 
 
 def logits(target: Target) -> mx.array:
-    """Of a chunk and, after it, of a block over the ring's end."""
+    """Return the logits of a chunk and of a block after it, across the ring's end."""
     cache = Cache(target.config, target.dtype, max_block=5)
     tokens = random_tokens(2 * WINDOW + 5, seed=1)
     first = target(mx.array([tokens[:-5]]), cache, 3).logits
@@ -38,7 +38,7 @@ def test_fused_projections_compute_the_same(tiny_pair: TinyPair, variant: str, b
     mx.eval(expected)
     before = mx.get_active_memory()
     fuse_projections(target.layers)
-    # Fusing adds scales of queries and keys. The allocator may give a little more than asked for; a second copy would
+    # Fusion adds scales of queries and keys. The allocator can give a little more than asked for. A second copy would
     # be a sixth of the size or more.
     scales = sum(value.nbytes for name, value in lazy_parameters(target).items() if name.endswith("qk_scale"))
     assert mx.get_active_memory() < before + scales + size / 20
@@ -98,7 +98,7 @@ def test_loaded_pairs_are_fused(tiny_pair: TinyPair) -> None:
 
 
 def test_projections_of_different_precision_stay_apart(tiny_pair: TinyPair) -> None:
-    """As mlx-lm's mixed recipes make them, with finer values."""
+    """mlx-lm's mixed recipes give some values a higher precision."""
     target = load_target(tiny_pair("31b") / "target")[0]
 
     def precision(path: str, module: nn.Module) -> bool | dict[str, int]:

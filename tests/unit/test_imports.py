@@ -1,6 +1,6 @@
-"""The structure: imports point one way, importing is light, and only config.py reads config.json.
+"""The structure: imports go one way, importing is light, and only config.py reads config.json.
 
-Tests import neither tests nor scripts, and scripts import no tests.
+Tests import no tests or scripts. Scripts import no tests.
 """
 
 import ast
@@ -12,7 +12,7 @@ import mlx_mtp
 
 PACKAGE = Path(mlx_mtp.__file__).parent
 ROOT = Path(__file__).parents[2]
-# A package, or a module of the top level, may import from the lines below its own only.
+# A package or top-level module may import only from the lines below its own.
 LAYERS = (
     ("__main__",),
     ("server",),
@@ -34,7 +34,7 @@ LAYERS = (
 
 
 def imported(file: Path) -> set[str]:
-    """The packages and modules below `mlx_mtp` that a file imports from."""
+    """Return the packages and modules below `mlx_mtp` that a file imports from."""
     here = file.relative_to(PACKAGE).parts
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
@@ -42,7 +42,7 @@ def imported(file: Path) -> set[str]:
             continue
         module = node.module or ""
         if node.level:
-            # From the package of the file itself.
+            # The import is relative to the file's own package.
             names |= {module.split(".")[0]} if len(here) == 1 and module else {here[0]}
         elif module == "mlx_mtp":
             names |= {alias.name for alias in node.names} - {"__version__"}
@@ -66,13 +66,13 @@ def test_imports_point_one_way() -> None:
 def test_nothing_imports_the_converter_and_config_json_has_one_reader() -> None:
     for file in PACKAGE.rglob("*.py"):
         assert "convert" not in imported(file)
-        # output_files.py looks whether there is one.
+        # output_files.py checks whether the file exists.
         if file.stem not in ("config", "output_files"):
             assert '"config.json"' not in file.read_text(), file
 
 
 def modules_of(file: Path) -> set[str]:
-    """The modules that a file imports, each by the first part of its name."""
+    """Return the modules that a file imports, each by the first part of its name."""
     nodes = list(ast.walk(ast.parse(file.read_text())))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
@@ -92,7 +92,7 @@ def test_tests_and_scripts_do_not_import_each_other() -> None:
 
 
 def test_importing_is_light() -> None:
-    """transformers and torch take seconds: --help and the converter do without them."""
+    """transformers and torch take seconds. --help and the converter work without them."""
     modules = ", ".join(f"mlx_mtp.{name}" for name in ("generate", "chat", "train", "server.cli", "convert.cli"))
     code = f"import sys, mlx_mtp, {modules}; print(*[name for name, module in sys.modules.items() if module])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,8 +1,8 @@
-"""Two tokens through the stream's own rounds have the joint distribution of plain sampling: chi-square tests.
+"""Two tokens from the stream's own rounds have the joint distribution of plain sampling: chi-square tests.
 
-Target and drafter look their logits up by the last token, so that the exact distribution is known; all else is the
-product's: random keys, drafting, acceptance, and the state that the next round begins with. Streams that differ in
-their seed alone run side by side. The significance is 1e-4.
+Target and drafter look up their logits by the last token, so the exact distribution is known. Everything else is the
+real code: random keys, drafting, acceptance, and the state for the next round. Streams that differ only in their seed
+run side by side. The significance is 1e-4.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ Draw = Callable[[mx.array, mx.array], mx.array]
 
 
 class TableTarget(Target):
-    """The logits of the next token by the token before it, [vocab, vocab]."""
+    """A target that looks up the logits of the next token by the last token, [vocab, vocab]."""
 
     def __init__(self, table: Array) -> None:
         layers = [LayerConfig(layer_type, 2, 1, False, True, index, 4) for index, layer_type in enumerate(LAYER_TYPES)]
@@ -40,7 +40,7 @@ class TableTarget(Target):
         size = len(table)
         super().__init__(TextConfig(size, 2, size, 1e-6, 8, 4096, None, tuple(layers), rope, 0, 0, 0, 0, 0))
         self.table = mx.array(table, mx.float32)
-        # A token's embedding says which one it is.
+        # A token's embedding is one-hot.
         self.embed_tokens.weight = mx.eye(size)
 
     def __call__(self, tokens: mx.array, cache: Cache, logit_rows: int = 0, *_: Any, **__: Any) -> TargetOutput:
@@ -49,7 +49,7 @@ class TableTarget(Target):
 
 
 class TableDrafter(Drafter):
-    """The same for drafts, among the tokens `ids` [vocab, candidates], or all."""
+    """A drafter that looks up its logits by the last token. `ids` are its candidates [vocab, candidates], or None."""
 
     def __init__(self, table: Array, ids: NDArray[np.int32] | None) -> None:
         nn.Module.__init__(self)
@@ -68,12 +68,12 @@ class TableDrafter(Drafter):
 
 
 def by_noise(logits: mx.array, key: mx.array) -> mx.array:
-    """Draws by Gumbel noise, as MLX makes them for one row without a batch."""
+    """Draw with Gumbel noise, as MLX does for one row without a batch."""
     return mx.argmax(logits + mx.random.gumbel(logits.shape, key=key), axis=-1)
 
 
 def by_inverse(logits: mx.array, key: mx.array) -> mx.array:
-    """Draws by the inverse of the distribution function, as MLX 0.32.4 makes them for a batch of one row."""
+    """Draw with the inverse of the distribution function, as MLX 0.32.4 does for a batch of one row."""
     if logits.ndim == 1:
         return by_noise(logits, key)
     chances = mx.cumsum(mx.softmax(logits, axis=-1), axis=-1)
@@ -84,9 +84,9 @@ def by_inverse(logits: mx.array, key: mx.array) -> mx.array:
 def two_tokens(
     tables: Tables, k: int, monkeypatch: pytest.MonkeyPatch, draw: Draw = by_noise
 ) -> tuple[NDArray[np.int64], float]:
-    """The two tokens after token 0 by seed, [seeds, 2], and the mean number of drafts accepted in the first round.
+    """Return the two tokens after token 0 by seed, [seeds, 2], and the first round's mean number of accepted tokens.
 
-    `draw` stands for `mx.random.categorical`, which `mx.vmap` refuses for a batch of rows.
+    `draw` replaces `mx.random.categorical`, which `mx.vmap` refuses for a batch of rows.
     """
     ids = None if tables.ids is None else tables.ids[:-1]
     target, drafter = TableTarget(tables.target[:-1]), TableDrafter(tables.drafter[:-1], ids)
@@ -101,10 +101,10 @@ def two_tokens(
     def two(keys: mx.array) -> tuple[mx.array, mx.array]:
         state, (first, _) = play(with_keys(keys))
         _, (second, _) = play(state)
-        # A round that emits one token leaves the other to the round after it.
+        # If the first round emits one token, the second token comes from the next round.
         return mx.stack([first[1], mx.where(first[0] > 0, first[2], second[1])]), first[0]
 
-    # As a stream makes its keys of a seed.
+    # A stream makes its keys from a seed in this way.
     keys = mx.vmap(mx.random.split)(mx.stack([mx.zeros(SEEDS, mx.uint32), mx.arange(SEEDS, dtype=mx.uint32)], axis=1))
     with monkeypatch.context() as patch:
         patch.setattr(mx.random, "categorical", lambda logits, key: draw(logits, key))
@@ -119,7 +119,7 @@ def two_tokens(
 
 
 def tables_after_token_0(drafter: str, vocab_size: int, candidates: int | None = None) -> Tables:
-    """Tables whose last row, which the first token is drawn from, is the row of token 0."""
+    """Return tables whose last row is the row of token 0. The first token is drawn from this row."""
     made = make_tables(drafter, vocab_size)
     target, logits = (np.vstack([table[:-1], table[:1]]) for table in (made.target, made.drafter))
     if candidates is None:
@@ -135,7 +135,7 @@ def tables_after_token_0(drafter: str, vocab_size: int, candidates: int | None =
 def test_two_tokens_have_the_joint_distribution_of_plain_sampling(
     k: int, drafter: str, vocab_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two draft tokens take as many random numbers as the noise of two tokens has: equal ones, if they share a key."""
+    """Two draft tokens use as many random numbers as the noise of two tokens. A shared key would make them equal."""
     tables = tables_after_token_0(drafter, vocab_size)
     tokens, accepted = two_tokens(tables, k, monkeypatch)
     misfit = chi_square(tokens, tables.expected(2), vocab_size)
@@ -154,8 +154,11 @@ def test_with_candidates_of_the_drafter_and_draws_by_the_inverse(k: int, monkeyp
 
 @pytest.mark.parametrize("k", [1, 2, 3, 8])
 def test_no_key_is_drawn_from_twice(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever MLX makes of a key: two draws from one key depend on each other, and so do the parts of one key that is
-    split in two ways. Only the coins of XTC are the same for drafter and target."""
+    """Two draws from one key depend on each other, for any use of the key in MLX.
+
+    The parts of one key that is split in two ways also depend on each other. Only XTC's coins are the same for drafter
+    and target.
+    """
     tables = tables_after_token_0("good", 4)
     target, drafter = TableTarget(tables.target[:-1]), TableDrafter(tables.drafter[:-1], None)
     stream = Stream(target, drafter, max_draft_tokens=k, sampling=tables.sampling)

@@ -1,4 +1,4 @@
-"""Text of a generation: where a stop string ends it, and where none is looked for."""
+"""The text of a generation: where a stop string ends it, and where stop strings are ignored."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from mlx_mtp.text.tokenizer import load_tokenizer, thought_channel
 
 
 def read(text: str, *stop: str) -> tuple[str, bool]:
-    """The text of a generation's tokens, and whether a stop string ended it."""
+    """Return the text of a generation's tokens, and whether a stop string ended it."""
     tokenizer = load_tokenizer(mlx_mtp.DEMO_PAIR, (1,))
     stream = TextStream(tokenizer, thought_channel(tokenizer), stop)
     tokens = tokenizer.encode(text, add_special_tokens=False)
@@ -30,12 +30,12 @@ CALL = '<|tool_call>call:f{abc:<|"|>x, end<|"|>}<tool_call|>'
         (f"Now {CALL}{CALL}", ["e", "}"], (f"Now {CALL}{CALL}", False)),
         (f"Now {CALL} the end", ["end"], (f"Now {CALL} the ", True)),
         (f"The end {CALL}", ["end"], ("The ", True)),
-        # Within a string the mark of the end is none, and a mark without a call begins none.
+        # The end mark inside a string does not end a call. A start mark without a call does not begin one.
         (CALL.replace("end", "<tool_call|> end"), ["end"], (CALL.replace("end", "<tool_call|> end"), False)),
         ("<|tool_call> the end", ["end"], ("<|tool_call> the ", True)),
-        # A call that never ends.
+        # This call never ends.
         (CALL.removesuffix("<tool_call|>"), ["end"], (CALL.removesuffix("<tool_call|>"), False)),
-        # The marks themselves may end a text.
+        # The marks themselves can be stop strings.
         (f"Now {CALL} end", ["<tool_call|>"], ("Now " + CALL.removesuffix("<tool_call|>"), True)),
         (f"Now {CALL}", ["<|tool_call>"], ("Now ", True)),
         ("<|channel>thought\nthe end<channel|>Not the end", ["end"], ("Not the ", True)),

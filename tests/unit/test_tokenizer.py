@@ -1,4 +1,4 @@
-"""Tokenizers: prompts with and without the chat template, streamed text, and a checkpoint with tokenizer.model only."""
+"""Tokenizers: prompts with and without a chat template, streamed text, and checkpoints with tokenizer.model only."""
 
 import json
 import shutil
@@ -39,14 +39,14 @@ def test_streamed_text_is_the_decoded_text(tmp_path: Path) -> None:
 def test_chat_template(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(make_tokenizer(tmp_path), STOP_IDS)
     chat = tokenizer.decode(encode_prompt(tokenizer, "hi", system_prompt="be brief"))
-    # Thinking stays off, as in Gemma's template by default; the beginning of text appears once.
+    # As by default in Gemma's template, thinking is off. The beginning-of-text token appears once.
     assert chat == "<bos><|turn>system\nbe brief<turn|>\n<|turn>user\nhi<turn|>\n<|turn>model\n"
     with pytest.raises(PromptError, match="a system prompt needs a chat template"):
         encode_prompt(tokenizer, "hi", system_prompt="be brief", use_chat_template=False)
 
 
 def test_a_prompt_that_begins_with_the_beginning_of_text_gets_no_second_one(pair: Path, tmp_path: Path) -> None:
-    """With a tokenizer that adds one, as the published ones do."""
+    """The tokenizer adds the token by itself, as the published ones do."""
     shutil.copytree(pair / "target", tmp_path, dirs_exist_ok=True)
     file = tmp_path / "tokenizer.json"
     found = Tokenizer.from_file(str(file))
@@ -59,7 +59,7 @@ def test_a_prompt_that_begins_with_the_beginning_of_text_gets_no_second_one(pair
 
 
 def test_tokenizer_model_alone(tmp_path: Path) -> None:
-    """sentencepiece's own format, without a tokenizer.json."""
+    """The checkpoint has sentencepiece's own format and no tokenizer.json."""
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(f"the quick brown fox jumps over {i} lazy dogs" for i in range(300)))
     sentencepiece.SentencePieceTrainer.train(

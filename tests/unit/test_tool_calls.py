@@ -1,4 +1,4 @@
-"""Tool calls: the same however the answer is cut, read as they are meant or passed on as they are."""
+"""Tool calls: any cut of the answer gives the same calls. A call is read as meant, or passed on unchanged."""
 
 import json
 import logging
@@ -97,7 +97,7 @@ def test_arguments_come_as_they_are_written() -> None:
         ("ci", "", []),
         ("ty:" + QUOTE + 'San "F', "", [(0, None, '"city":"San \\"F')]),
         ("ran<|", "", [(0, None, "ran")]),
-        # A mark ends a string if what follows begins the next value, or ends the call.
+        # A mark ends a string if the text after it begins the next value or ends the call.
         ("cisco" + QUOTE, "", [(0, None, "<|cisco")]),
         (",days:1", "", [(0, None, '","days":')]),
         ("2}", "", []),
@@ -147,7 +147,7 @@ def test_keys_are_passed_on() -> None:
 @pytest.mark.parametrize(
     ("text", "content", "calls"),
     [
-        # No call:NAME{.
+        # These texts have no `call:NAME{`.
         ("a<|tool_call>b<tool_call|>c", "a<|tool_call>b<tool_call|>c", []),
         ("<|tool_call>call:{}<tool_call|>", "<|tool_call>call:{}<tool_call|>", []),
         ("<|tool_call>call:a b{}", "<|tool_call>call:a b{}", []),
@@ -155,7 +155,7 @@ def test_keys_are_passed_on() -> None:
         ("<|tool_call><|tool_call>call:f{}<tool_call|>", "<|tool_call>", [("f", "{}")]),
         ("<|tool_call>call", "<|tool_call>call", []),
         ("<tool_call|>", "<tool_call|>", []),
-        # The syntax breaks inside.
+        # In these calls the syntax breaks inside.
         (f"<|tool_call>call:f{{a:{QUOTE}b{QUOTE} c<tool}}<tool_call|>d", "d", [("f", f'{{"a":"b{QUOTE} c<tool}}')]),
         ("<|tool_call>call:f{a:1,b<tool_call|>d", "d", [("f", '{"a":1,b')]),
         ("<|tool_call>call:f{a:,b:1}<tool_call|>", "", [("f", '{"a":,b:1}')]),
@@ -209,7 +209,7 @@ def test_a_call_without_its_end_ends_where_the_next_begins() -> None:
 
 
 def arguments_of(written: str, *tools: Tool, end: str = "<tool_call|>") -> str:
-    """The text of the arguments of one call, however it is cut."""
+    """Return the text of the arguments of one call. It must be the same for any cut of the text."""
     text = f"<|tool_call>call:f{written}{end}"
     found = parse([text], tools=tools)
     assert found == parse(text, tools=tools)
@@ -224,16 +224,16 @@ M = QUOTE
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
-        # JSON's and Python's quotes, with commas, braces and escapes inside.
+        # JSON's and Python's quotes can hold commas, braces and escapes.
         ('{ids:["k1","k2"],on:\'x\'}', {"ids": ["k1", "k2"], "on": "x"}),
         ('{"cmd": "ls -l, now", "to": {"dir": "a}b"}}', {"cmd": "ls -l, now", "to": {"dir": "a}b"}}),
         (r'{a:"say \"hi\"\n\u00e9\ud83d\ude00",b:"C:\\x"}', {"a": 'say "hi"\né😀', "b": "C:\\x"}),
         (r"{a:'it\'s',b:'\x41\U0001f600'}", {"a": "it's", "b": "A😀"}),
         ("{a:'it's',b:'x'}", {"a": "it's", "b": "x"}),
         ('{a:"say "hi" now",b:1}', {"a": 'say "hi" now', "b": 1}),
-        # Words.
+        # Words can be Python's or JSON's.
         ("{all:False,some:True,x:None,y:[None]}", {"all": False, "some": True, "x": None, "y": [None]}),
-        # Marks: doubled, inside, missing.
+        # Marks can be doubled, nested or missing.
         (f"{{a:{M}{M}x{M}{M},b:{M}{M}y{M}}}", {"a": "x", "b": "y"}),
         (f"{{a:{M}x{M}{M},b:1}}", {"a": "x", "b": 1}),
         (f"{{a:{M}say {M}hi{M} now{M},b:1}}", {"a": 'say "hi" now', "b": 1}),
@@ -245,7 +245,7 @@ M = QUOTE
         (f"{{a:{M}if (x) }}],b:{M}y{M}}}", {"a": "if (x) }]", "b": "y"}),
         (f"{{a:<b>x, y</b>{M},b:{M}y{M}}}", {"a": "<b>x, y</b>", "b": "y"}),
         (f"{{a:Paris, France{M},n:5}}", {"a": "Paris, France", "n": 5}),
-        # Commas and braces.
+        # Commas and braces can be missing or surplus.
         (f"{{a:{M}left{M}n:90}}", {"a": "left", "n": 90}),
         (f"{{a:{M}left{M} b:{M}x{M}}}", {"a": "left", "b": "x"}),
         ('{a:"left" b:1}', {"a": "left", "b": 1}),
@@ -255,7 +255,7 @@ M = QUOTE
         ("{a:[1,2}", {"a": [1, 2]}),
         (f"{{a:[{{b:{M}x{M},c:1]}}", {"a": [{"b": "x", "c": 1}]}),
         ("{a:1", {"a": 1}),
-        # Python's call form, and a bare name.
+        # Calls can have Python's form, or be a bare name.
         ("(a=1, b=\"x, y\", c={'k': [True, None]})", {"a": 1, "b": "x, y", "c": {"k": [True, None]}}),
         ('(a: "x")', {"a": "x"}),
         ("()", {}),
@@ -280,13 +280,13 @@ WITH_SCHEMA = tool("f", a=TEXT, b=TEXT, n=NUMBER, on={"type": "boolean"}, l={"ty
         (f"{{n:{M}thirty{M}}}", {"n": "thirty"}),
         (f'{{l:{M}["x","y"]{M}}}', {"l": ["x", "y"]}),
         (f"{{l:{M}x, y{M}}}", {"l": "x, y"}),
-        # Where a broken string ends, and that it is not cut at its commas.
+        # A broken string must end at the right place, and not at its commas.
         ("{a:look, at, me,n:1}", {"a": "look, at, me", "n": 1}),
         ("{a:see, note: this,n:1}", {"a": "see, note: this", "n": 1}),
         (f"{{a:{M}see, note: this,n:1}}", {"a": "see, note: this", "n": 1}),
         ("{a:San Francisco, b:celsius}", {"a": "San Francisco", "b": "celsius"}),
         (f"{{a:12, rue X{M},n:1}}", {"a": "12, rue X", "n": 1}),
-        # Not of the schema, but written well.
+        # Well-formed values that the schema does not allow stay unchanged.
         (f"{{n:{{x:1}},z:{M}y{M}}}", {"n": {"x": 1}, "z": "y"}),
     ],
 )
@@ -344,7 +344,7 @@ RAW = object()
 
 
 def check(written: str, expected: Any, *tools: Tool) -> None:
-    """RAW is expected where no reading is certain."""
+    """Compare the arguments of a call with `expected`. RAW means that no reading is certain."""
     arguments = arguments_of(written, *tools)
     if expected is RAW:
         with pytest.raises(json.JSONDecodeError):
@@ -423,7 +423,7 @@ def test_text_between_backticks_is_not_read(written: str, tools: tuple[Tool, ...
         (r'{text:"^\s+\bnow\b",limit:7}', {"text": r"^\s+\bnow\b", "limit": 7}),
         (r"""{command:"cut -f\t '\$x'"}""", {"command": r"cut -f\t '\$x'"}),
         (r'{text:"a\tb\\c\u00e9\"d\""}', {"text": 'a\tb\\cé"d"'}),
-        # Some backslashes escape, and others are text.
+        # Some backslashes escape, and others are text. The meaning is unclear.
         (r'{text:"say \"hi\" \$x"}', RAW),
         (r'{text:"D:\\new\Users"}', RAW),
         (r'{text:"a\", limit:7, path:"\d"}', RAW),
@@ -520,7 +520,7 @@ def test_values_without_quotes_have_the_type_of_the_schema(written: str, expecte
         ("f[{limit:7}]", (SHELL,), "f", '{"limit":7}'),
         ("f[{limit:7},{limit:8}]", (SHELL,), "f", "[{limit:7},{limit:8}]"),
         ('f["x"]', (SHELL,), "f", '["x"]<tool_call|>'),
-        # A tool may have any name.
+        # A tool can have any name.
         ("f:{limit:7}", (tool("f:"),), "f:", '{"limit":7}'),
     ],
 )
@@ -552,7 +552,7 @@ def test_a_call_that_is_cut_in_its_name_is_no_content(head: str, calls: list[Cal
 
 @pytest.mark.parametrize("text", ["x, path: " * 20_000, M * 4000, '"' + r'a\d" b ' * 7000])
 def test_the_time_for_unreadable_arguments_is_bounded(text: str) -> None:
-    """Each took five seconds or more, as each place was tried with each other."""
+    """A parser that tries each place with each other place needs five seconds or more per text."""
     start = time.process_time()
     parse([f"<|tool_call>call:f{{command:{text}}}<tool_call|>"])
     assert time.process_time() - start < 3
@@ -563,7 +563,7 @@ def test_the_time_for_unreadable_arguments_is_bounded(text: str) -> None:
     ['f{a:"' + "x y " * 25_000, "f{a:" + "x y " * 25_000, "f{" + "x y " * 25_000, "f{a:" + "1" * 100_000, "f" * 40_000],
 )
 def test_long_parts_of_a_call_are_looked_through_once(text: str) -> None:
-    """Each took five seconds or more, as the search began anew with each piece."""
+    """A parser that restarts its search for each piece needs five seconds or more per text."""
     start = time.process_time()
     parse(["<|tool_call>call:", *(text[at : at + 4] for at in range(0, len(text), 4))])
     assert time.process_time() - start < 3
@@ -590,7 +590,7 @@ def test_a_namespace_before_the_name() -> None:
 
 
 def test_a_model_that_stops_has_finished() -> None:
-    """As far as it can be told: a value that is not closed may have gone on."""
+    """A call without its end is complete only if all its values are closed."""
     assert arguments_of(f"{{a:[{M}x{M}", end="") == '{"a":["x"]}'
     for written in (f"{{a:{M}rm -rf /tmp", "{a:1,", "{a:", "{"):
         with pytest.raises(json.JSONDecodeError):
@@ -664,13 +664,13 @@ DAMAGED_ARGUMENTS = st.fixed_dictionaries(
 
 
 class Text(str):
-    """The text of a string: no token of the syntax, whatever it says."""
+    """The text of a string. It is never a token of the syntax."""
 
     __slots__ = ()
 
 
 def tokens_of(value: Any) -> list[str]:
-    """The tokens of a value in Gemma's syntax."""
+    """Return the tokens of a value in Gemma's syntax."""
     if isinstance(value, str):
         return [QUOTE, Text(value), QUOTE]
     if not isinstance(value, dict | list):
@@ -682,7 +682,7 @@ def tokens_of(value: Any) -> list[str]:
 
 
 def damaged(tokens: list[str], kind: str, pick: int) -> str:
-    """The text of the tokens with one slip of this kind, if there is room for it."""
+    """Return the text of the tokens with one error of this kind, if a place for it exists."""
     wanted = {"comma": (",",), "trailing": ("}", "]"), "brace": ("}", "]"), "more": ("}", "]")}.get(kind, (QUOTE,))
     places = [index for index, token in enumerate(tokens) if token in wanted and not isinstance(token, Text)]
     if kind == "comma":
@@ -719,7 +719,7 @@ def test_a_damaged_call_is_repaired_or_passed_on_but_never_altered(
 
 
 def test_long_arguments_are_read_in_one_go() -> None:
-    """A step per character of text that is held back would take minutes."""
+    """One step per held-back character would take minutes."""
     for text in ("x = {'a': 1}, y: 2\n" * 5000, " " * 100_000, "," * 100_000, "}" * 100_000):
         written = f"<|tool_call>call:f{{a:{M}{text}z{M},b:True}}<tool_call|>"
         _, [(_, arguments)] = parse(written[start : start + 9] for start in range(0, len(written), 9))
@@ -728,7 +728,7 @@ def test_long_arguments_are_read_in_one_go() -> None:
 
 @pytest.mark.parametrize("form", ["bytes", "gemma", "demo"])
 def test_special_tokens_are_text_of_the_answer(form: str, tmp_path: Path) -> None:
-    """With every blank beside them."""
+    """Every blank next to them is kept."""
     folder = {"bytes": make_tokenizer, "gemma": make_gemma_tokenizer}.get(form, lambda _: mlx_mtp.DEMO_PAIR)(tmp_path)
     tokenizer = load_tokenizer(folder, STOP_IDS)
     text = f"so <|tool_call>call:f{{a: {QUOTE} Zürich 日 {QUOTE} , b:{QUOTE}{QUOTE}}} <tool_call|> \n"

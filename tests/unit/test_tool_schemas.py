@@ -1,4 +1,4 @@
-"""A grammar of tool calls holds them to all that OpenAI's strict mode allows in a schema."""
+"""The grammar of tool calls enforces all schema keywords that OpenAI's strict mode allows."""
 
 import re
 from collections.abc import Callable
@@ -22,14 +22,14 @@ def tool(parameters: Any, **fields: Any) -> dict[str, Any]:
 
 
 def in_order(value: Any) -> Any:
-    """The value with its properties in the order of the chat template."""
+    """Return the value with its properties in the order of the chat template."""
     if isinstance(value, dict):
         return {name: in_order(value[name]) for name in sorted(value, key=lambda name: (name.lower(), name))}
     return [in_order(item) for item in value] if isinstance(value, list) else value
 
 
 def closed(required: list[str] | None = None, /, **properties: Any) -> dict[str, Any]:
-    """An object's schema that lists all properties, required but for those not in `required`."""
+    """Return an object schema with exactly these properties. `required` names the required ones, or None for all."""
     names = list(properties) if required is None else required
     return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
 
@@ -42,7 +42,7 @@ CAT, DOG = (
 )
 SAFE = 2**53 - 1
 
-# Parameters of a strict tool, arguments it allows and arguments it does not.
+# Each tuple has parameters of a strict tool, arguments that it allows, and arguments that it does not allow.
 STRICT: list[tuple[str, dict[str, Any], list[Any], list[Any]]] = [
     (
         "recursion",
@@ -366,7 +366,7 @@ def test_formats(is_allowed: IsAllowed, name: str) -> None:
 
 
 def schemas(depth: int = 2) -> st.SearchStrategy[dict[str, Any]]:
-    """Schemas of all that is followed; `#/$defs/a` and `#/$defs/b` are there to refer to."""
+    """Return a strategy for schemas with all supported keywords. They can refer to `#/$defs/a` and `#/$defs/b`."""
     small = st.integers(-4, 4)
     bounds = {
         "minimum": small,
@@ -424,7 +424,7 @@ PLAIN_VALUES = st.recursive(
 
 
 def instances(schema: Any, root: Any, depth: int = 5) -> st.SearchStrategy[Any]:
-    """Values that often satisfy the schema."""
+    """Return a strategy for values that often satisfy the schema."""
     if "$ref" in schema and depth:
         return instances(root["$defs"][schema["$ref"][-1]], root, depth - 1)
     if "allOf" in schema or "anyOf" in schema:
@@ -449,7 +449,7 @@ def instances(schema: Any, root: Any, depth: int = 5) -> st.SearchStrategy[Any]:
 
 
 def grammar_of(parameters: Any) -> str | None:
-    """None for references that lead nowhere, parts that no value satisfies, and enums with a keyword beside."""
+    """Return the grammar. Return None for dangling references, unsatisfiable parts, and enums beside a keyword."""
     try:
         return tool_grammar([tool(parameters, strict=True)], "f").text
     except mlx_mtp.OptionError as error:

@@ -1,4 +1,4 @@
-"""The thread that computes for an event loop: order, bounds, cancelling, errors, and its end."""
+"""The worker thread of an event loop: order, limits, cancelling, errors, and its end."""
 
 import asyncio
 import gc
@@ -29,7 +29,7 @@ def count(n: int) -> Start:
 
 
 class Steps:
-    """A job that goes on to its next item when it is told to, and says how it ended."""
+    """A job that makes its next item on request. It records its start, its end and its thread."""
 
     def __init__(self) -> None:
         self.go = threading.Semaphore(0)
@@ -64,9 +64,9 @@ def test_jobs_run_one_after_the_other_on_one_thread(worker: Worker) -> None:
 
     async def main() -> None:
         jobs = [worker.submit(note(name)) for name in "abc"]
-        # Asked for in another order than they came in.
+        # The results are read in another order than the jobs were submitted in.
         assert [await items(job) for job in reversed(jobs)] == [["c"] * 3, ["b"] * 3, ["a"] * 3]
-        # Whoever asks again is told again that it is over.
+        # A repeated read of a finished job returns nothing.
         assert await items(jobs[0]) == []
 
     asyncio.run(main())
@@ -110,7 +110,7 @@ def test_cancelling_before_the_start_and_between_items(worker: Worker) -> None:
         steps.go.release()
         assert await items(first) == []
         assert await items(second) == []
-        # The iterator was closed, on the thread, and the other one never begun.
+        # The first iterator was closed on the thread. The other one never started.
         assert steps.ended.is_set()
         assert never.thread is None
 
@@ -118,7 +118,7 @@ def test_cancelling_before_the_start_and_between_items(worker: Worker) -> None:
 
 
 def test_cancelling_where_nothing_is_yielded_yet(worker: Worker) -> None:
-    """As in the prefill of a long prompt, which looks at `check` between its chunks."""
+    """The prefill of a long prompt calls `check` between its chunks."""
     chunks, go, begun = [], threading.Semaphore(0), threading.Event()
 
     def read(job: Job[int]) -> Iterator[int]:
@@ -160,7 +160,7 @@ def test_errors_reach_whoever_waits(worker: Worker) -> None:
         job = worker.submit(steps)
         await asyncio.to_thread(steps.begun.wait, 10)
         worker.cancel(ClosedError("enough"))
-        # At once: it need not come to its next item for that.
+        # The error comes at once, before the job reaches its next item.
         with pytest.raises(ClosedError, match="enough"):
             await job.next()
         steps.go.release()
@@ -186,7 +186,7 @@ def test_only_those_that_wait_are_cancelled(worker: Worker) -> None:
 
 
 def test_functions_called_on_the_loop(worker: Worker) -> None:
-    """Before the items that follow; what they raise ends the job."""
+    """They run before the next items. Their exceptions end the job."""
     seen: list[object] = []
 
     def note(at: int) -> None:
@@ -215,7 +215,7 @@ def test_functions_called_on_the_loop(worker: Worker) -> None:
 
 
 def test_what_a_function_on_the_loop_raises_comes_first(worker: Worker) -> None:
-    """Although the job has long gone on, and ended."""
+    """The exception comes first even if the job has already ended."""
 
     def refuse() -> None:
         raise KeyError("the window is closed")
@@ -226,7 +226,7 @@ def test_what_a_function_on_the_loop_raises_comes_first(worker: Worker) -> None:
 
     async def main() -> None:
         job = worker.submit(start)
-        # The loop is busy meanwhile.
+        # The loop is busy until the job is done.
         assert job.done.wait(10)
         for _ in range(2):
             with pytest.raises(KeyError, match="the window is closed"):
@@ -246,7 +246,7 @@ def test_a_loop_that_is_closed_ends_its_jobs(worker: Worker) -> None:
     for _ in range(2):
         steps.go.release()
     assert steps.ended.wait(10)
-    # Another loop can go on with the same thread.
+    # Another loop can use the same thread.
     assert asyncio.run(_one(worker)) == [0, 1]
 
 
@@ -260,7 +260,7 @@ def test_closing(worker: Worker) -> None:
         jobs = [worker.submit(steps), worker.submit(count(2))]
         await asyncio.to_thread(steps.begun.wait, 10)
         steps.go.release(2)
-        # Not waiting, as from a callback of what runs; then, for the thread.
+        # The first call does not wait, as in a callback of the running job. The second call waits for the thread.
         worker.close(wait=False)
         worker.close()
         assert steps.thread is not None
@@ -288,7 +288,7 @@ def test_what_a_job_holds_is_let_go_of(worker: Worker) -> None:
         return job
 
     job = asyncio.run(main(big))
-    # Once it has begun with what follows, the thread is rid of the job.
+    # After the start of the next job, the thread no longer holds this job.
     worker.run(lambda: None)
     del big
     gc.collect()
@@ -307,7 +307,7 @@ def test_a_worker_that_nobody_holds_ends() -> None:
 
 @pytest.mark.parametrize("end", ["", "worker.close()", "del worker", "raise SystemExit"])
 def test_the_program_ends_while_it_runs(end: str) -> None:
-    """Without an abort of MLX, whose streams the thread has used, and without waiting for all of it."""
+    """MLX does not abort although the thread used its streams. The program does not wait for the whole job."""
     code = f"""
 import asyncio, itertools, mlx.core as mx
 from mlx_mtp.threads.job_thread import Worker
