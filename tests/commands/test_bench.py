@@ -1,4 +1,4 @@
-"""`python -m mlx_mtp.bench`, driven as a user would: as a process, on a tiny pair."""
+"""`python -m mlx_mtp.bench`, run as a user runs it: as a process, on a tiny pair."""
 
 import json
 import struct
@@ -34,7 +34,7 @@ def test_a_table_plots_and_a_last_line_of_json(tiny_pair: TinyPair, tmp_path: Pa
     assert [case["kind"] for case in report["cases"]] == ["code", "list"]
     assert report["environment"]["mlx-mtp"] == mlx_mtp.__version__
     assert report["dtype"] == "bfloat16"
-    # The file of a plot, and its width and height.
+    # The header of a plot file holds its width and height.
     for name in ("speedup", "acceptance", "cost"):
         header = (tmp_path / "plots" / f"{name}.png").read_bytes()[:24]
         assert header[:8] == b"\x89PNG\r\n\x1a\n"
@@ -68,7 +68,7 @@ def test_prompts_have_the_length_asked_for(tiny_pair: TinyPair, kind: str) -> No
 
 
 def test_the_bytes_of_a_pass(tiny_pair: TinyPair) -> None:
-    """Of tables a row, of experts those chosen."""
+    """A pass reads one row of a table, and only the chosen experts."""
     for variant in ("e2b", "26b"):
         model = mlx_mtp.load(tiny_pair(variant) / "target")
         assert 0 < pass_bytes(model) < sum(array.nbytes for array in arrays(model))
@@ -147,7 +147,7 @@ def test_lists_that_are_none(args: list[str]) -> None:
 def test_other_runtimes_run_in_turn_or_say_why_not(
     tiny_pair: TinyPair, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Where it is installed, it is a broken one here.
+    # mlx-vlm cannot be imported in this test, even if it is installed.
     monkeypatch.setitem(sys.modules, "mlx_vlm", None)
     args = ["--model", str(tiny_pair("e2b") / "target"), "--kinds", "code", "--contexts", "40", "--temps", "0,1"]
     args += ["--num-draft-tokens", "2", "-m", "12", "--repeats", "1", "--peers", "mlx-vlm,transformers"]

@@ -1,4 +1,4 @@
-"""`python -m mlx_mtp.chat`, driven as a user would: as a process, through a pipe and on a terminal."""
+"""`python -m mlx_mtp.chat`, run as a user runs it: as a process, through a pipe and on a terminal."""
 
 import os
 import re
@@ -19,7 +19,7 @@ import mlx_mtp
 TinyPair = Callable[[str], Path]
 COMMAND = [sys.executable, "-m", "mlx_mtp.chat", "--temp", "0", "--num-draft-tokens", "3"]
 AUTO = ("--num-draft-tokens", "auto")
-# Runs a command on a terminal of its own, between our pipes; exits with the command's status.
+# Run a command on a terminal of its own, between the test's pipes. Exit with the command's status.
 ON_A_TERMINAL = [
     sys.executable,
     "-c",
@@ -29,13 +29,13 @@ CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 
 
 def chat(*args: str | Path, stdin: str = "", code: int = 0) -> tuple[str, list[str]]:
-    """Stdout, and the lines of stderr."""
+    """Run the chat. Return stdout and the lines of stderr."""
     finished = run("chat", *COMMAND[3:], *args, stdin=stdin, code=code)
     return finished.stdout, finished.stderr.splitlines()
 
 
 def answers(folder: Path, conversations: list[list[str]], system_prompt: str | None = None) -> str:
-    """What the messages of each conversation are to be answered with, eight tokens each."""
+    """Return the expected answers to the messages of each conversation, eight tokens each."""
     model = mlx_mtp.load(folder, "none")
     texts = []
     for conversation in conversations:
@@ -49,7 +49,7 @@ def answers(folder: Path, conversations: list[list[str]], system_prompt: str | N
 
 
 def test_a_conversation_through_a_pipe(tiny_pair: TinyPair) -> None:
-    """Turns build on the ones before them, /reset forgets them, and what does not fit is dropped."""
+    """Turns build on earlier turns, /reset forgets them, and a message that does not fit is dropped."""
     target = tiny_pair("e2b") / "target"
     lines = ["hello there", "and then", "x" * 5000, "go on", "", "/nonsense", "/stats", "/reset", "go on", "/stats"]
     stdout, stderr = chat("--model", target, "-m", "8", stdin="\n".join(lines))
@@ -97,7 +97,7 @@ def test_errors_at_the_start_give_one_line(tiny_pair: TinyPair, tmp_path: Path) 
 
 
 class Terminal:
-    """A program on a terminal: what it shows, and what is typed."""
+    """A program on a terminal: it records the output and types keys."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdin is not None
@@ -109,16 +109,17 @@ class Terminal:
         self._selector.register(self.screen, selectors.EVENT_READ)
 
     def type(self, keys: str) -> None:
+        """Type keys."""
         self.keyboard.write(keys.encode())
         self.keyboard.flush()
 
     def interrupt(self) -> None:
-        """Type Ctrl-C at a prompt. Python hears it only while it waits for keys: a moment after it shows the prompt."""
+        """Type Ctrl-C at a prompt. Python notices it only while it waits for keys, just after it shows the prompt."""
         time.sleep(0.5)
         self.type(CTRL_C)
 
     def expect(self, pattern: str, seconds: float = 30.0) -> re.Match[str]:
-        """Wait until this is shown, after what was expected before."""
+        """Wait until the output matches the pattern, after the last match."""
         deadline = time.monotonic() + seconds
         while (match := re.compile(pattern).search(self.shown, self._seen)) is None:
             assert self._selector.select(max(0.0, deadline - time.monotonic())), f"no {pattern!r} in {self.shown!r}"
@@ -147,7 +148,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(tiny_pair: TinyPair) -> None:
         for count in (1, 2):
             user.expect(">>> ")
             user.type("hello\r")
-            # The line as typed, then at least a few characters of the answer.
+            # The output has the typed line, and then at least a few characters of the answer.
             user.expect(r"hello\r\n(.|\n){40}")
             user.type(CTRL_C)
             user.expect(">>> ")
@@ -157,14 +158,14 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(tiny_pair: TinyPair) -> None:
         user.expect(">>> ")
         user.type(CTRL_D)
         assert user.process.wait(30) == 0
-    # The second prompt holds the answer that was stopped, besides two messages.
+    # The second prompt holds the stopped answer and two messages.
     assert prompts[1] > 2 * prompts[0]
     assert "Traceback" not in user.shown
 
 
 def test_editing_and_ctrl_c_at_the_prompt(tiny_pair: TinyPair) -> None:
     readline = pytest.importorskip("readline")
-    # libedit does not tell what was on a line after Ctrl-C.
+    # libedit does not report the text of the line after Ctrl-C.
     times = 1 if "libedit" in readline.__doc__ else 2
     with terminal("--model", tiny_pair("e2b") / "target") as user:
         user.expect(">>> ")
@@ -173,7 +174,7 @@ def test_editing_and_ctrl_c_at_the_prompt(tiny_pair: TinyPair) -> None:
         user.expect(">>> ")
         user.type(UP + "\r")
         user.expect("unknown command /recalled")
-        # What Ctrl-C clears is not entered, and only a second one on an empty line ends the program.
+        # Ctrl-C discards the line. Only a second Ctrl-C on an empty line ends the program.
         for _ in range(times):
             user.expect(">>> ")
             user.type("/cleared")

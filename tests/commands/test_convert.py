@@ -1,4 +1,4 @@
-"""The converter: what it writes, what it refuses, and that a refusal or an interruption leaves nothing behind."""
+"""The converter: its output, its refusals, and that a refusal or an interruption leaves no files."""
 
 import json
 import os
@@ -35,7 +35,7 @@ SOURCE_PREFIX = "model.language_model."
 
 @pytest.fixture
 def e2b(tiny_pair: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A folder with an E2B-like pair that a test may damage; outputs go there too."""
+    """A folder with an E2B-like pair that a test may damage. Outputs are also written there."""
     shutil.copytree(tiny_pair("e2b"), tmp_path, dirs_exist_ok=True)
     return tmp_path
 
@@ -72,7 +72,7 @@ def mlx_lm_logits(folder: Path, tokens: mx.array) -> mx.array:
 
 
 def assert_mlx_lm_agrees(folder: Path) -> None:
-    """The output loads unchanged in mlx-lm, whose logits are our target's."""
+    """Check that mlx-lm loads the output unchanged and computes the logits of this project's target."""
     tokens = mx.array([random_tokens(40)])
     ours, theirs = logits(load_target(folder)[0], tokens), mlx_lm_logits(folder, tokens)
     assert float(mx.abs(ours - theirs).max()) < 1e-4
@@ -82,7 +82,7 @@ def assert_nothing_written(folder: Path, allowed: tuple[str, ...] = ("target", "
     assert sorted(path.name for path in folder.iterdir()) == sorted(allowed)
 
 
-# What is written
+# Output
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -99,7 +99,7 @@ def test_variants_load_and_agree_with_mlx_lm(
 def test_quantized_weights_are_those_of_whole_tensors(
     tiny_pair: Callable[[str], Path], tmp_path: Path, block_bytes: int
 ) -> None:
-    """Also for fused experts, whose halves are interleaved in the source, and with blocks that end inside an expert."""
+    """Fused experts have interleaved halves in the source. Blocks can end inside an expert."""
     source = load_file(tiny_pair("26b") / "target" / "model.safetensors")
     quick(tiny_pair("26b") / "target", tmp_path / "out", "none", block_bytes, quantize=True, dtype="bfloat16")
     output = arrays(tmp_path / "out")
@@ -126,13 +126,13 @@ def test_unquantized_weights_are_the_source_cast(tiny_pair: Callable[[str], Path
     for name, array in output.items():
         expected = mx.array(source[SOURCE_PREFIX + name.removeprefix(MLX_PREFIX)]).astype(getattr(mx, dtype))
         assert same_bits(array, expected), name
-    # Neither the dead K/V projections of the layers that share K/V, nor the vision tower.
+    # The output has no vision tower and no unused K/V projections of layers that share K/V.
     assert not any("layers.5.self_attn.k_proj" in name or "vision" in name for name in output)
     assert read_json(tmp_path / "out" / "config.json")["dtype"] == dtype
 
 
 def test_bfloat16_source(tiny_pair: Callable[[str], Path], tmp_path: Path) -> None:
-    """A bfloat16 checkpoint comes back bit for bit, and its own dtype is the default."""
+    """A bfloat16 checkpoint is unchanged bit for bit. Its own dtype is the default."""
     quick(tiny_pair("31b") / "target", tmp_path / "first", "none", dtype="bfloat16")
     shutil.copytree(tmp_path / "first", tmp_path / "target")
     quick(tmp_path / "target", tmp_path / "second", "none", 1000)
@@ -152,7 +152,7 @@ def test_real_pair(pair: Path, tmp_path: Path) -> None:
 
     load(str(tmp_path / "out"))
     assert_mlx_lm_agrees(tmp_path / "out")
-    # Columns that only the smaller group size divides are quantized too, where mlx-lm would leave them.
+    # Columns that only the smaller group size divides are quantized too. mlx-lm would leave them unquantized.
     fields = read_json(tmp_path / "out" / "config.json")
     assert fields["quantization"][f"{MLX_PREFIX}layers.0.per_layer_projection"]["group_size"] == 32
     drafter, config = load_drafter(tmp_path / "out" / "drafter")
@@ -219,7 +219,7 @@ def test_tensors_lie_aligned(tiny_pair: Callable[[str], Path], tmp_path: Path) -
 
 
 def test_resaved_config(tiny_pair: Callable[[str], Path], tmp_path: Path) -> None:
-    """What transformers writes when it saves again: per_layer_config, and fields of other models lost."""
+    """A config that transformers saved has per_layer_config, and lacks fields of other models."""
     for variant in ("12b", "31b"):
         target = tmp_path / variant
         shutil.copytree(tiny_pair(variant) / "target", target)
@@ -238,7 +238,7 @@ def test_resaved_config(tiny_pair: Callable[[str], Path], tmp_path: Path) -> Non
 
 
 def test_text_only_checkpoint(tiny_pair: Callable[[str], Path], tmp_path: Path) -> None:
-    """A fine-tune saved as the text decoder alone: its config at the top level, no `language_model` in the names."""
+    """A fine-tune is saved as the text decoder alone: a top-level config, and names without `language_model`."""
     target = tmp_path / "target"
     shutil.copytree(tiny_pair("31b") / "target", target)
     fields = read_json(target / "config.json")
@@ -310,7 +310,7 @@ def test_group_size_must_divide(tiny_pair: Callable[[str], Path], tmp_path: Path
 
 @pytest.mark.parametrize("variant", ["e2b", "31b"])
 def test_default_drafter(tiny_pair: Callable[[str], Path], tmp_path: Path, variant: str) -> None:
-    """4 bits with a dense head, bfloat16 with a centroid head, with or without -q."""
+    """With or without -q, a drafter with a dense head gets 4 bits. A centroid head stays bfloat16."""
     quick(tiny_pair(variant) / "target", tmp_path / "out")
     output, fields = arrays(tmp_path / "out" / "drafter"), read_json(tmp_path / "out" / "drafter" / "config.json")
     if variant == "e2b":
@@ -367,7 +367,7 @@ def test_option_errors(options: dict[str, Any], message: str) -> None:
     assert message in str(caught.value)
 
 
-# What is refused
+# Refusals
 
 
 def _no_tokenizer(folder: Path) -> None:
@@ -444,7 +444,7 @@ def test_damaged_checkpoints(e2b: Path, damage: Callable[[Path], object], messag
 
 
 def test_errors_on_the_command_line(e2b: Path) -> None:
-    """One line that names what is wrong, a non-zero exit, no traceback, nothing left behind."""
+    """One line names the error. The exit status is not zero, and there is no traceback and no output."""
     (e2b / "file").touch()
     (e2b / "existing").mkdir()
     target, drafter, out = e2b / "target", e2b / "target-assistant", e2b / "out"
@@ -477,7 +477,7 @@ def test_no_permission(e2b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_float16_overflow(e2b: Path) -> None:
-    """Found only while writing: what was written is removed again."""
+    """The overflow is found only during writing. The written files are removed again."""
     _edit_tensors(lambda tensors: tensors.update({NORM: tensors[NORM] * 1e5}))(e2b)
     with pytest.raises(MTPError, match=r"norm\.weight holds .*, float16 at most 65504; use --dtype bfloat16"):
         quick(e2b / "target", e2b / "out" / "deep", dtype="float16")
@@ -492,7 +492,7 @@ def test_source_truncated_after_the_check(e2b: Path) -> None:
 
 
 def test_disk_full(e2b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused before anything is written when one byte is lacking, and done when none is."""
+    """If one byte is missing, the conversion is refused before any write. With enough bytes it succeeds."""
     done = quick(e2b / "target", e2b / "first")
     needed = sum(file.stat().st_size for file in (e2b / "first").rglob("*") if file.is_file())
     assert done.drafter is not None
@@ -554,7 +554,7 @@ def test_overwrite_interrupted_between_the_renames(e2b: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals(e2b: Path, number: signal.Signals) -> None:
-    """A process stopped half way removes what it wrote."""
+    """A process that is stopped half way removes its output."""
     slow = "write = c.write_shard; c.write_shard = lambda *a: (write(*a), time.sleep(60))"
     imports = "import sys, time, mlx_mtp.convert.converter as c; from mlx_mtp.convert.cli import main"
     command = f"{imports}; {slow}; sys.exit(main())"
@@ -590,7 +590,7 @@ def test_drafter_inside_the_target(e2b: Path) -> None:
 
 
 class FakeHub:
-    """Stands in for huggingface_hub.HfApi."""
+    """A replacement for huggingface_hub.HfApi."""
 
     calls: list[tuple[str, dict[str, Any]]]
     error: Exception | None = None
@@ -628,7 +628,7 @@ def test_failed_upload_keeps_the_result(e2b: Path, hub: type[FakeHub]) -> None:
 
 
 def test_hub_id(e2b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hub id and its revision go to the download; the model card names the source and keeps its licence."""
+    """The download gets the hub id and its revision. The model card names the source and keeps its licence."""
     asked = []
 
     def resolve(name: str, revision: str | None = None) -> Path:
@@ -645,7 +645,7 @@ def test_hub_id(e2b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_per_layer_config_that_cannot_be_published(e2b: Path) -> None:
-    """Heads that differ between layers of one type have no published spelling: refused, not approximated."""
+    """Different heads in layers of one type have no published spelling. They are refused, and not approximated."""
     path = e2b / "target" / "config.json"
     fields = read_json(path)
     text = fields["text_config"]
@@ -666,8 +666,8 @@ def test_per_layer_config_that_cannot_be_published(e2b: Path) -> None:
 
 
 def test_memory(tmp_path: Path) -> None:
-    """Peak memory stays within twice the largest tensor and 500 MB, for a checkpoint larger than that."""
-    # 72 MB of embeddings, and 24 layers of 3 tensors of 32 MB.
+    """For a larger checkpoint, peak memory stays within twice the largest tensor plus 500 MB."""
+    # The checkpoint has 72 MB of embeddings, and 24 layers of 3 tensors of 32 MB.
     sizes: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 8192, "vocab_size": 18432}
     make_target(tmp_path / "target", "31b", layer_types=_layer_types(24), **sizes)
     size = (tmp_path / "target" / "model.safetensors").stat().st_size
@@ -681,7 +681,7 @@ def test_memory(tmp_path: Path) -> None:
     assert int(done.stdout) * unit < bound
 
 
-# On Linux a process's peak counts its parent's before exec: a small process in between keeps the tests' own out of it.
+# On Linux, a process's peak includes its parent's before exec. A small process in between hides the tests' peak.
 _PEAK = """
 import resource, subprocess, sys
 subprocess.run(sys.argv[1:], check=True)

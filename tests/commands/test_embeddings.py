@@ -1,4 +1,4 @@
-"""Per-layer embeddings resident and mapped: the same bits, less memory, and one clear error where files change."""
+"""Resident and mapped per-layer embeddings: equal bits, less memory, and one clear error if files change."""
 
 import gc
 import json
@@ -38,7 +38,7 @@ from mlx_mtp.training.losses import compute_target_states
 
 TinyPair = Callable[[str], Path]
 Folder = Callable[[str], Path]
-# Across the sliding window, within it, and into it.
+# One prompt is longer than the sliding window, and one is shorter.
 LONG, SHORT = random_tokens(3 * WINDOW + 5, seed=2), random_tokens(WINDOW - 5, seed=1)
 TABLE = "embed_tokens_per_layer"
 
@@ -54,7 +54,7 @@ EVERY_FORMAT = ["unconverted", *FORMATS, "sharded"]
 
 @pytest.fixture(scope="module")
 def folder(tiny_pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """An E2B-like pair by format: unconverted, converted, or with weights and scales in different shards."""
+    """Return a function from a format to an E2B-like pair: unconverted, converted, or sharded weights and scales."""
     root = tmp_path_factory.mktemp("formats")
 
     def make(name: str) -> Path:
@@ -72,7 +72,7 @@ def folder(tiny_pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Fol
 
 
 def shard(folder: Path) -> None:
-    """Every second tensor by name goes into another file: the table's scales, but neither its weights nor biases."""
+    """Move the scales into a second file, so that the table's scales are apart from its weights and biases."""
     tensors: dict[str, mx.array] = mx.load(str(folder / "model.safetensors"))  # type: ignore[assignment]
     mx.eval(tensors)
     (folder / "model.safetensors").unlink()
@@ -101,7 +101,7 @@ def decode(
     compiled: bool = True,
     **options: Any,
 ) -> tuple[list[Round], list[mx.array]]:
-    """Rounds of a stream, and the hidden state after each."""
+    """Return the rounds of a stream, and the hidden state after each round."""
     shared = CompiledRounds() if compiled else None
     stream = Stream(model.target, model.drafter, max_draft_tokens=8, rounds=shared, **options)
     seen, hidden = [stream.prefill(prompt, step)], [stream.state.hidden]
@@ -118,7 +118,7 @@ def assert_same(left: tuple[list[Round], list[mx.array]], right: tuple[list[Roun
         assert mx.array_equal(ours, theirs).item()
 
 
-# --- the same bits ---------------------------------------------------------------------------------------------------
+# --- equal bits ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", EVERY_FORMAT)
@@ -192,7 +192,7 @@ def test_no_drafter(folder: Folder) -> None:
 
 
 def test_another_type_of_activations(folder: Folder) -> None:
-    """What casts the weights casts the rows: resident scales round to it, too."""
+    """A cast of the weights also casts the rows, including the rounding of resident scales."""
     for name in ("unconverted", "8-bit"):
         models = both(folder(name))
         for model in models:
@@ -203,7 +203,7 @@ def test_another_type_of_activations(folder: Folder) -> None:
 
 
 def test_whatever_else_passes_over_the_target(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    """Training's states of the target, the probe, the graph of a round, and bench."""
+    """Users are the target states for training, the probe, the graph of a round, and bench."""
     models = both(folder("4-bit"))
     ours, theirs = (compute_target_states(model.target, LONG) for model in models)
     assert mx.array_equal(ours.hidden, theirs.hidden).item()
@@ -212,7 +212,7 @@ def test_whatever_else_passes_over_the_target(folder: Folder, capsys: pytest.Cap
     resident, mapped = (probe.first_differences(model.target, text) for model in models)
     assert resident == mapped
     counts = [operations(round_outputs(model.target, model.drafter, 3)).total() for model in models]
-    # Three gathers of rows of packed weights, scales and biases are the host's.
+    # With mapped embeddings, the host does the three gathers of packed weights, scales and biases.
     assert 0 <= counts[0] - counts[1] < 10
     args = ["--model", str(folder("4-bit")), "--per-layer-embeddings", "mapped", "--kinds", "code", "--contexts", "40"]
     args += ["--temps", "0", "--num-draft-tokens", "2", "-m", "6", "--repeats", "1"]
@@ -249,7 +249,7 @@ def test_both_halves_are_compiled_once_per_shape(folder: Folder, monkeypatch: py
     monkeypatch.setattr(Drafter, "draft", counted)
     for _ in range(6):
         stream.round(3)
-    # Once as it is, once for the trace.
+    # The first call is eager, and the second call is the trace.
     assert len(calls) == 2
     assert len(rounds.traces) == 1
 
@@ -257,7 +257,7 @@ def test_both_halves_are_compiled_once_per_shape(folder: Folder, monkeypatch: py
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("k", [0, 3])
 def test_a_round_copies_no_buffer(folder: Folder, k: int, compiled: bool) -> None:
-    """A draft that was read holds no K/V view: a round's peak does not grow with the buffers."""
+    """A draft that was read holds no K/V view. A round's peak does not grow with the buffers."""
     model = mlx_mtp.load(folder("unconverted"), per_layer_embeddings="mapped")
     target, peaks, sizes, rounds = model.target, [], [], CompiledRounds() if compiled else None
     for capacity in (1024, 64 * 1024):
@@ -291,7 +291,7 @@ print(loading, mx.get_peak_memory(), active - weights)
 
 @pytest.mark.parametrize("bits", [32, 4])
 def test_the_table_is_never_in_memory(tmp_path: Path, bits: int) -> None:
-    """Neither while loading nor while decoding; and the drafter embeds with the target's table of tokens."""
+    """This is true while loading and while decoding. The drafter embeds with the target's token table."""
     make_target(tmp_path / "target", "e2b", hidden_size_per_layer_input=4096)
     make_drafter(tmp_path / "target-assistant", "e2b")
     source = tmp_path / "target"
@@ -308,7 +308,7 @@ def test_the_table_is_never_in_memory(tmp_path: Path, bits: int) -> None:
         found[how] = [int(number) for number in result.stdout.split()]
     for moment in (0, 1):
         assert found["mapped"][moment] < found["resident"][moment] - 0.9 * table
-    # Beside the weights there are rotary periods and the like; a table of tokens has 131 kB in float32.
+    # The rest is small, such as rotary periods. A token table has 131 kB in float32.
     assert max(found[how][2] for how in found) < 30e3
 
 
@@ -345,13 +345,13 @@ def test_rows_are_kept_and_those_not_used_for_longest_forgotten(folder: Folder) 
 
     assert take(5, 6, 5) == (0, 2)
     assert take(7, 5) == (1, 1)
-    # Three are kept: 6 goes, then 7.
+    # Three rows are kept: row 6 is dropped first, then row 7.
     assert take(8) == (0, 1)
     assert take(5) == (1, 0)
     assert take(6) == (0, 1)
     assert take(8, 5, 6) == (3, 0)
     assert take(7) == (0, 1)
-    # More in one pass than are kept.
+    # One pass needs more rows than are kept.
     assert take(*range(100, 110), 511, 0) == (0, 12)
     none = MappedEmbedding(table, infos, kept_bytes=0)
     for _ in range(2):
@@ -379,7 +379,7 @@ def test_statistics_of_a_generation_and_of_the_model(folder: Folder) -> None:
 
 @pytest.fixture
 def copied(tiny_pair: TinyPair, tmp_path: Path) -> Path:
-    """A pair of our own to damage: the target's folder."""
+    """A copy of a pair that a test may damage. The value is the target's folder."""
     shutil.copytree(tiny_pair("e2b"), tmp_path / "pair")
     return tmp_path / "pair" / "target"
 
@@ -391,7 +391,7 @@ def test_a_file_that_is_deleted_can_be_read_on_and_one_that_changes_is_an_error(
     file.write_bytes(whole[: len(whole) // 3])
     with pytest.raises(mlx_mtp.WeightsError, match=rf"{file}: was (truncated|changed) while the model was in use"):
         models[0].generate(LONG, max_tokens=5)
-    # As long as before, but not the same.
+    # The file has the old length, but other content.
     file.write_bytes(whole[:-1] + b"x")
     with pytest.raises(mlx_mtp.WeightsError, match=rf"{file}: was changed while the model was in use; load it again"):
         models[1].generate(LONG, max_tokens=5)
@@ -461,7 +461,7 @@ def test_a_model_without_a_table(tiny_pair: TinyPair, capsys: pytest.CaptureFixt
 def test_auto_goes_by_the_machine(
     folder: Folder, tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # The function of that name hides the module.
+    # The function of the same name hides the module.
     module = sys.modules["mlx_mtp.loading"]
     for name in ("unconverted", "8-bit"):
         model = mlx_mtp.load(folder(name))
@@ -470,7 +470,7 @@ def test_auto_goes_by_the_machine(
         assert model.drafter_config is not None
         size = mlx_mtp.plan_memory(folder(name), per_layer_embeddings="resident").resident
         weights = sum(v.nbytes for m in (model.target, model.drafter) for v in lazy_parameters(m).values())
-        # Fusing adds scales of queries and keys; int64 ids become int32.
+        # Fusion adds scales of queries and keys. int64 ids become int32.
         assert size == pytest.approx(weights, rel=0.03)
         for memory, expected in ((2 * size, "resident"), (2 * size - 2, "mapped")):
             monkeypatch.setattr(module, "memory_size", lambda memory=memory: memory)

@@ -1,4 +1,4 @@
-"""The example app: its whole life without a window, as a process, and its bridge."""
+"""The example app: a complete run without a window, as a process, and its bridge."""
 
 import asyncio
 import os
@@ -31,12 +31,12 @@ def test_its_whole_life_without_a_window(tmp_path: Path, monkeypatch: pytest.Mon
     )
     assert before == after < 0.1 < 10 < loaded
     assert [int(n) for n in re.findall(r"^load: (\d+) %$", result.stdout, re.M)] == list(range(0, 101, 10))
-    # What is sampled depends on what rounds cost, which is measured: it may be short.
+    # The sampled text depends on the measured costs of rounds, so it can be short.
     shape = r"^answer: prefill: 100 %\n(.+)\nstopped after (\d+) pieces\nmemory after"
     found = re.search(shape, result.stdout, re.M | re.S)
     assert found is not None, result.stdout
     assert 1 <= int(found.group(2)) <= 10
-    # What the library logs, as the app asked for, and nothing else.
+    # The app enabled the library's log messages. There is no other output.
     logged = [line.split(":")[1] for line in result.stderr.splitlines()]
     assert logged == ["mlx_mtp.loading", "mlx_mtp.decoding.calibration", "mlx_mtp.loaded_model"]
 
@@ -76,6 +76,6 @@ def test_loading_can_be_cancelled_and_begun_again(monkeypatch: pytest.MonkeyPatc
 
 
 def test_everything_compiles() -> None:
-    """The window's toolkit is not installed here."""
+    """The window's toolkit is not installed for tests."""
     for file in APP.rglob("*.py"):
         compile(file.read_text(), file, "exec")

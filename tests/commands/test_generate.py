@@ -1,4 +1,4 @@
-"""`python -m mlx_mtp.generate`, driven as a user would: as a process."""
+"""`python -m mlx_mtp.generate`, run as a user runs it: as a process."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import pytest
 from support.commands import Finished, run
 
 TinyPair = Callable[[str], Path]
-# Nothing is measured but where a test is about that.
+# A fixed number of draft tokens avoids the measurement of costs, except in tests of it.
 COMMAND = [sys.executable, "-m", "mlx_mtp.generate", "--temp", "0", "--num-draft-tokens", "3"]
 AUTO = ("--num-draft-tokens", "auto")
 PROMPT = "the quick brown fox"
@@ -163,7 +163,7 @@ def test_ctrl_c_ends_cleanly_with_what_was_generated(tiny_pair: TinyPair) -> Non
 
 
 def test_text_streams_as_it_is_generated(tiny_pair: TinyPair) -> None:
-    """Text arrives while decoding goes on: the first bytes long before the process ends."""
+    """Text arrives during decoding: the first bytes come long before the process ends."""
     command = [*COMMAND, "--model", str(tiny_pair("e2b") / "target"), "-p", PROMPT, "-m", "200", "--ignore-eos"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""Loading: every folder layout, finding the drafter here and on a hub, and one clear error for each way to go wrong."""
+"""Loading: all folder layouts, the search for a drafter on disk and on a hub, and one clear error per failure."""
 
 import json
 import os
@@ -32,13 +32,13 @@ def decode(model: mlx_mtp.Model, k: int = 3) -> list[int]:
 
 @pytest.fixture(scope="module")
 def reference(tiny_pair: TinyPair) -> Callable[[str], list[int]]:
-    """Plain tokens of the unconverted Hugging Face folder."""
+    """Return plain tokens of the unconverted Hugging Face folder."""
     return lambda variant: decode(mlx_mtp.load(tiny_pair(variant) / "target", "none"), 0)
 
 
 @pytest.fixture
 def folders(tiny_pair: TinyPair, tmp_path: Path) -> tuple[Path, Path]:
-    """A copy of the E2B-like pair to damage: target and drafter folders."""
+    """The target and drafter folders of an E2B-like pair that a test may damage."""
     shutil.copytree(tiny_pair("e2b"), tmp_path / "pair")
     return tmp_path / "pair" / "target", tmp_path / "pair" / "target-assistant"
 
@@ -87,7 +87,7 @@ def test_the_drafter_inside_the_folder_comes_first(folders: tuple[Path, Path], t
     assert find_drafter(target, target) == sibling
     shutil.copytree(sibling, target / "drafter")
     assert find_drafter(target, target) == target / "drafter"
-    # A relative path finds the sibling too.
+    # The sibling is also found for a relative path.
     shutil.rmtree(target / "drafter")
     code = "from mlx_mtp.loading import find_drafter; from pathlib import Path; print(find_drafter('.', Path('.')))"
     result = subprocess.run([sys.executable, "-c", code], cwd=target, capture_output=True, text=True, check=True)
@@ -97,13 +97,13 @@ def test_the_drafter_inside_the_folder_comes_first(folders: tuple[Path, Path], t
 @pytest.mark.parametrize("quantized", [False, True], ids=["float32", "4-bit"])
 @pytest.mark.parametrize("variant", ["e2b", "12b", "26b"])
 def test_mlx_lm_conversions(tiny_pair: TinyPair, tmp_path: Path, variant: str, quantized: bool) -> None:
-    """What mlx-lm converts loads as it is (with the router at 8 bit as an override), and gives mlx-lm's logits."""
+    """mlx-lm's conversions load unchanged and give mlx-lm's logits. The router at 8 bits is an override."""
     from mlx_lm.convert import convert
     from mlx_lm.utils import load_model
 
     shutil.copytree(tiny_pair(variant) / "target", tmp_path / "source")
     config = json.loads((tmp_path / "source" / "config.json").read_text())
-    # mlx-lm reads the vocabulary's size at the top level only.
+    # mlx-lm reads the vocabulary's size only at the top level.
     (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"vocab_size": 512}))
     convert(str(tmp_path / "source"), str(tmp_path / "mlx"), quantize=quantized)
     model = mlx_mtp.load(tmp_path / "mlx", tiny_pair(variant) / "target-assistant")
@@ -116,7 +116,7 @@ def test_mlx_lm_conversions(tiny_pair: TinyPair, tmp_path: Path, variant: str, q
 
 
 def test_mlx_vlm_folders(tiny_pair: TinyPair, tmp_path: Path, reference: Callable[[str], list[int]]) -> None:
-    """Their text decoder is named as mlx-lm's; towers lie beside it at the top level and are ignored."""
+    """Their text decoder has mlx-lm's names. Towers are beside it at the top level and are ignored."""
     folder = tmp_path / "vlm"
     shutil.copytree(tiny_pair("e2b") / "target", folder)
 
@@ -133,7 +133,7 @@ def test_mlx_vlm_folders(tiny_pair: TinyPair, tmp_path: Path, reference: Callabl
 
 
 def test_flat_text_only_folders(tiny_pair: TinyPair, tmp_path: Path, reference: Callable[[str], list[int]]) -> None:
-    """A text-only checkpoint: flat config, names without `language_model.`, a copy of the tied head."""
+    """A text-only checkpoint has a flat config, names without `language_model.`, and a copy of the tied head."""
     folder = tmp_path / "text"
     shutil.copytree(tiny_pair("31b") / "target", folder)
     config = json.loads((folder / "config.json").read_text())
@@ -172,7 +172,7 @@ def test_several_shards_with_an_index(
 
 
 def test_an_override_of_false_and_one_of_other_bits(tiny_pair: TinyPair, tmp_path: Path) -> None:
-    """Per-module overrides decide, whatever the default says; modules without scales stay unquantized."""
+    """Per-module overrides have priority over the default. Modules without scales stay unquantized."""
     folder = tmp_path / "mixed"
     shutil.copytree(tiny_pair("12b") / "target", folder)
     eight, four = "layers.0.mlp.down_proj", "layers.1.mlp.down_proj"
@@ -272,7 +272,7 @@ for repo in json.loads(sys.argv[1]):
 
 
 def test_a_hub_that_fails_is_no_missing_drafter(tiny_pair: TinyPair, tmp_path: Path) -> None:
-    """It is an error, which names the drafter's repository; that of another publisher's guess is only warned of."""
+    """It is an error that names the drafter's repository. For a guessed repository it is only a warning."""
     target, drafter = tiny_pair("e2b") / "target", tiny_pair("e2b") / "target-assistant"
     failing = {"a/broken-it-assistant": 500, "a/busy-it-assistant": 429, "a/gated-it-assistant": 403}
     names = ["a/broken-it", "a/busy-it", "a/gated-it", "a/gemma-4-E2B-it-tuned", "a/gemma-4-E2B-other"]
@@ -294,7 +294,7 @@ def test_a_hub_that_fails_is_no_missing_drafter(tiny_pair: TinyPair, tmp_path: P
         assert result.returncode == 1
         assert result.stderr.startswith("error: a/broken-it-assistant: ")
         assert not output.exists()
-        # Offline, what is in the cache is all there is.
+        # Offline, only the cache is used.
         result = hub_run(FIND, endpoint, tmp_path / "one", arguments, HF_HUB_OFFLINE="1")
         assert result.stdout.splitlines() == [f"{name} None" for name in names], result.stderr
     with serve(dict.fromkeys(names, target) | {official: drafter}) as (endpoint, requests):
@@ -305,7 +305,7 @@ def test_a_hub_that_fails_is_no_missing_drafter(tiny_pair: TinyPair, tmp_path: P
 
 @pytest.mark.parametrize("linked", ["both", "beside the target"])
 def test_linked_folders(folders: tuple[Path, Path], tmp_path: Path, linked: str) -> None:
-    """Models linked from elsewhere: the drafter is beside the link, or else beside the folder it leads to."""
+    """Models are links to other folders. The drafter is beside the link, or else beside the link's target."""
     target, drafter = folders
     models = tmp_path / "models"
     models.mkdir()
@@ -318,7 +318,7 @@ def test_linked_folders(folders: tuple[Path, Path], tmp_path: Path, linked: str)
 
 @pytest.mark.parametrize("beside", ["second", "m/gemma-it", "cache/abc"])
 def test_a_link_to_a_link(folders: tuple[Path, Path], tmp_path: Path, beside: str) -> None:
-    """The drafter may be beside any folder of the chain, absolute or relative links."""
+    """The drafter can be beside any folder of the chain. Links are absolute or relative."""
     target, drafter = folders
     for name in ("m", "cache"):
         (tmp_path / name).mkdir()
@@ -334,7 +334,7 @@ def test_a_link_to_a_link(folders: tuple[Path, Path], tmp_path: Path, beside: st
 def test_the_folder_one_is_in_by_a_link(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The shell's PWD tells the link's name, if it tells of this folder."""
+    """The shell's PWD gives the link's name if it refers to this folder."""
     target, drafter = folders
     target.rename(tmp_path / "abc")
     (tmp_path / "models").mkdir()
@@ -354,7 +354,7 @@ def test_the_folder_one_is_in_by_a_link(
 
 @pytest.mark.parametrize("place", ["target-assistant", "target/drafter"])
 def test_a_drafter_behind_a_link_to_nowhere(folders: tuple[Path, Path], tmp_path: Path, place: str) -> None:
-    """It was meant to be used: never half a pair."""
+    """The user wants this drafter. Half a pair is never loaded."""
     target, drafter = folders
     shutil.rmtree(drafter)
     link = target.parent / place
@@ -363,7 +363,7 @@ def test_a_drafter_behind_a_link_to_nowhere(folders: tuple[Path, Path], tmp_path
     check(mlx_mtp.ConfigError, message, target)
     assert convert_main(["--hf-path", str(target), "--mlx-path", str(tmp_path / "out")]) == 1
     assert not (tmp_path / "out").exists()
-    # Also where it is named outright.
+    # The error is also raised if the user names this drafter.
     check(mlx_mtp.ConfigError, rf"{link}: a link to gone", target, link)
     check(mlx_mtp.ConfigError, rf"{link}: a link to gone", link)
 
@@ -382,7 +382,7 @@ def test_a_fine_tune_beside_the_published_drafter(
     target, drafter = folders
     path = target.rename(target.parent / f"Poems-gemma-4-E2B-it{ending}")
     official = drafter.rename(target.parent / "gemma-4-E2B-it-assistant-bf16")
-    # One of another size, and one that only begins like the drafter's name.
+    # One drafter has another size. The name of the other one only begins like the drafter's name.
     for name in ("gemma-4-E4B-it-assistant", "gemma-4-E2B-it-assistants"):
         shutil.copytree(official, target.parent / name)
     assert find_drafter(path, path) == official
@@ -401,7 +401,7 @@ def test_what_is_said_where_no_drafter_is_found(tiny_pair: TinyPair) -> None:
 
 
 def hub_run(code: str, endpoint: str, home: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a new process, since huggingface-hub reads its environment on import."""
+    """Run code in a new process, because huggingface-hub reads its environment on import."""
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **env}
     variables = {"PATH": "", "HOME": str(home), "PYTHONPATH": os.environ["PYTHONPATH"], **settings}
     return subprocess.run([sys.executable, "-c", code, *args], env=variables, capture_output=True, text=True)
@@ -431,7 +431,7 @@ def test_hub_download_sibling_cache_and_offline_mode(tiny_pair: TinyPair, tmp_pa
         assert any("gemma-it-assistant-4bit" in request for request in requests), "the same suffix is tried first"
         downloads = [request for request in requests if request.startswith("GET") and "safetensors" in request]
         assert len(downloads) == 2
-        # Offline, the cache serves both, and nothing is asked.
+        # Offline, the cache provides both models without a request.
         before = len(requests)
         result = hub_run(load, endpoint, tmp_path, HF_HUB_OFFLINE="1")
         assert "models--some--gemma-it-assistant-bf16" in result.stdout, result.stderr
@@ -448,7 +448,7 @@ def test_a_download_that_is_cut_is_an_error_and_goes_on(tiny_pair: TinyPair, tmp
     cut = {"model.safetensors"}
     with serve({"some/gemma-it": tiny_pair("e2b") / "target"}, cut=cut) as (endpoint, requests):
         result = hub_run(code, endpoint, tmp_path)
-        # The hub's client says on lines of its own how often it tries again.
+        # The hub's client writes its retries on lines of its own.
         error = result.stderr.splitlines()[-1]
         assert error.startswith("HubError: some/gemma-it: no such folder, and the hub does not give it: ")
         assert "Traceback" not in result.stderr
@@ -491,16 +491,16 @@ print(json.dumps(answers))
 
 
 def downloads(endpoint: str, home: Path, cases: list[tuple[str, str | None]], most: int = 1 << 40, **env: str) -> Any:
-    """What `on_download` saw of each case, (done, total) after the other, or the error that it raised over `most`."""
+    """Return each case's (done, total) calls of `on_download`, or the error that it raised above `most` bytes."""
     show = {"TQDM_POSITION": "-1", "HF_HUB_DISABLE_PROGRESS_BARS": "0"}
     result = hub_run(PROGRESS, endpoint, home, json.dumps([most, *cases]), **show, **env)
-    # Nothing is drawn, although bars are asked for.
+    # Progress bars are enabled, but nothing is drawn.
     assert (result.returncode, result.stderr) == (0, "")
     return json.loads(result.stdout)
 
 
 def test_progress_of_downloads(tiny_pair: TinyPair, tmp_path: Path) -> None:
-    """In bytes of target and drafter together, wherever the drafter is."""
+    """Progress is in bytes of target and drafter together, wherever the drafter is."""
     target, drafter = tiny_pair("e2b") / "target", tiny_pair("e2b") / "target-assistant"
     whole = tmp_path / "whole"
     shutil.copytree(target, whole)
@@ -521,7 +521,7 @@ def test_progress_of_downloads(tiny_pair: TinyPair, tmp_path: Path) -> None:
         ("some/whole-it", None): sum(sizes),
     }
     with serve(repos) as (endpoint, _):
-        # All is there the second time, which is no download.
+        # The second time, all files are there, so there is no download.
         *found, again = downloads(endpoint, tmp_path, [*cases, ("some/gemma-it-4bit", None)])
         assert again == []
         for seen, expected in zip(found, cases.values(), strict=True):
@@ -533,13 +533,13 @@ def test_progress_of_downloads(tiny_pair: TinyPair, tmp_path: Path) -> None:
 
 
 def test_an_error_of_the_callback_ends_the_download(tiny_pair: TinyPair, tmp_path: Path) -> None:
-    """One that the hub's own errors are kinds of, too."""
+    """This also holds for an exception from which the hub's own errors derive."""
     folder = tiny_pair("e2b")
     repos = {"some/gemma-it": folder / "target", "some/gemma-it-assistant": folder / "target-assistant"}
     with serve(repos) as (endpoint, requests):
         assert downloads(endpoint, tmp_path, [("some/gemma-it", None)], most=100_000) == ["enough"]
         assert not any(request.startswith("GET /some/gemma-it-assistant/resolve") for request in requests)
-        # Another time it goes on, and comes to its end.
+        # Another call continues the download to its end.
         (seen,) = downloads(endpoint, tmp_path, [("some/gemma-it", None)])
         assert seen[-1][0] == seen[-1][1]
 
@@ -681,7 +681,7 @@ def test_drafter_of_another_tokenizer(folders: tuple[Path, Path]) -> None:
     file = folders[1] / "tokenizer.json"
     content = json.loads(file.read_text())
     vocabulary = content["model"]["vocab"]
-    # The letters of the pairs in another order.
+    # The letter pairs have another order.
     content["model"]["vocab"] = vocabulary | dict(zip(list(vocabulary)[300:], range(511, 299, -1), strict=True))
     content["model"]["merges"] = []
     file.write_text(json.dumps(content))
@@ -692,7 +692,7 @@ def test_drafter_of_another_tokenizer(folders: tuple[Path, Path]) -> None:
 def test_a_fine_tune_that_renamed_and_added_tokens(
     folders: tuple[Path, Path], reference: Callable[[str], list[int]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The drafter works on ids: it drafts, and what differs is said."""
+    """The drafter works with ids and still drafts. A warning names the differences."""
     file = folders[0] / "tokenizer.json"
     content = json.loads(file.read_text().replace('"<|tool_response>"', '"<|role>"'))
     content["added_tokens"].append(content["added_tokens"][-1] | {"id": 600, "content": "<|mine|>"})
@@ -725,7 +725,7 @@ def test_draft_position_of_the_loaded_config(folders: tuple[Path, Path]) -> None
 
 
 def test_another_seed_gives_other_tokens(tmp_path: Path) -> None:
-    """Another seed is another model: its tokens differ, so that the layout tests above prove something."""
+    """Another seed gives other tokens, so the layout tests above prove something."""
     make_target(tmp_path / "a", "e2b", seed=0)
     make_target(tmp_path / "b", "e2b", seed=1)
     make_drafter(tmp_path / "d", "e2b")

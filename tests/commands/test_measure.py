@@ -23,7 +23,7 @@ def measure(*args: str | Path) -> str:
 
 
 def cells(output: str, start: str) -> list[str]:
-    """The words after the first words of a line of the output."""
+    """Return the words of an output line after its first words, `start`."""
     (line,) = (line for line in output.splitlines() if line.strip().startswith(start))
     return line.strip().removeprefix(start).split()
 
@@ -41,7 +41,7 @@ def test_each_measurement_has_a_help(name: str) -> None:
 
 
 def test_a_round_launches_fewer_kernels_than_a_pass_of_mlx_lm() -> None:
-    """Real sizes of E2B; the other models' counts are in docs/performance.md."""
+    """The sizes are E2B's real ones. docs/performance.md has the counts of the other models."""
     output = measure("ops", PUBLISHED / "E2B", "--details")
     _, plain, _, draft_step, reference = map(int, cells(output, "E2B"))
     assert plain <= 740 < reference
@@ -51,7 +51,7 @@ def test_a_round_launches_fewer_kernels_than_a_pass_of_mlx_lm() -> None:
 
 
 def test_an_artificial_drafter_is_accepted_as_told() -> None:
-    """The script itself checks that the text is plain decoding's."""
+    """The script itself checks that the text is plain decoding's text."""
     output = measure(
         "formula", "--quick", "--repeats", "1", "--chances", "0.5", "1", "--num-draft-tokens", "2", "-m", "120"
     )
@@ -61,7 +61,7 @@ def test_an_artificial_drafter_is_accepted_as_told() -> None:
 
 
 def test_how_well_the_demo_pair_drafts() -> None:
-    """On files it was not trained on, k = 3; README has the figures."""
+    """The files are not in its training data, and k = 3. README has the figures."""
     output = measure("pair", "--prompts", "4", "--max-tokens", "60", "--repeats", "0")
     library, packages = output.split("other packages:")
     for part in (library, packages):
@@ -108,7 +108,7 @@ def test_the_host() -> None:
 
 @pytest.fixture
 def tiny(tiny_pair: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A tiny pair in the layout of a published one."""
+    """A tiny pair in the layout of a published pair."""
     shutil.copytree(tiny_pair("e2b") / "target", tmp_path / "tiny")
     shutil.copytree(tiny_pair("e2b") / "target-assistant", tmp_path / "tiny" / "drafter")
     return tmp_path / "tiny"

@@ -1,4 +1,4 @@
-"""Shells and files as they are: encodings, closed descriptors, full disks, odd files, Ctrl-C at any time."""
+"""Real shells and files: encodings, closed descriptors, full disks, odd files, and Ctrl-C at any time."""
 
 import errno
 import fcntl
@@ -38,12 +38,12 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0f3a\nsize 47
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Path:
-    """A copy of the demo pair to damage, in a folder whose name has blanks and other scripts."""
+    """A copy of the demo pair that a test may damage. Its folder's name has blanks and other scripts."""
     return shutil.copytree(DEMO_PAIR, tmp_path / "ein Modell é 日本 🔥" / "demo", copy_function=os.link)
 
 
 def replace(file: Path, content: bytes) -> None:
-    """Write a file anew: the one linked to stays as it is."""
+    """Replace a file. The file that was linked to does not change."""
     file.unlink(missing_ok=True)
     file.write_bytes(content)
 
@@ -52,7 +52,7 @@ def stdin(monkeypatch: pytest.MonkeyPatch, content: bytes, encoding: str = "utf-
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding=encoding))
 
 
-# Text that comes in
+# Input text
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_prompt_that_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_argument_in_another_encoding() -> None:
     assert shell.text_argument("日本") == "日本"
-    # As Python decodes UTF-8 in a locale that knows ASCII only.
+    # Python decodes UTF-8 in this way in an ASCII-only locale.
     assert shell.text_argument(b"caf\xc3\xa9".decode("ascii", "surrogateescape")) == "café"
     result = subprocess.run(
         [sys.executable, "-m", "mlx_mtp.generate", "--prompt", b"caf\xe9"], capture_output=True, text=True
@@ -90,13 +90,13 @@ def test_an_argument_in_another_encoding() -> None:
     assert result.stderr == "error: argument --prompt/-p: not UTF-8: byte 0xe9 at position 3\n"
 
 
-# Answers that go out
+# Output text
 
 
 def test_characters_that_the_terminal_lacks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They are written as escape sequences, with a note, and JSON stays JSON."""
+    """They are written as escape sequences, with a note. JSON stays JSON."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", out)
     arguments = ["--prompt", "x", "--regex", "aé🔥", *GREEDY[:4], "--max-tokens", "20", "--json"]
@@ -108,7 +108,7 @@ def test_characters_that_the_terminal_lacks(
 
 
 def command(*arguments: str, redirect: str = "", **env: str) -> subprocess.CompletedProcess[str]:
-    """A command run by a shell, with a redirection."""
+    """Run a command in a shell with a redirection."""
     script = f'"$@" {redirect}'
     line = ["bash", "-c", script, "bash", sys.executable, "-m", *arguments]
     result = subprocess.run(line, capture_output=True, text=True, env=os.environ | env)
@@ -132,7 +132,7 @@ def test_descriptors_that_are_closed_or_full(capsys: pytest.CaptureFixture[str])
 
 
 class _Full(io.FileIO):
-    """A file on a disk that is full."""
+    """A file on a full disk."""
 
     def write(self, _: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -149,14 +149,14 @@ def test_stdout_is_full(
     error = capsys.readouterr().err.splitlines()
     assert error[-1] == "error: stdout cannot be written: No space left on device"
     assert len(error) == (1 if run is server.main else 2), error
-    # Uvicorn would log tracebacks.
+    # Uvicorn must log no traceback.
     assert [record for record in caplog.records if record.levelno > logging.WARNING] == []
 
 
 def test_a_message_that_is_no_text_is_dropped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is said, and the conversation goes on; text in UTF-8 is read in a locale that knows ASCII only."""
+    """An error line reports it, and the conversation continues. UTF-8 text is read even in an ASCII-only locale."""
     arguments = ["--model", str(DEMO_PAIR), *GREEDY, "--seed", "1"]
     found = []
     for content, encoding in ((b"caf\xe9\ndef f\n", "utf-8"), (b"def f\n", "utf-8"), ("é\n".encode(), "ascii")):
@@ -181,7 +181,7 @@ def test_converting_without_a_terminal(tiny_pair: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", ["mlx_mtp.generate", "mlx_mtp.convert", "installed"])
 def test_ctrl_c_while_importing(tmp_path: Path, module: str) -> None:
-    """Without a word, even where an imported package catches the exception."""
+    """The program ends without a message, even if an imported package catches the exception."""
     slow = "import time\nprint('importing', flush=True)\ntry:\n    time.sleep(60)\nexcept BaseException:\n    pass\n"
     (tmp_path / "numpy.py").write_text(slow)
     code = ["-c", "import sys; from mlx_mtp.commands import generate; sys.exit(generate())"]
@@ -201,10 +201,10 @@ def test_ctrl_c_while_importing(tmp_path: Path, module: str) -> None:
 
 
 def test_importing_the_package_is_instant() -> None:
-    """A command's own code comes before everything that takes time, and Ctrl-C stays as the program has it."""
+    """A command's own code runs before all slow imports. Ctrl-C keeps the program's handler."""
     code = "import signal, sys; before = signal.getsignal(2); import mlx_mtp; from mlx_mtp import commands\n"
     code += "assert signal.getsignal(2) is before; print(*sys.modules)\n"
-    # The names are there all the same, whatever is imported first.
+    # The names exist, whatever is imported first.
     code += "import mlx_mtp.loading; assert callable(mlx_mtp.load) and mlx_mtp.Model and 'Model' in dir(mlx_mtp)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"mlx", "mlx.core", "numpy", "huggingface_hub", "argparse", "logging"} & set(result.stdout.split())
@@ -246,7 +246,7 @@ def test_a_prompt_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pyte
 
 
 def test_only_files_are_replaced(tmp_path: Path) -> None:
-    """Never a device or a pipe; of a link, the file that it names."""
+    """A device or a pipe is never replaced. For a link, the file that it names is replaced."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "to pipe").symlink_to("pipe")
     (tmp_path / "loop").symlink_to("loop")
@@ -269,7 +269,7 @@ def test_only_files_are_replaced(tmp_path: Path) -> None:
 
 
 def test_byte_order_marks_and_line_ends(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As some editors write them: in every file of a model, in a schema, and in data to train on."""
+    """Some editors write them. They can be in every file of a model, in a schema, and in training data."""
     arguments = ["--prompt", "def read(path):", *GREEDY]
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors.index.json"):
         text = (demo / name).read_text().replace("\n", "\r\n")
@@ -334,7 +334,7 @@ def test_no_home_folder(
 
     monkeypatch.setattr(Path, "home", no_home)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    # Empty is as if it were not there.
+    # An empty value has the effect of no value.
     monkeypatch.setenv("MLX_MTP_CACHE", "")
     assert generate.main(["--prompt", "def f", "--temp", "0", "--max-tokens", "2"]) == 0
     assert "the measurement of rounds is not kept: Could not determine home directory." in caplog.text
@@ -480,7 +480,7 @@ def test_a_model_card_in_any_state(tiny_pair: Any, tmp_path: Path, card: bytes, 
 
 @pytest.fixture
 def abandoned(tmp_path: Path) -> Path:
-    """What a conversion to `out` that was killed left beside it."""
+    """The leftover folder of a killed conversion to `out`."""
     folder = tmp_path / ".out.partial-x1"
     (folder / "new").mkdir(parents=True)
     (folder / "new" / "model.safetensors").write_bytes(b"half")
@@ -514,7 +514,7 @@ def test_what_another_run_writes_is_left_alone(tmp_path: Path, abandoned: Path, 
         assert (others / "new" / "file").exists()
         assert not abandoned.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    # The lock is gone with the run.
+    # The lock ends with the run.
     descriptor = os.open(tmp_path / "out", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(descriptor)
