@@ -1,4 +1,4 @@
-"""The pair in the package: what it is, the README's first command, and repairing its drafter."""
+"""The pair in the package: its contents, the README's first command, and the repair of its drafter."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def test_it_is_small_and_has_every_feature_of_e2b(demo: mlx_mtp.Model) -> None:
 
 
 def test_its_template_has_tools(demo: mlx_mtp.Model) -> None:
-    """In Gemma's syntax: declarations in the system turn, calls and responses in the model's."""
+    """The template writes Gemma's syntax: declarations in the system turn, calls and responses in the model's turn."""
     parameters = {"type": "object", "properties": {"city-name": {"type": "string"}}, "required": ["city-name"]}
     tool = {"type": "function", "function": {"name": "weather", "description": "Now.", "parameters": parameters}}
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city-name": "Oslo", "days": [1, 2.5]}}}
@@ -82,7 +82,7 @@ def test_its_template_has_tools(demo: mlx_mtp.Model) -> None:
 def test_training_repairs_the_drafter_of_a_target_that_drifted_away(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A LoRA on C++, by mlx-lm's own commands, and then ours."""
+    """mlx-lm's own commands train a LoRA on C++. Then this project's command trains the drafter."""
     data = tmp_path / "data"
     write_cpp(data)
     drifted = tmp_path / "drifted"
@@ -121,7 +121,7 @@ def mlx_lm(*args: str | Path) -> None:
 
 
 def write_cpp(folder: Path) -> None:
-    """C++ for training and for measuring: MLX's headers, in pieces."""
+    """Write C++ text for training and measuring: MLX's headers, in pieces."""
     root = Path(next(iter(mlx.__path__))) / "include"
     files = sorted(root.rglob("*.h"))
     assert len(files) > 100

@@ -1,4 +1,4 @@
-"""Targets whose output head is not their embedding, as fine-tunes that trained the head leave them."""
+"""Targets whose output head is not their embedding, as after a fine-tune that trained the head."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ GREEDY: dict[str, Any] = {"max_tokens": TOKENS, "ignore_eos": True}
 
 
 def write(pair: Path, to: Path, *, outer: bool, inner: bool, equal: bool = False) -> Path:
-    """A copy of a pair whose target has a head: another one than the embedding, or `equal` to it."""
+    """Copy a pair and give its target a head. The head differs from the embedding unless `equal` is set."""
     shutil.copytree(pair, to)
     file = to / "target" / "model.safetensors"
     tensors = load_file(file)
@@ -55,7 +55,7 @@ def model(folder: Path) -> mlx_mtp.Model:
 
 
 def reference(folder: Path) -> list[int]:
-    """Greedy tokens of transformers."""
+    """Return the greedy tokens of transformers."""
     model = transformers.Gemma4ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     config = transformers.GenerationConfig(max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_text_is_that_of_transformers(tiny_pair: TinyPair, folder: Path, model: 
 
 
 def test_the_bytes_of_a_pass(model: mlx_mtp.Model) -> None:
-    """Of the embedding, which is no head here, a pass reads one row."""
+    """A pass reads only one row of the embedding, because the embedding is not the head here."""
     weights: dict[str, mx.array] = tree_flatten(model.target.parameters(), destination={})  # type: ignore[assignment]
     assert pass_bytes(model) == sum(array.nbytes for name, array in weights.items() if "embed_tokens" not in name)
 
@@ -81,7 +81,7 @@ def test_the_bytes_of_a_pass(model: mlx_mtp.Model) -> None:
 def test_a_head_that_config_says_is_tied(
     tiny_pair: TinyPair, tmp_path: Path, model: mlx_mtp.Model, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """transformers uses it all the same, if it is not the embedding; that is said."""
+    """transformers uses the head if it differs from the embedding. A message reports this."""
     folder = write(tiny_pair("31b"), tmp_path / "pair", outer=True, inner=True)
     tokens = mlx_mtp.load(folder).generate(PROMPT, num_draft_tokens=2, **GREEDY).tokens
     assert tokens == reference(folder) == model.generate(PROMPT, num_draft_tokens=0, **GREEDY).tokens
@@ -112,7 +112,7 @@ def test_a_head_that_is_missing(tiny_pair: TinyPair, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("quantize", [True, False])
 def test_conversions_keep_it(folder: Path, model: mlx_mtp.Model, tmp_path: Path, quantize: bool) -> None:
-    """mlx-lm loads them as well, and computes with the head."""
+    """mlx-lm also loads the conversions and computes with the head."""
     from mlx_lm.utils import load_model
 
     convert(
@@ -140,13 +140,13 @@ def test_what_it_takes_of_memory(tiny_pair: TinyPair, folder: Path) -> None:
 
 
 def test_verify_passes_are_made_exact(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a device where the head alone rounds otherwise for several rows."""
+    """On this device only the head rounds differently for several rows."""
     target = mlx_mtp.load(folder, "none").target
     call = nn.Linear.__call__
 
     def other_bits(self: nn.Linear, x: mx.array) -> mx.array:
         result: mx.array = call(self, x)
-        # Enough to choose another token.
+        # The difference is large enough to choose another token.
         return mx.roll(result, 1, -1) if self is head and x.shape[1] > 1 else result
 
     head = target.lm_head

@@ -1,4 +1,4 @@
-"""The demo pair as it would be published: converted by a user's commands, and exact with a drafter that helps."""
+"""The demo pair in its published form: converted by a user's commands, and exact with a useful drafter."""
 
 import json
 import sysconfig
@@ -14,13 +14,13 @@ import mlx_mtp
 
 Convert = Callable[..., Path]
 
-# Modules of the standard library that are not in the pair's training data.
+# These standard library modules are not in the pair's training data.
 HELD_OUT = ("curses/has_key.py", "asyncio/streams.py", "wsgiref/simple_server.py", "posixpath.py", "queue.py")
 
 
 @pytest.fixture(scope="module")
 def converted(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Convert:
-    """The pair converted with these options, once each."""
+    """Return a function that converts the pair with the given options, once for each set of options."""
     root = tmp_path_factory.mktemp("converted")
 
     def folder(*options: str) -> Path:
@@ -34,7 +34,7 @@ def converted(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Convert:
 
 
 def held_out(model: mlx_mtp.Model, length: int) -> list[list[int]]:
-    """The first tokens of each held-out module."""
+    """Return the first tokens of each held-out module."""
     root = Path(sysconfig.get_path("stdlib"))
     return [model.tokenizer.encode((root / name).read_text())[:length] for name in HELD_OUT]
 
@@ -68,7 +68,7 @@ def test_the_commands_a_user_types(converted: Convert) -> None:
 
 
 def test_a_drafter_of_no_help_shows(converted: Convert) -> None:
-    """Whether the figures of `test_demo.py` say anything: the same with a drafter that never helps."""
+    """A useless drafter has clearly lower figures, so the figures of `test_demo.py` are meaningful."""
     model = mlx_mtp.load(converted("--dtype", "bfloat16"))
     assert model.target.dtype == mx.bfloat16
     assert model.drafter is not None

@@ -1,4 +1,4 @@
-"""The models against transformers in float32: logits, hidden states, greedy tokens, drafts."""
+"""The models against transformers in float32: logits, hidden states, greedy tokens and drafts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from mlx_mtp.gemma4.target import Target
 
 TOLERANCE = 1e-4
 MAX_BLOCK = 8
-# 75 tokens in passes of these lengths; the window is 16.
+# The passes have these lengths, 75 tokens in all. The window is 16.
 PASSES = {
     "one pass": [75],
     "prefill, then single rows": [11] + [1] * 64,
@@ -34,13 +34,13 @@ PASSES = {
     "8 rows": [11] + [8] * 8,
     "mixed": [5, 1, 30, 1, 7, 23, 8],
 }
-# Shorter than the window, around it, around the window + 1 rows the drafter sees, and far beyond.
+# The lengths are below the window, near the window, near the window + 1 rows that the drafter sees, and far beyond.
 CONTEXTS = (3, 15, 16, 17, 18, 40, 75)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One variant's target and drafter, ours and transformers'."""
+    """One variant's target and drafter, in this project and in transformers."""
 
     variant: str
     target_folder: Path
@@ -53,7 +53,7 @@ class Pair:
 
 @pytest.fixture(scope="module", autouse=True)
 def _quiet() -> Iterator[None]:
-    """One thread is fastest for models this small; transformers would log a config per load."""
+    """One thread is fastest for models this small. Without this, transformers logs a config per load."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -81,13 +81,13 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def load_reference(folder: Path, kind: str, *, unified: bool) -> Any:
-    """The checkpoint in transformers, which must find every tensor it wants and no other, towers aside."""
+    """Load the checkpoint in transformers. Its tensors must match transformers' exactly, except for towers."""
     cls = getattr(transformers, f"Gemma4{'Unified' if unified else ''}{kind}")
     model, info = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
     assert all(key.startswith("model.vision_tower.") for key in info["unexpected_keys"])
-    # No stop token, so that every comparison has the length it asks for.
+    # There is no stop token, so every comparison has its full length.
     model.generation_config = transformers.GenerationConfig(pad_token_id=0, num_assistant_tokens=6)
     return model.eval()
 
@@ -97,7 +97,7 @@ def new_cache(target: Target) -> Cache:
 
 
 def run_pass(target: Target, cache: Cache, tokens: list[int], kept: int | None = None) -> tuple[mx.array, mx.array]:
-    """One pass over tokens, of which the first `kept` (all, if None) stay: hidden states and final logits of those."""
+    """Run one pass and keep its first `kept` tokens (all, if None). Return their hidden states and final logits."""
     kept = len(tokens) if kept is None else kept
     output = target(mx.array([tokens], mx.int32), cache, logit_rows=len(tokens))
     hidden, logits = output.hidden[:, :kept], target.soft_cap(output.logits)[:, :kept]
@@ -107,7 +107,7 @@ def run_pass(target: Target, cache: Cache, tokens: list[int], kept: int | None =
 
 
 def reference_pass(pair: Pair, tokens: list[int]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Hidden states after the final norm, and logits, of a full forward pass of transformers without a cache."""
+    """Run a full pass of transformers without a cache. Return hidden states after the final norm, and logits."""
     output = pair.hf_target(torch.tensor([tokens]), use_cache=False, output_hidden_states=True)
     return output.hidden_states[-1].numpy(), output.logits.numpy()
 
@@ -131,7 +131,7 @@ def test_target_equals_reference(pair: Pair, lengths: list[int]) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_scales_before_norms(variant: str, tmp_path: Path) -> None:
-    """A large epsilon in the norms shows factors they would otherwise cancel."""
+    """A large epsilon in the norms reveals factors that the norms would otherwise cancel."""
     make_target(tmp_path, variant, rms_norm_eps=0.1)
     tokens = random_tokens(30)
     target = load_target(tmp_path)[0]
@@ -141,7 +141,7 @@ def test_scales_before_norms(variant: str, tmp_path: Path) -> None:
 
 
 def test_target_forgets_rejected_rows(pair: Pair) -> None:
-    """Blocks of 1 to 8 rows, of which only the first few are the text's: the others leave no trace."""
+    """Of blocks of 1 to 8 rows, only the first few rows belong to the text. The other rows leave no trace."""
     tokens, wrong = random_tokens(75), random_tokens(MAX_BLOCK, seed=1)
     rng = np.random.default_rng(0)
     cache = new_cache(pair.target)
@@ -164,7 +164,7 @@ def test_logits_for_last_rows_only(pair: Pair) -> None:
 
 
 def valid_rows(cache: Cache, layer_type: LayerType) -> tuple[torch.Tensor, torch.Tensor]:
-    """The K/V rows the drafter may read, in the order of their positions, without stale ones."""
+    """Return the K/V rows that the drafter may read, in the order of their positions, without stale rows."""
     layer = cache.config.last_kv_layer(layer_type)
     if layer_type == "full_attention":
         slots = np.arange(cache.length)
@@ -179,7 +179,7 @@ def valid_rows(cache: Cache, layer_type: LayerType) -> tuple[torch.Tensor, torch
 def reference_step(
     pair: Pair, cache: Cache, token: int, hidden: mx.array, position: int
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Projected hidden state and logits of one draft step in transformers, on our cache's K/V."""
+    """Run one draft step in transformers on this project's K/V. Return the projected hidden state and logits."""
     embedding = pair.hf_target.get_input_embeddings()(torch.tensor([[token]]))
     output = pair.hf_drafter(
         inputs_embeds=torch.cat([embedding, torch.from_numpy(np.array(hidden))], dim=-1),
@@ -190,12 +190,12 @@ def reference_step(
 
 
 def check_candidates(drafter: Drafter, state: mx.array, logits: NDArray[Any]) -> int:
-    """Compare a head's candidates with transformers' logits, [1, vocab], and return the best token."""
+    """Compare a head's candidates with transformers' logits, [1, vocab]. Return the best token."""
     ids, ours = drafter.candidates(state)
     if ids is None:
         assert difference(ours, logits) < TOLERANCE
         return int(ours.argmax())
-    # transformers fills the logits of all other tokens with one value below those of the candidates.
+    # transformers sets the logits of all other tokens to one value below the candidates' logits.
     assert sorted(np.array(ids[0]).tolist()) == np.flatnonzero(logits[0] > logits[0].min()).tolist()
     assert difference(ours, logits[:, np.array(ids[0])]) < TOLERANCE
     return int(ids[0, ours[0].argmax()])
@@ -203,7 +203,7 @@ def check_candidates(drafter: Drafter, state: mx.array, logits: NDArray[Any]) ->
 
 @pytest.mark.parametrize("length", CONTEXTS)
 def test_drafter_equals_reference(pair: Pair, length: int) -> None:
-    """Several steps at one position, each fed by our own last one, after passes that left rejected rows behind."""
+    """Several steps are at one position. Each step gets this project's last step. Earlier passes left rejected rows."""
     tokens = random_tokens(length, seed=length)
     cache = new_cache(pair.target)
     run_pass(pair.target, cache, tokens[:2])
@@ -221,7 +221,7 @@ def test_drafter_equals_reference(pair: Pair, length: int) -> None:
 
 
 def test_draft_position(pair: Pair, tmp_path: Path) -> None:
-    """`bonus` is the index of the bonus token, which is the number of positions in the cache; `last` is one less."""
+    """`bonus` is the index of the bonus token, which is the number of positions in the cache. `last` is one less."""
     last = load_drafter(make_drafter(tmp_path, pair.variant, draft_position="last"))[0]
     cache = new_cache(pair.target)
     hidden = run_pass(pair.target, cache, random_tokens(30))[0][:, -1:]
@@ -237,7 +237,7 @@ def test_draft_position(pair: Pair, tmp_path: Path) -> None:
 
 
 def reference_drafts(pair: Pair, tokens: list[int]) -> list[int]:
-    """The bonus token and the drafts of assisted generation's first round, all inputs being transformers' own."""
+    """Return the bonus token and drafts of assisted generation's first round. All inputs are transformers' own."""
     prompt = torch.tensor([tokens])
     output = pair.hf_target(prompt, use_cache=True, output_hidden_states=True, return_shared_kv_states=True)
     generator = SinglePositionMultiTokenCandidateGenerator(
@@ -260,7 +260,7 @@ def test_first_drafts_equal_reference(pair: Pair, length: int) -> None:
 
 
 class ScriptedDrafter:
-    """Drafts a known continuation with some tokens replaced, so that rounds accept 0 to k tokens."""
+    """A drafter that drafts a known continuation with some wrong tokens, so that rounds accept 0 to k tokens."""
 
     def __init__(self, prompt: int, continuation: list[int]) -> None:
         self.prompt = prompt
@@ -275,7 +275,7 @@ class ScriptedDrafter:
 
 
 class ObservedDrafter(ScriptedDrafter):
-    """A scripted drafter that also records what a real one would draft, by the length of the text in the cache."""
+    """A scripted drafter that records a real drafter's drafts, by the length of the text in the cache."""
 
     def __init__(self, drafter: Drafter, prompt: int, continuation: list[int]) -> None:
         super().__init__(prompt, continuation)
@@ -296,7 +296,7 @@ class ObservedDrafter(ScriptedDrafter):
 
 
 def generate(pair: Pair, drafter: Any, prompt: list[int], count: int, k: int) -> tuple[list[int], set[int]]:
-    """Greedy tokens, and the numbers of draft tokens that rounds accepted."""
+    """Return greedy tokens, and the set of accepted numbers of draft tokens in rounds."""
     stream = Stream(pair.target, drafter, max_draft_tokens=k)
     rounds = list(
         decode(
@@ -317,7 +317,7 @@ def test_greedy_tokens_equal_reference(pair: Pair, length: int) -> None:
     expected = pair.hf_target.generate(torch.tensor([prompt]), max_new_tokens=120, do_sample=False)[0, length:].tolist()
     assert len(set(expected)) > 20, "the text loops, the test proves little"
     assert generate(pair, None, prompt, 120, 0)[0] == expected
-    # A random drafter is nearly always wrong: a round per token, so fewer of them.
+    # A random drafter is nearly always wrong and makes one round per token. The text is shorter for it.
     assert generate(pair, pair.drafter, prompt, 40, 3)[0] == expected[:40]
     tokens, accepted = generate(pair, ScriptedDrafter(length, expected), prompt, 120, 3)
     assert tokens == expected
@@ -325,7 +325,7 @@ def test_greedy_tokens_equal_reference(pair: Pair, length: int) -> None:
 
 
 def test_drafts_after_rounds_equal_reference(pair: Pair) -> None:
-    """After rounds that accepted 0 to 3 drafts, the next are those of transformers reading the same text afresh."""
+    """After rounds that accept 0 to 3 draft tokens, drafts equal transformers' drafts for a fresh pass over the text."""
     prompt = random_tokens(11)
     plain = generate(pair, None, prompt, 80, 0)[0]
     drafter = ObservedDrafter(pair.drafter, len(prompt), plain)
@@ -339,7 +339,7 @@ def test_drafts_after_rounds_equal_reference(pair: Pair) -> None:
 
 
 def dequantized(module: nn.Module, make: Any) -> Any:
-    """A new module with the weights of a quantized one, dequantized."""
+    """Return a new module with the dequantized weights of a quantized module."""
     weights = dict(tree_flatten(module.parameters()))
     for name, layer in module.named_modules():
         if "scales" in layer:
@@ -354,7 +354,7 @@ def dequantized(module: nn.Module, make: Any) -> Any:
 
 
 def test_quantized_drafter(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quantized drafter computes what its dequantized weights do; a centroid head dequantizes its candidates only."""
+    """A quantized drafter equals one with dequantized weights. A centroid head dequantizes only its candidates."""
     quantized = load_drafter(pair.drafter_folder)[0]
     nn.quantize(quantized, group_size=64, bits=4)
     assert isinstance(quantized.model.embed_tokens, nn.QuantizedEmbedding)
@@ -387,7 +387,7 @@ def test_quantized_drafter(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_quantized_target(pair: Pair) -> None:
-    """A target quantized in every module computes what its dequantized weights do."""
+    """A target with all modules quantized equals a target with the dequantized weights."""
     quantized = load_target(pair.target_folder)[0]
     nn.quantize(quantized, group_size=64, bits=4)
     plain = dequantized(quantized, lambda: Target(quantized.config))

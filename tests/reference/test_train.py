@@ -1,4 +1,4 @@
-"""`python -m mlx_mtp.train`: as a process, killed and resumed, and the data it reads."""
+"""`python -m mlx_mtp.train`: as a process, killed and resumed, and its training data."""
 
 import json
 import resource
@@ -32,7 +32,7 @@ QUICK = ("--iters", "6", "--batch-size", "2", "--steps-per-eval", "3", "--save-e
 
 @pytest.fixture
 def folder(tiny_pair: TinyPair, tmp_path: Path) -> Path:
-    """A tiny pair of our own to write next to."""
+    """A tiny pair in a folder that a test may write to."""
     shutil.copytree(tiny_pair("e2b"), tmp_path / "pair")
     return tmp_path / "pair"
 
@@ -59,7 +59,7 @@ def test_training_writes_a_drafter_that_is_found_and_works(
     assert model.drafter_config.path.parent == folder / "target" / "drafter"
     plain = model.generate("hello", max_tokens=30, num_draft_tokens=0, ignore_eos=True)
     assert model.generate("hello", max_tokens=30, num_draft_tokens=3, ignore_eos=True).tokens == plain.tokens
-    # What exists is not replaced unless asked to.
+    # An existing output is replaced only on request.
     again = ["--model", str(folder / "target"), "--data", str(data), *QUICK, "--iters", "1"]
     assert main(again) == 1
     assert "exists already; choose another --output, or replace it with --overwrite" in capsys.readouterr().err
@@ -92,7 +92,7 @@ def test_from_scratch_and_in_the_form_asked_for(folder: Path, data: Path, tmp_pa
 
 
 def interrupted(command: list[str], state: Path) -> None:
-    """Run a command until it has saved a state after some updates, then kill it."""
+    """Run a command until it has saved a state after some updates. Then kill it."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         time.sleep(0.02)
@@ -162,7 +162,7 @@ def parameters(drafter: Drafter) -> dict[str, mx.array]:
 
 
 def test_early_stopping_keeps_the_best(tiny_pair: TinyPair, tmp_path: Path) -> None:
-    """With steps far too large, nothing after the beginning measures better than it."""
+    """The steps are far too large, so no later state measures better than the first one."""
     trainer = make_trainer(tiny_pair, tmp_path / "state", learning_rate=0.9, patience=2, iters=200)
     before = parameters(trainer.drafter)
     best = trainer.run(lambda update, loss, measured: None)
@@ -192,7 +192,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_state(tiny_pair: TinyPair, tmp_
 
 
 def test_a_full_disk_keeps_the_last_state(folder: Path, data: Path) -> None:
-    """Files larger than a limit cannot be written, as on a full disk; nothing half-written is left."""
+    """A size limit prevents large files, as a full disk does. No partial file is left."""
     size = (folder / "target-assistant" / "model.safetensors").stat().st_size
 
     def limit() -> None:
@@ -232,7 +232,7 @@ def test_every_kind_of_line(tiny_pair: TinyPair, tmp_path: Path) -> None:
     chat = Text([*prompt, *answer, turn_end], len(prompt))
     assert train == [Text(answer, 1), chat, chat]
     assert valid == [Text([*prompt, *answer], len(prompt))]
-    # A long text is cut; every piece begins as it does, and a prompt is no answer in any of them.
+    # A long text is cut. Every piece begins like the text, and the prompt is never counted as an answer.
     file.write_text("".join(json.dumps({"text": f"<bos>{words * n}"}) + "\n" for n in (5, 1)))
     tokens = model.tokenizer.encode(words * 5, add_special_tokens=False)
     pieces = read_data(file, model, 32, answers)[0]
