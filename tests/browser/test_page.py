@@ -1,4 +1,4 @@
-"""The chat page in headless Chromium: what people see of a draft."""
+"""The chat page in headless Chromium, with its display of drafts."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -112,7 +112,7 @@ def test_text_grows_while_it_comes_and_stop_stops_it(page: Page, url: str) -> No
         lengths.add(len(page.text("#messages")))
         return len(lengths) > 4
 
-    # Sampled as wildly, an answer may be short, and end before it can be stopped: then it is asked for again.
+    # With such sampling, an answer can be short and end before it is stopped. The question is then repeated.
     for _ in range(20):
         page.ask("x = {")
         page.until(lambda: has_grown() or page.is_ready())
@@ -142,7 +142,7 @@ def test_markup_is_text(page: Page) -> None:
 
 
 def test_errors_are_shown_and_the_conversation_goes_on(page: Page) -> None:
-    # Typed key by key it would take long.
+    # Typing each key would take long.
     page.driver.execute_script("document.getElementById('prompt').value = 'x '.repeat(4200)")
     page.ask("")
     page.until(lambda: page.text("#status") == "Failed")
@@ -182,7 +182,7 @@ def screenshot(page: Page, file: Path) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_screenshot(page: Page, tmp_path: Path, scheme: str, request: pytest.FixtureRequest) -> None:
-    """The picture in docs/ is made by this test: pytest tests/browser --screenshots docs/images."""
+    """This test makes the picture in docs/: pytest tests/browser --screenshots docs/images."""
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     folder = request.config.getoption("--screenshots") or tmp_path

@@ -1,4 +1,4 @@
-"""Anthropic's API, driven by its official client."""
+"""Anthropic's API with its official client."""
 
 import asyncio
 import json
@@ -38,7 +38,7 @@ WEATHER: Any = {
 
 
 class Script:
-    """A logits processor that makes the model say what it is told to; nothing, and it says what it likes."""
+    """A logits processor that makes the model write a given text. Without a text, the model chooses freely."""
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
@@ -65,7 +65,7 @@ script = Script()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo pair with a template as Google's are, which shows thoughts between calls, and a long context."""
+    """The demo pair with a long context and a template like Google's, which shows thoughts between calls."""
     found = tmp_path_factory.mktemp("pair") / "demo"
     copytree(DEMO_PAIR, found)
     (found / "chat_template.jinja").write_text(TEMPLATES["summer"])
@@ -100,12 +100,12 @@ def client(served: Served) -> Iterator[anthropic.Anthropic]:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Model:
-    """The same pair, in this thread."""
+    """The same pair, loaded in this thread."""
     return mlx_mtp.load(folder)
 
 
 def check(kind: Any, data: Any) -> Any:
-    """The data as the client's own type of it: every field of its type, and none that it does not know."""
+    """Return the data as the client's own type. Every field has its type, and no field is unknown."""
     found = TypeAdapter(kind).validate_python(data, strict=True)
     assert_no_extras(found)
     return found
@@ -129,7 +129,7 @@ def create(client: anthropic.Anthropic, say: str = "", **options: Any) -> Messag
 
 
 def stream(client: anthropic.Anthropic, say: str = "", **options: Any) -> Message:
-    """The message that the client makes of a stream's events, after each of them was checked."""
+    """Check each event of a stream. Return the message that the client makes of the events."""
     script.say(say)
     asked: Any = {"model": "claude-haiku", "max_tokens": 120, "messages": [USER]} | options
     kinds = []
@@ -147,7 +147,7 @@ def stream(client: anthropic.Anthropic, say: str = "", **options: Any) -> Messag
 
 
 def plain(message: Message) -> dict[str, Any]:
-    """What a message says, without the numbers that differ from request to request."""
+    """Return the content of a message, without the numbers that differ between requests."""
     found = message.model_dump(
         exclude={"id": True, "usage": {"cache_read_input_tokens", "input_tokens", "service_tier"}}
     )
@@ -175,7 +175,7 @@ ANSWERS: list[tuple[str, Any, list[dict[str, Any]], str, str | None]] = [
         "tool_use",
         None,
     ),
-    # Where no tools are given, nothing is taken for a call; an empty call is one.
+    # Without tools, no text is parsed as a call. A call without arguments is a call.
     ("I look.<|tool_call>call:weather{}<tool_call|>", {"tools": [WEATHER]}, [
         {"type": "text", "text": "I look."}, {"type": "tool_use", "name": "weather", "input": {}}
     ], "tool_use", None),
@@ -193,7 +193,7 @@ def test_an_answer_is_the_same_whole_and_streamed(
 
 
 def test_arguments_that_are_no_object_are_kept_as_they_are(client: anthropic.Anthropic) -> None:
-    """The end of the text cuts a call: it is sent back as it was written."""
+    """The end of the text cuts the call. Its text is returned unchanged."""
     options: Any = {"tools": [WEATHER], "max_tokens": 13}
     whole, streamed = create(client, CALL, **options), stream(client, CALL, **options)
     (call,) = whole.content
@@ -241,12 +241,12 @@ CACHED = {"cache_control": {"type": "ephemeral"}}
 CALLED: Any = {"role": "assistant", "content": [use("t1", city="Oslo")]}
 MODEL_CALLED: Any = {"role": "assistant", "content": "", "tool_calls": [call("t1", city="Oslo")]}
 MESSAGES: list[tuple[Any, Any]] = [
-    # Blocks, and messages of one role after the other, are one message, each on a line of its own.
+    # Blocks and consecutive messages of one role become one message, with each block on a line of its own.
     (
         [{"role": "user", "content": [text("a", **CACHED), text("b")]}, {"role": "user", "content": "c"}],
         [{"role": "user", "content": "a\nb\nc"}],
     ),
-    # Of what the assistant says, nothing is changed.
+    # The assistant's text is unchanged.
     (
         [
             USER,
@@ -272,7 +272,7 @@ MESSAGES: list[tuple[Any, Any]] = [
         [USER, MODEL_CALLED, answered("t1", "Error: no such city")],
     ),
     ([USER, CALLED, {"role": "user", "content": [result("t1", None)]}], [USER, MODEL_CALLED, answered("t1", "")]),
-    # System messages: before all others, part of the system prompt; later ones stay where they are.
+    # Leading system messages become part of the system prompt. Later ones stay at their places.
     (
         [{"role": "system", "content": "Be brief."}, USER, {"role": "system", "content": [text("It rains.")]}],
         [
@@ -280,7 +280,7 @@ MESSAGES: list[tuple[Any, Any]] = [
             {"role": "user", "content": "Is it cold?\n<system-reminder>\nIt rains.\n</system-reminder>"},
         ],
     ),
-    # What can be read as text.
+    # These blocks can be read as text.
     (
         [{"role": "user", "content": [
             {"type": "document", "title": "T", "source": {"type": "text", "media_type": "text/plain", "data": "d"}},
@@ -289,7 +289,7 @@ MESSAGES: list[tuple[Any, Any]] = [
         ]}],
         [{"role": "user", "content": "T\nd\ne\nS (s.txt)\nf"}],
     ),
-    # An empty beginning of an answer.
+    # The beginning of the answer is empty.
     ([USER, {"role": "assistant", "content": ""}], [USER]),
 ]  # fmt: skip
 
@@ -407,7 +407,7 @@ def test_async_client(served: Served) -> None:
 
 
 def test_a_stream_says_that_it_lives(served: Served) -> None:
-    """While the prompt is read, and while a call is held back until it ends."""
+    """Pings arrive while the prompt is read, and while a call is held back until its end."""
     headers = {"x-api-key": KEY}
     body = {"model": "any", "max_tokens": 99, "messages": [USER], "tools": [WEATHER], "stream": True}
     script.say(f"<|tool_call>call:weather{{city:{Q}{'Oslo ' * 9}{Q}}}<tool_call|>", delay=0.4)
@@ -523,17 +523,17 @@ def test_models(served: Served, client: anthropic.Anthropic) -> None:
 
 
 class Conversation:
-    """A client that sends what came before with each request, as agents do, and notes what was read anew."""
+    """A client that sends the whole conversation with each request, as agents do. It records the tokens read."""
 
     def __init__(self, client: anthropic.Anthropic, **options: Any) -> None:
         self._client = client
         self._options: Any = {"model": "claude-sonnet", "max_tokens": 400} | options
         self.messages: list[Any] = []
-        # Of each request, the tokens of its prompt and those of them that were read before.
+        # For each request: the prompt's tokens, and the tokens of them that were read before.
         self.read: list[tuple[int, int]] = []
 
     def ask(self, content: Any, say: str) -> list[str]:
-        """Send a message of the user; the ids of the calls in the answer."""
+        """Send a user message. Return the ids of the calls in the answer."""
         self.messages.append({"role": "user", "content": content})
         script.say(say)
         with self._client.beta.messages.stream(messages=self.messages, **self._options) as events:
@@ -550,13 +550,15 @@ def calling(name: str, **arguments: str) -> str:
     return f"<|tool_call>call:{name}{{{','.join(f'{k}:{Q}{v}{Q}' for k, v in arguments.items())}}}<tool_call|>"
 
 
-# How much of a prompt's end may be read again: its last token, and what drafts are rolled back over.
+# This many tokens at a prompt's end may be read again: its last token, and tokens of rolled-back drafts.
 FEW = 12
 
 
 def test_a_conversation_with_tools_is_read_once(client: anthropic.Anthropic) -> None:
-    """Thoughts, text and calls come back token by token as they were written; with the user's next question, the
-    thoughts of the exchange before leave the prompt, and what follows them is read again."""
+    """The client returns thoughts, text and calls exactly as the model wrote them, so they are not read again.
+
+    With the user's next question, the thoughts of the exchange before leave the prompt. Later text is read again.
+    """
     tool: Any = {"name": "read", "input_schema": {"type": "object", "properties": {"file": {"type": "string"}}}}
     talk = Conversation(client, system="You read files. " * 20, tools=[tool], **THOUGHTS)
     begin = "<|channel>thought\n"
@@ -573,16 +575,16 @@ def test_a_conversation_with_tools_is_read_once(client: anthropic.Anthropic) -> 
     talk.ask("Thanks.", "")
     prompts, cached = zip(*talk.read, strict=True)
     for turn in range(1, 4):
-        # All of the prompt before, and of its answer but for the last token.
+        # The whole earlier prompt is reused, and its answer except for the last token.
         assert cached[turn] >= prompts[turn - 1] + 10
         assert cached[turn] > prompts[turn] - 260
-    # Up to the first thought, which is gone.
+    # The reuse ends at the first thought, which is no longer in the prompt.
     assert cached[4] >= prompts[0] - FEW
     assert cached[5] >= prompts[4] - FEW
 
 
 def agent_tools() -> list[Any]:
-    """A dozen tools as coding agents declare them."""
+    """Return a dozen tools as coding agents declare them."""
     nested = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "type": "object",
@@ -619,7 +621,7 @@ def agent_tools() -> list[Any]:
 
 
 def test_a_coding_agent_is_served(client: anthropic.Anthropic) -> None:
-    """A session as such programs send it: all their fields, reminders between the messages, and two models."""
+    """The session has all fields of such programs, reminders between the messages, and two models."""
     kept = {"type": "ephemeral"}
     system: Any = [
         text("x-anthropic-billing-header: cc_version=1.0; cc_entrypoint=cli; cch=00000;"),
@@ -642,7 +644,7 @@ def test_a_coding_agent_is_served(client: anthropic.Anthropic) -> None:
     ]
     talk.messages += [{"role": "user", "content": asked}, {"role": "system", "content": "There are two agents."}]
     (first,) = talk.ask([], f"<|channel>thought\nA listing.\n<channel|>I list.{calling('Bash', command='ls')}")
-    # The mark of what to cache moves on with each request, and the header for billing changes.
+    # With each request, the cache mark moves on and the billing header changes.
     del asked[1]["cache_control"]
     system[0]["text"] = system[0]["text"].replace("00000", "12345")
     (second,) = talk.ask(
@@ -652,7 +654,7 @@ def test_a_coding_agent_is_served(client: anthropic.Anthropic) -> None:
     prompts, cached = zip(*talk.read, strict=True)
     assert cached[1] >= prompts[0] + 10
     assert cached[2] >= prompts[0] - FEW
-    # A small task for a small model, in between.
+    # A small task for a small model comes in between.
     small = create(
         client, "Files", model="claude-haiku", system="A title in two words.", messages=[USER], max_tokens=32
     )

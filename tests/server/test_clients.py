@@ -1,4 +1,4 @@
-"""Client libraries that people have drive the server: chats, streams, tools, and answers in a given form."""
+"""Popular client libraries use the server: chats, streams, tools, and answers in a given form."""
 
 import asyncio
 import json
@@ -46,7 +46,7 @@ VISIT_TEXT = json.dumps(VISIT)
 
 
 class SaysInTurn:
-    """A model that says the next of several texts in each generation."""
+    """A model that writes the next of several texts in each generation."""
 
     def __init__(self, model: Model, texts: list[str]) -> None:
         self._model = model
@@ -85,7 +85,7 @@ def load_of(served: Served) -> Model:
 
 
 def called(name: str, **arguments: Any) -> str:
-    """A call as the model writes it."""
+    """Return a call as the model writes it."""
     return f"<|tool_call>call:{name}{render(dict(sorted(arguments.items())))}<tool_call|>"
 
 
@@ -216,7 +216,7 @@ def test_instructor(served: Served, mode: Any) -> None:
         patched = instructor.from_openai(client, mode=mode)
         messages: Any = [{"role": "user", "content": QUESTION}]
         for seed in range(1, 6):
-            # A small model may write blanks until it is cut.
+            # A small model can write blanks until it is cut.
             with suppress(IncompleteOutputException):
                 options: Any = {"model": "pair", "temperature": 1, "seed": seed, "max_retries": 0}
                 assert patched.chat.completions.create(messages=messages, response_model=Visit, **options).place.number

@@ -1,4 +1,4 @@
-"""The server, driven by the clients that people have: OpenAI's, in both its kinds, and LangChain's."""
+"""The server with popular clients: both kinds of OpenAI's client, and LangChain's client."""
 
 import asyncio
 import json
@@ -46,7 +46,7 @@ def served() -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    """The same pair, in this thread."""
+    """The same pair, loaded in this thread."""
     return load_demo_pair()
 
 
@@ -65,7 +65,7 @@ def chat(client: openai.OpenAI, **options: Any) -> Any:
 
 
 def joined(chunks: Any) -> dict[str, Any]:
-    """What the chunks of a chat stream say in all."""
+    """Return the joined content of all chunks of a chat stream."""
     found: dict[str, Any] = {"content": "", "reasoning": "", "calls": {}, "finish": None, "usage": None, "logprobs": []}
     for chunk in chunks:
         found["usage"] = chunk.usage or found["usage"]
@@ -334,7 +334,7 @@ class Adopt(BaseModel):
 
 
 def test_strict_tools_of_pydantic_models(client: openai.OpenAI) -> None:
-    """References to themselves, bounds, patterns and formats are held to."""
+    """The calls follow recursive references, bounds, patterns and formats."""
     tools: Any = [openai.pydantic_function_tool(Adopt)]
     assert tools[0]["function"]["strict"] is True
     for seed in range(3):
@@ -413,7 +413,7 @@ def test_what_is_not_enforced_is_named(served: Served, caplog: pytest.LogCapture
 
 
 def test_tools_beside_a_response_format(client: openai.OpenAI, model: Model) -> None:
-    """The answer is a call, or JSON by the schema, and nothing else; the model chooses."""
+    """The model chooses between a call and JSON by the schema. No other answer is possible."""
     wanted: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
     (start,) = model.encode("<|tool_call>")[-1:]
     strict: Any = [{"type": "function", "function": tool["function"] | {"strict": True}} for tool in TOOLS]
@@ -446,7 +446,7 @@ def test_tools_beside_a_response_format(client: openai.OpenAI, model: Model) -> 
 
 
 def test_a_call_that_is_cut_says_length(client: openai.OpenAI) -> None:
-    """Though the call has begun, and its name is known: its arguments are not whole."""
+    """The call has begun with its name, but its arguments are incomplete."""
     options: Any = {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "get_weather"}}}
     length = chat(client, **options).usage.completion_tokens - 3
     whole = chat(client, max_tokens=length, **options)
@@ -544,7 +544,7 @@ def test_text_thoughts_and_several_calls(
     assert [(call["name"], json.loads(call["arguments"])) for call in parts["calls"].values()] == expected
     assert parts["usage"].completion_tokens_details.reasoning_tokens > 3
     assert [item.type for item in answer.output] == ["reasoning", "message", "function_call", "function_call"]
-    # Where no tools are given, nothing is taken for a call.
+    # Without tools, no text is parsed as a call.
     assert (without.content, without.tool_calls) == (script.partition("<channel|>")[2], None)
 
 
@@ -568,7 +568,7 @@ def test_logprobs_of_responses_are_the_same_in_every_event(client: openai.OpenAI
 def test_log_probabilities_that_json_lacks_are_clamped(
     served: Served, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As OpenAI's: a token that cannot come has -9999, not minus infinity."""
+    """As in OpenAI's API, an impossible token has -9999 instead of minus infinity."""
     options: Any = {"max_tokens": 4, "logprobs": True, "top_logprobs": 1}
     with scripted(served, monkeypatch, "x = 1", Logprobs(-math.inf, [(40, -math.inf)])):
         whole = chat(client, **options).choices[0].logprobs.content
@@ -873,7 +873,7 @@ def test_metrics(served: Served, client: openai.OpenAI) -> None:
         ("<|turn>model\nHi", "Hi", None, None),
         ("<tool_call|>", "", None, None),
         ("Yes<tool_call|> and no", "Yes and no", None, None),
-        # A call in a thought that is not closed is one; in a thought that is closed it is a part of it.
+        # A call in an unclosed thought is a call. In a closed thought it is part of the thought.
         ("<|channel>thought\nGo.<|tool_call>call:stop{}<tool_call|>", None, "Go.", "stop"),
         ("<|channel>thought\nA <|tool_call>call:stop{} b.<channel|>No.", "No.", "A <|tool_call>call:stop{} b.", None),
     ],
@@ -897,7 +897,7 @@ def test_control_tokens_never_reach_the_content(
 
 
 def test_a_call_that_is_badly_written(served: Served, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is read as meant, with the tool's schema; one with two meanings is passed on as it was, and counted."""
+    """The tool's schema helps to read it. An ambiguous call is passed on unchanged and counted."""
     run: Any = {"type": "object", "properties": {"command": {"type": "string"}, "note": {"type": "string"}}}
     tools: Any = [{"type": "function", "function": {"name": "run", "parameters": run}}]
     flat: Any = [{"type": "function", **tools[0]["function"]}]

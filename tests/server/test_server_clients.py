@@ -1,5 +1,7 @@
-"""Requests as clients send them: fields of other servers, what SDKs send back, items of tools that are not here, paths
-and hosts."""
+"""Requests as clients send them.
+
+They have fields of other servers, fields that SDKs send back, items of tools that are not here, paths and hosts.
+"""
 
 import gzip
 import socket
@@ -58,7 +60,7 @@ def text_of(answer: httpx.Response) -> str:
 
 
 def rendered(items: Any, **fields: Any) -> Any:
-    """The messages that a request to /v1/responses makes for the template."""
+    """Return the messages that a request to /v1/responses makes for the template."""
     return ResponseRequest.model_validate({"input": items} | fields).task(GenerationOptions()).prompt
 
 
@@ -153,7 +155,7 @@ def test_the_token_limit_of_other_names_holds(served: Served) -> None:
         for name in ("max_tokens", "n_predict"):
             answer = post(f"{served.v1}/{path}", json=body | {name: 3}).json()["usage"]
             assert answer.get("completion_tokens", answer.get("output_tokens")) == 3
-    # No limit of the request's own: the server's.
+    # The request has no limit of its own, so the server's limit applies.
     assert chat(served, max_tokens=-1).json()["usage"]["completion_tokens"] == 6
 
 
@@ -397,7 +399,7 @@ def test_fields_of_responses_that_sdks_send(served: Served) -> None:
     assert (body["store"], body["truncation"], body["text"]["verbosity"]) == (False, "auto", "low")
     assert body["reasoning"] == {"effort": "none", "summary": "auto"}
     assert body["output"][0]["content"][0]["logprobs"] == []
-    # Values of other services are accepted, but a client's types of an answer do not have them.
+    # Values of other services are accepted, but the client's types of an answer do not have them.
     odd: Any = {
         "reasoning": {"effort": "turbo", "summary": "long"},
         "text": {"verbosity": "some"},
@@ -495,7 +497,7 @@ def test_the_page_of_fields_names_them_all() -> None:
 
 
 def refused(served: Served, path: str, **body: Any) -> dict[str, Any]:
-    """The error of a request that is refused with 400."""
+    """Send a request that is refused with 400. Return its error."""
     answer = post(f"{served.v1}/{path}", json=body)
     assert answer.status_code == 400, answer.text
     error: dict[str, Any] = answer.json()["error"]
@@ -643,7 +645,7 @@ def test_only_allowed_tools_are_called(served: Served) -> None:
         answer = chat(served, tools=tools, tool_choice=choice, max_tokens=60, temperature=1, seed=seed)
         calls = answer.json()["choices"][0]["message"]["tool_calls"]
         assert {call["function"]["name"] for call in calls} == {"pick"}
-    # The prompt has all tools, so that it stays the same whatever is allowed.
+    # The prompt always has all tools, so it does not depend on the allowed tools.
     every = chat(served, tools=tools).json()["usage"]["prompt_tokens"]
     assert answer.json()["usage"]["prompt_tokens"] == every
     flat = [{"type": "function", **named_function(name)} for name in names]
@@ -664,7 +666,7 @@ def test_allowed_tools_beside_text_are_held_to() -> None:
     assert "call:pick" in grammar
     assert "call:drop" not in grammar
     assert "start: TEXT?" in grammar
-    # Nothing is left out: no form is needed.
+    # All tools are allowed, so no grammar is needed.
     both = [*ALLOWED, {"type": "function", "function": {"name": "drop"}}]
     assert form_of({"type": "allowed_tools", "mode": "auto", "tools": both}).grammar is None
     none = form_of({"type": "allowed_tools", "mode": "auto", "tools": []}).grammar

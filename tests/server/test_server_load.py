@@ -1,4 +1,4 @@
-"""The server under many clients, clients that leave, and signals."""
+"""The server with many clients, clients that disconnect, and signals."""
 
 import asyncio
 import gc
@@ -27,7 +27,7 @@ from mlx_mtp import DEMO_PAIR, GenerationOptions, Model
 from mlx_mtp.server import cli as server
 
 K = 2
-# Far more than any test waits for.
+# This is far more than any test waits for.
 ENDLESS = 3900
 DEMO = ("--num-draft-tokens", str(K), "--temp", "0")
 
@@ -40,7 +40,7 @@ def load() -> Model:
 def served() -> Iterator[Served]:
     options = GenerationOptions(num_draft_tokens=K, max_tokens=16)
     with serve(load, options, max_waiting=250, keep_alive=0.05) as found:
-        # Little is kept, so that memory must come back.
+        # The prompt cache is small, so memory must become free again.
         found.service.model.prompt_cache.limit = 2_000_000
         yield found
 
@@ -61,7 +61,7 @@ def is_idle(served: Served) -> bool:
 
 
 def test_200_at_once(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None is lost or mixed up, they run in the order in which they came, and memory is what it was."""
+    """No request is lost or mixed up, the order is that of arrival, and memory returns to its level."""
     prompts = [f"value_{i} = compute_{i * 7 % 200}(" for i in range(200)]
     model = load()
     expected = {prompt: model.generate(prompt, max_tokens=4, num_draft_tokens=K).text for prompt in prompts}
@@ -149,7 +149,7 @@ def test_streams_say_that_they_live(served: Served) -> None:
     assert sum(re.fullmatch(r": prefill \d+/1200", line) is not None for line in lines) == 3
     endless = body("x = ", max_tokens=ENDLESS, ignore_eos=True, stream=True)
     with httpx.stream("POST", f"{served.v1}/completions", json=endless, timeout=60) as busy:
-        # Held, for an iterator that is lost closes the connection.
+        # The iterator must stay referenced, because a lost iterator closes the connection.
         busy_lines = busy.iter_lines()
         next(busy_lines)
         with httpx.stream("POST", f"{served.v1}/completions", json=body("y", stream=True), timeout=60) as waiting:
@@ -168,7 +168,7 @@ def test_a_full_queue_is_said() -> None:
             next(busy_lines)
             with suppress(httpx.ReadTimeout):
                 httpx.post(url, json=endless, timeout=0.3)
-            # The one that left makes room.
+            # The client that disconnected makes room.
             eventually(lambda: served.service.worker.waiting == 0)
 
             async def two_more() -> list[httpx.Response]:
@@ -333,7 +333,7 @@ def test_key_from_the_environment_and_a_model_by_name() -> None:
         assert httpx.get(f"{url}/v1/models").status_code == 401
         answer = httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer s3cret"})
         assert json.loads(answer.text)["data"][0]["id"] == "gemma"
-        # Only names of this machine: a page on another one cannot make a browser ask.
+        # Only this machine's names and allowed hosts are accepted. A page on another host cannot make a browser ask.
         hosts = {"evil.example": 400, "mac.example:80": 200, "localhost": 200, "host.docker.internal:8080": 200}
         for host, status in hosts.items():
             assert httpx.get(f"{url}/health", headers={"Host": host}).status_code == status, host
