@@ -203,7 +203,7 @@ def test_another_type_of_activations(folder: Folder) -> None:
 
 
 def test_whatever_else_passes_over_the_target(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    """Users are the target states for training, the probe, the graph of a round, and bench."""
+    """These passes are training's target states, the probe, the graph of a round, and bench."""
     models = both(folder("4-bit"))
     ours, theirs = (compute_target_states(model.target, LONG) for model in models)
     assert mx.array_equal(ours.hidden, theirs.hidden).item()

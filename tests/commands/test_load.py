@@ -272,7 +272,7 @@ for repo in json.loads(sys.argv[1]):
 
 
 def test_a_hub_that_fails_is_no_missing_drafter(tiny_pair: TinyPair, tmp_path: Path) -> None:
-    """It is an error that names the drafter's repository. For a guessed repository it is only a warning."""
+    """It is an error that names the drafter's repository. For a guess at another publisher, it is only a warning."""
     target, drafter = tiny_pair("e2b") / "target", tiny_pair("e2b") / "target-assistant"
     failing = {"a/broken-it-assistant": 500, "a/busy-it-assistant": 429, "a/gated-it-assistant": 403}
     names = ["a/broken-it", "a/busy-it", "a/gated-it", "a/gemma-4-E2B-it-tuned", "a/gemma-4-E2B-other"]
@@ -382,7 +382,7 @@ def test_a_fine_tune_beside_the_published_drafter(
     target, drafter = folders
     path = target.rename(target.parent / f"Poems-gemma-4-E2B-it{ending}")
     official = drafter.rename(target.parent / "gemma-4-E2B-it-assistant-bf16")
-    # One drafter has another size. The name of the other one only begins like the drafter's name.
+    # One drafter has another size. Another drafter's name only begins like the right name.
     for name in ("gemma-4-E4B-it-assistant", "gemma-4-E2B-it-assistants"):
         shutil.copytree(official, target.parent / name)
     assert find_drafter(path, path) == official

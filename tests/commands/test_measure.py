@@ -41,7 +41,7 @@ def test_each_measurement_has_a_help(name: str) -> None:
 
 
 def test_a_round_launches_fewer_kernels_than_a_pass_of_mlx_lm() -> None:
-    """The sizes are E2B's real ones. docs/performance.md has the counts of the other models."""
+    """The sizes are the real sizes of E2B. docs/performance.md has the counts of the other models."""
     output = measure("ops", PUBLISHED / "E2B", "--details")
     _, plain, _, draft_step, reference = map(int, cells(output, "E2B"))
     assert plain <= 740 < reference

@@ -148,7 +148,7 @@ def test_every_piece_is_readable_text(model: mlx_mtp.Model) -> None:
 
 def test_bytes_that_are_no_character_are_replaced(model: mlx_mtp.Model) -> None:
     """A random model often writes such bytes. Every piece is valid text all the same."""
-    # The second token is the zero byte. mlx-lm's detokenizer for byte-level vocabularies confuses it with another one.
+    # The second token is the zero byte. mlx-lm's byte-level detokenizer confuses it with another byte.
     unwanted = dict.fromkeys((model.tokenizer.get_vocab()[piece] for piece in ("<|channel>", "\u0100")), -1000.0)
     for seed in range(4):
         sampling = mlx_mtp.Sampling(temperature=1.5, seed=seed, logit_bias=unwanted)

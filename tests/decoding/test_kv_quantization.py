@@ -56,7 +56,7 @@ def run(
 def test_speculative_greedy_is_plain_greedy(tiny_models: Models, variant: str, bits: int, start: int) -> None:
     """Draft lengths are short and long. Quantization starts at the first row, in the prompt, or later in the text.
 
-    One drafter is right except for the last token of a block. The other one is random.
+    One drafter is right except for the last token of a block. Another drafter is random.
     """
     target, drafter = tiny_models(variant)
     kv = KVQuantization(bits, 32, start)

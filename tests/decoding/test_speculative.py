@@ -1,4 +1,4 @@
-"""The round: greedy output is the target's own for any draft, and the state after it is that of plain decoding."""
+"""The round: greedy output is the target's own for any draft, and the state after it equals that of plain decoding."""
 
 import ctypes
 import weakref
@@ -122,7 +122,7 @@ def test_chunk_size_of_prefill_does_not_matter(tiny_models: Models, plain: Plain
     assert run(target, drafter, LONG, 3, step=step, max_tokens=60)[0] == plain(variant, tuple(LONG))[:60]
 
 
-# Each tuple holds the number of draft tokens of a round and the number of right ones.
+# Each tuple holds the number of draft tokens of a round and the number of right draft tokens.
 rounds = st.integers(0, 4).flatmap(lambda k: st.tuples(st.just(k), st.integers(0, k)))
 
 

@@ -296,7 +296,7 @@ class ObservedDrafter(ScriptedDrafter):
 
 
 def generate(pair: Pair, drafter: Any, prompt: list[int], count: int, k: int) -> tuple[list[int], set[int]]:
-    """Return greedy tokens, and the set of accepted numbers of draft tokens in rounds."""
+    """Return greedy tokens, and the set of the rounds' numbers of accepted draft tokens."""
     stream = Stream(pair.target, drafter, max_draft_tokens=k)
     rounds = list(
         decode(
@@ -325,7 +325,7 @@ def test_greedy_tokens_equal_reference(pair: Pair, length: int) -> None:
 
 
 def test_drafts_after_rounds_equal_reference(pair: Pair) -> None:
-    """After rounds that accept 0 to 3 draft tokens, drafts equal transformers' drafts for a fresh pass over the text."""
+    """After rounds that accept 0 to 3 draft tokens, drafts equal transformers' drafts on a fresh read of the text."""
     prompt = random_tokens(11)
     plain = generate(pair, None, prompt, 80, 0)[0]
     drafter = ObservedDrafter(pair.drafter, len(prompt), plain)

@@ -272,7 +272,7 @@ MESSAGES: list[tuple[Any, Any]] = [
         [USER, MODEL_CALLED, answered("t1", "Error: no such city")],
     ),
     ([USER, CALLED, {"role": "user", "content": [result("t1", None)]}], [USER, MODEL_CALLED, answered("t1", "")]),
-    # Leading system messages become part of the system prompt. Later ones stay at their places.
+    # Leading system messages become part of the system prompt. Later system messages stay at their places.
     (
         [{"role": "system", "content": "Be brief."}, USER, {"role": "system", "content": [text("It rains.")]}],
         [

@@ -61,7 +61,7 @@ def is_idle(served: Served) -> bool:
 
 
 def test_200_at_once(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No request is lost or mixed up, the order is that of arrival, and memory returns to its level."""
+    """No request is lost or mixed up, requests run in order of arrival, and memory returns to its level."""
     prompts = [f"value_{i} = compute_{i * 7 % 200}(" for i in range(200)]
     model = load()
     expected = {prompt: model.generate(prompt, max_tokens=4, num_draft_tokens=K).text for prompt in prompts}

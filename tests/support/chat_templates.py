@@ -1,10 +1,10 @@
-"""Short chat templates with the structure of the published ones, as far as tool calls and results are concerned.
+"""Short chat templates that treat tool calls and results like the published templates.
 
 - `launch` writes a result as a turn of role `tool`. It accepts results inside the message that has the calls. It does
   not know thoughts.
 - `spring` looks ahead for results. It closes the turn between two messages of the model.
-- `summer` joins two such messages and writes null. It refuses arguments that are not an object. It shows the thoughts
-  of all messages after the user's last message. It opens a thought after a result if the model thinks.
+- `summer` joins two messages of the model and writes null. It refuses arguments that are not an object. It shows the
+  thoughts of all messages after the user's last message. It opens a thought after a result if the model thinks.
 - `autumn` is `summer` for a large model, which closes an empty thought.
 
 `launch` and `spring` write a null argument as `None`. All templates write the text of a message after its calls.

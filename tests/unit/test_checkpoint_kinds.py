@@ -1,4 +1,4 @@
-"""Checkpoints from other programs: merely odd checkpoints are read, and ambiguous ones are refused."""
+"""Checkpoints from other programs: odd checkpoints are read, and ambiguous checkpoints are refused."""
 
 import json
 import shutil

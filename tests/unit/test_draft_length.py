@@ -102,9 +102,9 @@ def test_it_settles() -> None:
 
 
 def test_drafting_ends_where_none_is_best_though_some_drafts_are_accepted() -> None:
-    """One draft token of eight is accepted, so two tokens cost three passes. One draft token does not pay either.
+    """One draft token of eight is accepted, so two tokens cost three passes.
 
-    The policy stops drafting.
+    One draft token does not pay either, so the policy stops drafting.
     """
     policy = DraftLength(CostCurve([1, *[3.0] * 8], 0.0, 0.0))
     while policy.k < 8:

@@ -46,7 +46,7 @@ def test_chat_template(tmp_path: Path) -> None:
 
 
 def test_a_prompt_that_begins_with_the_beginning_of_text_gets_no_second_one(pair: Path, tmp_path: Path) -> None:
-    """The tokenizer adds the token by itself, as the published ones do."""
+    """The tokenizer adds the token by itself, as published tokenizers do."""
     shutil.copytree(pair / "target", tmp_path, dirs_exist_ok=True)
     file = tmp_path / "tokenizer.json"
     found = Tokenizer.from_file(str(file))

@@ -29,7 +29,7 @@ def in_order(value: Any) -> Any:
 
 
 def closed(required: list[str] | None = None, /, **properties: Any) -> dict[str, Any]:
-    """Return an object schema with exactly these properties. `required` names the required ones, or None for all."""
+    """Return an object schema with exactly these properties. `required` names the required properties (None: all)."""
     names = list(properties) if required is None else required
     return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
 
