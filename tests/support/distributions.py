@@ -26,6 +26,7 @@ class Tables:
 
     @property
     def vocab_size(self) -> int:
+        """The size of the vocabulary."""
         return len(self.target[0])
 
     def log_probabilities(self, logits: Array) -> mx.array:
@@ -62,11 +63,13 @@ def chi_square(tokens: NDArray[np.int64], expected: Array, vocab_size: int) -> f
 
 
 def random_logits(vocab_size: int, seed: int, concentration: float = 1.0) -> Array:
+    """Return random logits, [vocab + 1, vocab]."""
     rng = np.random.default_rng(seed)
     return np.log(rng.dirichlet(np.full(vocab_size, concentration), size=vocab_size + 1) + 1e-4)
 
 
 def make_tables(drafter: str, vocab_size: int, sampling: Sampling | None = None) -> Tables:
+    """Return random tables with a drafter of the given kind."""
     target = random_logits(vocab_size, seed=vocab_size)
     other = random_logits(vocab_size, seed=vocab_size + 50, concentration=0.5)
     logits = {

@@ -10,6 +10,7 @@ from mlx_mtp.text.answer import TextStream
 
 
 def load_demo_pair() -> Model:
+    """Load the demo pair."""
     return mlx_mtp.load(DEMO_PAIR)
 
 
@@ -27,6 +28,7 @@ class ScriptedModel:
     def stream_generate(
         self, prompt: Any, options: GenerationOptions, *, on_prefill: Any
     ) -> Iterator[GenerationResponse]:
+        """Yield the given text token by token, and a stop token."""
         on_prefill(len(prompt), len(prompt))
         text = TextStream(self._model.tokenizer, self._model.parts.guides.channel, options.stop_strings)
         stop = self._model.tokenizer.convert_tokens_to_ids("<turn|>")

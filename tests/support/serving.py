@@ -26,11 +26,14 @@ post = partial(httpx.post, timeout=60)
 
 @dataclass
 class Served:
+    """The address of a server, and its service."""
+
     url: str
     service: Service
 
     @property
     def v1(self) -> str:
+        """The address of OpenAI's paths."""
         return f"{self.url}/v1"
 
 

@@ -60,6 +60,7 @@ def render_key(key: str) -> str:
 
 
 def render_call(name: str, arguments: dict[str, Any], blank: str = "") -> str:
+    """Write a call in Gemma's syntax, with `blank` between its tokens."""
     return f"<|tool_call>{blank}call:{blank}{name}{blank}{render(arguments, blank)}{blank}<tool_call|>"
 
 
@@ -78,6 +79,7 @@ class Writer:
         return f"<|tool_call>call:{name}{self.value(arguments)}<tool_call|>"
 
     def value(self, value: Any) -> str:
+        """Write a value. Each of its parts has a random syntax."""
         blank = self._choices.choice(["", " ", "\n  "])
         if isinstance(value, dict):
             pairs = (f"{self._key(key)}:{blank}{self.value(item)}" for key, item in value.items())
@@ -116,5 +118,6 @@ CONTENTS = TEXTS.filter(lambda text: "<|tool_call>" not in text)
 
 
 def cut(text: str, places: list[int]) -> list[str]:
+    """Cut a text into pieces at these places, modulo its length + 1."""
     edges = sorted({0, len(text), *(place % (len(text) + 1) for place in places)})
     return [text[start:end] for start, end in pairwise(edges)]
