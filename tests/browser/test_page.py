@@ -13,8 +13,6 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from support.serving import process
 
-pytestmark = pytest.mark.browser
-
 PROMPT = "def read_config(path):"
 FLAGS = (
     "--headless=new",
