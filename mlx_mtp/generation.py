@@ -128,7 +128,7 @@ def _check_exact(model: LoadedModel, kv: KVQuantization | None) -> None:
     kv = kv._replace(start=0)
     parts = model.parts
     if kv not in parts.checked:
-        check_exact(parts.target, parts.rounds, kv)
+        check_exact(parts.target, kv)
         parts.checked.add(kv)
 
 
@@ -139,7 +139,7 @@ def _reusing(
 
     The stream starts from the K/V of an earlier prompt, and puts its own K/V into the prompt cache.
     """
-    reused = model.prompt_cache.take(prompt, stream.kv_layout)
+    reused = model.prompt_cache.take(prompt, stream.kv_format)
     if reused is not None:
         stream.resume(reused)
         del reused

@@ -24,7 +24,6 @@ from mlx_mtp.checkpoints.files import fault
 from mlx_mtp.checkpoints.hub import DRAFTER_FOLDER, Downloads, is_repo, resolve_folder
 from mlx_mtp.checkpoints.layouts import drafter_names, resolve_head, target_names
 from mlx_mtp.checkpoints.weights import count_bytes, fill_module, token_ids
-from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS
 from mlx_mtp.decoding.exact import check_exact, make_exact
 from mlx_mtp.decoding.stream import Progress
@@ -136,7 +135,7 @@ def _prepare_target(target: Target, exact: bool) -> None:
     lay_out_weights(target)
     if exact:
         make_exact(target)
-        check_exact(target, CompiledRounds(always=True))
+        check_exact(target)
 
 
 def _prepare_drafter(drafter: Drafter, target: TargetConfig) -> None:

@@ -29,9 +29,9 @@ class Model(LoadedModel):
     With `exact`, a verify pass gives the same bits as plain decoding. Compiled rounds keep the weights that they were
     compiled with: do not change a weight after the first generation.
 
-    Any thread may use the model. Threads take turns after each round and after each chunk of a prompt. A `with`
-    statement or `close` releases the memory. After that, only the facts from the model's folder are available, such as
-    `config` and `max_context`. Every other use raises ClosedError.
+    Any thread may use the model. Threads take turns: the whole prompt of a generation is one turn, and then each round
+    is one turn. A `with` statement or `close` releases the memory. After that, only the facts from the model's folder
+    are available, such as `config` and `max_context`. Every other use raises ClosedError.
     """
 
     def encode(
@@ -166,7 +166,8 @@ class Model(LoadedModel):
         """Add a saved prompt to the prompt cache. Return its tokens.
 
         A later prompt resumes from it if the prompt begins with these tokens and has at least one more token. The later
-        prompt must have the same options of K/V quantization.
+        prompt must have the same options of K/V quantization, and at most 8 draft tokens. Otherwise, the whole prompt
+        is read.
 
         Raises PromptCacheError if the file is damaged, belongs to another model or another format version, or was made
         with other options of K/V quantization. Raises OptionError if the model is exact.

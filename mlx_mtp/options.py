@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
-from mlx_mtp.decoding.constraints import compile_grammar
 from mlx_mtp.decoding.rules import LogitsProcessor
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.gemma4.kv_cache import KVQuantization
+from mlx_mtp.grammars.compiler import compile_grammar
 
 from .errors import OptionError
 
@@ -42,9 +42,9 @@ class GenerationOptions:
     drafter does not use them. `logprobs` is the number of most likely tokens that are reported with the log probability
     of each token.
 
-    At most one of `json_schema`, `regex` and `grammar` may be given (see `constraints.compile_grammar`). The answer is
-    then always in that language, and the text stops at the answer's end. If `max_tokens` cuts the answer short, it is
-    the beginning of a valid answer.
+    At most one of `json_schema`, `regex` and `grammar` may be given (see `grammars/compiler.py`). The answer is then
+    always in that language, and the text stops at the answer's end. If `max_tokens` cuts the answer short, it is the
+    beginning of a valid answer.
 
     With `enable_thinking`, the answer may begin with a thought. For messages, it is also the switch of the chat
     template. `thinking_budget` is the largest number of tokens in a thought. After that number, the thought is closed

@@ -23,6 +23,7 @@ from huggingface_hub.utils import tqdm
 
 from mlx_mtp.bench.cli import KINDS, environment, names, prompt
 from mlx_mtp.decoding.exact import MAX_ROWS, ExactRows, ExactTable
+from mlx_mtp.gemma4.drafter import DraftInputs
 from mlx_mtp.gemma4.kv_cache import Cache
 from mlx_mtp.gemma4.layers import Experts, Router
 from mlx_mtp.gemma4.target import Target
@@ -130,7 +131,7 @@ def acceptance(
             if (len(plain) - 1) % (_DRAFTED + 1) == 0 and cache.rows_for(_DRAFTED + 1) == cache.rows_for(1):
                 context = model.drafter.draft_context(cache)
                 bonus = mx.array([plain[-1:]], mx.int32)
-                draft = model.drafter.draft(model.target, bonus, hidden, context, _DRAFTED).tokens
+                draft = model.drafter.draft(model.target, DraftInputs(bonus, hidden, context, _DRAFTED)).tokens
                 drafted: list[int] = draft[0].tolist()  # type: ignore[assignment]
                 del context
                 waiting.append((len(plain), drafted, _pass(model.target, cache, [plain[-1], *drafted])[1]))

@@ -30,9 +30,9 @@ def load_entry(file: Path, identity: str, expected: KVQuantization | None) -> Ca
     K/V quantization than `expected`.
     """
     entry = prompt_cache.load(file, identity)
-    if entry.kv_layout.quantization != expected:
+    if entry.kv_format.quantization != expected:
         raise PromptCacheError(
-            f"{file}: its K/V quantization is {entry.kv_layout.quantization}, but {expected} is asked for: "
+            f"{file}: its K/V quantization is {entry.kv_format.quantization}, but {expected} is asked for: "
             "kv_bits, kv_group_size and quantized_kv_start must be those it was made with"
         )
     return entry

@@ -7,7 +7,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from mlx_mtp.decoding.report import Logprobs, Round, Stats
+from mlx_mtp.decoding.report import Logprobs, RoundReport, Stats
 from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.text.answer import TextStream
 
@@ -82,7 +82,7 @@ class _Clock:
 
 def respond(
     stream: Stream,
-    rounds: Iterable[Round],
+    rounds: Iterable[RoundReport],
     text: TextStream,
     *,
     stop_ids: frozenset[int],

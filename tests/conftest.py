@@ -25,9 +25,9 @@ from support.tiny import (
 
 import mlx_mtp
 from mlx_mtp.decoding import calibration
-from mlx_mtp.decoding.constraints import compile_grammar
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.target import Target
+from mlx_mtp.grammars.compiler import compile_grammar
 from mlx_mtp.guides import grammar_tokenizer
 from mlx_mtp.text.tokenizer import load_tokenizer
 

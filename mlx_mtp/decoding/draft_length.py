@@ -5,7 +5,8 @@ The choice depends on the cost of rounds and on the acceptance so far.
 
 from typing import NamedTuple
 
-# This is the largest number of draft tokens in a round.
+# This is the largest number of draft tokens in a round of automatic draft length, of an exact model, of the server, and
+# of a stream that exchanges K/V with prompt files. A generation may ask for more (see `options.LARGEST_DRAFT`).
 MAX_DRAFT_TOKENS = 8
 # Prior weights in rounds: one for the first position, one for each later position. A later position is expected to
 # accept about the same share as the position before it.

@@ -34,7 +34,7 @@ class Snapshot(NamedTuple):
     rings: Buffers
 
 
-class KVLayout(NamedTuple):
+class KVFormat(NamedTuple):
     """The properties that two streams must have in common to exchange K/V.
 
     `max_block` is the value of `Cache`. The rings depend on it.
@@ -51,7 +51,7 @@ class CacheEntry:
     The last snapshot is at the end of the text, or is the last snapshot before the end.
     """
 
-    kv_layout: KVLayout
+    kv_format: KVFormat
     tokens: list[int]
     full: Buffers
     snapshots: list[Snapshot]
@@ -109,7 +109,7 @@ class PromptCache:
         """Size of all entries in bytes."""
         return sum(entry.nbytes for entry in self.entries)
 
-    def take(self, prompt: list[int], kv_layout: KVLayout) -> ReusedPrefix | None:
+    def take(self, prompt: list[int], kv_format: KVFormat) -> ReusedPrefix | None:
         """Return the longest reusable beginning of a prompt, or None if there is none.
 
         The beginning never includes the last token of the prompt. The entry leaves the cache and is written in place if
@@ -119,7 +119,7 @@ class PromptCache:
         found = [
             reused
             for entry in self.entries
-            if entry.kv_layout == kv_layout
+            if entry.kv_format == kv_format
             for reused in _reusable_prefixes(entry, prompt)
         ]
         best = max(found, key=lambda reused: reused.length, default=None)
@@ -153,11 +153,11 @@ def _reusable_prefixes(entry: CacheEntry, prompt: list[int]) -> Iterator[ReusedP
     pairs = zip(entry.tokens, prompt[:-1], strict=False)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     # Positions before the start of quantization must see rows that are not quantized.
-    least = entry.kv_layout.quantization.start if entry.kv_layout.quantization and entry.is_quantized else 1
+    least = entry.kv_format.quantization.start if entry.kv_format.quantization and entry.is_quantized else 1
     for snapshot in entry.snapshots:
         # A ring has spare slots for rejected draft tokens, so it can go back by less than `max_block` positions.
         length = min(shared, snapshot.position)
-        if snapshot.position - shared < entry.kv_layout.max_block and length >= max(1, least):
+        if snapshot.position - shared < entry.kv_format.max_block and length >= max(1, least):
             yield ReusedPrefix(entry, snapshot, length)
 
 
@@ -178,7 +178,7 @@ def save(entry: CacheEntry, file: Path, identity: str) -> None:
             for name, rows in zip(("keys", "values"), pair, strict=True):
                 for index, part in enumerate(parts_of(rows)):
                     arrays[f"{group}.{layer}.{name}.{index}"] = mx.contiguous(part[:, :, :count])
-    header = {"format": FORMAT, "model": identity, "kind": entry.kv_layout, "checksum": _checksum(arrays)}
+    header = {"format": FORMAT, "model": identity, "kind": entry.kv_format, "checksum": _checksum(arrays)}
     replace_tensors(file, arrays, {"mlx_mtp": json.dumps(header)})
 
 
@@ -209,24 +209,24 @@ def load(file: Path, identity: str) -> CacheEntry:
         if header.get("checksum") != _checksum(arrays):
             raise PromptCacheError(f"{file}: a damaged prompt cache: its checksum is not that of its data")
         max_block, quantization = header["kind"]
-        kv_layout = KVLayout(max_block, None if quantization is None else KVQuantization(*quantization))
+        kv_format = KVFormat(max_block, None if quantization is None else KVQuantization(*quantization))
         tokens: list[int] = arrays.pop("tokens").tolist()  # type: ignore[assignment]
         buffers: dict[str, Buffers] = {"full": {}, "rings": {}}
         for group, layer in sorted({tuple(name.split(".")[:2]) for name in arrays}):
-            keys, values = (_kv_rows(arrays, f"{group}.{layer}.{name}", kv_layout) for name in ("keys", "values"))
+            keys, values = (_kv_rows(arrays, f"{group}.{layer}.{name}", kv_format) for name in ("keys", "values"))
             buffers[group][int(layer)] = keys, values
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, PromptCacheError):
             raise
         raise PromptCacheError(f"{file}: a damaged prompt cache: {error!r}") from None
-    return CacheEntry(kv_layout, tokens, buffers["full"], [Snapshot(len(tokens), buffers["rings"])])
+    return CacheEntry(kv_format, tokens, buffers["full"], [Snapshot(len(tokens), buffers["rings"])])
 
 
-def _kv_rows(arrays: dict[str, mx.array], name: str, kv_layout: KVLayout) -> KVRows:
-    if f"{name}.1" not in arrays or kv_layout.quantization is None:
+def _kv_rows(arrays: dict[str, mx.array], name: str, kv_format: KVFormat) -> KVRows:
+    if f"{name}.1" not in arrays or kv_format.quantization is None:
         return arrays[f"{name}.0"]
     packed, scales, biases = (arrays[f"{name}.{index}"] for index in range(3))
-    return Quantized(packed, scales, biases, kv_layout.quantization.bits, kv_layout.quantization.group_size)
+    return Quantized(packed, scales, biases, kv_format.quantization.bits, kv_format.quantization.group_size)
 
 
 def _read_header(file: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class Logprobs(NamedTuple):
     top: list[tuple[int, float]]
 
 
-class Round(NamedTuple):
+class RoundReport(NamedTuple):
     """The result of one round: the emitted tokens, and the numbers of drafted and accepted tokens.
 
     The last of `tokens` is the target's own choice, unless a stop token cut the round short. `logprobs` has one item

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from mlx_mtp.errors import OptionError
 from mlx_mtp.gemma4.disk_table import PerLayerRows
-from mlx_mtp.gemma4.drafter import Allow, Draft, Drafter
+from mlx_mtp.gemma4.drafter import Allow, Draft, Drafter, DraftInputs
 from mlx_mtp.gemma4.kv_cache import Cache
 from mlx_mtp.gemma4.target import Target
 
@@ -101,7 +101,7 @@ def draft_tokens(parts: RoundParts, layout: Cache, state: RoundState, k: int, al
         raise OptionError(f"{k} draft tokens asked for without a drafter")
     context = parts.drafter.draft_context(layout.over(state.kv))
     choose = parts.rules.drafter_choice(state, k)
-    return parts.drafter.draft(parts.target, state.bonus, state.hidden, context, k, choose, allow)
+    return parts.drafter.draft(parts.target, DraftInputs(state.bonus, state.hidden, context, k, choose, allow))
 
 
 def choose_row(state: RoundState, hidden: mx.array, choices: mx.array, row: mx.array) -> RoundState:

@@ -15,8 +15,8 @@ from .compiled import CompiledRounds
 from .constraints import Guide
 from .draft_length import DraftLength
 from .host import Host
-from .prompt_cache import CacheEntry, KVLayout, ReusedPrefix, Snapshot
-from .report import Round
+from .prompt_cache import CacheEntry, KVFormat, ReusedPrefix, Snapshot
+from .report import RoundReport
 from .round import RoundParts, Verified, choose_row, draft_tokens, round_steps, token_logprobs
 from .rules import LogitsProcessor, TokenRules
 from .sampling import Sampling
@@ -104,9 +104,9 @@ class Stream:
         self._state = state._replace(kv=KVState.none())
 
     @property
-    def kv_layout(self) -> KVLayout:
+    def kv_format(self) -> KVFormat:
         """The K/V layout of the cache entries that this stream can resume from."""
-        return KVLayout(self.cache.max_block, self.cache.quantization)
+        return KVFormat(self.cache.max_block, self.cache.quantization)
 
     def resume(self, reused: ReusedPrefix) -> None:
         """Start with the K/V of an earlier stream. Call this method before all others."""
@@ -129,9 +129,9 @@ class Stream:
         if not full or not snapshots:
             return None
         length = snapshots[-1].position
-        return CacheEntry(self.kv_layout, self.tokens[:length], full, snapshots)
+        return CacheEntry(self.kv_format, self.tokens[:length], full, snapshots)
 
-    def prefill(self, prompt: list[int], step_size: int, on_progress: Progress | None = None) -> Round:
+    def prefill(self, prompt: list[int], step_size: int, on_progress: Progress | None = None) -> RoundReport:
         """Read the prompt in chunks of at most `step_size` tokens and choose the first token after it.
 
         After `resume`, only the rest of the prompt is read. If `on_progress` raises an exception, the prefill stops
@@ -150,7 +150,7 @@ class Stream:
         mx.eval(self._state.bonus, self._state.window)
         tokens = self.host.wait_for(chosen)
         self._append(tokens)
-        return Round(tokens, 0, 0, self.host.logprobs(logprobs, self.parts.logprobs, 1), self.host.reads)
+        return RoundReport(tokens, 0, 0, self.host.logprobs(logprobs, self.parts.logprobs, 1), self.host.reads)
 
     def read(self, prompt: list[int], step_size: int, on_progress: Progress | None = None) -> mx.array:
         """Read the prompt and choose nothing. Return the logits after its last token, [1, vocab]."""
@@ -189,7 +189,7 @@ class Stream:
         mx.eval(logits, self._state.hidden, self.cache.arrays())
         return logits
 
-    def round(self, k: int, stop_ids: frozenset[int] = frozenset()) -> Round:
+    def round(self, k: int, stop_ids: frozenset[int] = frozenset()) -> RoundReport:
         """Draft k tokens, verify them in one pass, and emit the accepted tokens and one more token.
 
         With k = 0, this is plain decoding. A round has one evaluation and one host read. If log probabilities are
@@ -211,7 +211,7 @@ class Stream:
             self.cache.set_length(before + len(tokens))
         self._append(tokens)
         logprobs = self.host.logprobs(verified.logprobs, self.parts.logprobs, len(tokens))
-        return Round(tokens, k, accepted, logprobs, self.host.reads - reads)
+        return RoundReport(tokens, k, accepted, logprobs, self.host.reads - reads)
 
     def _advance(self, k: int) -> Verified:
         """Run a round of k draft tokens and replace the state. Only the host's part is evaluated."""
@@ -282,7 +282,7 @@ def decode(
     stop_ids: frozenset[int],
     prefill_step_size: int,
     on_prefill: Progress | None = None,
-) -> Generator[Round, None, None]:
+) -> Generator[RoundReport, None, None]:
     """Decode from a prompt of token ids, and yield the result of each round.
 
     `num_draft_tokens` is the number of draft tokens in a round, or a `DraftLength` that chooses it. The first item is

@@ -68,6 +68,22 @@ def choose_best(_step: int, candidates: Candidates) -> tuple[mx.array, None]:
     return mx.argmax(candidates.logits, axis=-1, keepdims=True), None
 
 
+class DraftInputs(NamedTuple):
+    """The inputs of the draft of one round.
+
+    `token`, int32 [1, 1], is the last token, and `hidden`, [1, 1, backbone_hidden_size], is the hidden state that
+    produced it. `context` is the drafter's own `draft_context`. `k` is the number of draft tokens. `choose` chooses the
+    token of each draft step. `allow` returns the masks of a guide. It is None if there is no guide.
+    """
+
+    token: mx.array
+    hidden: mx.array
+    context: DraftContext
+    k: int
+    choose: Choose = choose_best
+    allow: Allow | None = None
+
+
 class DraftStep(NamedTuple):
     """The result of one draft step.
 
@@ -203,17 +219,9 @@ class Drafter(nn.Module):
         logits = mx.concatenate([logits, mx.full((1, 1), _LAST_RESORT, logits.dtype)], axis=-1)
         return Candidates(ids[None], logits if allowed is None else mx.where(allowed[:, ids], logits, -mx.inf))
 
-    def draft(
-        self,
-        target: Target,
-        token: mx.array,
-        hidden: mx.array,
-        context: DraftContext,
-        k: int,
-        choose: Choose = choose_best,
-        allow: Allow | None = None,
-    ) -> Draft:
-        """Draft k tokens after `token`, int32 [1, 1], from the hidden state that produced it."""
+    def draft(self, target: Target, inputs: DraftInputs) -> Draft:
+        """Draft k tokens after the last token, from the hidden state that produced it."""
+        token, hidden, context, k, choose, allow = inputs
         tokens, ids, log_probabilities = [mx.zeros((1, 0), mx.int32)], [], []
         for index in range(k):
             step = self(target.embed(token), hidden, context)
@@ -235,14 +243,16 @@ class Drafter(nn.Module):
         )
 
 
-def ask_for_each(allow: Allow, token: mx.array, draft: Draft) -> None:
-    """Request the mask of each draft token after `token`, int32 [1, 1].
+def ask_for_each(inputs: DraftInputs, draft: Draft) -> None:
+    """With a guide, request the mask of each draft token.
 
     This function is for a drafter that finds its draft tokens without masks.
     """
-    tokens = mx.concatenate([token, draft.tokens], axis=1)
+    if inputs.allow is None:
+        return
+    tokens = mx.concatenate([inputs.token, draft.tokens], axis=1)
     for index in range(draft.tokens.shape[1]):
-        allow(tokens[:, index : index + 1])
+        inputs.allow(tokens[:, index : index + 1])
 
 
 class GivenDrafter(Drafter):
@@ -260,18 +270,8 @@ class GivenDrafter(Drafter):
         """Return a context without views."""
         return DraftContext({}, cache.offset)
 
-    def draft(
-        self,
-        target: Target,
-        token: mx.array,
-        hidden: mx.array,
-        context: DraftContext,
-        k: int,
-        choose: Choose = choose_best,
-        allow: Allow | None = None,
-    ) -> Draft:
+    def draft(self, target: Target, inputs: DraftInputs) -> Draft:
         """Return the draft that the function gives."""
-        draft = self.give(token, k)
-        if allow is not None:
-            ask_for_each(allow, token, draft)
+        draft = self.give(inputs.token, inputs.k)
+        ask_for_each(inputs, draft)
         return draft

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mlx_mtp.decoding.constraints import schema_problem
 from mlx_mtp.errors import OptionError
+from mlx_mtp.grammars.compiler import schema_problem
 
 from .schemas import COMBINING, RESTRICTING, CircleError, Document, LeftOut, NotFollowedError, restricting
 

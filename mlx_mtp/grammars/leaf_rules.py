@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mlx_mtp.decoding.constraints import lark_problem, schema_problem
+from mlx_mtp.grammars.compiler import lark_problem, schema_problem
 from mlx_mtp.text.call_syntax import STRING_MARK
 
 from .lark_rules import NO_MARK, Rules, exact_text, sequence

@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mlx_mtp.decoding.constraints import JSON_WHITESPACE
 from mlx_mtp.errors import OptionError
+from mlx_mtp.grammars.compiler import JSON_WHITESPACE
 from mlx_mtp.text.call_syntax import CALL_END, CALL_START
 
 from .argument_rules import ArgumentRules

@@ -10,7 +10,7 @@ from mlx_mtp.decoding.acceptance import Acceptance
 from mlx_mtp.decoding.rules import TokenRules
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.state import RoundState
-from mlx_mtp.gemma4.drafter import Allow, Choose, Draft, DraftContext, Drafter, ask_for_each, choose_best
+from mlx_mtp.gemma4.drafter import Draft, DraftContext, Drafter, DraftInputs, ask_for_each
 from mlx_mtp.gemma4.kv_cache import Cache
 from mlx_mtp.gemma4.target import Target
 
@@ -33,23 +33,13 @@ class ArtificialDrafter(Drafter):
     def draft_context(self, cache: Cache) -> DraftContext:
         return self.real.draft_context(cache)
 
-    def draft(
-        self,
-        target: Target,
-        token: mx.array,
-        hidden: mx.array,
-        context: DraftContext,
-        k: int,
-        choose: Choose = choose_best,
-        allow: Allow | None = None,
-    ) -> Draft:
-        """Draft k tokens of the known text. `context.position` is the bonus token's index in the text."""
-        real = self.real.draft(target, token, hidden, context, k, choose)
-        tokens = self._tokens[context.position + 1 + mx.arange(k)]
+    def draft(self, target: Target, inputs: DraftInputs) -> Draft:
+        """Draft k tokens of the known text. The position of the context is the bonus token's index in the text."""
+        real = self.real.draft(target, inputs._replace(allow=None))
+        tokens = self._tokens[inputs.context.position + 1 + mx.arange(inputs.k)]
         # The real tokens are only a dependency. Without it, MLX does not compute them.
         draft = Draft(tokens[None] + 0 * real.tokens)
-        if allow is not None:
-            ask_for_each(allow, token, draft)
+        ask_for_each(inputs, draft)
         return draft
 
 

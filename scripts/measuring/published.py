@@ -25,7 +25,7 @@ from mlx_mtp.bench.operations import operations, round_outputs
 from mlx_mtp.decoding.calibration import MeasuringPlan, measure_rounds
 from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, CostCurve, DraftLength
-from mlx_mtp.decoding.report import Round, Stats
+from mlx_mtp.decoding.report import RoundReport, Stats
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4.drafter import Drafter
@@ -126,7 +126,9 @@ def measure_speed(target: Target, drafter: Drafter, curve: CostCurve, args: argp
             )
 
 
-def decode_known(stream: Stream, text: list[int], max_tokens: int, k: int | DraftLength) -> tuple[list[Round], float]:
+def decode_known(
+    stream: Stream, text: list[int], max_tokens: int, k: int | DraftLength
+) -> tuple[list[RoundReport], float]:
     """Decode tokens of the known text. Return the rounds after the first token, and their seconds."""
     decoded = decode_to_length(stream, text[:PROMPT_TOKENS], max_tokens, k)
     next(decoded)

@@ -27,7 +27,7 @@ from mlx_mtp.checkpoints.weights import lazy_parameters
 from mlx_mtp.convert.converter import Options, convert
 from mlx_mtp.convert.quantization import WeightOptions
 from mlx_mtp.decoding.compiled import CompiledRounds
-from mlx_mtp.decoding.report import Round
+from mlx_mtp.decoding.report import RoundReport
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4.disk_table import EmbeddingStats, MappedEmbedding
@@ -100,7 +100,7 @@ def decode(
     step: int = 64,
     compiled: bool = True,
     **options: Any,
-) -> tuple[list[Round], list[mx.array]]:
+) -> tuple[list[RoundReport], list[mx.array]]:
     """Return the rounds of a stream, and the hidden state after each round."""
     shared = CompiledRounds() if compiled else None
     stream = Stream(model.target, model.drafter, max_draft_tokens=8, rounds=shared, **options)
@@ -111,7 +111,9 @@ def decode(
     return seen, hidden
 
 
-def assert_same(left: tuple[list[Round], list[mx.array]], right: tuple[list[Round], list[mx.array]]) -> None:
+def assert_same(
+    left: tuple[list[RoundReport], list[mx.array]], right: tuple[list[RoundReport], list[mx.array]]
+) -> None:
     assert [r[:4] for r in left[0]] == [r[:4] for r in right[0]]
     for ours, theirs in zip(left[1], right[1], strict=True):
         assert ours.dtype == theirs.dtype

@@ -17,7 +17,6 @@ from support.tiny import VARIANTS, load_target, random_tokens
 
 import mlx_mtp
 from mlx_mtp import generate, probe
-from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.exact import ExactRows, ExactTable, check_exact, make_exact
 from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4.target import Target
@@ -63,9 +62,9 @@ def fused_target(folder: Path, bits: int | None) -> Target:
 def test_a_device_that_rounds_otherwise_is_made_exact(tiny_pair: TinyPair, variant: str, bits: int | None) -> None:
     target = fused_target(tiny_pair(variant) / "target", bits)
     with pytest.raises(mlx_mtp.OptionError, match="a pass over 2 rows has other bits than single passes"):
-        check_exact(target, CompiledRounds(always=True))
+        check_exact(target)
     make_exact(target)
-    check_exact(target, CompiledRounds(always=True))
+    check_exact(target)
     ways = {module.way for module in target.modules() if isinstance(module, ExactRows)}
     # A batch of single rows uses another kernel with the bits of single rows here. Experts have their own products.
     assert ways - {"apart"} == ({"batched"} if bits else set())
@@ -91,6 +90,16 @@ def test_exact_text_is_that_of_plain_decoding(tiny_pair: TinyPair, monkeypatch: 
 def cast(target: Target, dtype: str) -> Target:
     target.set_dtype(getattr(mx, dtype))
     return target
+
+
+def test_the_comparison_with_quantized_rows_leaves_the_drafter_in_use() -> None:
+    """The comparison drafts known tokens. The rounds of a text must not draft these tokens."""
+    model = mlx_mtp.load(mlx_mtp.DEMO_PAIR, exact=True)
+    stats = model.generate(
+        "def read_config(path):\n    ", max_tokens=30, num_draft_tokens=3, kv_bits=8, quantized_kv_start=0
+    ).last.stats
+    assert stats.acceptance_length is not None
+    assert stats.acceptance_length > 1.5
 
 
 def test_where_nothing_helps_it_is_an_error(

@@ -24,7 +24,7 @@ from mlx_mtp.decoding.constraints import Channel, Guide
 from mlx_mtp.decoding.report import Stats
 from mlx_mtp.decoding.stream import Stream, decode
 from mlx_mtp.errors import DraftError
-from mlx_mtp.gemma4.drafter import Draft, Drafter, GivenDrafter
+from mlx_mtp.gemma4.drafter import Draft, Drafter, DraftInputs, GivenDrafter
 from mlx_mtp.gemma4.kv_cache import Cache
 from mlx_mtp.gemma4.target import Target
 from mlx_mtp.generate import main
@@ -371,10 +371,10 @@ def test_a_drafter_that_does_not_ask_for_each_row_is_an_error(model: mlx_mtp.Mod
     """The drafter's masks would apply to the wrong rows. With one request, its mask would apply to all rows."""
 
     class Silent(GivenDrafter):
-        def draft(self, target: Target, token: mx.array, *others: Any) -> Draft:
-            allow = others[-1]
+        def draft(self, target: Target, inputs: DraftInputs) -> Draft:
+            assert inputs.allow is not None
             for _ in range(asked):
-                allow(token)
+                inputs.allow(inputs.token)
             return Draft(mx.full((1, 2), 40, mx.int32))
 
     channel = guide_channel(model)

@@ -302,10 +302,10 @@ def test_exact_passes_over_quantized_rows(tiny_pair: TinyPair, monkeypatch: pyte
     monkeypatch.setattr(mx, "quantized_matmul", rounds_otherwise)
     target = load_target(folder)[0]
     with pytest.raises(mlx_mtp.OptionError, match="exact: on this device a pass over 2 rows has other bits"):
-        check_exact(target, CompiledRounds(always=True), EIGHT)
+        check_exact(target, EIGHT)
     make_exact(target)
     for kv in (EIGHT, FOUR):
-        check_exact(target, CompiledRounds(always=True), kv)
+        check_exact(target, kv)
     model = mlx_mtp.load(folder, exact=True)
     options: dict[str, Any] = {"max_tokens": 40, "kv_bits": 4, "kv_group_size": 32, "quantized_kv_start": 70}
     plain = model.generate(PROMPT, num_draft_tokens=0, logprobs=1, **options)

@@ -23,7 +23,7 @@ from mlx_mtp.decoding.report import Stats
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.stream import Stream, decode, token_budget
 from mlx_mtp.errors import OptionError, PromptError
-from mlx_mtp.gemma4.drafter import Drafter
+from mlx_mtp.gemma4.drafter import Drafter, DraftInputs
 from mlx_mtp.gemma4.kv_cache import Cache
 from mlx_mtp.gemma4.target import Target
 
@@ -217,7 +217,9 @@ def test_the_drafter_never_sees_a_rejected_row(
         for _ in emitted:
             untouched.round(0)
         ours, theirs = (
-            drafter.draft(target, mx.array([[tokens[-1]]]), s.state.hidden, drafter.draft_context(s.cache), 4)
+            drafter.draft(
+                target, DraftInputs(mx.array([[tokens[-1]]]), s.state.hidden, drafter.draft_context(s.cache), 4)
+            )
             for s in (stream, untouched)
         )
         assert ours.tokens.tolist() == theirs.tokens.tolist()
@@ -292,7 +294,7 @@ def test_drafting_reads_nothing(tiny_models: Models, variant: str) -> None:
     context = drafter.draft_context(stream.cache)
 
     def draft(token: mx.array, hidden: mx.array) -> mx.array:
-        return drafter.draft(target, token, hidden, context, 4).tokens
+        return drafter.draft(target, DraftInputs(token, hidden, context, 4)).tokens
 
     bonus, hidden = stream.state.bonus, stream.state.hidden
     traced = mx.vmap(draft)(bonus[None], hidden[None])[0]

@@ -19,7 +19,7 @@ from transformers.generation.candidate_generator import SinglePositionMultiToken
 
 from mlx_mtp.checkpoints.config import LayerType
 from mlx_mtp.decoding.stream import Stream, decode
-from mlx_mtp.gemma4.drafter import Draft, DraftContext, Drafter
+from mlx_mtp.gemma4.drafter import Draft, DraftContext, Drafter, DraftInputs
 from mlx_mtp.gemma4.kv_cache import Cache, ring_positions
 from mlx_mtp.gemma4.target import Target
 
@@ -141,7 +141,7 @@ def test_scales_before_norms(variant: str, tmp_path: Path) -> None:
 
 
 def test_target_forgets_rejected_rows(pair: Pair) -> None:
-    """Of blocks of 1 to 8 rows, only the first few rows belong to the text. The other rows leave no trace."""
+    """Passes read 1 to 8 rows, and only the first few rows belong to the text. The other rows leave no trace."""
     tokens, wrong = random_tokens(75), random_tokens(MAX_BLOCK, seed=1)
     rng = np.random.default_rng(0)
     cache = new_cache(pair.target)
@@ -255,7 +255,8 @@ def test_first_drafts_equal_reference(pair: Pair, length: int) -> None:
     cache = new_cache(pair.target)
     hidden, logits = run_pass(pair.target, cache, tokens)
     bonus = logits[:, -1:].argmax(-1)
-    drafted = pair.drafter.draft(pair.target, bonus, hidden[:, -1:], pair.drafter.draft_context(cache), 6)
+    inputs = DraftInputs(bonus, hidden[:, -1:], pair.drafter.draft_context(cache), 6)
+    drafted = pair.drafter.draft(pair.target, inputs)
     assert [bonus.item(), *np.array(drafted.tokens)[0].tolist()] == reference_drafts(pair, tokens)
 
 
@@ -270,8 +271,8 @@ class ScriptedDrafter:
     def draft_context(self, cache: Cache) -> int:
         return cache.length - self.prompt + 1
 
-    def draft(self, target: Target, token: mx.array, hidden: mx.array, context: int, k: int, *_: object) -> Draft:
-        return Draft(mx.array([self.script[context : context + k]], mx.int32))
+    def draft(self, target: Target, inputs: Any) -> Draft:
+        return Draft(mx.array([self.script[inputs.context : inputs.context + inputs.k]], mx.int32))
 
 
 class ObservedDrafter(ScriptedDrafter):
@@ -287,12 +288,12 @@ class ObservedDrafter(ScriptedDrafter):
         self.real_context = self.drafter.draft_context(cache)
         return super().draft_context(cache)
 
-    def draft(self, target: Target, token: mx.array, hidden: mx.array, context: int, k: int, *_: object) -> Draft:
+    def draft(self, target: Target, inputs: Any) -> Draft:
         assert self.real_context is not None
-        drafted = self.drafter.draft(target, token, hidden, self.real_context, 6)
-        self.drafts[context - 1 + self.prompt] = [int(token), *np.array(drafted.tokens)[0].tolist()]
+        drafted = self.drafter.draft(target, inputs._replace(context=self.real_context, k=6))
+        self.drafts[inputs.context - 1 + self.prompt] = [int(inputs.token), *np.array(drafted.tokens)[0].tolist()]
         self.real_context = None
-        return super().draft(target, token, hidden, context, k)
+        return super().draft(target, inputs)
 
 
 def generate(pair: Pair, drafter: Any, prompt: list[int], count: int, k: int) -> tuple[list[int], set[int]]:

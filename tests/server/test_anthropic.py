@@ -100,7 +100,7 @@ def client(served: Served) -> Iterator[anthropic.Anthropic]:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Model:
-    """The same pair, loaded in this thread."""
+    """Return the same pair, loaded on this thread."""
     return mlx_mtp.load(folder)
 
 

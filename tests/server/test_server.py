@@ -46,7 +46,7 @@ def served() -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    """The same pair, loaded in this thread."""
+    """Return the same pair, loaded on this thread."""
     return load_demo_pair()
 
 
@@ -315,7 +315,7 @@ def test_responses_call_tools(client: openai.OpenAI) -> None:
 
 
 class Animal(BaseModel):
-    """As people write models: each keyword of these is one of the schema that OpenAI's client makes of it."""
+    """A model as people write it. OpenAI's client turns each of its parts into a keyword of a JSON Schema."""
 
     kind: Literal["cat"]
     lives: int = Field(ge=1, le=9, description="Left.")
@@ -568,7 +568,7 @@ def test_logprobs_of_responses_are_the_same_in_every_event(client: openai.OpenAI
 def test_log_probabilities_that_json_lacks_are_clamped(
     served: Served, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in OpenAI's API, an impossible token has -9999 instead of minus infinity."""
+    """OpenAI's API gives an impossible token the value -9999. JSON has no minus infinity."""
     options: Any = {"max_tokens": 4, "logprobs": True, "top_logprobs": 1}
     with scripted(served, monkeypatch, "x = 1", Logprobs(-math.inf, [(40, -math.inf)])):
         whole = chat(client, **options).choices[0].logprobs.content

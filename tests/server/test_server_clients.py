@@ -18,8 +18,8 @@ from support.serving import Served, post, serve
 
 import mlx_mtp
 from mlx_mtp import DEMO_PAIR, GenerationOptions
-from mlx_mtp.decoding.constraints import lark_problem
 from mlx_mtp.errors import OptionError
+from mlx_mtp.grammars.compiler import lark_problem
 from mlx_mtp.server.http_entry import local_hosts, plain_path
 from mlx_mtp.server.openai_messages import chat_messages
 from mlx_mtp.server.openai_requests import ChatRequest, CompletionRequest, ResponseRequest, field_names

@@ -7,7 +7,7 @@ import numpy as np
 from support.tiny import WINDOW, random_tokens
 
 from mlx_mtp.decoding.stream import Stream
-from mlx_mtp.gemma4.drafter import Allow, Choose, Draft, DraftContext, Drafter, ask_for_each, choose_best
+from mlx_mtp.gemma4.drafter import Draft, Drafter, DraftInputs, ask_for_each
 from mlx_mtp.gemma4.kv_cache import Cache
 from mlx_mtp.gemma4.target import Target
 
@@ -27,22 +27,12 @@ class Scripted(Drafter):
         self.plain = mx.array(plain + [0] * 16, mx.int32)
         self.wrong_at = wrong_at
 
-    def draft(
-        self,
-        target: Target,
-        token: mx.array,
-        hidden: mx.array,
-        context: DraftContext,
-        k: int,
-        choose: Choose = choose_best,
-        allow: Allow | None = None,
-    ) -> Draft:
-        # The bonus token's index is context.position. The continuation begins at the prompt's end.
-        start = context.position - self.prompt_length + 1
-        wrong = mx.array([[int(i in self.wrong_at) for i in range(k)]], mx.int32)
-        draft = Draft((self.plain[start + mx.arange(k)] + wrong) % 512)
-        if allow is not None:
-            ask_for_each(allow, token, draft)
+    def draft(self, target: Target, inputs: DraftInputs) -> Draft:
+        # The bonus token's index is the position of the context. The continuation begins at the prompt's end.
+        start = inputs.context.position - self.prompt_length + 1
+        wrong = mx.array([[int(i in self.wrong_at) for i in range(inputs.k)]], mx.int32)
+        draft = Draft((self.plain[start + mx.arange(inputs.k)] + wrong) % 512)
+        ask_for_each(inputs, draft)
         return draft
 
 

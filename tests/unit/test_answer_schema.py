@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 import mlx_mtp
-from mlx_mtp.decoding.constraints import compile_grammar
 from mlx_mtp.grammars.answer_schema import answer_schema
+from mlx_mtp.grammars.compiler import compile_grammar
 
 KINDS = {
     "$defs": {
