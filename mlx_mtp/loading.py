@@ -29,7 +29,7 @@ from mlx_mtp.decoding.exact import check_exact, make_exact
 from mlx_mtp.decoding.stream import Progress
 from mlx_mtp.gemma4.disk_table import MappedEmbedding
 from mlx_mtp.gemma4.drafter import Drafter
-from mlx_mtp.gemma4.layers import fuse_projections, lay_out_weights
+from mlx_mtp.gemma4.layers import fuse_projections, lay_out_weights, spread_layer_scalars
 from mlx_mtp.gemma4.target import Target
 from mlx_mtp.text.tokenizer import load_tokenizer
 from mlx_mtp.threads.job_thread import Job, Worker
@@ -132,6 +132,7 @@ def _prepare_target(target: Target, exact: bool) -> None:
     Raises OptionError if passes cannot be made exact.
     """
     fuse_projections(target.layers)
+    spread_layer_scalars(target.layers)
     lay_out_weights(target)
     if exact:
         make_exact(target)
@@ -142,6 +143,7 @@ def _prepare_drafter(drafter: Drafter, target: TargetConfig) -> None:
     """Arrange the weights of a loaded drafter for fast steps. It never drafts what the target never generates."""
     drafter.suppress(target.suppress_tokens)
     fuse_projections(drafter.model.layers)
+    spread_layer_scalars(drafter.model.layers)
     lay_out_weights(drafter)
 
 

@@ -33,7 +33,8 @@ def main() -> None:
         env |= {"HF_HOME": str(temporary), "HF_HUB_OFFLINE": "1"}
         run("main", copy, env, "Acceptance length: ", "Speed: ")
         assert MODEL in command("model")
-        run("model", copy, env, "Acceptance length: ")
+        # On a CPU, automatic draft length may draft nothing with this pair.
+        run("model", copy, env, "Rounds: ")
 
 
 def cache_model(cache: Path, model: str, folder: Path, *more: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from llguidance import LLMatcher
+from support.compiled_header import precompile_header
 from support.curves import CURVE
 from support.paths import WITHOUT_TORCH
 from support.tiny import (
@@ -49,6 +50,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--screenshots", metavar="DIR", help="Where the tests of the chat page put their pictures.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Prepare a run of many tests, which are those on several workers, before the workers start."""
+    if "PYTEST_XDIST_WORKER" not in os.environ and config.getoption("numprocesses", None):
+        compiled = precompile_header()
+        if compiled is not None:
+            config.add_cleanup(lambda: compiled.unlink(missing_ok=True))
 
 
 @pytest.fixture(scope="session", autouse=True)

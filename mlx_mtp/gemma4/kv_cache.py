@@ -122,7 +122,10 @@ class Cache:
         self.quantization = quantization
         self.is_quantized = quantization is not None and quantization.start <= 0
         self.max_block = max_block
-        self.ring = config.sliding_window + max_block
+        ring = config.sliding_window + max_block
+        # The slots of a ring, int32 [ring]. See `ring_size`.
+        self.slots = mx.arange(ring)
+        mx.eval(self.slots)
         self.capacity = rows_in_buffers(capacity)
         self.kv = KVState.none()
         self.length = 0
@@ -131,7 +134,7 @@ class Cache:
             if layer.has_kv:
                 is_full = layer.layer_type == "full_attention"
                 quantized = quantization if is_full and self.is_quantized else None
-                shape = (1, layer.num_kv_heads, self.capacity if is_full else self.ring, layer.head_dim)
+                shape = (1, layer.num_kv_heads, self.capacity if is_full else ring, layer.head_dim)
                 self.keys[index] = _zeros(shape, dtype, quantized)
                 self.values[index] = _zeros(shape, dtype, quantized)
 
@@ -239,7 +242,7 @@ class Cache:
             rows = self.visible
             mask = mx.arange(rows) < self.offset
             return View(_first(self.keys[layer], rows), _first(self.values[layer], rows), mask[None])
-        positions = ring_positions(self.offset, self.ring)
+        positions = ring_positions(self.offset, self.slots)
         mask = (positions >= 0) & (positions >= self.offset - 1 - self.config.sliding_window)
         return View(self.keys[layer], self.values[layer], mask[None])
 
@@ -284,13 +287,13 @@ class Pass:
         # that its own first rows still need. It therefore attends to the old ring plus its own rows.
         self._fits = length <= cache.max_block
         end = self.offset + length if self._fits else self.offset
-        positions = ring_positions(end, cache.ring)[None]
+        positions = ring_positions(end, cache.slots)[None]
         if not self._fits:
             positions = mx.concatenate([positions, queries.T], axis=1)
         self._sliding_mask = (
             (positions >= 0) & (positions <= queries) & (positions > queries - cache.config.sliding_window)
         )
-        self._slots = queries[-min(length, cache.ring) :, 0] % cache.ring
+        self._slots = queries[-min(length, cache.slots.size) :, 0] % ring_size(cache.slots)
 
     def write(self, layer: int, keys: mx.array, values: mx.array) -> View:
         """Store the new rows of a layer, and return the view that the layer attends to.
@@ -331,13 +334,22 @@ class Pass:
         return new if self._fits else mx.concatenate([old, rows], axis=2)
 
 
-def ring_positions(end: mx.array, ring: int) -> mx.array:
+def ring_size(slots: mx.array) -> mx.array:
+    """Return the number of slots, int32 [1], as an array of the device.
+
+    MLX writes a Python number into the code of a compiled kernel: each size would need kernels of its own.
+    """
+    return slots[-1:] + 1
+
+
+def ring_positions(end: mx.array, slots: mx.array) -> mx.array:
     """Return the position in each slot after 0..end-1 were written, int32 [ring].
 
-    It is the largest p < end with p % ring == slot. It is negative if nothing was written to the slot yet.
+    `slots` are 0..ring-1. The position is the largest p < end with p % ring == slot. It is negative if nothing was
+    written to the slot yet.
     """
     last = end - 1
-    return last - (last - mx.arange(ring)) % ring
+    return last - (last - slots) % ring_size(slots)
 
 
 def check_group_size(config: TextConfig, quantization: KVQuantization) -> None:

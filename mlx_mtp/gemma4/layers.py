@@ -264,7 +264,7 @@ class DecoderLayer(nn.Module):
 
 
 def fuse_projections(layers: list[DecoderLayer]) -> None:
-    """Join projections of the same input, for fewer and larger multiplications, and let layers share kernels.
+    """Join projections of the same input, for fewer and larger multiplications.
 
     Results stay the same up to rounding. No projection is kept twice.
     """
@@ -273,7 +273,14 @@ def fuse_projections(layers: list[DecoderLayer]) -> None:
             module.fuse()
             # Evaluate one module at a time, so that only its weights are in memory twice.
             mx.eval(module.parameters())
-        # MLX writes a single number into the code of a compiled kernel: each layer would need a kernel of its own.
+
+
+def spread_layer_scalars(layers: list[DecoderLayer]) -> None:
+    """Repeat the scalar of each layer, [1], to [hidden_size], so that the layers share compiled kernels.
+
+    MLX writes a single number into the code of a compiled kernel: each layer would need a kernel of its own.
+    """
+    for layer in layers:
         layer.layer_scalar = mx.contiguous(mx.broadcast_to(layer.layer_scalar, layer.input_layernorm.weight.shape))
         mx.eval(layer.layer_scalar)
 

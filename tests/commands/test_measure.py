@@ -62,7 +62,7 @@ def test_an_artificial_drafter_is_accepted_as_told() -> None:
 
 def test_how_well_the_demo_pair_drafts() -> None:
     """The files are not in its training data, and k = 3. README has the figures."""
-    output = measure("pair", "--prompts", "4", "--max-tokens", "60", "--repeats", "0")
+    output = measure("pair", "--prompts", "2", "--max-tokens", "60", "--repeats", "0")
     library, packages = output.split("other packages:")
     for part in (library, packages):
         greedy = cells(part, "greedy:")

@@ -169,7 +169,7 @@ def valid_rows(cache: Cache, layer_type: LayerType) -> tuple[torch.Tensor, torch
     if layer_type == "full_attention":
         slots = np.arange(cache.length)
     else:
-        positions = np.array(ring_positions(cache.offset, cache.ring))
+        positions = np.array(ring_positions(cache.offset, cache.slots))
         slots = np.argsort(positions)
         slots = slots[positions[slots] >= 0]
     keys, values = (np.array(buffers[layer])[:, :, slots] for buffers in (cache.keys, cache.values))

@@ -20,6 +20,7 @@ from mlx_mtp.checkpoints.config import DrafterConfig, TargetConfig, read_drafter
 from mlx_mtp.checkpoints.layouts import MLX_PREFIX, drafter_names, target_names
 from mlx_mtp.checkpoints.weights import fill_module
 from mlx_mtp.gemma4.drafter import Drafter
+from mlx_mtp.gemma4.layers import spread_layer_scalars
 from mlx_mtp.gemma4.target import Target
 
 VARIANTS = ("e2b", "12b", "26b", "31b")
@@ -233,6 +234,7 @@ def load_target(folder: Path) -> tuple[Target, TargetConfig]:
     config = read_target_config(folder)
     target = Target(config.text)
     fill_module(target, folder, partial(target_names, config=config), config.quantization)
+    spread_layer_scalars(target.layers)
     return target, config
 
 
@@ -241,6 +243,7 @@ def load_drafter(folder: Path) -> tuple[Drafter, DrafterConfig]:
     config = read_drafter_config(folder)
     drafter = Drafter(config)
     fill_module(drafter, folder, partial(drafter_names, config=config), config.quantization)
+    spread_layer_scalars(drafter.model.layers)
     return drafter, config
 
 

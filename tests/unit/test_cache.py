@@ -79,7 +79,7 @@ def test_ring_positions(end: int) -> None:
     written = [-1] * ring
     for position in range(end):
         written[position % ring] = position
-    positions: list[int] = ring_positions(mx.array(end), ring).tolist()  # type: ignore[assignment]
+    positions: list[int] = ring_positions(mx.array(end), mx.arange(ring)).tolist()  # type: ignore[assignment]
     found = [position if position >= 0 else -1 for position in positions]
     assert found == written
 
