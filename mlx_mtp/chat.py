@@ -37,6 +37,7 @@ from .command_line import (
     summarize,
 )
 from .errors import PromptError
+from .generation import measures_first
 from .model import Model
 from .options import DEFAULT_PREFILL_STEP, GenerationOptions
 from .responses import GenerationResponse
@@ -186,7 +187,8 @@ def _run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     model = load_model(args.model, args.drafter, args, options)
     options = replace(options, sampling=read_sampling(args, model))
-    calibrate(model, options)
+    if measures_first(options):
+        calibrate(model, options)
     chat = _Chat(model, options, args.system_prompt)
     chat.check()
     print(_greeting(args, model), file=sys.stderr)

@@ -4,6 +4,8 @@ import argparse
 import json
 import secrets
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -27,6 +29,9 @@ from .model import Model
 from .options import DEFAULT_KV_GROUP_SIZE, DEFAULT_QUANTIZED_KV_START, GenerationOptions
 from .responses import GenerationResponse
 from .shell import lacking, write_out
+
+# A wait of more than this many seconds gets a note on a terminal.
+SLOW_SECONDS = 1.5
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = None, lengths: bool = True) -> None:
@@ -323,7 +328,7 @@ def print_stream(responses: Iterator[GenerationResponse]) -> tuple[list[Generati
     interrupted = in_thought = False
     dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
     try:
-        for response in responses:
+        for response in _with_note(responses):
             seen.append(response)
             if response.thought:
                 print(f"{dim}{response.thought}{plain}", end="", file=sys.stderr, flush=True)
@@ -345,6 +350,30 @@ def print_stream(responses: Iterator[GenerationResponse]) -> tuple[list[Generati
             file=sys.stderr,
         )
     return seen, interrupted
+
+
+def _with_note(responses: Iterator[GenerationResponse]) -> Iterator[GenerationResponse]:
+    """Yield the responses. On a terminal, print one note if a response takes more than SLOW_SECONDS."""
+    if not sys.stderr.isatty():
+        yield from responses
+        return
+    latest = time.monotonic()
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(SLOW_SECONDS / 4):
+            if time.monotonic() - latest > SLOW_SECONDS:
+                print("waiting for the device: MLX compiles kernels for the first rounds", file=sys.stderr, flush=True)
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        for response in responses:
+            latest = time.monotonic()
+            yield response
+            latest = time.monotonic()
+    finally:
+        ended.set()
 
 
 def calibrate(model: Model, options: GenerationOptions, *, remeasure: bool = False) -> None:

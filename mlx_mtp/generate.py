@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from huggingface_hub.utils import tqdm
+
 from mlx_mtp.checkpoints.files import read_text
 from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS
 from mlx_mtp.decoding.report import LOWEST_LOGPROB
@@ -40,6 +42,7 @@ from .command_line import (
 from .commands import INTERRUPTED
 from .decoding import prompt_cache
 from .errors import OptionError
+from .generation import measures_first
 from .loading import DEMO_PAIR, plan_memory
 from .model import Model
 from .options import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, GenerationOptions
@@ -145,7 +148,8 @@ def _run(args: argparse.Namespace) -> int:
     options = replace(options, sampling=sampling)
     if args.compare and model.drafter is None:
         raise OptionError(_NOT_COMPARED)
-    calibrate(model, options)
+    if args.compare or measures_first(options):
+        calibrate(model, options)
     with prefill_bar(len(prompt), args.prefill_step_size) as on_prefill:
         responses = model.stream_generate(prompt, options, on_prefill=on_prefill)
         seen, interrupted = print_stream(responses)
@@ -234,17 +238,19 @@ def _options(args: argparse.Namespace) -> GenerationOptions:
 def _compare(model: Model, prompt: list[int], options: GenerationOptions) -> float:
     """Print and return the speed with the drafter divided by the speed without, the median of COMPARED_RUNS pairs.
 
-    The two runs of a pair follow each other directly.
+    The two runs of a pair follow each other directly. One more pair comes first and does not count: it compiles the
+    rounds and warms the caches.
 
     Raises OptionError if the text has no second token to time.
     """
     ratios = []
-    for _ in range(COMPARED_RUNS):
+    for _ in tqdm(range(COMPARED_RUNS + 1), desc="Comparing", leave=False, disable=None, file=sys.stderr):
         drafted = model.generate(prompt, options).last
         plain = model.generate(prompt, options, num_draft_tokens=0).last
         if not plain.generation_tps:
             raise OptionError("--compare needs a text of several tokens, found one")
         ratios.append(drafted.generation_tps / plain.generation_tps)
+    del ratios[0]
     print(
         f"Speed: {median(ratios):.2f} times plain decoding "
         f"({min(ratios):.2f} to {max(ratios):.2f}, {COMPARED_RUNS} runs of each in turn)",
