@@ -2,8 +2,8 @@
 
     python scripts/measure.py memory tests/support/published/* --max-context 8192
 
-Each model gets a folder with the headers of a converted checkpoint and no data: the files have their full size, but take
-no space on disk. The weights are quantized as by the converter. The output has the bytes of all weights, the peak memory
+Each model gets a folder with the headers of a converted checkpoint and no data: the files have their full size, but
+take no space on disk. The weights are quantized as by the converter. The output has the bytes of all weights, the peak
 of the plan, the peak with the per-layer embeddings on disk, and the K/V of 1000 tokens.
 """
 
@@ -12,14 +12,14 @@ import tempfile
 from pathlib import Path
 
 import mlx.nn as nn
-from mlx_mtp.convert.quantization import WeightOptions, quantize_drafter, quantize_target
 
 from mlx_mtp.checkpoints.config import Quantization
 from mlx_mtp.checkpoints.layouts import MLX_PREFIX
+from mlx_mtp.convert.quantization import WeightOptions, quantize_drafter, quantize_target
 from mlx_mtp.loading import plan_memory
 
 from .random_weights import Weights
-from .sizes import add_bits, add_folder, empty_drafter, empty_target, read_json, write_config
+from .sizes import UNQUANTIZED_BITS, add_bits, add_folder, empty_drafter, empty_target, read_json, write_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    print(f"{'GB':6}{'weights':>10}{'peak':>10}{'mapped':>10}{'K/V per 1000':>14}")
+    print(f"{'':6}{'weights, GB':>14}{'peak, GB':>12}{'mapped, GB':>12}{'K/V of 1000, MB':>17}")
     for source in args.folders:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> None:
                 smaller = plan_memory(folder, max_context=args.max_context, per_layer_embeddings="mapped")
                 mapped = gigabytes(smaller.peak)
         print(
-            f"{source.name:6}{gigabytes(plan.resident):>10}{gigabytes(plan.peak):>10}{mapped:>10}"
-            f"{gigabytes(1000 * plan.kv_per_token):>14}"
+            f"{source.name:6}{gigabytes(plan.resident):>14}{gigabytes(plan.peak):>12}{mapped:>12}"
+            f"{1000 * plan.kv_per_token / 1e6:>17.1f}"
         )
 
 
@@ -51,19 +51,20 @@ def gigabytes(size: int) -> str:
 
 def write_headers(source: Path, folder: Path, bits: int) -> None:
     """Write the configs and the headers of a pair with the published sizes, in the converter's layout."""
-    options = WeightOptions(quantize=True, q_bits=bits)
+    is_quantized = bits < UNQUANTIZED_BITS
+    options = WeightOptions(is_quantized, bits if is_quantized else None, drafter_q_bits=None if is_quantized else bits)
     write_config(folder, read_json(source))
     write_config(folder / "drafter", read_json(source / "drafter"))
     target, drafter = empty_target(folder), empty_drafter(folder / "drafter")
     has_centroids = drafter.masked_embedding is not None
-    quantize(target, quantize_target(target, options))
-    quantize(drafter, quantize_drafter(drafter, has_centroids, options.drafter_q_bits))
+    apply(target, quantize_target(target, options))
+    apply(drafter, quantize_drafter(drafter, has_centroids, options.drafter_q_bits))
     Weights(target, MLX_PREFIX, "bfloat16").write_header(folder)
     Weights(drafter, "", "bfloat16").write_header(folder / "drafter")
 
 
-def quantize(module: nn.Module, quantization: Quantization | None) -> None:
-    """Quantize the modules lazily: only shapes and types matter here."""
+def apply(module: nn.Module, quantization: Quantization | None) -> None:
+    """Quantize a module. Nothing is computed, because only shapes and types are used."""
     if quantization is None:
         return
 

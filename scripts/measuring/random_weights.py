@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_mtp.checkpoints.weights import lazy_parameters
 
-from .sizes import GROUP_SIZE
+from .sizes import GROUP_SIZE, quantize
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -35,7 +35,7 @@ class Weights:
 
     def __init__(self, module: nn.Module, prefix: str, dtype: str, bits: int | None = None) -> None:
         if bits is not None:
-            nn.quantize(module, GROUP_SIZE, bits)
+            quantize(module, bits)
         self.bits = bits
         parameters = {prefix + name: value for name, value in lazy_parameters(module).items()}
         self.shapes: Shapes = {name: value.shape for name, value in parameters.items()}
