@@ -286,7 +286,8 @@ class Pass:
         # A block that fits the spare slots is read back from the ring. A longer block (prefill) would overwrite keys
         # that its own first rows still need. It therefore attends to the old ring plus its own rows.
         self._fits = length <= cache.max_block
-        end = self.offset + length if self._fits else self.offset
+        # A sum with `length` would be another kernel for each length.
+        end = queries[-1, 0] + 1 if self._fits else self.offset
         positions = ring_positions(end, cache.slots)[None]
         if not self._fits:
             positions = mx.concatenate([positions, queries.T], axis=1)

@@ -3,6 +3,7 @@
 Target and drafter use the same class of layer. A drafter's layers have queries only.
 """
 
+import math
 from copy import copy
 from functools import partial
 from typing import NamedTuple
@@ -18,10 +19,20 @@ from .kv_cache import KVRows, Quantized, View
 _QUANTIZATION = ("group_size", "bits", "mode")
 
 
-@partial(mx.compile, shapeless=True)
 def _geglu(gate: mx.array, x: mx.array) -> mx.array:
-    gated: mx.array = nn.gelu_approx(gate) * x
+    """Return gelu(gate) * x, with the tanh approximation of gelu."""
+    # On the CPU, a kernel takes the C++ compiler about a second, and a passage that is read once does not repay it.
+    # Compiled rounds contain this function in both forms.
+    return _plain_geglu(gate, x) if mx.default_device() == mx.Device(mx.cpu) else _compiled_geglu(gate, x)
+
+
+def _plain_geglu(gate: mx.array, x: mx.array) -> mx.array:
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    gated: mx.array = 0.5 * gate * (1 + mx.tanh(inner)) * x
     return gated
+
+
+_compiled_geglu = mx.compile(_plain_geglu, shapeless=True)
 
 
 class Rope:
