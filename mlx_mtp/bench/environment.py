@@ -32,7 +32,7 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "device": str(mx.default_device()),
         "os": _operating_system(),
-        "system": platform.platform(),
+        "machine": platform.machine(),
         "python": platform.python_version(),
     }
     return machine | {name: version(name) for name in _PACKAGES}

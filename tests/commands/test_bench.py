@@ -32,7 +32,7 @@ def test_a_table_plots_and_a_last_line_of_json(tiny_pair: TinyPair, tmp_path: Pa
     assert any(line.startswith("auto is at ") for line in lines)
     report = json.loads(last)
     assert [case["kind"] for case in report["cases"]] == ["code", "list"]
-    names = {"chip", "memory", "cores", "device", "os", "system", "python", "mlx-mtp", "mlx", "mlx-lm", "numpy"}
+    names = {"chip", "memory", "cores", "device", "os", "machine", "python", "mlx-mtp", "mlx", "mlx-lm", "numpy"}
     assert set(report["environment"]) == names
     assert all(report["environment"].values())
     assert report["environment"]["mlx-mtp"] == mlx_mtp.__version__

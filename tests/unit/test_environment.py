@@ -60,5 +60,5 @@ def test_the_quantization_of_a_converted_pair(tiny_pair: TinyPair, tmp_path: Pat
     run("convert.cli", "--hf-path", tiny_pair("31b") / "target", "--mlx-path", output, "-q", "--q-bits", "8")
     found = models(mlx_mtp.load(output))
     assert (found["target"], found["drafter"]) == ("tiny-8bit", "drafter")
-    assert found["target_quantization"] == {"bits": 8, "group_size": 32, "mode": "affine"}
-    assert found["drafter_quantization"] == {"bits": 4, "group_size": 32, "mode": "affine"}
+    assert found["target_quantization"] == {"bits": 8, "group_size": 64, "mode": "affine"}
+    assert found["drafter_quantization"] == {"bits": 4, "group_size": 64, "mode": "affine"}
