@@ -140,7 +140,8 @@ def check_commands(environment: Environment, folder: Path) -> None:
 
 def check_page(environment: Environment, folder: Path) -> None:
     """Start the server, and read the chat page, which is a file of the package."""
-    command = [str(environment.programs / "mlx-mtp"), "serve", "--port", "0", "--num-draft-tokens", "3"]
+    options = ("--port", "0", "--num-draft-tokens", "3", "--log-level", "warning")
+    command = [str(environment.programs / "mlx-mtp"), "serve", *options]
     server = subprocess.Popen(command, cwd=folder, env=environment.variables, stdout=subprocess.PIPE, text=True)
     try:
         page = read_page(server)
