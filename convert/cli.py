@@ -19,7 +19,7 @@ from .quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, DRAFTER_BITS, MODES, 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 1 after an error, 130 after an interruption."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     return exit_status(lambda: _run_interruptibly(args))
 
 
@@ -33,10 +33,12 @@ def _run_interruptibly(args: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
     parser = Parser(
         prog="mlx_mtp.convert",
-        description="Convert a Gemma 4 target and its drafter from Hugging Face format to one folder of MLX weights.",
+        description="Convert a Gemma 4 target and its drafter from Hugging Face format to one folder of MLX weights. "
+        "Weights are read and quantized in blocks, so memory stays small. An already quantized checkpoint is refused.",
     )
     add = parser.add_argument
     add(
@@ -47,13 +49,14 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("mlx_model"),
         metavar="OUT",
-        help="Folder to write (default: %(default)s).",
+        help="Folder to write, which appears when it is complete (default: %(default)s).",
     )
     add(
         "--drafter",
         default="auto",
         metavar="auto|none|PATH",
-        help="Drafter: a local folder or a hub id. Default: TARGET/drafter, else the sibling TARGET-assistant.",
+        help="Drafter: a local folder or a hub id. Default: TARGET/drafter, else the sibling TARGET-assistant, else "
+        "Google's drafter if the name of the target has a published size.",
     )
     add("-q", "--quantize", action="store_true", help="Quantize the target.")
     _add_weight_options(parser)
@@ -70,14 +73,20 @@ def _add_weight_options(parser: argparse.ArgumentParser) -> None:
     defaults = ", ".join(f"{mode} {group_size}/{bits}" for mode, (group_size, bits) in MODES.items())
     add = parser.add_argument
     add("--q-bits", type=int, metavar="BITS", help=f"Bits per weight, of {choices(AFFINE_BITS)}.")
-    add("--q-group-size", type=int, metavar="SIZE", help=f"Weights per group, of {choices(AFFINE_GROUP_SIZES)}.")
+    add(
+        "--q-group-size",
+        type=int,
+        metavar="SIZE",
+        help=f"Weights per group, of {choices(AFFINE_GROUP_SIZES)}. It must divide all weights; by default, weights "
+        "that it does not divide get smaller groups.",
+    )
     add(
         "--q-mode",
         default="affine",
         metavar="MODE",
         help=f"Quantization mode; group size and bits are by default {defaults} (default: %(default)s).",
     )
-    add("--quant-predicate", metavar="RECIPE", help=f"Mixed bits: {choices(RECIPES)}.")
+    add("--quant-predicate", metavar="RECIPE", help=f"Mixed bits, recipes of mlx-lm: {choices(RECIPES)}.")
     add(
         "--dtype",
         metavar="DTYPE",

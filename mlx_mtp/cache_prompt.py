@@ -28,11 +28,12 @@ from .shell import Parser, exit_status, read_prompt, text_argument
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 1 after an error, 130 after Ctrl-C."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     return exit_status(lambda: _run(args))
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
     parser = Parser(
         prog="mlx_mtp.cache_prompt",
         description="Read the beginning of a user's turn, such as a long text, and keep its K/V in a file. "
@@ -41,7 +42,12 @@ def _parser() -> argparse.ArgumentParser:
     add_model_options(parser, default="the demo pair in the package", lengths=False)
     add = parser.add_argument
     add(
-        "--prompt", "-p", required=True, type=text_argument, metavar="TEXT|-", help="The text; '-' reads it from stdin."
+        "--prompt",
+        "-p",
+        required=True,
+        type=text_argument,
+        metavar="TEXT|-",
+        help="The text, in UTF-8; '-' reads it from stdin.",
     )
     add("--prompt-cache", "--prompt-cache-file", required=True, metavar="FILE", help="The safetensors file to write.")
     add("--system-prompt", type=text_argument, help="System prompt for the chat template.")

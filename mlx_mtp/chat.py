@@ -37,6 +37,7 @@ from .command_line import (
     summarize,
 )
 from .errors import PromptError
+from .generation import measures_first
 from .model import Model
 from .options import DEFAULT_PREFILL_STEP, GenerationOptions
 from .responses import GenerationResponse
@@ -57,14 +58,18 @@ Message = dict[str, str]
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 1 after an error, 130 after Ctrl-C."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     return exit_status(lambda: _run(args))
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
     parser = Parser(
         prog="mlx_mtp.chat",
-        description="Chat with Gemma 4: the drafter proposes, the target verifies. Reads a message per line of stdin.",
+        description="Chat with Gemma 4: the drafter proposes, the target verifies. Reads a message per line of stdin. "
+        "Arrow keys edit the line and recall earlier lines, Ctrl-C stops the answer, and Ctrl-D ends the chat. /reset "
+        "forgets the conversation, /stats shows speed and acceptance, and /help lists the commands. Thoughts are not "
+        "kept in the conversation.",
     )
     add_model_options(parser)
     parser.add_argument("--system-prompt", type=text_argument, help="System prompt of the conversation.")
@@ -186,7 +191,8 @@ def _run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     model = load_model(args.model, args.drafter, args, options)
     options = replace(options, sampling=read_sampling(args, model))
-    calibrate(model, options)
+    if measures_first(options):
+        calibrate(model, options)
     chat = _Chat(model, options, args.system_prompt)
     chat.check()
     print(_greeting(args, model), file=sys.stderr)

@@ -4,11 +4,13 @@ import argparse
 import json
 import secrets
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 from huggingface_hub.utils import tqdm
@@ -28,6 +30,17 @@ from .options import DEFAULT_KV_GROUP_SIZE, DEFAULT_QUANTIZED_KV_START, Generati
 from .responses import GenerationResponse
 from .shell import lacking, write_out
 
+# A wait of more than this many seconds gets a note on a terminal.
+SLOW_SECONDS = 1.5
+
+
+class OptionGroup(Protocol):
+    """A parser, or a group of its options."""
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        """Add an option."""
+        ...
+
 
 def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = None, lengths: bool = True) -> None:
     """Add the options that choose and load a model.
@@ -36,27 +49,28 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = 
     required. `lengths` adds --num-draft-tokens.
     """
     what = "Target: a local folder or a Hugging Face hub id"
-    parser.add_argument(
+    group = parser.add_argument_group("model")
+    group.add_argument(
         "--model", required=default is None, help=f"{what} (default: {default})." if default else f"{what}."
     )
-    parser.add_argument(
+    group.add_argument(
         "--drafter",
-        help="Drafter: a local folder or a hub id, or 'none' to decode plainly. "
-        "Default: MODEL/drafter, else the sibling MODEL-assistant.",
+        help="Drafter: a local folder or a hub id, or 'none' to decode plainly. Default: MODEL/drafter, else the "
+        "sibling MODEL-assistant, else Google's drafter if the name of the model has a published size.",
     )
-    parser.add_argument(
+    group.add_argument(
         "--exact",
         action="store_true",
         help="Verify with the bits of plain decoding. It costs speed, and is an error on a device that cannot do it.",
     )
-    add_embedding_option(parser)
-    parser.add_argument(
+    add_embedding_option(group)
+    group.add_argument(
         "--max-context",
         type=_context_length,
         metavar="N",
         help="Most tokens of prompt and answer together (default: the model's own).",
     )
-    parser.add_argument(
+    group.add_argument(
         "--memory-limit",
         type=_size,
         metavar="SIZE",
@@ -64,19 +78,19 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = 
     )
     if not lengths:
         return
-    parser.add_argument(
+    group.add_argument(
         "--num-draft-tokens",
         type=_draft_tokens,
         default="auto",
         metavar="N|auto",
         help="Draft tokens per round; 0 decodes plainly. Default: auto, as many as are fastest on this machine, which "
-        "is measured once per kind of model. Never changes greedy text.",
+        "is measured once per kind of model. Never changes greedy text, up to rounding.",
     )
 
 
-def add_embedding_option(parser: argparse.ArgumentParser) -> None:
+def add_embedding_option(options: OptionGroup) -> None:
     """Add --per-layer-embeddings."""
-    parser.add_argument(
+    options.add_argument(
         "--per-layer-embeddings",
         choices=PER_LAYER_EMBEDDINGS,
         default="auto",
@@ -87,7 +101,8 @@ def add_embedding_option(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of sampling, penalties, logit bias and the acceptance rule."""
-    add = parser.add_argument
+    group = parser.add_argument_group("sampling")
+    add = group.add_argument
     unset = Sampling()
     add("--temp", dest="temperature", type=float, help="Sampling temperature, 0 is greedy (default: the model's own).")
     add("--top-k", type=int, help="Most likely tokens to draw from, 0 for all (default: the model's own).")
@@ -106,7 +121,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="XTC leaves out all tokens above this probability but the least likely of them (default: %(default)s).",
     )
     add("--seed", type=int, help="Seed of the random numbers (default: a new one each time, named with --verbose).")
-    _add_penalty_options(parser)
+    _add_penalty_options(group)
     add(
         "--acceptance",
         choices=ACCEPTANCE_RULES,
@@ -116,8 +131,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_penalty_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+def _add_penalty_options(options: OptionGroup) -> None:
+    add = options.add_argument
     unset = Sampling()
     for name, effect in (
         ("repetition", "divides"),
@@ -141,20 +156,20 @@ def _add_penalty_options(parser: argparse.ArgumentParser) -> None:
 
 def add_kv_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of K/V quantization."""
-    add = parser.add_argument
+    add = parser.add_argument_group("quantized K/V").add_argument
     add("--kv-bits", type=int, metavar="8|4", help="Quantize the K/V of full-attention layers (default: no).")
     add(
         "--kv-group-size",
         type=int,
         default=DEFAULT_KV_GROUP_SIZE,
-        help="Values of a K/V row quantized together: 32, 64 or 128 (default: %(default)s).",
+        help="Values of a K/V row quantized together: 32, 64 or 128; must divide the head size (default: %(default)s).",
     )
     add(
         "--quantized-kv-start",
         type=int,
         default=DEFAULT_QUANTIZED_KV_START,
         metavar="N",
-        help="Quantize K/V from this number of tokens on (default: %(default)s).",
+        help="Quantize K/V from this number of tokens on, 0 from the beginning (default: %(default)s).",
     )
 
 
@@ -165,12 +180,13 @@ def read_kv_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def add_thinking_options(parser: argparse.ArgumentParser) -> None:
     """Add --enable-thinking and --thinking-budget."""
-    parser.add_argument(
+    add = parser.add_argument_group("thinking").add_argument
+    add(
         "--enable-thinking",
         action="store_true",
         help="Let the model think before it answers; thoughts are printed on stderr.",
     )
-    parser.add_argument(
+    add(
         "--thinking-budget",
         type=int,
         metavar="N",
@@ -323,7 +339,7 @@ def print_stream(responses: Iterator[GenerationResponse]) -> tuple[list[Generati
     interrupted = in_thought = False
     dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
     try:
-        for response in responses:
+        for response in _with_note(responses):
             seen.append(response)
             if response.thought:
                 print(f"{dim}{response.thought}{plain}", end="", file=sys.stderr, flush=True)
@@ -345,6 +361,30 @@ def print_stream(responses: Iterator[GenerationResponse]) -> tuple[list[Generati
             file=sys.stderr,
         )
     return seen, interrupted
+
+
+def _with_note(responses: Iterator[GenerationResponse]) -> Iterator[GenerationResponse]:
+    """Yield the responses. On a terminal, print one note if a response takes more than SLOW_SECONDS."""
+    if not sys.stderr.isatty():
+        yield from responses
+        return
+    latest = time.monotonic()
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(SLOW_SECONDS / 4):
+            if time.monotonic() - latest > SLOW_SECONDS:
+                print("waiting for the device: MLX compiles kernels for the first rounds", file=sys.stderr, flush=True)
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        for response in responses:
+            latest = time.monotonic()
+            yield response
+            latest = time.monotonic()
+    finally:
+        ended.set()
 
 
 def calibrate(model: Model, options: GenerationOptions, *, remeasure: bool = False) -> None:

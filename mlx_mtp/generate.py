@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from huggingface_hub.utils import tqdm
+
 from mlx_mtp.checkpoints.files import read_text
 from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS
 from mlx_mtp.decoding.report import LOWEST_LOGPROB
@@ -40,6 +42,7 @@ from .command_line import (
 from .commands import INTERRUPTED
 from .decoding import prompt_cache
 from .errors import OptionError
+from .generation import measures_first
 from .loading import DEMO_PAIR, plan_memory
 from .model import Model
 from .options import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, GenerationOptions
@@ -52,27 +55,25 @@ _NOT_COMPARED = "--compare needs a drafter, and a --num-draft-tokens other than 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 1 after an error, 130 after Ctrl-C."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    options = parser()
+    args = options.parse_args(argv)
     if args.prompt is None and not args.dry_run:
-        parser.error("the following arguments are required: --prompt/-p")
+        options.error("the following arguments are required: --prompt/-p")
     return exit_status(lambda: _dry_run(args) if args.dry_run else _run(args))
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
     parser = Parser(
         prog="mlx_mtp.generate",
-        description="Decode a prompt with Gemma 4: the drafter proposes, the target verifies.",
+        description="Decode a prompt with Gemma 4: the drafter proposes, the target verifies. The text goes to stdout "
+        "while it is generated. Characters that stdout's encoding does not have are written as escapes. The summary "
+        "goes to stderr: tokens/s, rounds, drafted and accepted tokens, acceptance length, acceptance by position, "
+        "peak memory.",
     )
     add_model_options(parser, default="the demo pair in the package")
     _add_prompt_options(parser)
     add_sampling_options(parser)
-    parser.add_argument(
-        "--prefill-step-size",
-        type=int,
-        default=DEFAULT_PREFILL_STEP,
-        help="Prompt tokens read per pass (default: %(default)s).",
-    )
     add_kv_options(parser)
     _add_answer_options(parser)
     add_thinking_options(parser)
@@ -81,16 +82,31 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--prompt", "-p", type=text_argument, metavar="TEXT|-", help="The prompt; '-' reads it from stdin.")
+    add = parser.add_argument_group("prompt").add_argument
+    add("--prompt", "-p", type=text_argument, metavar="TEXT|-", help="The prompt, in UTF-8; '-' reads it from stdin.")
     add("--system-prompt", type=text_argument, help="System prompt for the chat template.")
     most = "Largest number of tokens to generate (default: %(default)s)."
     add("--max-tokens", "-m", type=int, default=DEFAULT_MAX_TOKENS, help=most)
+    add("--ignore-chat-template", action="store_true", help="Continue the prompt without the chat template.")
+    add(
+        "--prompt-cache",
+        "--prompt-cache-file",
+        metavar="FILE",
+        help="A file that mlx-mtp cache-prompt wrote. --prompt continues the prompt in it.",
+    )
+    add(
+        "--prefill-step-size",
+        type=int,
+        default=DEFAULT_PREFILL_STEP,
+        help="Prompt tokens read per pass (default: %(default)s), fewer where attention scores would take more than "
+        "0.5 GB.",
+    )
 
 
 def _add_answer_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say where the answer ends and what it must follow."""
-    add = parser.add_argument
+    group = parser.add_argument_group("answer")
+    add = group.add_argument
     add(
         "--stop",
         type=text_argument,
@@ -104,23 +120,16 @@ def _add_answer_options(parser: argparse.ArgumentParser) -> None:
     )
     logprobs = "With --json, each token's log probability and the N most likely ones."
     add("--logprobs", type=int, metavar="N", help=logprobs)
-    add = parser.add_mutually_exclusive_group().add_argument
-    add("--json-schema", metavar="FILE", help="Answer with JSON that follows this JSON Schema.")
-    add("--regex", type=text_argument, help="Answer with text that matches this regular expression as a whole.")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--json-schema", metavar="FILE", help="Answer with JSON that follows the JSON Schema in this file.")
+    add("--regex", type=text_argument, help="Answer with text that matches this regular expression, in Rust's syntax.")
     add("--grammar", type=text_argument, help="Answer in this grammar's language, in Lark or llama.cpp's GBNF.")
     add("--grammar-file", metavar="FILE", help="Answer in the language of the grammar in this file.")
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of how the command runs, and of what it prints."""
-    add = parser.add_argument
-    add(
-        "--prompt-cache",
-        "--prompt-cache-file",
-        metavar="FILE",
-        help="A file of mlx_mtp.cache_prompt. --prompt continues the prompt in it.",
-    )
-    add("--ignore-chat-template", action="store_true", help="Continue the prompt without the chat template.")
+    add = parser.add_argument_group("run").add_argument
     add(
         "--compare",
         action="store_true",
@@ -129,7 +138,9 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     plan = "Load nothing. Print the memory that weights, K/V cache and computation would take."
     add("--dry-run", action="store_true", help=plan)
     add("--verbose", action="store_true", help="Print the loaded model and its options on stderr.")
-    add("--json", action="store_true", help="End stdout with one line: a JSON object with all results.")
+    add(
+        "--json", action="store_true", help="End stdout with one line: a JSON object with text, tokens and all figures."
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -145,7 +156,8 @@ def _run(args: argparse.Namespace) -> int:
     options = replace(options, sampling=sampling)
     if args.compare and model.drafter is None:
         raise OptionError(_NOT_COMPARED)
-    calibrate(model, options)
+    if args.compare or measures_first(options):
+        calibrate(model, options)
     with prefill_bar(len(prompt), args.prefill_step_size) as on_prefill:
         responses = model.stream_generate(prompt, options, on_prefill=on_prefill)
         seen, interrupted = print_stream(responses)
@@ -234,17 +246,19 @@ def _options(args: argparse.Namespace) -> GenerationOptions:
 def _compare(model: Model, prompt: list[int], options: GenerationOptions) -> float:
     """Print and return the speed with the drafter divided by the speed without, the median of COMPARED_RUNS pairs.
 
-    The two runs of a pair follow each other directly.
+    The two runs of a pair follow each other directly. One more pair comes first and does not count: it compiles the
+    rounds and warms the caches.
 
     Raises OptionError if the text has no second token to time.
     """
     ratios = []
-    for _ in range(COMPARED_RUNS):
+    for _ in tqdm(range(COMPARED_RUNS + 1), desc="Comparing", leave=False, disable=None, file=sys.stderr):
         drafted = model.generate(prompt, options).last
         plain = model.generate(prompt, options, num_draft_tokens=0).last
         if not plain.generation_tps:
             raise OptionError("--compare needs a text of several tokens, found one")
         ratios.append(drafted.generation_tps / plain.generation_tps)
+    del ratios[0]
     print(
         f"Speed: {median(ratios):.2f} times plain decoding "
         f"({min(ratios):.2f} to {max(ratios):.2f}, {COMPARED_RUNS} runs of each in turn)",

@@ -45,7 +45,7 @@ def begin(
     channel = parts.guides.channel
     thought = None if channel is None else open_thought(parts.tokenizer, channel, prompt)
     _check_exact(model, options.kv_quantization)
-    k = _draft_tokens(model, options, lambda *_: check())
+    k = _draft_tokens(model, options, check)
     # An exact model reads every prompt, because the rounding of sums depends on how it is read.
     reuses = options.reuse_prompt and not model.exact
     stream = Stream(
@@ -105,7 +105,7 @@ def _no_stop_before(length: int, stop_ids: Iterable[int]) -> LogitsProcessor:
     return process
 
 
-def _draft_tokens(model: LoadedModel, options: GenerationOptions, on_progress: Progress) -> int | DraftLength:
+def _draft_tokens(model: LoadedModel, options: GenerationOptions, check: Callable[[], None]) -> int | DraftLength:
     """Return the number of draft tokens of a round, or the policy that chooses the number."""
     requested = options.num_draft_tokens
     if model.drafter is None:
@@ -118,7 +118,19 @@ def _draft_tokens(model: LoadedModel, options: GenerationOptions, on_progress: P
         return requested
     kv = options.kv_quantization
     kv = None if kv is None else kv._replace(start=0)
-    return DraftLength(model.parts.costs.curve(options.sampling, kv, on_progress=on_progress))
+    costs = model.parts.costs
+    if measures_first(options):
+        return DraftLength(costs.curve(options.sampling, kv, on_progress=lambda *_: check()))
+    return costs.policy(options.sampling, kv)
+
+
+def measures_first(options: GenerationOptions) -> bool:
+    """Return whether unknown costs of rounds are measured before the text instead of in its first rounds.
+
+    The host has a part in the rounds of such a text, which is not in the costs.
+    """
+    is_guided = options.compiled_grammar() is not None or options.thinking_budget is not None
+    return options.num_draft_tokens == "auto" and bool(is_guided or options.logits_processors or options.min_tokens)
 
 
 def _check_exact(model: LoadedModel, kv: KVQuantization | None) -> None:

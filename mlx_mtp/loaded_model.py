@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The prompt cache takes at most this share of the machine's memory.
+# The first limit of the prompt cache is this share of the machine's memory.
 _PROMPT_CACHE_SHARE = 0.1
 
 

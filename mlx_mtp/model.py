@@ -202,8 +202,9 @@ class Model(LoadedModel):
         With `kv_bits`, the result is the cost of rounds over quantized K/V.
 
         The measurement takes a few seconds. It is made once for all pairs with the same shapes, and is kept in the
-        user's cache directory (see `calibration.cache_directory`). Without this call, the first generation that needs
-        the cost measures it. `remeasure` measures the cost again.
+        user's cache directory (see `kept_costs.cache_directory`). Without this call, the first generation that needs
+        the cost measures it in its first rounds. With a grammar, a thinking budget or logits processors, it measures it
+        before its text. `remeasure` measures the cost again.
 
         Raises OptionError if there is no drafter or a K/V option cannot be used, and CalibrationError if the clock
         gives nonsense.

@@ -28,8 +28,8 @@ class GenerationOptions:
     """The options of one generation. Their values are checked when the object is made.
 
     `num_draft_tokens` is the number of draft tokens in a round; 0 decodes plainly. "auto", the default, chooses the
-    number that gives the most tokens per second. The choice uses the cost of rounds on this machine (see
-    `Model.calibrate`) and the acceptance so far.
+    number that gives the most tokens per second. The choice uses the cost of rounds on this machine and the acceptance
+    so far. If the cost is not known, the first rounds measure it (see `Model.calibrate`).
 
     Greedy tokens do not depend on this number. Sampled tokens keep their distribution. With
     `Sampling(acceptance="coupled")`, sampled tokens do not depend on the number either. With block verification, a seed

@@ -46,15 +46,16 @@ _RECORDED = [*((kind, "__call__") for kind in _PARTS), *((kind, "as_linear") for
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 1 after an error, 130 after Ctrl-C."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     return exit_status(lambda: _run(args))
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
     parser = Parser(
         prog="mlx_mtp.probe",
         description="Compare passes over several rows with passes over one, as plain decoding makes them: bits, most "
-        "likely tokens, and the draft tokens rejected because of it.",
+        "likely tokens, and the draft tokens rejected because of it. The last line is a JSON object with all figures.",
     )
     add_model_options(parser, default="the demo pair in the package", lengths=False)
     add = parser.add_argument

@@ -44,15 +44,17 @@ DEFAULT_ANSWER_TOKENS = 512
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Return the exit status: 0, 1 after an error, 130 after Ctrl-C."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     return exit_status(lambda: _run(args))
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
     parser = Parser(
         prog="mlx_mtp.train",
         description="Train a drafter for a target: to repair one whose acceptance fell, or from scratch. The target is "
-        "left as it is.",
+        "left as it is. Loss, acceptance length and agreement by step are measured on held-out text, and the best "
+        "drafter is kept.",
     )
     add = parser.add_argument
     add("--model", required=True, help="Target: a local folder or a Hugging Face hub id; it may be quantized.")
@@ -67,12 +69,30 @@ def _parser() -> argparse.ArgumentParser:
         help="JSONL file, of which a twentieth is held out, or folder with train.jsonl and valid.jsonl. A line holds "
         "text, messages, prompt and completion, or a prompt alone, which the target answers first.",
     )
-    add("--output", type=Path, help=f"Folder of the trained drafter (default: MODEL/{DRAFTER_FOLDER}).")
+    add(
+        "--output",
+        type=Path,
+        help="Folder of the trained drafter, which appears when training is complete (default: "
+        f"MODEL/{DRAFTER_FOLDER}).",
+    )
     add("--overwrite", action="store_true", help="Replace the output folder if it exists.")
-    add("--resume", action="store_true", help="Go on with a training that was interrupted.")
-    add("--fine-tune-type", choices=("full", "lora"), default="full", help="What to train (default: %(default)s).")
+    add(
+        "--resume",
+        action="store_true",
+        help="Go on with a training that was interrupted, to the same result bit for bit.",
+    )
+    add(
+        "--fine-tune-type",
+        choices=("full", "lora"),
+        default="full",
+        help="Train all weights, or LoRA matrices, which quantized drafters need (default: %(default)s).",
+    )
     add("--lora-rank", type=int, default=16, help="Rank of the LoRA matrices (default: %(default)s).")
-    add("--rebuild-centroids", action="store_true", help="Cluster the drafter's vocabulary again before training.")
+    add(
+        "--rebuild-centroids",
+        action="store_true",
+        help="Cluster the vocabulary of a centroid head (E2B, E4B) again before training.",
+    )
     add("--draft-vocab", type=int, metavar="N", help="Cut a dense head to the N tokens most frequent in the data.")
     add(
         "--max-seq-length",
@@ -81,7 +101,10 @@ def _parser() -> argparse.ArgumentParser:
         help="Longest text in tokens. Longer texts are cut into pieces (default: %(default)s).",
     )
     add(
-        "--max-answer-tokens", type=int, default=DEFAULT_ANSWER_TOKENS, help="Longest answer to a prompt (%(default)s)."
+        "--max-answer-tokens",
+        type=int,
+        default=DEFAULT_ANSWER_TOKENS,
+        help="Longest answer to a prompt (default: %(default)s).",
     )
     _add_training_options(parser)
     return parser
@@ -98,7 +121,7 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         "--optimizer",
         choices=OPTIMIZERS,
         default=defaults.optimizer,
-        help="Muon needs half of the updates from scratch (default: %(default)s).",
+        help="Muon needs half of the updates from scratch, at a higher learning rate, 1e-2 (default: %(default)s).",
     )
     add(
         "--num-draft-tokens",
@@ -130,7 +153,7 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         "--patience",
         type=int,
         default=defaults.patience,
-        help="End after this many measurements without gain (0: never).",
+        help="End after this many measurements without gain, 0 never (default: %(default)s).",
     )
     add("--seed", type=int, default=defaults.seed, help="Seed of data order and new weights (default: %(default)s).")
 

@@ -1,4 +1,4 @@
-"""Measure what README.md and docs/performance.md report. `measure.py MEASUREMENT --help` describes a measurement."""
+"""Measure what README.md and docs report. `measure.py MEASUREMENT --help` describes a measurement."""
 
 import argparse
 import sys
@@ -13,6 +13,7 @@ MEASUREMENTS = {
     "context": "memory, acceptance and time per round of long contexts",
     "formula": "the speed of rounds compared with a cost formula, for given chances of acceptance",
     "published": "the cost and speed of rounds at the size of a published model, with random weights",
+    "memory": "the planned memory of published models, without their weights",
     "mapped": "memory and time of mapped per-layer embeddings compared with resident ones",
     "ops": "the number of operations of a round at the sizes of published models",
     "host": "the processor time of the host per round",

@@ -26,6 +26,8 @@ from support.tiny import (
 
 import mlx_mtp
 from mlx_mtp.decoding import calibration
+from mlx_mtp.decoding.calibration import RoundCosts
+from mlx_mtp.decoding.draft_length import DraftLength
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.target import Target
 from mlx_mtp.grammars.compiler import compile_grammar
@@ -78,6 +80,8 @@ def commands_without_torch() -> None:
 def known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use fixed costs instead of measurements in this process: the same text is always drafted in the same way."""
     monkeypatch.setattr(calibration, "measure_rounds", lambda *_: CURVE)
+    # The first rounds of a text measure nothing.
+    monkeypatch.setattr(RoundCosts, "policy", lambda costs, *options: DraftLength(costs.curve(*options)))
 
 
 @pytest.fixture(scope="session")

@@ -54,18 +54,28 @@ _BANDWIDTH = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Return the exit status: 0, 1 after an error, 130 after Ctrl-C."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     return exit_status(lambda: _run(args))
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
     parser = Parser(
         prog="mlx_mtp.bench",
-        description="Measure how fast a pair decodes on this machine, against plain decoding.",
+        description="Measure how fast a pair decodes on this machine, against plain decoding: the tokens per second "
+        "of every draft length and of auto in the same run, acceptance by position, the newly measured cost of passes "
+        "and draft steps, kernels and host reads per round, and the share of the speed that the memory's bandwidth "
+        "allows. The last line is a JSON object with all figures and versions.",
     )
     add_model_options(parser, default="the demo pair in the package", lengths=False)
     add = parser.add_argument
-    add("--kinds", type=names, default=KINDS, metavar="A,B", help=f"Kinds of text (default: {','.join(KINDS)}).")
+    add(
+        "--kinds",
+        type=names,
+        default=KINDS,
+        metavar="A,B",
+        help=f"Kinds of text, made from files that come with Python (default: {','.join(KINDS)}).",
+    )
     add("--contexts", type=_numbers, default=(512,), metavar="N,N", help="Tokens of the prompts (default: 512).")
     add("--temps", type=_temperatures, default=(0.0, 1.0), metavar="T,T", help="Temperatures (default: 0,1).")
     add(
@@ -84,12 +94,18 @@ def _parser() -> argparse.ArgumentParser:
         type=_peers,
         default=(),
         metavar="A,B",
-        help=f"Other runtimes to run in the same turns, of {','.join(PEERS)}; they must be installed, see the extra "
-        "peers, and read the pair's folders themselves.",
+        help=f"Other runtimes to run on the same pair in the same turns, of {','.join(PEERS)}; they must be "
+        "installed, see the extra peers, and read the pair's folders themselves.",
     )
     add("--dtype", choices=_DTYPES, help="Compute in this type (default: the checkpoint's).")
     add_kv_options(parser)
-    add("--plot", type=Path, metavar="DIR", help="Draw the figures into this new folder, as PNG files.")
+    add(
+        "--plot",
+        type=Path,
+        metavar="DIR",
+        help="Draw the figures into this new folder, as PNG files: speed-up by draft length, acceptance by position, "
+        "costs. It needs the extra plot.",
+    )
     add("--json", action="store_true", help="Print nothing but the last line, a JSON object with all figures.")
     return parser
 

@@ -3,32 +3,28 @@
 The costs are measured once for each kind of pair, and kept in the user's cache directory.
 """
 
-import hashlib
-import json
 import logging
 import math
-import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_mtp.checkpoints.config import DrafterConfig, TargetConfig
-from mlx_mtp.checkpoints.output_files import replace_text
-from mlx_mtp.errors import CalibrationError, ClosedError, OptionError, OutputError
+from mlx_mtp.errors import OptionError
 from mlx_mtp.gemma4.drafter import Draft, Drafter, GivenDrafter
 from mlx_mtp.gemma4.kv_cache import KVQuantization, check_group_size
 from mlx_mtp.gemma4.target import Target
 
 from .compiled import CompiledRounds
-from .draft_length import MAX_DRAFT_TOKENS, CostCurve
+from .draft_length import MAX_DRAFT_TOKENS, CostCurve, DraftLength
+from .first_rounds import CAUTIOUS, FirstRounds, MeasuringDraftLength
+from .kept_costs import CurveFile, checked, read_or_measure
 from .sampling import Sampling
 from .stream import Progress, Stream
 
@@ -60,91 +56,6 @@ class MeasuringPlan:
 
 
 _PLAN = MeasuringPlan()
-
-
-def cache_directory() -> Path:
-    """Return the folder for measurements: `MLX_MTP_CACHE`, or the user's cache folder on this platform.
-
-    Raises OSError if the user has no home folder.
-    """
-    if given := os.environ.get("MLX_MTP_CACHE"):
-        return Path(given)
-    if sys.platform != "darwin" and (caches := os.environ.get("XDG_CACHE_HOME")):
-        return Path(caches) / "mlx-mtp"
-    try:
-        home = Path.home()
-    except RuntimeError as error:
-        raise OSError(f"{error} MLX_MTP_CACHE can name a folder for it") from None
-    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "mlx-mtp"
-
-
-def read_or_measure(
-    identity: dict[str, Any], measure: Callable[[], CostCurve], folder: Path | None = None, *, remeasure: bool = False
-) -> CostCurve:
-    """Return the cost curve that is kept for an identity, or measure it.
-
-    The identity is everything that decides the cost of a round. The curve is measured if none is kept, or if
-    `remeasure` is set. A file that cannot be read, or that has another identity, is replaced by a new measurement. If
-    the folder cannot be written, the curve is still measured, and a warning is logged.
-
-    Raises CalibrationError if the measured costs cannot be true.
-    """
-    text = json.dumps(identity, sort_keys=True)
-    name = f"rounds-{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
-    file: Path | None = None
-    try:
-        file = (folder or cache_directory()) / name
-    except OSError as error:
-        logger.warning("the measurement of rounds is not kept: %s", error)
-    if file is not None and not remeasure and (kept := _kept(file, json.loads(text))) is not None:
-        return kept
-    logger.info("measuring what rounds cost on this machine, once; kept in %s", file or "no file")
-    try:
-        curve = _checked(measure())
-    except ClosedError:
-        raise
-    except ValueError as error:
-        raise CalibrationError(
-            f"{error}: rounds cannot be timed here; say how many draft tokens a round has with num_draft_tokens"
-        ) from None
-    if file is not None:
-        _keep(file, {"identity": identity, "seconds": curve._asdict()})
-    return curve
-
-
-def _kept(file: Path, identity: dict[str, Any]) -> CostCurve | None:
-    """Return the curve in a file, or None if there is none. Log a warning if the file cannot be used."""
-    try:
-        content = json.loads(file.read_text())
-        if content["identity"] != identity:
-            raise ValueError("of another pair, device or version")
-        return _checked(CostCurve(**content["seconds"]))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        logger.warning("%s: not a usable measurement of rounds, measured again: %s", file, error)
-        return None
-
-
-def _keep(file: Path, content: dict[str, Any]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(file, json.dumps(content, indent=2))
-    except (OSError, OutputError) as error:
-        logger.warning("%s: the measurement of rounds is not kept: %s", file, error)
-
-
-def _checked(curve: CostCurve) -> CostCurve:
-    """Return the curve if its costs are plausible.
-
-    Raises ValueError if no clock can have measured the costs.
-    """
-    numbers = [*curve.verify, curve.draft, curve.overhead]
-    if len(curve.verify) != MAX_DRAFT_TOKENS + 1 or not all(isinstance(n, int | float) for n in numbers):
-        raise ValueError(f"expected {MAX_DRAFT_TOKENS + 1} costs of passes, of a draft step and of the rest")
-    if not all(math.isfinite(n) and n >= 0 for n in numbers) or min(curve.verify) <= 0:
-        raise ValueError(f"the costs of rounds must be positive numbers, found {numbers}")
-    return curve
 
 
 def device_identity() -> dict[str, Any]:
@@ -191,6 +102,40 @@ class RoundCosts:
         self._drafter_config = drafter_config
         self._exact = exact
         self._curves: dict[str, CostCurve] = {}
+        self._first_rounds: dict[str, FirstRounds] = {}
+
+    def policy(self, sampling: Sampling, kv: KVQuantization | None = None) -> DraftLength:
+        """Return the policy that chooses the draft length for a text.
+
+        If the costs are not known, the first rounds of texts measure them. While another text or program measures, the
+        policy uses cautious costs.
+
+        Raises OptionError if the groups of the K/V quantization do not fit the heads.
+        """
+        if kv is not None:
+            check_group_size(self._config.text, kv)
+        identity = self.identity(sampling, kv)
+        key, file = repr(identity), CurveFile(identity)
+        curve = self._curves.get(key) or file.read()
+        if curve is not None:
+            self._curves[key] = curve
+            return DraftLength(curve)
+        lock = file.lock()
+        if lock is None:
+            return DraftLength(CAUTIOUS)
+        logger.info("the first rounds measure what rounds cost on this machine; kept in %s", file.path or "no file")
+
+        def finish(measured: CostCurve) -> CostCurve:
+            try:
+                self._curves[key] = checked(measured)
+            except ValueError as error:
+                logger.warning("the measurement of rounds is not used: %s", error)
+                return CAUTIOUS
+            file.write(measured)
+            return measured
+
+        rounds = self._first_rounds.setdefault(key, FirstRounds())
+        return MeasuringDraftLength(rounds, finish, lock.release)
 
     def curve(
         self,
@@ -251,8 +196,9 @@ def measure_rounds(
     *,
     plan: MeasuringPlan = _PLAN,
 ) -> CostCurve:
-    """Return the median seconds of verify passes of 1 to 9 rows, draft steps, and whole rounds.
+    """Return the cost curve: medians of verify passes of 1 to 9 rows, and the costs of drafting.
 
+    The costs of a draft step and of the rest are the difference to whole rounds with the drafter.
     The different rounds take turns. Each pass begins with the result of the pass before it.
     """
     draws = not sampling.is_greedy and sampling.acceptance == "block"

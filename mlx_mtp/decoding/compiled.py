@@ -45,9 +45,10 @@ class CompiledRounds:
     """Compiled steps of rounds, shared by the streams of one target and drafter.
 
     The weights of both networks must not change. Steps are compiled by shape: the number of draft tokens, the number of
-    K/V rows they see, the K/V quantization, and the options of the stream. A shape is compiled when it occurs for the
-    second time, or for the first time if `always` is set. If the host has a part in a round, draft and verify are
-    compiled separately. `traces` lists the shape of each trace.
+    K/V rows they see and that the buffers hold, the K/V quantization, and the options of the stream. A shape is
+    compiled when it occurs for the second time, or for the first time if `always` is set. If the host has a part in a
+    round, draft and verify are compiled separately; with a guide, the draft is not compiled. `traces` lists the shape
+    of each trace of a verify pass.
     """
 
     def __init__(self, *, always: bool = False) -> None:

@@ -18,7 +18,7 @@ _EXPECTED = 0.75
 _FIRST_WEIGHT = 2.0
 # This share of the counts is left after each further round, because the segments of a text differ.
 _MEMORY = 0.93
-# Another number of draft tokens must promise this factor in tokens per second.
+# Another number of draft tokens, except 0, must promise this factor in tokens per second.
 _GAIN = 1.03
 # Trials of the drafter may take this share of the time while plain decoding is faster. The first value applies at the
 # start, the last value after repeated failures.
@@ -44,8 +44,24 @@ class CostCurve(NamedTuple):
         return self.verify[k] + (k * self.draft + self.overhead if k else 0)
 
 
-class DraftLength:
-    """A policy that chooses `k`, the number of draft tokens, for one text, round by round.
+class DraftPolicy:
+    """A policy that chooses `k`, the number of draft tokens, for one text, round by round. Here, it is always the same.
+
+    Subclasses choose it by the results of the rounds.
+    """
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+
+    def update(self, drafted: int, accepted: int, seconds: float) -> None:
+        """Record the result of a round that took some seconds, and choose k for the next round."""
+
+    def end(self) -> None:
+        """Release all that the policy holds. The text has ended."""
+
+
+class DraftLength(DraftPolicy):
+    """A policy that chooses the k with the most tokens per second.
 
     The policy estimates the acceptance at each draft position from the last rounds. k maximizes the expected tokens per
     second, E(k) / cost(k). If no k > 0 promises more than plain decoding, k is 0. The drafter is then tried again with
@@ -54,13 +70,19 @@ class DraftLength:
     """
 
     def __init__(self, curve: CostCurve) -> None:
-        self.curve = curve
-        self.k = 0
+        super().__init__(0)
         self._trials = [0.0] * (len(curve.verify) - 1)
         self._hits = [0.0] * len(self._trials)
         # Start with a prior, so that a few early rejections do not end drafting. The prior fades like all other counts.
         if self._trials:
             self._trials[0], self._hits[0] = _FIRST_WEIGHT, _FIRST_WEIGHT * _EXPECTED
+        self.use(curve)
+        # Start with one draft token, because a useless drafter costs least then.
+        self.k = min(1, self.k)
+
+    def use(self, curve: CostCurve) -> None:
+        """Choose by these costs from now on. The counts of accepted draft tokens stay."""
+        self.curve = curve
         # `trial` is the extra cost of a trial, in plain rounds. It determines the number of rounds to wait before the
         # next trial.
         trial = curve.round(1) / curve.round(0) - 1 if self._trials else 0.0
@@ -68,11 +90,10 @@ class DraftLength:
         self._wait = self._left = self._waits[0]
         # This is true if some number of draft tokens pays when all of them are accepted.
         self._can_pay = any((k + 1) * curve.round(0) > curve.round(k) for k in range(1, len(curve.verify)))
-        # Start with one draft token, because a useless drafter costs least then.
-        self.k = min(1, self._best())
+        self.k = self._best()
 
-    def update(self, drafted: int, accepted: int) -> None:
-        """Record the result of a round, and choose k for the next round."""
+    def update(self, drafted: int, accepted: int, seconds: float) -> None:
+        """Record the result of a round, and choose k for the next round. Its own time does not matter."""
         if not drafted:
             # If k is not 0 here, the round had no room for draft tokens.
             if not self.k and self._can_pay:

@@ -88,7 +88,7 @@ class _Trial(nn.Module):
 def make_exact(target: Target) -> None:
     """Change a loaded target so that verify passes have the bits of single-row passes.
 
-    Each module uses the fastest way that gives these bits on this device.
+    Each module uses the first way, in the usual order of speed, that gives these bits on this device.
     """
     ways: dict[str, list[str]] = {}
     places = [

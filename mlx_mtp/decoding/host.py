@@ -89,7 +89,7 @@ class Host:
         ]
 
     def text(self, tokens: list[int]) -> mx.array | None:
-        """Return the tokens of the text so far for the logits processors, int32 [n]. Return None if there are none.
+        """Return the tokens of the text so far for the logits processors, int32 [n]. Return None without processors.
 
         Only new tokens are copied to the device. To copy a long text in each round would take milliseconds.
         """

@@ -2,7 +2,7 @@
 
 Rows of full-attention layers serve every text that begins with the same tokens. The ring of a sliding layer holds only
 the last positions. The cache therefore keeps copies of the rings at a few positions (`Snapshot`). A prompt is read from
-the last snapshot inside the part that it shares with an earlier text.
+the last snapshot that serves the part that it shares with an earlier text.
 """
 
 import json
@@ -21,7 +21,7 @@ from mlx_mtp.checkpoints.tensors import read_header
 from mlx_mtp.errors import PromptCacheError, WeightsError
 from mlx_mtp.gemma4.kv_cache import Buffers, KVQuantization, KVRows, Quantized, parts_of
 
-# This number changes when the content of a file changes.
+# This number changes when the format of the files changes.
 FORMAT = 1
 # This is the largest number of snapshots of one text.
 _SNAPSHOTS = 8
@@ -48,7 +48,7 @@ class KVFormat(NamedTuple):
 class CacheEntry:
     """A text in the prompt cache: its tokens, its full-attention rows, and snapshots by position.
 
-    The last snapshot is at the end of the text, or is the last snapshot before the end.
+    The last snapshot is at the end of the tokens.
     """
 
     kv_format: KVFormat

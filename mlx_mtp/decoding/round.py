@@ -1,7 +1,8 @@
 """One round of speculative decoding: draft, verify, accept, advance.
 
-Each step is a function from one `RoundState` to the next. A round does not need the report of the previous round. The
-exceptions are the guide, the logits processors and the mapped per-layer embeddings, which follow the text on the host.
+`draft` makes a draft from a `RoundState`, and `verify` makes the next `RoundState`. A round does not need the report of
+the previous round. The exceptions are the guide, the logits processors and the mapped per-layer embeddings, which
+follow the text on the host.
 """
 
 from collections.abc import Callable

@@ -17,7 +17,9 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 
 class TokenRules:
-    """The sampling options, penalties and logits processors of one text, for both drafter and target.
+    """The sampling options and penalties of one text, for both drafter and target, and its logits processors.
+
+    Only the target uses the processors.
 
     All randomness comes from the keys of the state and the position of a token. No random state advances, so the number
     of accepted draft tokens does not matter.
@@ -34,7 +36,7 @@ class TokenRules:
     def drafter_choice(self, state: RoundState, k: int) -> Choose:
         """Return the function that chooses the drafter's token at each of k draft steps.
 
-        The function applies the options of the target.
+        The function applies the sampling options and penalties of the target.
         """
         choose = choose_best if self.sampling.is_greedy else self._sampled_choice(state, k)
         if not self.penalties.is_active:

@@ -1,5 +1,6 @@
 """The stream of rounds of one text, and the decode loop."""
 
+import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from mlx_mtp.gemma4.target import Target
 
 from .compiled import CompiledRounds
 from .constraints import Guide
-from .draft_length import DraftLength
+from .draft_length import DraftPolicy
 from .host import Host
 from .prompt_cache import CacheEntry, KVFormat, ReusedPrefix, Snapshot
 from .report import RoundReport
@@ -44,10 +45,10 @@ class Stream:
     """One text during decoding: its tokens on the host, its `state` on the device, and its K/V cache.
 
     After `prefill`, the cache holds exactly the K/V of all tokens except the last one, which is the bonus token. If
-    `rounds` is given, rounds are compiled. `exact` is for a target that `make_exact` has changed. During prefill, the
-    stream keeps the rings of the sliding layers every `snapshot_every` tokens and at the end of the prompt. Other
-    prompts with the same beginning can resume from these snapshots. If `snapshot_every` is None, the stream keeps no
-    snapshots.
+    `rounds` is given, rounds without logits processors are compiled. `exact` is for a target that `make_exact` has
+    changed. During prefill, the stream keeps the rings of the sliding layers every `snapshot_every` tokens and at the
+    end of the prompt. Other prompts with the same beginning can resume from these snapshots. If `snapshot_every` is
+    None, the stream keeps no snapshots.
 
     Raises OptionError if the options do not fit the target.
     """
@@ -116,7 +117,9 @@ class Stream:
         self.snapshots = [earlier for earlier in entry.snapshots if earlier.position <= length]
 
     def cache_entry(self) -> CacheEntry | None:
-        """Return the K/V of all tokens for later streams, or None if a failure left nothing usable.
+        """Return the K/V for later streams, or None if a failure left nothing usable.
+
+        These are the K/V of all tokens except the bonus token. After a failure, they end at the last snapshot.
 
         Do not decode with this stream after this call.
         """
@@ -278,25 +281,28 @@ def decode(
     prompt: list[int],
     *,
     max_tokens: int,
-    num_draft_tokens: int | DraftLength,
+    num_draft_tokens: int | DraftPolicy,
     stop_ids: frozenset[int],
     prefill_step_size: int,
     on_prefill: Progress | None = None,
 ) -> Generator[RoundReport, None, None]:
     """Decode from a prompt of token ids, and yield the result of each round.
 
-    `num_draft_tokens` is the number of draft tokens in a round, or a `DraftLength` that chooses it. The first item is
+    `num_draft_tokens` is the number of draft tokens in a round, or a policy that chooses it. The first item is
     the result of prefill (drafted = accepted = 0). The loop ends after a stop token, which is emitted, or after
     `max_tokens` tokens (see `token_budget`).
     """
-    first = stream.prefill(prompt, prefill_step_size, on_prefill)
-    yield first
-    last, remaining = first.tokens[-1], max_tokens - 1
-    while remaining and last not in stop_ids:
-        # A round yields up to k + 1 tokens. Never draft more tokens than may still be emitted.
-        k = num_draft_tokens if isinstance(num_draft_tokens, int) else num_draft_tokens.k
-        result = stream.round(min(k, remaining - 1, stream.longest_draft()), stop_ids)
-        if isinstance(num_draft_tokens, DraftLength):
-            num_draft_tokens.update(result.drafted, result.accepted)
-        yield result
-        last, remaining = result.tokens[-1], remaining - len(result.tokens)
+    policy = DraftPolicy(num_draft_tokens) if isinstance(num_draft_tokens, int) else num_draft_tokens
+    try:
+        first = stream.prefill(prompt, prefill_step_size, on_prefill)
+        yield first
+        last, remaining = first.tokens[-1], max_tokens - 1
+        while remaining and last not in stop_ids:
+            began = time.perf_counter()
+            # A round yields up to k + 1 tokens. Never draft more tokens than may still be emitted.
+            result = stream.round(min(policy.k, remaining - 1, stream.longest_draft()), stop_ids)
+            policy.update(result.drafted, result.accepted, time.perf_counter() - began)
+            yield result
+            last, remaining = result.tokens[-1], remaining - len(result.tokens)
+    finally:
+        policy.end()

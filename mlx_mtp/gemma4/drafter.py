@@ -72,7 +72,7 @@ class DraftInputs(NamedTuple):
     """The inputs of the draft of one round.
 
     `token`, int32 [1, 1], is the last token, and `hidden`, [1, 1, backbone_hidden_size], is the hidden state that
-    produced it. `context` is the drafter's own `draft_context`. `k` is the number of draft tokens. `choose` chooses the
+    produced it. `context` is the result of `draft_context`. `k` is the number of draft tokens. `choose` chooses the
     token of each draft step. `allow` returns the masks of a guide. It is None if there is no guide.
     """
 
@@ -169,7 +169,8 @@ class Drafter(nn.Module):
     def draft_context(self, cache: Cache) -> DraftContext:
         """Return the context of a round.
 
-        The cache does not hold the bonus token yet, so its offset is the position of the bonus token.
+        The cache does not hold the bonus token yet, so its offset is the position of the bonus token. With the
+        `draft_position` "last", the position is one less.
         """
         position = cache.offset if self.config.draft_position == "bonus" else cache.offset - 1
         views: dict[LayerType, View] = {

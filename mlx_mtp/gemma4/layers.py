@@ -1,6 +1,6 @@
 """One decoder layer of Gemma 4 and its parts: rotation, attention, feed-forward block, router and experts.
 
-The target's layers and the drafter's are the same. A drafter's layers have queries only.
+Target and drafter use the same class of layer. A drafter's layers have queries only.
 """
 
 from copy import copy
@@ -27,7 +27,8 @@ def _geglu(gate: mx.array, x: mx.array) -> mx.array:
 class Rope:
     """Rotary position embedding for one head size.
 
-    It rotates the pairs (i, i + head_dim / 2). With RoPE type `proportional`, it rotates only the first of these pairs.
+    It rotates the pairs (i, i + head_dim / 2). With RoPE type `proportional`, it rotates only
+    the first pairs, a share `rotated_fraction` of them.
     """
 
     def __init__(self, config: RopeConfig, head_dim: int) -> None:

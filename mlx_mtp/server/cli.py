@@ -41,21 +41,20 @@ KEY_VARIABLE = "MLX_MTP_API_KEY"
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Return the exit status: 0 after a stop, 1 after an error."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     return exit_status(lambda: _run(args))
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
     parser = Parser(
         prog="mlx_mtp.server",
-        description="Serve Gemma 4 with its drafter over OpenAI's API, one request after the other.",
+        description="Serve Gemma 4 with its drafter over OpenAI's and Anthropic's APIs, one request after the other. "
+        "The address is the only line on stdout. docs/server.md describes the API.",
     )
     add_model_options(parser, default="the demo pair in the package")
     _add_access_options(parser)
     _add_limit_options(parser)
-    parser.add_argument(
-        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: %(default)s)."
-    )
     add_sampling_options(parser)
     add_thinking_options(parser)
     add_kv_options(parser)
@@ -64,14 +63,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_access_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the address, of the names of server and model, and of who may ask."""
-    add = parser.add_argument
+    add = parser.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", help="Address to bind (default: %(default)s, this machine only).")
     add("--port", type=int, default=DEFAULT_PORT, help="Port, 0 for any free port (default: %(default)s).")
     add(
         "--api-key",
         default=os.environ.get(KEY_VARIABLE),
         metavar="KEY",
-        help=f"Key that clients must send (default: the environment's {KEY_VARIABLE}, else none).",
+        help="Key that clients must send, needed for a --host that other machines can reach. The chat page and "
+        f"/health need none (default: the environment's {KEY_VARIABLE}, else none).",
     )
     add("--served-model-name", metavar="NAME", help="Name of the model in the API (default: the name of --model).")
     add(
@@ -79,7 +79,7 @@ def _add_access_options(parser: argparse.ArgumentParser) -> None:
         type=_names,
         default=(),
         metavar="URL,URL",
-        help="Origins of web pages that may send requests (CORS).",
+        help="Origins of web pages that may send requests (CORS; default: none).",
     )
     add(
         "--allowed-hosts",
@@ -93,8 +93,8 @@ def _add_access_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_limit_options(parser: argparse.ArgumentParser) -> None:
-    """Add the limits of the queue, the requests, the memory and the shutdown."""
-    add = parser.add_argument
+    """Add the limits of the queue, the requests, the memory and the shutdown, and the level of the log."""
+    add = parser.add_argument_group("limits").add_argument
     add(
         "--max-queue",
         type=int,
@@ -122,13 +122,24 @@ def _add_limit_options(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_MAX_TOKENS,
         help="Largest number of tokens in an answer, if the request sets none (default: %(default)s).",
     )
-    add("--prompt-cache-bytes", type=_size, metavar="SIZE", help="Largest memory of the prompt cache.")
+    add(
+        "--prompt-cache-bytes",
+        type=_size,
+        metavar="SIZE",
+        help="Largest memory of earlier prompts (default: a tenth of the machine's).",
+    )
     add(
         "--shutdown-timeout",
         type=float,
         default=10.0,
         metavar="SECONDS",
         help="How long generations may go on after SIGTERM or Ctrl-C (default: %(default)s).",
+    )
+    add(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="Level of the log on stderr (default: %(default)s).",
     )
 
 

@@ -2,8 +2,8 @@
 
 A draft step sees the target's K/V before the bonus token. Of the draft it sees only the hidden state of the step
 before. So the draft steps at different positions differ only in their masks, and they run as one pass. Each step gets
-the next token of the text as its draft token. Training uses the same layers as decoding. `tests/test_distill.py` checks
-that the logits are the same, too.
+the next token of the text as its draft token. Training uses the same layers as decoding. `tests/unit/test_distill.py`
+checks that the logits are the same, too.
 """
 
 from typing import NamedTuple

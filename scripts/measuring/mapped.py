@@ -31,6 +31,7 @@ from .processes import in_new_process
 from .random_weights import Weights
 from .sizes import (
     GROUP_SIZE,
+    UNQUANTIZED_BITS,
     add_bits,
     add_folder,
     empty_drafter,
@@ -80,7 +81,8 @@ def write_pair(folder: Path, args: argparse.Namespace) -> None:
     if args.layers is not None:
         target = with_layers(target, args.layers)
     for config in (target, drafter):
-        config["quantization"] = {"group_size": GROUP_SIZE, "bits": args.bits}
+        if args.bits < UNQUANTIZED_BITS:
+            config["quantization"] = {"group_size": GROUP_SIZE, "bits": args.bits}
         config["dtype"] = args.dtype
         if args.vocab is not None:
             config["text_config"]["vocab_size"] = args.vocab

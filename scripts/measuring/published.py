@@ -1,4 +1,4 @@
-"""Measure the cost and speed of rounds at the size of a published model, with random quantized weights.
+"""Measure the cost and speed of rounds at the size of a published model, with random weights, quantized or not.
 
     python scripts/measure.py published tests/support/published/E2B --bits 4 --chances 0 0.5 0.7 0.9 --mlx-lm
 
@@ -180,8 +180,12 @@ def randomize(module: nn.Module, bits: int) -> None:
         elif name.endswith((".scales", ".biases")):
             value = quantization_value(name, old.shape[-1], bits)
             new = mx.full(old.shape, value, old.dtype)
+        elif old.dtype == mx.int32:
+            new = mx.arange(old.size).reshape(old.shape)
+        elif old.ndim > 1:
+            new = mx.random.normal(old.shape, old.dtype, scale=old.shape[-1] ** -0.5)
         else:
-            new = mx.arange(old.size).reshape(old.shape) if old.dtype == mx.int32 else mx.ones(old.shape, old.dtype)
+            new = mx.ones(old.shape, old.dtype)
         mx.eval(new)
         return new
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_mtp.checkpoints.weights import lazy_parameters
 
-from .sizes import GROUP_SIZE
+from .sizes import GROUP_SIZE, quantize
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -35,7 +35,7 @@ class Weights:
 
     def __init__(self, module: nn.Module, prefix: str, dtype: str, bits: int | None = None) -> None:
         if bits is not None:
-            nn.quantize(module, GROUP_SIZE, bits)
+            quantize(module, bits)
         self.bits = bits
         parameters = {prefix + name: value for name, value in lazy_parameters(module).items()}
         self.shapes: Shapes = {name: value.shape for name, value in parameters.items()}
@@ -69,7 +69,21 @@ class Weights:
         if shard:
             yield shard
 
+    def write_header(self, folder: Path) -> None:
+        """Write one file that has its header and its full size, but no data."""
+        with (folder / "model.safetensors").open("wb") as stream:
+            stream.write(self._header(list(self.shapes)))
+            stream.truncate(stream.tell() + self.total_bytes())
+
     def _write_file(self, file: Path, names: list[str]) -> None:
+        with file.open("wb") as stream:
+            stream.write(self._header(names))
+            for name in names:
+                for block in self._blocks(name):
+                    stream.write(block)
+
+    def _header(self, names: list[str]) -> bytes:
+        """Return the first bytes of a file with these tensors: the size of the header, and the header."""
         header: dict[str, Any] = {}
         end = 0
         for name in names:
@@ -77,11 +91,7 @@ class Weights:
             header[name] = {"dtype": self._types[name], "shape": self.shapes[name], "data_offsets": [start, end]}
         encoded = json.dumps(header).encode()
         encoded += b" " * (-len(encoded) % 8)
-        with file.open("wb") as stream:
-            stream.write(len(encoded).to_bytes(8, "little") + encoded)
-            for name in names:
-                for block in self._blocks(name):
-                    stream.write(block)
+        return len(encoded).to_bytes(8, "little") + encoded
 
     def _blocks(self, name: str) -> Iterator[bytes]:
         """Yield the bytes of a tensor in blocks.

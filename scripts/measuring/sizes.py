@@ -20,6 +20,7 @@ from mlx_mtp.gemma4.target import Target
 Json = dict[str, Any]
 
 GROUP_SIZE = 64
+UNQUANTIZED_BITS = 16
 
 
 def add_folder(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
@@ -31,7 +32,7 @@ def add_folder(parser: argparse.ArgumentParser, *, several: bool = False) -> Non
 
 
 def add_bits(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bits", type=int, default=4, help="Bits of the weights (%(default)s).")
+    parser.add_argument("--bits", type=int, default=4, help="Bits of the weights; 16: not quantized (%(default)s).")
 
 
 def read_json(folder: Path) -> Json:
@@ -50,12 +51,12 @@ def empty_drafter(folder: Path) -> Drafter:
 def weightless_pair(folder: Path, bits: int) -> tuple[Target, Drafter]:
     """Return a target and a drafter whose weights are zeros that take no memory.
 
-    They are quantized and fused like a loaded pair.
+    They are quantized, unless `bits` is 16, and fused like a loaded pair.
     """
     target, drafter = empty_target(folder), empty_drafter(folder / "drafter")
     for module in (target, drafter):
         module.set_dtype(mx.bfloat16)
-        nn.quantize(module, GROUP_SIZE, bits)
+        quantize(module, bits)
     for layer in [*target.layers, *drafter.model.layers]:
         layer.self_attn.fuse()
         layer.mlp.fuse()
@@ -70,11 +71,17 @@ def weightless_mlx_lm_model(folder: Path, bits: int) -> Any:
 
     model = gemma4_text.Model(gemma4_text.ModelArgs.from_dict(read_json(folder)["text_config"]))
     model.set_dtype(mx.bfloat16)
-    nn.quantize(model, GROUP_SIZE, bits)
+    quantize(model, bits)
     _drop_weights(model)
     # The frequencies of rotations are arrays of their modules, but no parameters.
     mx.eval([value for module in model.modules() for value in module.values() if isinstance(value, mx.array)])
     return model
+
+
+def quantize(module: nn.Module, bits: int) -> None:
+    """Quantize a module to affine groups of `GROUP_SIZE`. 16 bits leave it as it is."""
+    if bits < UNQUANTIZED_BITS:
+        nn.quantize(module, GROUP_SIZE, bits)
 
 
 def _drop_weights(module: nn.Module) -> None:

@@ -12,7 +12,7 @@ from support.paths import PUBLISHED, ROOT
 
 SCRIPT = ROOT / "scripts" / "measure.py"
 MEASUREMENTS = (
-    "pair", "rules", "schema", "kv", "context", "formula", "published", "mapped", "ops", "host", "convert",
+    "pair", "rules", "schema", "kv", "context", "formula", "published", "memory", "mapped", "ops", "host", "convert",
 )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def test_an_artificial_drafter_is_accepted_as_told() -> None:
 
 
 def test_how_well_the_demo_pair_drafts() -> None:
-    """The files are not in its training data, and k = 3. README has the figures."""
+    """The files are not in its training data, and k = 3. docs/demo-pair.md has the figures."""
     output = measure("pair", "--prompts", "2", "--max-tokens", "60", "--repeats", "0")
     library, packages = output.split("other packages:")
     for part in (library, packages):
@@ -114,14 +114,39 @@ def tiny(tiny_pair: Callable[[str], Path], tmp_path: Path) -> Path:
     return tmp_path / "tiny"
 
 
-def test_the_size_of_a_model(tiny: Path) -> None:
-    options = ("--dtype", "float32", "--quick", "--chances", "1", "--max-tokens", "12", "--repeats", "1", "--mlx-lm")
+@pytest.mark.parametrize("bits", ["4", "16"])
+def test_the_size_of_a_model(tiny: Path, bits: str) -> None:
+    options = (
+        "--bits",
+        bits,
+        "--dtype",
+        "float32",
+        "--quick",
+        "--chances",
+        "1",
+        "--max-tokens",
+        "12",
+        "--repeats",
+        "1",
+        "--mlx-lm",
+    )
     output = measure("published", tiny, *options)
     assert len(cells(output, "v(1) to v(9), ms:")) == 9
     # The last column is the host reads. The column before it is the tokens per round.
     plain, three = (float(cells(output, f"1.00    {k}")[-2]) for k in (0, 3))
     assert (plain, three) == (1, 3.67)
     assert "mlx-lm: " in output
+
+
+def test_planned_memory() -> None:
+    """README has these figures. The weights of E2B at 4 bit are 4.63 billion values of 4.5 bits, and the drafter."""
+    output = measure("memory", PUBLISHED / "E2B", PUBLISHED / "26B")
+    weights, peak, mapped, kv = map(float, cells(output, "E2B"))
+    assert weights == pytest.approx(4.63 * 4.5 / 8 + 2 * 0.0777, abs=0.02)
+    assert weights < peak < weights + 0.5
+    assert peak - mapped == pytest.approx(2.349 * 4.5 / 8 - 0.064, abs=0.02)
+    assert kv == 6.1
+    assert cells(output, "26B")[2] == "-"
 
 
 def test_mapped_embeddings(tiny: Path) -> None:

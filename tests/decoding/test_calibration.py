@@ -10,17 +10,21 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.curves import CURVE
 
 import mlx_mtp
-from mlx_mtp.decoding import calibration
-from mlx_mtp.decoding.calibration import MeasuringPlan, cache_directory, measure_rounds, read_or_measure
+from mlx_mtp.decoding import calibration, kept_costs, stream
+from mlx_mtp.decoding.calibration import MeasuringPlan, RoundCosts, measure_rounds
 from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, CostCurve
+from mlx_mtp.decoding.kept_costs import CurveFile, cache_directory, read_or_measure
 
 TinyPair = Callable[[str], Path]
+# A fixture replaces this function, so that tests use known costs.
+POLICY = RoundCosts.policy
 IDENTITY = {"pair": "a", "mlx": "1.2.3"}
 SAMPLED = mlx_mtp.Sampling(temperature=1.0, top_k=64, top_p=0.95, seed=3)
 
@@ -30,7 +34,7 @@ def kept_file(folder: Path) -> Path:
     return file
 
 
-def refuse() -> CostCurve:
+def refuse(*_: object) -> CostCurve:
     raise AssertionError("measured, though it is known")
 
 
@@ -76,6 +80,32 @@ def test_where_nothing_can_be_written_it_is_measured_with_a_warning(
     (tmp_path / "file").write_text("")
     assert read_or_measure(IDENTITY, lambda: CURVE, tmp_path / "file") == CURVE
     assert "the measurement of rounds is not kept: " in caplog.text
+
+
+def test_one_program_measures_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second program waits, and then uses the measurement of the first program."""
+    first, second = CurveFile(IDENTITY, tmp_path), CurveFile(IDENTITY | {"pair": "b"}, tmp_path)
+    lock = first.lock()
+    assert lock is not None
+    assert second.lock() is None
+    code = (
+        "import sys; from mlx_mtp.decoding.kept_costs import *; print(read_or_measure({'pair': 'a', 'mlx': '1.2.3'}, "
+    )
+    code += "lambda: 1 / 0, Path(sys.argv[1])))"
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True) as process:
+        time.sleep(1)
+        first.write(CURVE)
+        lock.release()
+        lock.release()
+        assert process.communicate()[0].strip() == str(CURVE)
+    again = second.lock()
+    assert again is not None
+    # If the other program does not end, the costs are measured but not kept.
+    monkeypatch.setattr(kept_costs, "_LONGEST_WAIT", 0.1)
+    assert read_or_measure(IDENTITY | {"pair": "c"}, lambda: CURVE, tmp_path) == CURVE
+    assert len(list(tmp_path.iterdir())) == 1
+    again.release()
+    assert CurveFile(IDENTITY, tmp_path / "file" / "absent").lock() is not None
 
 
 def test_the_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +189,51 @@ def test_a_model_measures_once_per_kind_of_sampling(
         alone.calibrate()
 
 
+def test_the_first_rounds_of_texts_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text is that of plain decoding. The second model uses the measurement of the first."""
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
+    monkeypatch.setattr(RoundCosts, "policy", POLICY)
+    monkeypatch.setattr(calibration, "measure_rounds", refuse)
+    model = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
+    plain = model.generate("def read_config(path):\n", max_tokens=250, ignore_eos=True, num_draft_tokens=0)
+    responses = model.stream_generate("def read_config(path):\n", max_tokens=250, ignore_eos=True)
+    first = next(responses)
+    # Another text does not disturb the measurement, and is not measured.
+    beside = model.generate("def read_config(path):\n", max_tokens=60, ignore_eos=True)
+    assert beside.tokens == plain.tokens[:60]
+    assert beside.last.stats.drafted > 0
+    assert not list(tmp_path.iterdir())
+    assert [first.token, *(response.token for response in responses)] == plain.tokens
+    file = kept_file(tmp_path)
+    kept = json.loads(file.read_text())["seconds"]
+    assert len(kept["verify"]) == MAX_DRAFT_TOKENS + 1
+    assert min(kept["verify"]) > 0
+    second = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
+    assert second.generate("def read_config(path):\n", max_tokens=60, ignore_eos=True).tokens == plain.tokens[:60]
+    assert json.loads(file.read_text())["seconds"] == kept
+
+
+def test_a_text_with_a_part_of_the_host_is_measured_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
+    monkeypatch.setattr(RoundCosts, "policy", POLICY)
+    model = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
+    next(model.stream_generate("x = ", regex="[0-9]{3}"))
+    assert json.loads(kept_file(tmp_path).read_text())["seconds"] == CURVE._asdict()
+
+
+def test_first_rounds_that_no_clock_can_have_measured_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
+    monkeypatch.setattr(RoundCosts, "policy", POLICY)
+    model = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
+    monkeypatch.setattr(stream, "time", SimpleNamespace(perf_counter=lambda: 5.0))
+    result = model.generate("def read_config(path):\n", max_tokens=250, ignore_eos=True)
+    assert len(result.tokens) == 250
+    assert "the measurement of rounds is not used: the costs of rounds must be positive" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
 def test_auto_drafts_what_pays_and_the_text_is_the_same() -> None:
     """A good drafter drafts more than a damaged one. Greedy and coupled text does not depend on the draft length."""
     model = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
@@ -180,8 +255,20 @@ def test_auto_drafts_what_pays_and_the_text_is_the_same() -> None:
 
 
 def test_the_command_measures_once_and_says_what_it_drafted(tiny_pair: TinyPair, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mlx_mtp.generate", "--temp", "0", "-p", "hello", "-m", "20", "--json"]
-    command += ["--model", str(tiny_pair("e2b") / "target")]
+    command = [
+        sys.executable,
+        "-m",
+        "mlx_mtp.generate",
+        "--temp",
+        "0",
+        "-p",
+        "hello",
+        "-m",
+        "150",
+        "--ignore-eos",
+        "--json",
+    ]
+    command += ["--model", str(tiny_pair("e2b") / "target"), "--ignore-eos"]
     env = os.environ | {"MLX_MTP_CACHE": str(tmp_path)}
     reports, times = [], []
     for options in ([], [], ["--num-draft-tokens", "0"]):

@@ -158,7 +158,7 @@ def test_ending_it_while_rounds_are_measured(
     monkeypatch.setattr(calibration, "measure_rounds", measure)
 
     async def main() -> None:
-        task = asyncio.create_task(model.agenerate(PROMPT))
+        task = asyncio.create_task(model.agenerate(PROMPT, min_tokens=1))
         await wait_until(measuring.is_set)
         if how == "closed":
             await asyncio.to_thread(model.close)

@@ -1,0 +1,175 @@
+"""Cost curves in the user's cache directory, so that each kind of pair is measured once on a machine."""
+
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mlx_mtp.checkpoints.output_files import replace_text
+from mlx_mtp.errors import CalibrationError, ClosedError, OutputError
+
+from .draft_length import MAX_DRAFT_TOKENS, CostCurve
+
+logger = logging.getLogger(__name__)
+
+# The number of seconds to wait for another program that measures.
+_LONGEST_WAIT = 20.0
+
+
+def cache_directory() -> Path:
+    """Return the folder for measurements: `MLX_MTP_CACHE`, or the user's cache folder on this platform.
+
+    Raises OSError if the user has no home folder.
+    """
+    if given := os.environ.get("MLX_MTP_CACHE"):
+        return Path(given)
+    if sys.platform != "darwin" and (caches := os.environ.get("XDG_CACHE_HOME")):
+        return Path(caches) / "mlx-mtp"
+    try:
+        home = Path.home()
+    except RuntimeError as error:
+        raise OSError(f"{error} MLX_MTP_CACHE can name a folder for it") from None
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "mlx-mtp"
+
+
+class CurveFile:
+    """The file that keeps the cost curve of an identity, in `folder` or the user's cache directory.
+
+    The identity is everything that decides the cost of a round. Without a home folder, there is no file: a warning is
+    logged, and no curve is kept.
+    """
+
+    def __init__(self, identity: dict[str, Any], folder: Path | None = None) -> None:
+        text = json.dumps(identity, sort_keys=True)
+        self._identity = json.loads(text)
+        self.path: Path | None = None
+        try:
+            folder = folder or cache_directory()
+            self.path = folder / f"rounds-{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+        except OSError as error:
+            logger.warning("the measurement of rounds is not kept: %s", error)
+
+    def read(self) -> CostCurve | None:
+        """Return the curve in the file, or None if there is none. Log a warning if the file cannot be used."""
+        if self.path is None:
+            return None
+        try:
+            content = json.loads(self.path.read_text())
+            if content["identity"] != self._identity:
+                raise ValueError("of another pair, device or version")
+            return checked(CostCurve(**content["seconds"]))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            logger.warning("%s: not a usable measurement of rounds, measured again: %s", self.path, error)
+            return None
+
+    def write(self, curve: CostCurve) -> None:
+        """Keep the curve. Log a warning if the folder cannot be written."""
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(self.path, json.dumps({"identity": self._identity, "seconds": curve._asdict()}, indent=2))
+        except (OSError, OutputError) as error:
+            logger.warning("%s: the measurement of rounds is not kept: %s", self.path, error)
+
+    def lock(self, seconds: float = 0.0) -> "MeasuringLock | None":
+        """Return the lock for measurements, or None if another program holds it for `seconds` seconds.
+
+        Two measurements at once would disturb each other, so there is one lock for the folder.
+        """
+        folder = None if self.path is None else self.path.parent
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                return MeasuringLock(folder)
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    return None
+                time.sleep(0.05)
+
+
+class MeasuringLock:
+    """The lock of the programs that measure, held until `release`. It is a lock of their folder.
+
+    Raises BlockingIOError if another program holds the lock. If there can be no such lock, this one locks nothing.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder: int | None = None
+        if folder is None:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._folder = os.open(folder, os.O_RDONLY)
+            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise
+        except OSError:
+            # The folder cannot be made, or its file system has no locks.
+            self.release()
+
+    def release(self) -> None:
+        """Release the lock. A second call does nothing."""
+        if self._folder is not None:
+            os.close(self._folder)
+            self._folder = None
+
+
+def read_or_measure(
+    identity: dict[str, Any], measure: Callable[[], CostCurve], folder: Path | None = None, *, remeasure: bool = False
+) -> CostCurve:
+    """Return the cost curve that is kept for an identity, or measure it.
+
+    The curve is measured if none is kept, or if `remeasure` is set. A file that cannot be read, or that has another
+    identity, is replaced by a new measurement. If the folder cannot be written, the curve is still measured, and a
+    warning is logged. If another program measures for a long time, the curve is measured beside it, and is not kept.
+
+    Raises CalibrationError if the measured costs cannot be true.
+    """
+    file = CurveFile(identity, folder)
+    if not remeasure and (kept := file.read()) is not None:
+        return kept
+    lock = file.lock()
+    try:
+        if lock is None:
+            lock = file.lock(_LONGEST_WAIT)
+            # The program that held the lock may have measured the same rounds.
+            if not remeasure and (kept := file.read()) is not None:
+                return kept
+        logger.info("measuring what rounds cost on this machine, once; kept in %s", file.path or "no file")
+        curve = checked(measure())
+        if lock is not None:
+            file.write(curve)
+        return curve
+    except ClosedError:
+        raise
+    except ValueError as error:
+        raise CalibrationError(
+            f"{error}: rounds cannot be timed here; say how many draft tokens a round has with num_draft_tokens"
+        ) from None
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def checked(curve: CostCurve) -> CostCurve:
+    """Return the curve if its costs are plausible.
+
+    Raises ValueError if no clock can have measured the costs.
+    """
+    numbers = [*curve.verify, curve.draft, curve.overhead]
+    if len(curve.verify) != MAX_DRAFT_TOKENS + 1 or not all(isinstance(n, int | float) for n in numbers):
+        raise ValueError(f"expected {MAX_DRAFT_TOKENS + 1} costs of passes, of a draft step and of the rest")
+    if not all(math.isfinite(n) and n >= 0 for n in numbers) or min(curve.verify) <= 0:
+        raise ValueError(f"the costs of rounds must be positive numbers, found {numbers}")
+    return curve

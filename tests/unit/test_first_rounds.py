@@ -1,0 +1,81 @@
+"""The costs of rounds, measured in the first rounds of texts, with simulated times."""
+
+from collections.abc import Callable
+
+import pytest
+
+from mlx_mtp.decoding.draft_length import CostCurve
+from mlx_mtp.decoding.first_rounds import CAUTIOUS, FirstRounds, MeasuringDraftLength
+
+# Seconds of a round of 0 to 8 draft tokens.
+SECONDS = [0.010, 0.014, 0.016, 0.018, 0.020, 0.023, 0.026, 0.029, 0.032]
+
+
+def measuring(rounds: FirstRounds, seen: list[CostCurve], released: list[bool]) -> MeasuringDraftLength:
+    def finish(curve: CostCurve) -> CostCurve:
+        seen.append(curve)
+        return curve
+
+    return MeasuringDraftLength(rounds, finish, lambda: released.append(True))
+
+
+def run(policy: MeasuringDraftLength, rounds: int, seconds: Callable[[int], float]) -> list[int]:
+    """Run rounds in which all draft tokens are accepted. Return their numbers of draft tokens."""
+    lengths = []
+    for _ in range(rounds):
+        lengths.append(policy.k)
+        policy.update(policy.k, policy.k, seconds(policy.k))
+    return lengths
+
+
+def test_costs_are_measured_and_then_used() -> None:
+    seen: list[CostCurve] = []
+    released: list[bool] = []
+    policy = measuring(FirstRounds(), seen, released)
+    lengths = run(policy, 100, SECONDS.__getitem__)
+    assert set(lengths[:60]) == {0, 1, 2, 4, 8}
+    (curve,) = seen
+    assert released == [True]
+    for k in (0, 1, 2, 4, 8):
+        assert curve.round(k) == pytest.approx(SECONDS[k])
+    assert curve.round(3) == pytest.approx((SECONDS[2] + SECONDS[4]) / 2)
+    # All draft tokens are accepted, and eight of them give the most tokens per second.
+    assert set(lengths[60:]) == {8}
+
+
+def test_slow_rounds_while_a_shape_is_compiled_do_not_count() -> None:
+    seen: list[CostCurve] = []
+    met: dict[int, int] = {}
+
+    def seconds(k: int) -> float:
+        met[k] = met.get(k, 0) + 1
+        return 5.0 if met[k] <= 3 else SECONDS[k]
+
+    run(measuring(FirstRounds(), seen, []), 60, seconds)
+    assert seen[0].round(8) == pytest.approx(SECONDS[8])
+
+
+def test_several_short_texts_complete_one_measurement() -> None:
+    rounds = FirstRounds()
+    seen: list[CostCurve] = []
+    for _ in range(6):
+        released: list[bool] = []
+        policy = measuring(rounds, seen, released)
+        run(policy, 10, SECONDS.__getitem__)
+        policy.end()
+        assert released[0]
+    assert len(seen) == 1
+
+
+def test_rounds_without_room_for_the_draft_do_not_count() -> None:
+    rounds = FirstRounds()
+    policy = measuring(rounds, [], [])
+    assert policy.k == 1
+    for _ in range(80):
+        policy.update(0, 0, 9.0)
+    assert rounds.k == policy.k == 1
+
+
+def test_cautious_costs_draft_few_tokens() -> None:
+    rates = [(k + 1) / CAUTIOUS.round(k) for k in range(9)]
+    assert rates[0] < rates[1] < 1.5 * rates[0]
