@@ -21,7 +21,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub.utils import tqdm
 
-from mlx_mtp.bench.cli import KINDS, environment, names, prompt
+from mlx_mtp.bench.cli import KINDS, names, prompt
+from mlx_mtp.bench.environment import environment, models
 from mlx_mtp.decoding.exact import MAX_ROWS, ExactRows, ExactTable
 from mlx_mtp.gemma4.drafter import DraftInputs
 from mlx_mtp.gemma4.kv_cache import Cache
@@ -74,7 +75,7 @@ def _run(args: argparse.Namespace) -> int:
         rows = compare_rows(model.target, texts, bar.update)
         where = first_differences(model.target, texts[0])
         lost = None if model.drafter is None else acceptance(model, texts, args.max_tokens, bar.update)
-    report: dict[str, Any] = {"environment": environment(), "target": str(model.config.path.parent)}
+    report: dict[str, Any] = {"environment": environment(), **models(model)}
     report |= {"exact": model.exact, "tokens": len(texts) * args.max_tokens}
     report["rows"] = {str(n): found | {"first_difference": where[n]} for n, found in rows.items()}
     report["acceptance"] = lost

@@ -7,13 +7,13 @@ medians with their range.
 
 import argparse
 import math
-import platform
 import pydoc_data.topics
 import sys
 import sysconfig
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -32,6 +32,7 @@ from mlx_mtp.model import Model
 from mlx_mtp.options import GenerationOptions
 from mlx_mtp.shell import Parser, exit_status, write_json
 
+from .environment import environment, models
 from .operations import operations, round_outputs
 from .peers import PEERS, Run, load_peer
 from .plots import check_plots, write_plots
@@ -215,11 +216,11 @@ def _run(args: argparse.Namespace) -> int:
     counts = {
         t: {str(k): count_operations(model, k, s, options) for k in lengths if k != AUTO} for t, s in samplings.items()
     }
-    report = {"environment": environment(), "target": str(model.config.path.parent), **bound(model), "cases": []}
+    report = {"environment": environment(), **models(model), **bound(model), "cases": []}
+    report |= {"date": date.today().isoformat(), "max_tokens": args.max_tokens, "repeats": args.repeats}
     report |= read_kv_options(args) if args.kv_bits is not None else {"kv_bits": None}
     report["dtype"] = str(model.target.dtype).removeprefix("mlx.core.")
     drafter = None if model.drafter_config is None else model.drafter_config.path.parent
-    report["drafter"] = None if drafter is None else str(drafter)
     peers, report["failed_peers"] = _load_peers(args.peers, model, drafter)
     report["environment"] |= {name: version(name) for name in args.peers if name not in report["failed_peers"]}
     runs = len(prompts) * len(samplings) * (len(lengths) + len(peers)) * (args.repeats + 1)
@@ -366,13 +367,6 @@ def table(case: dict[str, Any], bound: float) -> str:
     if "auto_over_best" in case:
         lines.append(f"auto is at {case['auto_over_best']:.2f} of the best, {case['best']}")
     return "\n".join(lines) + "\n"
-
-
-def environment() -> dict[str, Any]:
-    """Return the versions of the packages, the device, and the system, for the report."""
-    packages = {name: version(name) for name in ("mlx-mtp", "mlx", "mlx-lm", "numpy")}
-    device = {"device": str(mx.default_device()), "name": mx.device_info().get("device_name")}
-    return packages | device | {"python": platform.python_version(), "system": platform.platform()}
 
 
 def bound(model: Model) -> dict[str, Any]:

@@ -32,7 +32,16 @@ def test_a_table_plots_and_a_last_line_of_json(tiny_pair: TinyPair, tmp_path: Pa
     assert any(line.startswith("auto is at ") for line in lines)
     report = json.loads(last)
     assert [case["kind"] for case in report["cases"]] == ["code", "list"]
+    names = {"chip", "memory", "cores", "device", "os", "machine", "python", "mlx-mtp", "mlx", "mlx-lm", "numpy"}
+    assert set(report["environment"]) == names
+    assert all(report["environment"].values())
     assert report["environment"]["mlx-mtp"] == mlx_mtp.__version__
+    assert report["environment"]["memory"] > 2**30
+    # Others see the report. So it has names, and no paths.
+    assert (report["target"], report["drafter"]) == ("target", "target-assistant")
+    assert str(tiny_pair("e2b")) not in last
+    assert report["target_quantization"] is None
+    assert (report["max_tokens"], report["repeats"]) == (12, 2)
     assert report["dtype"] == "bfloat16"
     # The header of a plot file holds its width and height.
     for name in ("speedup", "acceptance", "cost"):
