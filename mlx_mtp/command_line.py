@@ -253,7 +253,8 @@ def load_model(
         # Near this limit, MLX releases its cache of freed buffers.
         mx.set_memory_limit(limit)
         plan_memory(name, drafter, memory_limit=limit, options=options, **placement)
-    model = load(name, drafter, exact=getattr(args, "exact", False), **placement)
+    with progress_bar("Loading", unit="B", unit_scale=True, delay=1) as on_load:
+        model = load(name, drafter, exact=getattr(args, "exact", False), on_load=on_load, **placement)
     if args.per_layer_embeddings == "auto" and model.per_layer_embeddings == "mapped":
         print(
             "the model would take more than half of this machine's memory: its per-layer embeddings are read from disk "
@@ -394,19 +395,29 @@ def calibrate(model: Model, options: GenerationOptions, *, remeasure: bool = Fal
     """
     if model.drafter is None or options.num_draft_tokens != "auto":
         return
-    with tqdm(desc="Measuring, once", unit="pass", leave=False, disable=None, file=sys.stderr) as bar:
-
-        def update(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar("Measuring, once", unit="pass") as on_progress:
         model.calibrate(
             options.sampling,
             kv_bits=options.kv_bits,
             kv_group_size=options.kv_group_size,
             remeasure=remeasure,
-            on_progress=update,
+            on_progress=on_progress,
         )
+
+
+@contextmanager
+def progress_bar(description: str, **options: Any) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on a terminal, and yield the function that updates it. The bar disappears at the end.
+
+    `options` are further options of tqdm. The function takes the amount that is done, and the total.
+    """
+    with tqdm(desc=description, leave=False, disable=None, file=sys.stderr, **options) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update
 
 
 @contextmanager

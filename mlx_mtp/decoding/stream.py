@@ -119,9 +119,8 @@ class Stream:
     def cache_entry(self) -> CacheEntry | None:
         """Return the K/V for later streams, or None if a failure left nothing usable.
 
-        These are the K/V of all tokens except the bonus token. After a failure, they end at the last snapshot.
-
-        Do not decode with this stream after this call.
+        They end before the bonus token or, after a failure, at the last snapshot. Do not decode with this stream after
+        this call.
         """
         live = self.cache.buffers("sliding_attention")
         length = self.cache.length

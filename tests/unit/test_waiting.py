@@ -1,4 +1,4 @@
-"""The note on a terminal while the device takes its time."""
+"""Signs of progress on a terminal: bars, and a note while the device takes its time."""
 
 import sys
 import time
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from mlx_mtp import command_line
-from mlx_mtp.command_line import print_stream
+from mlx_mtp.command_line import print_stream, progress_bar
 from mlx_mtp.decoding.report import Stats
 from mlx_mtp.responses import GenerationResponse
 
@@ -47,3 +47,14 @@ def test_one_note_for_a_long_wait(
     output = capsys.readouterr()
     assert output.out == "a" * len(waits) + "\n"
     assert output.err.count(NOTE) == notes
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with progress_bar("Loading", unit="B", mininterval=0) as on_load:
+        on_load(1, 4)
+        on_load(4, 4)
+    assert ("Loading: 100%" in capsys.readouterr().err) == terminal
