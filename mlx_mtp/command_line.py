@@ -56,7 +56,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = 
     group.add_argument(
         "--drafter",
         help="Drafter: a local folder or a hub id, or 'none' to decode plainly. Default: MODEL/drafter, else the "
-        "sibling MODEL-assistant, else Google's drafter if the name of the model has a published size.",
+        "sibling MODEL-assistant, else, for a hub id whose name has a published size, Google's drafter.",
     )
     group.add_argument(
         "--exact",
