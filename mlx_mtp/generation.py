@@ -129,7 +129,8 @@ def measures_first(options: GenerationOptions) -> bool:
 
     The host has a part in the rounds of such a text, which is not in the costs.
     """
-    is_guided = options.compiled_grammar() is not None or options.thinking_budget is not None
+    guides = (options.json_schema, options.regex, options.grammar, options.thinking_budget)
+    is_guided = any(guide is not None for guide in guides)
     return options.num_draft_tokens == "auto" and bool(is_guided or options.logits_processors or options.min_tokens)
 
 

@@ -24,7 +24,7 @@ from mlx_mtp.gemma4.target import Target
 from .compiled import CompiledRounds
 from .draft_length import MAX_DRAFT_TOKENS, CostCurve, DraftLength
 from .first_rounds import CAUTIOUS, FirstRounds, MeasuringDraftLength
-from .kept_costs import CurveFile, checked, read_or_measure
+from .kept_costs import CurveFile, MeasuringLock, checked, read_or_measure
 from .sampling import Sampling
 from .stream import Progress, Stream
 
@@ -120,22 +120,28 @@ class RoundCosts:
         if curve is not None:
             self._curves[key] = curve
             return DraftLength(curve)
-        lock = file.lock()
-        if lock is None:
-            return DraftLength(CAUTIOUS)
-        logger.info("the first rounds measure what rounds cost on this machine; kept in %s", file.path or "no file")
+
+        def acquire() -> MeasuringLock | None:
+            lock = file.lock()
+            if lock is not None:
+                logger.info(
+                    "the first rounds measure what rounds cost on this machine; kept in %s", file.path or "no file"
+                )
+            return lock
 
         def finish(measured: CostCurve) -> CostCurve:
             try:
                 self._curves[key] = checked(measured)
             except ValueError as error:
                 logger.warning("the measurement of rounds is not used: %s", error)
+                # The next text measures again.
+                self._first_rounds.pop(key, None)
                 return CAUTIOUS
             file.write(measured)
             return measured
 
         rounds = self._first_rounds.setdefault(key, FirstRounds())
-        return MeasuringDraftLength(rounds, finish, lock.release)
+        return MeasuringDraftLength(rounds, acquire, finish)
 
     def curve(
         self,

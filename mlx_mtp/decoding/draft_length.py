@@ -53,6 +53,9 @@ class DraftPolicy:
     def __init__(self, k: int) -> None:
         self.k = k
 
+    def start(self) -> None:
+        """Prepare the first round. The text begins."""
+
     def update(self, drafted: int, accepted: int, seconds: float) -> None:
         """Record the result of a round that took some seconds, and choose k for the next round."""
 

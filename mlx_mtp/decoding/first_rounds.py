@@ -6,6 +6,7 @@ from statistics import median
 import numpy as np
 
 from .draft_length import MAX_DRAFT_TOKENS, CostCurve, DraftLength
+from .kept_costs import MeasuringLock
 
 # These draft lengths are measured, in this order. The costs of the other lengths are interpolated.
 _MEASURED = (1, 0, 2, 4, 8)
@@ -14,7 +15,7 @@ _MEASURED = (1, 0, 2, 4, 8)
 _WARM_UP = (3, 1)
 # This is the number of timed rounds of a length in each pass.
 _TIMED = 4
-# These costs are used where none are measured: they promise little, so few tokens are drafted.
+# These costs are used where none are measured. Drafting gains little by them, so it needs good acceptance.
 CAUTIOUS = CostCurve([1 + 0.2 * k for k in range(MAX_DRAFT_TOKENS + 1)], 0.15, 0.1)
 
 
@@ -51,32 +52,46 @@ class FirstRounds:
 class MeasuringDraftLength(DraftLength):
     """A policy that measures the costs of rounds in the first rounds of its text, and then uses them.
 
-    `finish` gets the measured costs, and returns the costs to use. `release` is called when the measurement or the text
-    ends.
+    `acquire` is called when the text begins. It returns the lock of the measurement, or None if another text or program
+    measures. This text then uses cautious costs. `finish` gets the measured costs, and returns the costs to use.
     """
 
     def __init__(
-        self, rounds: FirstRounds, finish: Callable[[CostCurve], CostCurve], release: Callable[[], None]
+        self,
+        rounds: FirstRounds,
+        acquire: Callable[[], MeasuringLock | None],
+        finish: Callable[[CostCurve], CostCurve],
     ) -> None:
         super().__init__(CAUTIOUS)
         self._rounds = rounds
+        self._acquire = acquire
         self._finish = finish
-        self._release = release
-        self.k = rounds.k or 0
+        self._lock: MeasuringLock | None = None
+
+    def start(self) -> None:
+        """Start the measurement, or continue that of earlier texts."""
+        if self._rounds.k is None:
+            # Another text has completed the measurement since this policy was made.
+            self.use(self._finish(self._rounds.curve()))
+            return
+        self._lock = self._acquire()
+        if self._lock is not None:
+            self.k = self._rounds.k
 
     def update(self, drafted: int, accepted: int, seconds: float) -> None:
         """Record the result and the time of a round, and choose k for the next round."""
-        is_measured = self._rounds.k is None
         super().update(drafted, accepted, seconds)
-        if is_measured:
+        if self._lock is None:
             return
         self._rounds.note(drafted, seconds)
         if (k := self._rounds.k) is not None:
             self.k = k
         else:
             self.use(self._finish(self._rounds.curve()))
-            self._release()
+            self.end()
 
     def end(self) -> None:
         """End the measurement in this text. The next text may continue it."""
-        self._release()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None

@@ -106,7 +106,7 @@ class Stream:
 
     @property
     def kv_format(self) -> KVFormat:
-        """The K/V layout of the cache entries that this stream can resume from."""
+        """The K/V format of the cache entries that this stream can resume from."""
         return KVFormat(self.cache.max_block, self.cache.quantization)
 
     def resume(self, reused: ReusedPrefix) -> None:
@@ -294,6 +294,7 @@ def decode(
     policy = DraftPolicy(num_draft_tokens) if isinstance(num_draft_tokens, int) else num_draft_tokens
     try:
         first = stream.prefill(prompt, prefill_step_size, on_prefill)
+        policy.start()
         yield first
         last, remaining = first.tokens[-1], max_tokens - 1
         while remaining and last not in stop_ids:

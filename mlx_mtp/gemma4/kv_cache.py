@@ -123,7 +123,7 @@ class Cache:
         self.is_quantized = quantization is not None and quantization.start <= 0
         self.max_block = max_block
         ring = config.sliding_window + max_block
-        # The slots of a ring, int32 [ring]. See `ring_size`.
+        # The slots of a ring, int32 [ring]. They are evaluated, so that a compiled round takes them as they are.
         self.slots = mx.arange(ring)
         mx.eval(self.slots)
         self.capacity = rows_in_buffers(capacity)

@@ -21,8 +21,8 @@ _QUANTIZATION = ("group_size", "bits", "mode")
 
 def _geglu(gate: mx.array, x: mx.array) -> mx.array:
     """Return gelu(gate) * x, with the tanh approximation of gelu."""
-    # On the CPU, a kernel takes the C++ compiler about a second, and a passage that is read once does not repay it.
-    # Compiled rounds contain this function in both forms.
+    # On the CPU, a kernel takes the C++ compiler about a second, and a prompt does not repay it. MLX's own gelu_approx
+    # is always compiled. In a compiled round, both forms are the same.
     return _plain_geglu(gate, x) if mx.default_device() == mx.Device(mx.cpu) else _compiled_geglu(gate, x)
 
 

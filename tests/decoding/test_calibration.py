@@ -1,5 +1,6 @@
 """The costs of rounds: measure them, keep them, and choose the number of draft tokens by them."""
 
+import io
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 from support.curves import CURVE
 
 import mlx_mtp
+from mlx_mtp import chat, generate
 from mlx_mtp.decoding import calibration, kept_costs, stream
 from mlx_mtp.decoding.calibration import MeasuringPlan, RoundCosts, measure_rounds
 from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, CostCurve
@@ -211,6 +213,34 @@ def test_the_first_rounds_of_texts_measure(tmp_path: Path, monkeypatch: pytest.M
     second = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
     assert second.generate("def read_config(path):\n", max_tokens=60, ignore_eos=True).tokens == plain.tokens[:60]
     assert json.loads(file.read_text())["seconds"] == kept
+
+
+def test_a_text_that_is_not_read_or_closed_early_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
+    monkeypatch.setattr(RoundCosts, "policy", POLICY)
+    model = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
+    unread = model.stream_generate("x = ", max_tokens=250, ignore_eos=True)
+    closed = model.stream_generate("x = ", max_tokens=250, ignore_eos=True)
+    for _ in range(5):
+        next(closed)
+    assert CurveFile(IDENTITY, tmp_path).lock() is None
+    closed.close()
+    model.generate("x = ", max_tokens=250, ignore_eos=True)
+    assert kept_file(tmp_path)
+    unread.close()
+
+
+def test_no_text_waits_for_the_measurement(
+    tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
+    monkeypatch.setattr(RoundCosts, "policy", POLICY)
+    monkeypatch.setattr(calibration, "measure_rounds", refuse)
+    model = str(tiny_pair("e2b") / "target")
+    assert generate.main(["--model", model, "--prompt", "hello", "-m", "5"]) == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n/exit\n"))
+    assert chat.main(["--model", model, "-m", "5"]) == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_text_with_a_part_of_the_host_is_measured_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
