@@ -9,10 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.commands import Finished, run
+
+from mlx_mtp.generate import main
+from mlx_mtp.model import Model
 
 TinyPair = Callable[[str], Path]
 # A fixed number of draft tokens avoids the measurement of costs, except in tests of it.
@@ -170,3 +174,31 @@ def test_text_streams_as_it_is_generated(tiny_pair: TinyPair) -> None:
     assert process.stdout.read(5)
     assert process.poll() is None
     process.communicate(timeout=60)
+
+
+def test_a_prompt_compiles_no_kernel_on_the_cpu(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    """The C++ compiler takes a second for a kernel. The first token does not wait for it."""
+    env = os.environ | {"TMPDIR": str(tmp_path), "MLX_MTP_CACHE": str(tmp_path / "costs")}
+    command = [*COMMAND[:3], "--model", str(tiny_pair("e2b") / "target"), "--temp", "0", "-p", PROMPT]
+    kernels = []
+    for tokens in ("1", "30"):
+        subprocess.run([*command, "-m", tokens, "--ignore-eos"], env=env, check=True, capture_output=True)
+        kernels.append(len(list(tmp_path.rglob("*.so"))))
+    first, later = kernels
+    assert first == 0
+    if sys.platform == "linux":
+        assert later > 0, "MLX keeps its kernels elsewhere"
+
+
+def test_compare_leaves_out_the_first_pair(
+    tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first pair of runs compiles rounds."""
+    speeds = iter([900.0, 1.0, 20.0, 10.0, 20.0, 10.0, 20.0, 10.0])
+
+    def timed(*_: object, **__: object) -> SimpleNamespace:
+        return SimpleNamespace(last=SimpleNamespace(generation_tps=next(speeds)))
+
+    monkeypatch.setattr(Model, "generate", timed)
+    assert main(["--model", str(tiny_pair("e2b") / "target"), "--prompt", PROMPT, "-m", "4", "--compare"]) == 0
+    assert "Speed: 2.00 times plain decoding (2.00 to 2.00, 3 runs of each in turn)" in capsys.readouterr().err
