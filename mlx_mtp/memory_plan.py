@@ -15,7 +15,7 @@ from mlx_mtp.checkpoints.layouts import drafter_names, target_names
 from mlx_mtp.checkpoints.tensors import FLOAT_TYPES, read_checkpoint
 from mlx_mtp.decoding.stream import chunk_size
 from mlx_mtp.gemma4.disk_table import KEPT_BYTES
-from mlx_mtp.gemma4.kv_cache import KVQuantization, check_group_size, rows_in_buffers
+from mlx_mtp.gemma4.kv_cache import KVQuantization, check_group_size, rows_in_buffers, spare_slots
 
 from .errors import MemoryLimitError, OptionError
 
@@ -132,7 +132,7 @@ def planner(
             per_layer_embeddings=table,
             drafter=drafter_size,
             kv_per_token=int(_kv_width(text, "full_attention") * value),
-            rings=_kv_width(text, "sliding_attention") * (text.sliding_window + max_block) * size,
+            rings=_kv_width(text, "sliding_attention") * (text.sliding_window + spare_slots(max_block)) * size,
             work=_work(text, context_length, size, max_block, prefill_step),
         )
 
@@ -189,7 +189,7 @@ def _work(text: TextConfig, context_length: int, size: int, max_block: int, pref
     """Return the temporary bytes of a prompt chunk, of a round, or of a buffer that grows: the largest of them."""
     kv_rows = rows_in_buffers(context_length)
     chunk = min(chunk_size(text, kv_rows, size, prefill_step), context_length)
-    reading = _chunk_bytes(text, chunk, kv_rows, text.sliding_window + max_block, size)
+    reading = _chunk_bytes(text, chunk, kv_rows, text.sliding_window + spare_slots(max_block), size)
     deciding = _LOGITS * max_block * text.vocab_size * 4
     largest = max(layer.num_kv_heads * layer.head_dim for layer in text.layers if layer.has_kv)
     # A buffer that grows needs a second copy.

@@ -19,18 +19,23 @@ import numpy as np
 from mlx_mtp.checkpoints.output_files import replace_tensors
 from mlx_mtp.checkpoints.tensors import read_header
 from mlx_mtp.errors import PromptCacheError, WeightsError
-from mlx_mtp.gemma4.kv_cache import Buffers, KVQuantization, KVRows, Quantized, parts_of
+from mlx_mtp.gemma4.kv_cache import Buffers, KVQuantization, KVRows, Quantized, parts_of, spare_slots
 
 # This number changes when the format of the files changes.
-FORMAT = 1
+FORMAT = 2
 # This is the largest number of snapshots of one text.
 _SNAPSHOTS = 8
 
 
 class Snapshot(NamedTuple):
-    """The rings of the sliding layers after `position` tokens were read."""
+    """The rings of the sliding layers after `position` tokens.
+
+    `written` is the number of positions that were written to them. It is larger than `position` if the last rounds
+    wrote rows of rejected draft tokens.
+    """
 
     position: int
+    written: int
     rings: Buffers
 
 
@@ -155,9 +160,9 @@ def _reusable_prefixes(entry: CacheEntry, prompt: list[int]) -> Iterator[ReusedP
     # Positions before the start of quantization must see rows that are not quantized.
     least = entry.kv_format.quantization.start if entry.kv_format.quantization and entry.is_quantized else 1
     for snapshot in entry.snapshots:
-        # A ring has spare slots for rejected draft tokens, so it can go back by less than `max_block` positions.
         length = min(shared, snapshot.position)
-        if snapshot.position - shared < entry.kv_format.max_block and length >= max(1, least):
+        # The rows that were written beyond `length` are in spare slots, so they replaced no row of the window.
+        if snapshot.written - length < spare_slots(entry.kv_format.max_block) and length >= max(1, least):
             yield ReusedPrefix(entry, snapshot, length)
 
 
@@ -178,7 +183,13 @@ def save(entry: CacheEntry, file: Path, identity: str) -> None:
             for name, rows in zip(("keys", "values"), pair, strict=True):
                 for index, part in enumerate(parts_of(rows)):
                     arrays[f"{group}.{layer}.{name}.{index}"] = mx.contiguous(part[:, :, :count])
-    header = {"format": FORMAT, "model": identity, "kind": entry.kv_format, "checksum": _checksum(arrays)}
+    header = {
+        "format": FORMAT,
+        "model": identity,
+        "kind": entry.kv_format,
+        "written": last.written,
+        "checksum": _checksum(arrays),
+    }
     replace_tensors(file, arrays, {"mlx_mtp": json.dumps(header)})
 
 
@@ -215,11 +226,12 @@ def load(file: Path, identity: str) -> CacheEntry:
         for group, layer in sorted({tuple(name.split(".")[:2]) for name in arrays}):
             keys, values = (_kv_rows(arrays, f"{group}.{layer}.{name}", kv_format) for name in ("keys", "values"))
             buffers[group][int(layer)] = keys, values
+        snapshot = Snapshot(len(tokens), int(header["written"]), buffers["rings"])
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, PromptCacheError):
             raise
         raise PromptCacheError(f"{file}: a damaged prompt cache: {error!r}") from None
-    return CacheEntry(kv_format, tokens, buffers["full"], [Snapshot(len(tokens), buffers["rings"])])
+    return CacheEntry(kv_format, tokens, buffers["full"], [snapshot])
 
 
 def _kv_rows(arrays: dict[str, mx.array], name: str, kv_format: KVFormat) -> KVRows:

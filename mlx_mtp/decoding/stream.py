@@ -112,7 +112,7 @@ class Stream:
     def resume(self, reused: ReusedPrefix) -> None:
         """Start with the K/V of an earlier stream. Call this method before all others."""
         entry, snapshot, length = reused
-        self.cache.restore(entry.full, snapshot.rings, length)
+        self.cache.restore(entry.full, snapshot.rings, length, snapshot.written)
         self.tokens = entry.tokens[:length]
         self.snapshots = [earlier for earlier in entry.snapshots if earlier.position <= length]
 
@@ -126,7 +126,7 @@ class Stream:
         length = self.cache.length
         snapshots = [s for s in self.snapshots if s.position < length]
         if not self._is_reading and live:
-            snapshots.append(Snapshot(length, live))
+            snapshots.append(Snapshot(length, self.cache.written, live))
         full = self.cache.buffers("full_attention")
         if not full or not snapshots:
             return None
@@ -168,7 +168,7 @@ class Stream:
             self._is_reading = False
             every = self._snapshot_every
             if every is not None and (end == len(prompt) or end // every > start // every):
-                self.snapshots.append(Snapshot(end, self.cache.buffers("sliding_attention")))
+                self.snapshots.append(Snapshot(end, self.cache.written, self.cache.buffers("sliding_attention")))
             if on_progress is not None:
                 on_progress(end, len(prompt))
         return logits

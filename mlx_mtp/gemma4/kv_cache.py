@@ -99,7 +99,8 @@ class Cache:
     """The K/V buffers of one stream: their layout, known on the host, and their arrays, `kv`.
 
     `offset` (device) and `length` (host) are the number of valid positions. `length` is the last value that the host
-    knew. `max_block` is the largest number of rows that one verify pass may write. `visible` is the number of
+    knew. `written` is the number of positions that any pass may have written, rejected rows included. `max_block` is
+    the largest number of rows that one verify pass may write. `visible` is the number of
     full-attention rows that a pass and the drafter see. It is at least the number of valid rows, and grows in steps.
     Successive passes therefore have the same shape, and their cost does not depend on the capacity. `is_quantized`
     tells whether the full-attention buffers are quantized. Once they are quantized, they stay quantized.
@@ -122,13 +123,14 @@ class Cache:
         self.quantization = quantization
         self.is_quantized = quantization is not None and quantization.start <= 0
         self.max_block = max_block
-        ring = config.sliding_window + max_block
+        ring = config.sliding_window + spare_slots(max_block)
         # The slots of a ring, int32 [ring]. They are evaluated, so that a compiled round takes them as they are.
         self.slots = mx.arange(ring)
         mx.eval(self.slots)
         self.capacity = rows_in_buffers(capacity)
         self.kv = KVState.none()
         self.length = 0
+        self.written = 0
         self.visible = self.capacity
         for index, layer in enumerate(config.layers):
             if layer.has_kv:
@@ -187,6 +189,7 @@ class Cache:
         """
         if self.quantization is not None and not self.is_quantized and self.length >= self.quantization.start:
             self._quantize(self.quantization)
+        self.written = max(self.written, self.length + length)
         self.visible = self.rows_for(length)
         self._grow(self.visible)
 
@@ -219,16 +222,18 @@ class Cache:
             if self.config.layers[index].layer_type == layer_type
         }
 
-    def restore(self, full: Buffers, rings: Buffers, length: int) -> None:
+    def restore(self, full: Buffers, rings: Buffers, length: int, written: int) -> None:
         """Continue after the first `length` positions of the given buffers.
 
-        Rings that were made at an offset serve any length from offset - (`max_block` - 1) to offset.
+        `written` is the value of the cache that the rings are from. They serve `length` if `written` - `length` is
+        less than the spare slots (see `spare_slots`).
         """
         for index, (keys, values) in (full | rings).items():
             self.keys[index], self.values[index] = keys, values
         keys, _ = next(iter(full.values()))
         self.is_quantized = isinstance(keys, Quantized)
         self.capacity = parts_of(keys)[0].shape[2]
+        self.written = written
         self.set_length(length)
 
     def draft_view(self, layer_type: LayerType) -> View:
@@ -333,6 +338,15 @@ class Pass:
         new = mx.put_along_axis(old, slots, kept, axis=2)
         buffers[layer] = new
         return new if self._fits else mx.concatenate([old, rows], axis=2)
+
+
+def spare_slots(max_block: int) -> int:
+    """Return the number of slots that a ring has beyond the window.
+
+    A row that is written replaces the row of a position one ring before it. The spare slots keep this position outside
+    the window, although the text may end up to two blocks before the last row that was written.
+    """
+    return 2 * max_block
 
 
 def ring_size(slots: mx.array) -> mx.array:

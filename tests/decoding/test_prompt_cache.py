@@ -10,10 +10,13 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from support.commands import run
+from support.streams import LONG, Models, Scripted, assert_same_state
 from support.tiny import WINDOW, random_tokens
 
 import mlx_mtp
 from mlx_mtp import cache_prompt, generate, generation
+from mlx_mtp.decoding.prompt_cache import PromptCache
+from mlx_mtp.decoding.stream import Stream
 
 TinyPair = Callable[[str], Path]
 GREEDY = mlx_mtp.GenerationOptions(max_tokens=24, num_draft_tokens=3, ignore_eos=True, prefill_step_size=24)
@@ -60,7 +63,7 @@ def test_the_same_prompt_again_and_branches_of_it(model: mlx_mtp.Model) -> None:
     assert again.last.cached_tokens == len(prompt) - 1
     assert again.tokens == fresh(model, prompt).tokens
     # The branch differs from the first prompt in the middle. The reuse ends at a snapshot.
-    branch = prompt[: 5 * WINDOW] + random_tokens(2 * WINDOW, seed=4)[1:]
+    branch = prompt[: 5 * WINDOW - 3] + random_tokens(2 * WINDOW, seed=4)[1:]
     branched = model.generate(branch, GREEDY)
     assert branched.last.cached_tokens == 3 * 24
     assert branched.tokens == fresh(model, branch).tokens
@@ -100,6 +103,34 @@ def test_any_history_of_a_chat_gives_the_tokens_of_a_fresh_prefill(tiny_pair: Ti
             turns[-1] = turns[-1][: len(turns[-1]) // 2 + 1]
         turns.append(random_tokens(chooser.randint(2, 40), seed=100 * seed + step)[1:])
     assert reused > 0
+
+
+@pytest.mark.parametrize("back", range(12))
+def test_a_text_whose_drafts_were_rejected_goes_back(tiny_models: Models, back: int) -> None:
+    """Rows of rejected draft tokens use spare slots of a ring. They limit how far the ring can go back."""
+    target, drafter = tiny_models("31b")
+    plain = Stream(target, drafter, max_draft_tokens=8)
+    first = plain.prefill(LONG, 512).tokens
+    continuation = first + [token for _ in range(8) for token in plain.round(0).tokens]
+    wrong = Scripted(drafter, LONG, continuation, wrong_at=(0,))
+    stream = Stream(target, wrong, max_draft_tokens=8)
+    stream.prefill(LONG, 512)
+    assert [stream.round(8).accepted for _ in range(6)] == [0] * 6
+    entry = stream.cache_entry()
+    assert entry is not None
+    shared = entry.tokens[: len(entry.tokens) - back]
+    cache = PromptCache(1 << 40)
+    cache.put(entry)
+    later = Stream(target, drafter, max_draft_tokens=8)
+    reused = cache.take([*shared, 7 if not back else entry.tokens[-back] ^ 1, 7], later.kv_format)
+    # The last round wrote 8 rows after the end, and the ring has 18 spare slots.
+    if back >= 10:
+        assert reused is None
+        return
+    assert reused is not None
+    assert reused.length == len(shared)
+    later.resume(reused)
+    assert_same_state(later, target, shared)
 
 
 def positions(model: mlx_mtp.Model) -> list[int]:
@@ -361,8 +392,8 @@ def test_a_file_of_another_model_or_version_is_refused(
     model = mlx_mtp.Model(model.target, None, model.tokenizer, model.config, None)
     with pytest.raises(mlx_mtp.PromptCacheError, match="of another model"):
         model.load_prompt(file)
-    monkeypatch.setattr("mlx_mtp.decoding.prompt_cache.FORMAT", 2)
-    with pytest.raises(mlx_mtp.PromptCacheError, match="of another version: its field format is 1, expected 2"):
+    monkeypatch.setattr("mlx_mtp.decoding.prompt_cache.FORMAT", 3)
+    with pytest.raises(mlx_mtp.PromptCacheError, match="of another version: its field format is 2, expected 3"):
         model.load_prompt(file)
     safetensors = tiny_pair("e2b") / "target" / "model.safetensors"
     with pytest.raises(mlx_mtp.PromptCacheError, match="not a prompt cache"):
