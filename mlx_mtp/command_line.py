@@ -476,6 +476,8 @@ def summarize(last: GenerationResponse, model: Model, options: GenerationOptions
         reason = "plain decoding is fastest here" if is_auto else "drafter not used"
         reason = "no drafter" if model.drafter is None else reason
         lines.append(f"Rounds: {stats.rounds}, nothing drafted ({reason})")
+    if stats.rounds:
+        lines.append(f"Rounds dispatched ahead: {stats.rounds_ahead}")
     if (rows := stats.embeddings) is not None:
         lines.append(
             f"Per-layer embeddings: {rows.misses} rows read from disk ({rows.bytes_read / 1e6:.1f} MB), "

@@ -299,6 +299,7 @@ def _report(seen: list[GenerationResponse], model: Model, interrupted: bool) -> 
         "drafted": stats.drafted,
         "accepted": stats.accepted,
         "acceptance_length": stats.acceptance_length,
+        "rounds_ahead": stats.rounds_ahead,
         "acceptance_by_position": stats.acceptance_by_position,
         "prompt_tps": last.prompt_tps,
         "generation_tps": last.generation_tps,

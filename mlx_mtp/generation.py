@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator, Iterable
 
 import mlx.core as mx
 
-from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, DraftLength
+from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, Costs, DraftLength, DraftPolicy
 from mlx_mtp.decoding.exact import check_exact
 from mlx_mtp.decoding.rules import LogitsProcessor
 from mlx_mtp.decoding.stream import Progress, Stream, decode, token_budget
@@ -45,14 +45,14 @@ def begin(
     channel = parts.guides.channel
     thought = None if channel is None else open_thought(parts.tokenizer, channel, prompt)
     _check_exact(model, options.kv_quantization)
-    k = _draft_tokens(model, options, check)
+    policy = _draft_policy(model, options, len(prompt), check)
     # An exact model reads every prompt, because the rounding of sums depends on how it is read.
     reuses = options.reuse_prompt and not model.exact
     stream = Stream(
         parts.target,
         parts.drafter,
         # With one maximum, the order of K/V rows and the rounding of sums are the same for all numbers of draft tokens.
-        max_draft_tokens=max(k, MAX_DRAFT_TOKENS) if isinstance(k, int) else MAX_DRAFT_TOKENS,
+        max_draft_tokens=max(policy.k, MAX_DRAFT_TOKENS),
         sampling=options.sampling.within(model.max_context),
         processors=processors,
         guide=parts.guides.guide(options, thought, stop_ids),
@@ -66,7 +66,7 @@ def begin(
         stream,
         prompt,
         max_tokens=budget,
-        num_draft_tokens=k,
+        num_draft_tokens=policy,
         stop_ids=stop_ids,
         prefill_step_size=options.prefill_step_size,
         on_prefill=checked(on_prefill, check),
@@ -105,23 +105,26 @@ def _no_stop_before(length: int, stop_ids: Iterable[int]) -> LogitsProcessor:
     return process
 
 
-def _draft_tokens(model: LoadedModel, options: GenerationOptions, check: Callable[[], None]) -> int | DraftLength:
-    """Return the number of draft tokens of a round, or the policy that chooses the number."""
+def _draft_policy(
+    model: LoadedModel, options: GenerationOptions, context: int, check: Callable[[], None]
+) -> DraftPolicy:
+    """Return the policy that chooses the rounds of a text after `context` tokens."""
     requested = options.num_draft_tokens
     if model.drafter is None:
         if requested not in (0, "auto"):
             raise OptionError(f"num_draft_tokens is {requested}, but no drafter is loaded")
-        return 0
-    if requested != "auto":
-        if model.exact and requested > MAX_DRAFT_TOKENS:
-            raise OptionError(f"num_draft_tokens is {requested}: exact passes verify at most {MAX_DRAFT_TOKENS}")
-        return requested
+        requested = 0
+    if requested != "auto" and model.exact and requested > MAX_DRAFT_TOKENS:
+        raise OptionError(f"num_draft_tokens is {requested}: exact passes verify at most {MAX_DRAFT_TOKENS}")
     kv = options.kv_quantization
     kv = None if kv is None else kv._replace(start=0)
     costs = model.parts.costs
-    if measures_first(options):
-        return DraftLength(costs.curve(options.sampling, kv, on_progress=lambda *_: check()))
-    return costs.policy(options.sampling, kv)
+    if not _host_has_part(options):
+        return costs.policy(None if requested == "auto" else requested, options.sampling, kv, context)
+    if requested != "auto":
+        return DraftPolicy(requested)
+    measured = costs.read(options.sampling, kv, context, on_progress=lambda *_: check())
+    return DraftLength(Costs(measured.waiting))
 
 
 def measures_first(options: GenerationOptions) -> bool:
@@ -129,9 +132,14 @@ def measures_first(options: GenerationOptions) -> bool:
 
     The host has a part in the rounds of such a text, which is not in the costs.
     """
+    return options.num_draft_tokens == "auto" and _host_has_part(options)
+
+
+def _host_has_part(options: GenerationOptions) -> bool:
+    """Return whether the host must follow the text before each round."""
     guides = (options.json_schema, options.regex, options.grammar, options.thinking_budget)
     is_guided = any(guide is not None for guide in guides)
-    return options.num_draft_tokens == "auto" and bool(is_guided or options.logits_processors or options.min_tokens)
+    return bool(is_guided or options.logits_processors or options.min_tokens)
 
 
 def _check_exact(model: LoadedModel, kv: KVQuantization | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 
 from mlx_mtp.checkpoints.output_files import check_file
 from mlx_mtp.checkpoints.weights import fingerprint
-from mlx_mtp.decoding.draft_length import CostCurve
+from mlx_mtp.decoding.draft_length import Costs
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.stream import Progress, token_budget
 from mlx_mtp.text.tokenizer import Prompt, encode
@@ -196,10 +196,10 @@ class Model(LoadedModel):
         kv_group_size: int = DEFAULT_KV_GROUP_SIZE,
         remeasure: bool = False,
         on_progress: Progress | None = None,
-    ) -> CostCurve:
-        """Return the cost of rounds on this machine, in seconds, for this sampling (default: greedy).
+    ) -> Costs:
+        """Return the costs of rounds after a short prompt on this machine, for this sampling (default: greedy).
 
-        With `kv_bits`, the result is the cost of rounds over quantized K/V.
+        The costs are in seconds. With `kv_bits`, they are the costs of rounds over quantized K/V.
 
         The measurement takes a few seconds. It is made once for all pairs with the same shapes, and is kept in the
         user's cache directory (see `kept_costs.cache_directory`). Without this call, the first generation that needs
@@ -212,7 +212,7 @@ class Model(LoadedModel):
         with self.life:
             kv = GenerationOptions(kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=0).kv_quantization
             costs = self.parts.costs
-            return costs.curve(sampling or Sampling(), kv, remeasure=remeasure, on_progress=on_progress)
+            return costs.read(sampling or Sampling(), kv, remeasure=remeasure, on_progress=on_progress)
 
     def _begin(
         self, prompt: Prompt, chosen: GenerationOptions, on_prefill: Progress | None, check: Callable[[], None]

@@ -104,7 +104,7 @@ def respond(
         if mapped is not None and before is not None:
             stats.embeddings = mapped.stats.since(before)
         if generated:
-            stats.add(result.drafted, result.accepted, result.host_reads)
+            stats.add(result.drafted, result.accepted, result.host_reads, ahead=result.ahead)
         else:
             clock.first_token = time.perf_counter()
         stats.processed_rows += result.drafted + 1 if counts_rows else 0

@@ -7,11 +7,12 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from llguidance import LLMatcher
 from support.compiled_header import precompile_header
-from support.curves import CURVE
+from support.curves import COSTS
 from support.paths import WITHOUT_TORCH
 from support.tiny import (
     STOP_IDS,
@@ -27,7 +28,7 @@ from support.tiny import (
 import mlx_mtp
 from mlx_mtp.decoding import calibration
 from mlx_mtp.decoding.calibration import RoundCosts
-from mlx_mtp.decoding.draft_length import DraftLength
+from mlx_mtp.decoding.draft_length import DraftLength, DraftPolicy
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.target import Target
 from mlx_mtp.grammars.compiler import compile_grammar
@@ -79,9 +80,13 @@ def commands_without_torch() -> None:
 @pytest.fixture(autouse=True)
 def known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use fixed costs instead of measurements in this process: the same text is always drafted in the same way."""
-    monkeypatch.setattr(calibration, "measure_rounds", lambda *_: CURVE)
+    monkeypatch.setattr(calibration, "measure_rounds", lambda *_, **__: COSTS)
+
     # The first rounds of a text measure nothing.
-    monkeypatch.setattr(RoundCosts, "policy", lambda costs, *options: DraftLength(costs.curve(*options)))
+    def policy(costs: RoundCosts, k: int | None, *options: Any) -> DraftPolicy:
+        return DraftLength(costs.read(*options)) if k is None else DraftPolicy(k, ahead=True)
+
+    monkeypatch.setattr(RoundCosts, "policy", policy)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from huggingface_hub.utils import tqdm
 from mlx.utils import tree_flatten
 
 from mlx_mtp.command_line import add_kv_options, add_model_options, calibrate, load_or_demo, read_kv_options
-from mlx_mtp.decoding.draft_length import CostCurve
+from mlx_mtp.decoding.draft_length import Costs
 from mlx_mtp.decoding.report import Stats
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.errors import OptionError
@@ -179,6 +179,7 @@ class Setting:
             "acceptance_length": self.stats.acceptance_length,
             "drafted_per_round": self.stats.drafted / self.stats.rounds,
             "acceptance_by_position": self.stats.acceptance_by_position,
+            "share_of_rounds_ahead": self.stats.rounds_ahead / self.stats.rounds,
             "host_reads_per_round": self.stats.host_reads / self.stats.rounds,
             "peak_memory_gb": self.peak_memory_gb,
         }
@@ -230,9 +231,9 @@ def _run(args: argparse.Namespace) -> int:
                 settings: dict[int | str, Setting] = {k: Setting() for k in lengths}
                 settings |= {name: Setting(run) for name, run in peers.items()}
                 measure(model, tokens, replace(options, sampling=sampling), settings, args, bar)
-                curve = None if model.drafter is None else _curve(model, sampling, options)
+                costs = None if model.drafter is None else _costs(model, sampling, options)
                 case = {"kind": kind, "context": context, "temperature": temperature}
-                report["cases"].append(case | summary(settings, curve) | {"operations": counts[temperature]})
+                report["cases"].append(case | summary(settings, costs) | {"operations": counts[temperature]})
                 if not args.json:
                     tqdm.write(table(report["cases"][-1], report["bound_tokens_per_second"]))
     if args.plot is not None:
@@ -301,7 +302,7 @@ def _measure_peer(setting: Setting, prompt: list[int], sampling: Sampling, args:
         setting.tps += [rate] if repeat >= 0 else []
 
 
-def _curve(model: Model, sampling: Sampling, options: GenerationOptions) -> CostCurve:
+def _costs(model: Model, sampling: Sampling, options: GenerationOptions) -> Costs:
     return model.calibrate(sampling, kv_bits=options.kv_bits, kv_group_size=options.kv_group_size)
 
 
@@ -311,7 +312,7 @@ def count_operations(model: Model, k: int, sampling: Sampling, options: Generati
     return operations(round_outputs(model.target, model.drafter, k, sampling, kv_quantization=kv)).total()
 
 
-def summary(settings: dict[int | str, Setting], curve: CostCurve | None) -> dict[str, Any]:
+def summary(settings: dict[int | str, Setting], costs: Costs | None) -> dict[str, Any]:
     """Summarize the figures of a case.
 
     A ratio is the median over pairs of runs in the same turn. `best` is the fixed draft length with the largest ratio.
@@ -322,8 +323,8 @@ def summary(settings: dict[int | str, Setting], curve: CostCurve | None) -> dict
             continue
         ratios = [a / b for a, b in zip(setting.tps, settings[0].tps, strict=True)]
         results[str(k)] |= {"ratio": median(ratios), "ratio_range": [min(ratios), max(ratios)]}
-        if curve is not None and isinstance(k, int):
-            predicted = results[str(k)]["acceptance_length"] / curve.round(k)
+        if costs is not None and isinstance(k, int) and k < len(costs.waiting.verify):
+            predicted = results[str(k)]["acceptance_length"] / costs.round(k)
             results[str(k)] |= {"share_of_prediction": results[str(k)]["tokens_per_second"] / predicted}
     fixed = [k for k in settings if isinstance(k, int)]
     best = max(fixed, key=lambda k: results[str(k)]["ratio"])
@@ -331,11 +332,14 @@ def summary(settings: dict[int | str, Setting], curve: CostCurve | None) -> dict
     if AUTO in settings:
         pairs = zip(settings[AUTO].tps, settings[best].tps, strict=True)
         found["auto_over_best"] = median(a / b for a, b in pairs)
-    if curve is not None:
+    if costs is not None:
+        curve = costs.waiting
         one = curve.verify[0]
         verify = [seconds / one for seconds in curve.verify]
         found["costs"] = {"verify": verify, "draft": curve.draft / one, "overhead": curve.overhead / one}
         found["costs"]["seconds"] = one
+        if costs.ahead is not None:
+            found["costs"]["ahead"] = [costs.ahead.round(k) / one for k in range(len(verify))]
     return found
 
 

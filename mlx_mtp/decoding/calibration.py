@@ -6,8 +6,8 @@ The costs are measured once for each kind of pair, and kept in the user's cache 
 import logging
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from statistics import median
@@ -22,23 +22,26 @@ from mlx_mtp.gemma4.kv_cache import KVQuantization, check_group_size
 from mlx_mtp.gemma4.target import Target
 
 from .compiled import CompiledRounds
-from .draft_length import MAX_DRAFT_TOKENS, CostCurve, DraftLength
-from .first_rounds import CAUTIOUS, FirstRounds, MeasuringDraftLength
-from .kept_costs import CurveFile, MeasuringLock, checked, read_or_measure
+from .draft_length import MAX_DRAFT_TOKENS, CostCurve, Costs, DraftLength, DraftPolicy
+from .first_rounds import CAUTIOUS, MEASURED, FirstRounds, MeasuringPolicy, interpolated
+from .kept_costs import CostsFile, MeasuringLock, checked, read_or_measure
 from .sampling import Sampling
 from .stream import Progress, Stream
 
 logger = logging.getLogger(__name__)
 
 # These draft lengths are measured with a drafter. The other lengths follow from the verify passes alone.
-_MEASURED = (1, MAX_DRAFT_TOKENS)
+_DRAFTED = (1, MAX_DRAFT_TOKENS)
+# The costs are measured and kept for each of these ranges of contexts. A range begins at its number of tokens. Over a
+# longer context, attention costs more, and so does the copy of a K/V buffer that a round in flight still reads.
+_CONTEXTS = (64, 4096, 16384, 65536)
 
 
 @dataclass(frozen=True)
 class MeasuringPlan:
     """How often `measure_rounds` runs each round.
 
-    `context` is the number of tokens before the measured rounds. A longer context adds the same cost to all rounds.
+    `context` is the number of tokens before the measured rounds.
     `warm_up` is the number of rounds of each length that are not timed: one runs uncompiled, one is compiled, and one
     more runs compiled.
 
@@ -84,7 +87,8 @@ def _draft_of(vocab_size: int, candidates: int | None) -> Callable[[mx.array, in
 class RoundCosts:
     """Costs of rounds of one loaded pair, by sampling options and K/V quantization.
 
-    Each curve is read or measured when it is first requested.
+    The costs also depend on the length of the context (see `_CONTEXTS`). They are read or measured when they are first
+    requested.
     """
 
     def __init__(
@@ -101,57 +105,82 @@ class RoundCosts:
         self._config = config
         self._drafter_config = drafter_config
         self._exact = exact
-        self._curves: dict[str, CostCurve] = {}
-        self._first_rounds: dict[str, FirstRounds] = {}
+        self._costs: dict[str, Costs] = {}
+        self._first_rounds: dict[tuple[str, int | None], FirstRounds] = {}
 
-    def policy(self, sampling: Sampling, kv: KVQuantization | None = None) -> DraftLength:
-        """Return the policy that chooses the draft length for a text.
+    def policy(
+        self, k: int | None, sampling: Sampling, kv: KVQuantization | None = None, context: int = 0
+    ) -> DraftPolicy:
+        """Return the policy that chooses the rounds of a text after `context` tokens.
 
-        If the costs are not known, the first rounds of texts measure them. While another text or program measures, the
-        policy uses cautious costs.
+        The number of draft tokens is `k`, or the policy chooses it if `k` is None. If the costs are not known, the
+        first rounds of texts measure them. While another text or program measures, the policy uses cautious costs.
 
         Raises OptionError if the groups of the K/V quantization do not fit the heads.
         """
-        if kv is not None:
-            check_group_size(self._config.text, kv)
-        identity = self.identity(sampling, kv)
-        key, file = repr(identity), CurveFile(identity)
-        curve = self._curves.get(key) or file.read()
-        if curve is not None:
-            self._curves[key] = curve
-            return DraftLength(curve)
+        identity = self.identity(sampling, kv, context)
+        key, file = repr(identity), CostsFile(identity)
+        costs = self._costs.get(key) or file.read()
+        if costs is not None:
+            self._costs[key] = costs
+        if k is None:
+            return DraftLength(costs) if costs is not None else self._measuring(key, file)
+        return self._fixed(k, key, costs)
+
+    def _measuring(self, key: str, file: CostsFile) -> DraftPolicy:
+        """Return a policy that measures the costs and keeps them."""
+        rounds = self._first_rounds.setdefault((key, None), FirstRounds(ahead=self._target.mapped is None))
 
         def acquire() -> MeasuringLock | None:
             lock = file.lock()
-            if lock is not None:
+            if lock is not None and not rounds.has_begun:
                 logger.info(
                     "the first rounds measure what rounds cost on this machine; kept in %s", file.path or "no file"
                 )
             return lock
 
-        def finish(measured: CostCurve) -> CostCurve:
+        def finish() -> Costs:
             try:
-                self._curves[key] = checked(measured)
+                self._costs[key] = checked(rounds.costs())
             except ValueError as error:
                 logger.warning("the measurement of rounds is not used: %s", error)
                 # The next text measures again.
-                self._first_rounds.pop(key, None)
+                self._first_rounds.pop((key, None), None)
                 return CAUTIOUS
-            file.write(measured)
-            return measured
+            file.write(self._costs[key])
+            return self._costs[key]
 
-        rounds = self._first_rounds.setdefault(key, FirstRounds())
-        return MeasuringDraftLength(rounds, acquire, finish)
+        return MeasuringPolicy(DraftLength(CAUTIOUS), rounds, acquire, finish)
 
-    def curve(
+    def _fixed(self, k: int, key: str, costs: Costs | None) -> DraftPolicy:
+        """Return a policy of k draft tokens. It only measures whether its rounds cost less if they run ahead."""
+        policy = DraftPolicy(k)
+        if self._target.mapped is not None:
+            return policy
+        if costs is not None and k <= MAX_DRAFT_TOKENS:
+            policy.use(costs)
+            return policy
+        rounds = self._first_rounds.setdefault((key, k), FirstRounds((k,), ahead=True))
+
+        def finish() -> Costs:
+            try:
+                return rounds.costs()
+            except ValueError:
+                self._first_rounds.pop((key, k), None)
+                return CAUTIOUS
+
+        return MeasuringPolicy(policy, rounds, lambda: MeasuringLock(None), finish)
+
+    def read(
         self,
         sampling: Sampling,
         kv: KVQuantization | None = None,
+        context: int = 0,
         *,
         remeasure: bool = False,
         on_progress: Progress | None = None,
-    ) -> CostCurve:
-        """Return the cost curve, in seconds.
+    ) -> Costs:
+        """Return the costs of rounds after `context` tokens.
 
         Raises OptionError if there is no drafter, or if the groups of the K/V quantization do not fit the heads. Raises
         CalibrationError if the measured costs cannot be true.
@@ -159,38 +188,49 @@ class RoundCosts:
         drafter = self._drafter
         if drafter is None:
             raise OptionError("the cost of rounds is asked for, but no drafter is loaded")
-        if kv is not None:
-            check_group_size(self._config.text, kv)
-        identity = self.identity(sampling, kv)
+        identity = self.identity(sampling, kv, context)
         key = repr(identity)
-        if remeasure or key not in self._curves:
-            self._curves[key] = read_or_measure(
-                identity, lambda: measure_rounds(self._target, drafter, sampling, on_progress, kv), remeasure=remeasure
+        plan = replace(_PLAN, context=_context_of(context))
+        if remeasure or key not in self._costs:
+            self._costs[key] = read_or_measure(
+                identity,
+                lambda: measure_rounds(self._target, drafter, sampling, on_progress, kv, plan=plan),
+                remeasure=remeasure,
             )
-        return self._curves[key]
+        return self._costs[key]
 
-    def identity(self, sampling: Sampling, kv: KVQuantization | None) -> dict[str, Any]:
-        """Return everything that decides the cost of a round.
+    def identity(self, sampling: Sampling, kv: KVQuantization | None, context: int) -> dict[str, Any]:
+        """Return everything that decides the cost of a round after `context` tokens.
 
         For sampling, this is the names of the options in use. For K/V, this is the quantization without its start
         position. In texts that are too short to reach this position, attention costs little in both cases.
+
+        Raises OptionError if the groups of the K/V quantization do not fit the heads.
         """
+        if kv is not None:
+            check_group_size(self._config.text, kv)
         defaults = asdict(Sampling())
         options = sorted(name for name, value in asdict(sampling).items() if name != "seed" and value != defaults[name])
         head = self._drafter_config
-        assert head is not None
-        shapes = [repr((config.text, config.quantization)) for config in (self._config, head)]
-        shapes.append(repr((head.num_centroids, head.centroid_top_k, head.draft_vocab_size)))
+        shapes = [repr((config.text, config.quantization)) for config in (self._config, head) if config is not None]
+        if head is not None:
+            shapes.append(repr((head.num_centroids, head.centroid_top_k, head.draft_vocab_size)))
         found: dict[str, Any] = {
             "pair": shapes,
             "dtype": str(self._target.dtype),
             "exact": self._exact,
             "sampling": options,
             "kv": None if kv is None else [kv.bits, kv.group_size],
+            "context": _context_of(context),
         }
         if self._target.mapped is not None:
             found["per_layer_embeddings"] = "mapped"
         return found | device_identity()
+
+
+def _context_of(tokens: int) -> int:
+    """Return the context that stands for contexts of about this length."""
+    return max([_CONTEXTS[0], *(context for context in _CONTEXTS if context <= tokens)])
 
 
 def measure_rounds(
@@ -201,16 +241,18 @@ def measure_rounds(
     kv_quantization: KVQuantization | None = None,
     *,
     plan: MeasuringPlan = _PLAN,
-) -> CostCurve:
-    """Return the cost curve: medians of verify passes of 1 to 9 rows, and the costs of drafting.
+) -> Costs:
+    """Return the costs of rounds after `plan.context` tokens.
 
-    The costs of a draft step and of the rest are the difference to whole rounds with the drafter.
-    The different rounds take turns. Each pass begins with the result of the pass before it.
+    For rounds that wait, they are medians of verify passes of 1 to 9 rows, and the costs of drafting: the costs of a
+    draft step and of the rest are the difference to whole rounds with the drafter. For rounds ahead, they are medians
+    of whole rounds. The different rounds take turns. Each pass begins with the result of the pass before it.
     """
     draws = not sampling.is_greedy and sampling.acceptance == "block"
     given = GivenDrafter(_draft_of(target.config.vocab_size, drafter.num_candidates if draws else None))
     runs: dict[tuple[str, int], Callable[[], object]] = {}
-    for name, who, lengths in (("verify", given, range(MAX_DRAFT_TOKENS + 1)), ("round", drafter, _MEASURED)):
+
+    def add(name: str, who: Drafter, lengths: Iterable[int], run: Callable[[Stream, int, int], None]) -> None:
         stream = Stream(
             target,
             who,
@@ -219,21 +261,42 @@ def measure_rounds(
             rounds=CompiledRounds(),
             kv_quantization=kv_quantization,
         )
-        stream.prefill([(7 * i + 5) % target.config.vocab_size for i in range(plan.context)], plan.context)
+        stream.prefill([7, 5], 2)
         for k in lengths:
-            runs[name, k] = partial(_round, stream, plan.context, k)
+            runs[name, k] = partial(run, stream, plan.context, k)
+
+    add("verify", given, range(MAX_DRAFT_TOKENS + 1), _round)
+    add("round", drafter, _DRAFTED, _round)
+    if target.mapped is None:
+        add("ahead", drafter, MEASURED, _round_ahead)
     seconds = _time_in_turn(runs, plan, on_progress)
-    few, many = _MEASURED
-    drafting = {k: seconds["round", k] - seconds["verify", k] for k in _MEASURED}
+    few, many = _DRAFTED
+    drafting = {k: seconds["round", k] - seconds["verify", k] for k in _DRAFTED}
     draft = max(0.0, (drafting[many] - drafting[few]) / (many - few))
     verify = [seconds["verify", k] for k in range(MAX_DRAFT_TOKENS + 1)]
-    return CostCurve(verify, draft, max(0.0, drafting[few] - few * draft))
+    waiting = CostCurve(verify, draft, max(0.0, drafting[few] - few * draft))
+    if target.mapped is not None:
+        return Costs(waiting)
+    return Costs(waiting, interpolated({k: seconds["ahead", k] for k in MEASURED}))
 
 
 def _round(stream: Stream, position: int, k: int) -> None:
-    """Run a round that begins with the token of the round before it, always at the same position."""
+    """Run a round that begins with the token of the round before it, always at the same position.
+
+    The rows before the position have no effect on the time, so they need not be read.
+    """
     stream.cache.set_length(position)
     stream.round(k)
+
+
+def _round_ahead(stream: Stream, position: int, k: int) -> None:
+    """Dispatch a round ahead of the report of the round before it, and then read this report."""
+    if not stream.in_flight:
+        stream.cache.set_length(position)
+        stream.dispatch(k)
+    stream.cache.set_length(position)
+    stream.dispatch(k)
+    stream.finish()
 
 
 def _time_in_turn(

@@ -44,20 +44,60 @@ class CostCurve(NamedTuple):
         return self.verify[k] + (k * self.draft + self.overhead if k else 0)
 
 
-class DraftPolicy:
-    """A policy that chooses `k`, the number of draft tokens, for one text, round by round. Here, it is always the same.
+class Costs(NamedTuple):
+    """The costs of rounds in both ways: `waiting` for the report of the round before, and dispatched `ahead` of it.
 
-    Subclasses choose it by the results of the rounds.
+    `ahead` is None if rounds cannot be dispatched ahead. The cheaper way of each number of draft tokens counts.
     """
 
-    def __init__(self, k: int) -> None:
+    waiting: CostCurve
+    ahead: CostCurve | None = None
+
+    def round(self, k: int) -> float:
+        """Return the cost of a round of k draft tokens, in seconds."""
+        waiting = self.waiting.round(k)
+        return waiting if self.ahead is None else min(waiting, self.ahead.round(k))
+
+    def is_ahead(self, k: int) -> bool:
+        """Return whether rounds of k draft tokens cost less if they are dispatched ahead."""
+        return self.ahead is not None and self.ahead.round(k) < self.waiting.round(k)
+
+
+class Choice(NamedTuple):
+    """The choice for a round: `k` draft tokens, and whether it is dispatched ahead.
+
+    A round ahead is dispatched before the report of the round before it is read, so that the device does not wait for
+    the host.
+    """
+
+    k: int
+    ahead: bool
+
+
+class DraftPolicy:
+    """A policy that chooses the rounds of one text. Here, the number of draft tokens is always the same."""
+
+    def __init__(self, k: int, *, ahead: bool = False) -> None:
         self.k = k
+        self.ahead = ahead
+
+    def choose(self, in_flight: int = 0) -> Choice:
+        """Choose the next round, while `in_flight` rounds are not reported yet."""
+        return Choice(self.k, self.ahead)
 
     def start(self) -> None:
         """Prepare the first round. The text begins."""
 
-    def update(self, drafted: int, accepted: int, seconds: float) -> None:
-        """Record the result of a round that took some seconds, and choose k for the next round."""
+    def use(self, costs: Costs) -> None:
+        """Choose by these costs from now on."""
+        self.ahead = costs.is_ahead(self.k)
+
+    def update(self, drafted: int, accepted: int, seconds: float | None, *, ahead: bool = False) -> None:
+        """Record the result of a round, and choose k for the next round.
+
+        `seconds` is the time since the last report. It is None if it says nothing about the round. `ahead` tells
+        whether the round was dispatched ahead.
+        """
 
     def end(self) -> None:
         """Release all that the policy holds. The text has ended."""
@@ -72,30 +112,34 @@ class DraftLength(DraftPolicy):
     accepted. Nothing is timed here: the same costs and the same text give the same choices.
     """
 
-    def __init__(self, curve: CostCurve) -> None:
+    def __init__(self, costs: Costs) -> None:
         super().__init__(0)
-        self._trials = [0.0] * (len(curve.verify) - 1)
+        self._trials = [0.0] * (len(costs.waiting.verify) - 1)
         self._hits = [0.0] * len(self._trials)
         # Start with a prior, so that a few early rejections do not end drafting. The prior fades like all other counts.
         if self._trials:
             self._trials[0], self._hits[0] = _FIRST_WEIGHT, _FIRST_WEIGHT * _EXPECTED
-        self.use(curve)
+        self.use(costs)
         # Start with one draft token, because a useless drafter costs least then.
         self.k = min(1, self.k)
 
-    def use(self, curve: CostCurve) -> None:
+    def choose(self, in_flight: int = 0) -> Choice:
+        """Choose the next round. The reports of rounds in flight do not count yet."""
+        return Choice(self.k, self.costs.is_ahead(self.k))
+
+    def use(self, costs: Costs) -> None:
         """Choose by these costs from now on. The counts of accepted draft tokens stay."""
-        self.curve = curve
+        self.costs = costs
         # `trial` is the extra cost of a trial, in plain rounds. It determines the number of rounds to wait before the
         # next trial.
-        trial = curve.round(1) / curve.round(0) - 1 if self._trials else 0.0
+        trial = costs.round(1) / costs.round(0) - 1 if self._trials else 0.0
         self._waits = max(1.0, trial / _FIRST_TRIALS), max(1.0, trial / _LAST_TRIALS)
         self._wait = self._left = self._waits[0]
         # This is true if some number of draft tokens pays when all of them are accepted.
-        self._can_pay = any((k + 1) * curve.round(0) > curve.round(k) for k in range(1, len(curve.verify)))
+        self._can_pay = any((k + 1) * costs.round(0) > costs.round(k) for k in range(1, len(self._trials) + 1))
         self.k = self._best()
 
-    def update(self, drafted: int, accepted: int, seconds: float) -> None:
+    def update(self, drafted: int, accepted: int, seconds: float | None, *, ahead: bool = False) -> None:
         """Record the result of a round, and choose k for the next round. Its own time does not matter."""
         if not drafted:
             # If k is not 0 here, the round had no room for draft tokens.
@@ -137,10 +181,10 @@ class DraftLength(DraftPolicy):
 
         The current k stays if the gain of another k is too small. If plain decoding is best, k is always 0.
         """
-        rates, tokens, reach = [1 / self.curve.round(0)], 1.0, 1.0
+        rates, tokens, reach = [1 / self.costs.round(0)], 1.0, 1.0
         for k, share in enumerate(self.acceptance(), start=1):
             reach *= share
             tokens += reach
-            rates.append(tokens / self.curve.round(k))
+            rates.append(tokens / self.costs.round(k))
         best = max(range(len(rates)), key=rates.__getitem__)
         return self.k if self.k and best and rates[best] < _GAIN * rates[self.k] else best

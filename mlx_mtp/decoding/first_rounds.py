@@ -2,67 +2,117 @@
 
 from collections.abc import Callable
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
-from .draft_length import MAX_DRAFT_TOKENS, CostCurve, DraftLength
+from .draft_length import MAX_DRAFT_TOKENS, Choice, CostCurve, Costs, DraftPolicy
 from .kept_costs import MeasuringLock
 
 # These draft lengths are measured, in this order. The costs of the other lengths are interpolated.
-_MEASURED = (1, 0, 2, 4, 8)
-# In the first pass, each length has rounds that are not timed: one runs uncompiled, one is compiled, and one more runs
-# compiled. In the second pass, one round brings the weights of this length into the caches.
-_WARM_UP = (3, 1)
+MEASURED = (1, 0, 2, 4, 8)
+# Rounds ahead are measured for these draft lengths. For the other lengths, the ratio of both ways is interpolated.
+_MEASURED_AHEAD = (0, 4)
+# These are the passes over all lengths: whether rounds are dispatched ahead, and the number of rounds of each length
+# that are not timed. In the first pass, one of them runs uncompiled, one is compiled, and one more runs compiled. In
+# the other passes, they bring the weights of this length into the caches. A round ahead needs another one before it.
+_PASSES = ((False, 3), (True, 2), (False, 1), (True, 2))
 # This is the number of timed rounds of a length in each pass.
-_TIMED = 4
+_TIMED = 3
 # These costs are used where none are measured. Drafting gains little by them, so it needs good acceptance.
-CAUTIOUS = CostCurve([1 + 0.2 * k for k in range(MAX_DRAFT_TOKENS + 1)], 0.15, 0.1)
+CAUTIOUS = Costs(CostCurve([1 + 0.2 * k for k in range(MAX_DRAFT_TOKENS + 1)], 0.15, 0.1))
+
+
+class _Planned(NamedTuple):
+    choice: Choice
+    is_timed: bool
 
 
 class FirstRounds:
-    """The plan of the measured rounds, and their times so far. The rounds may belong to several texts."""
+    """The plan of the measured rounds, and their times so far. The rounds may belong to several texts.
 
-    def __init__(self) -> None:
-        self._plan = [
-            (k, is_timed) for warm_up in _WARM_UP for k in _MEASURED for is_timed in [False] * warm_up + [True] * _TIMED
-        ]
+    `lengths` are the numbers of draft tokens to measure: `MEASURED`, or a single one. `ahead` tells whether rounds can
+    be dispatched ahead.
+    """
+
+    def __init__(self, lengths: tuple[int, ...] = MEASURED, *, ahead: bool) -> None:
+        lengths_ahead = (lengths if len(lengths) == 1 else _MEASURED_AHEAD) if ahead else ()
+        self._plan: list[_Planned] = []
+        for is_ahead, warm_up in _PASSES:
+            for k in lengths_ahead if is_ahead else lengths:
+                self._plan += [_Planned(Choice(k, is_ahead), i >= warm_up) for i in range(warm_up + _TIMED)]
+            if is_ahead and ahead:
+                # No round is dispatched ahead of the report of the last round, so its time is another one.
+                self._plan.append(self._plan[-1]._replace(is_timed=False))
         self._done = 0
-        self._seconds: dict[int, list[float]] = {k: [] for k in _MEASURED}
+        self._seconds: dict[Choice, list[float]] = {planned.choice: [] for planned in self._plan}
+
+    def choose(self, in_flight: int = 0) -> Choice | None:
+        """Return the next round, while `in_flight` rounds are not reported. Return None if all rounds were chosen."""
+        following = self._done + in_flight
+        return self._plan[following].choice if following < len(self._plan) else None
 
     @property
-    def k(self) -> int | None:
-        """The number of draft tokens of the next round, or None if the measurement is complete."""
-        return self._plan[self._done][0] if self._done < len(self._plan) else None
+    def has_begun(self) -> bool:
+        """True if any round of the plan was recorded."""
+        return self._done > 0
 
-    def note(self, drafted: int, seconds: float) -> None:
-        """Record a round. A round with another number of draft tokens than `k` does not count."""
-        k, is_timed = self._plan[self._done]
-        if drafted == k:
-            self._done += 1
-            if is_timed:
-                self._seconds[k].append(seconds)
+    @property
+    def is_complete(self) -> bool:
+        """True if all rounds of the plan were recorded."""
+        return self._done == len(self._plan)
 
-    def curve(self) -> CostCurve:
-        """Return the costs of rounds, in seconds. A round includes its draft steps, so `draft` is 0."""
-        lengths = sorted(_MEASURED)
-        costs = np.interp(range(MAX_DRAFT_TOKENS + 1), lengths, [median(self._seconds[k]) for k in lengths])
-        return CostCurve(costs.tolist(), 0.0)
+    def note(self, drafted: int, seconds: float | None, *, ahead: bool) -> None:
+        """Record a round. A round of another kind than the plan expects does not count."""
+        choice, is_timed = self._plan[self._done]
+        if drafted != choice.k or (choice.ahead and not ahead):
+            return
+        self._done += 1
+        if is_timed and seconds is not None:
+            self._seconds[choice].append(seconds)
+
+    def costs(self) -> Costs:
+        """Return the costs of rounds, in seconds. A round includes its draft steps, so `draft` is 0.
+
+        Raises ValueError if the time of a draft length is not known, or if no clock can have measured it.
+        """
+        if not all(self._seconds.values()):
+            raise ValueError("the texts were read more slowly than their rounds ran")
+        found = {choice: median(seconds) for choice, seconds in self._seconds.items()}
+        waiting = {k: seconds for (k, is_ahead), seconds in found.items() if not is_ahead}
+        if min(waiting.values()) <= 0:
+            raise ValueError(f"the costs of rounds must be positive numbers, found {list(waiting.values())}")
+        ratios = {k: seconds / waiting[k] for (k, is_ahead), seconds in found.items() if is_ahead}
+        if not ratios:
+            return Costs(interpolated(waiting))
+        lengths = sorted(ratios)
+        shares = np.interp(sorted(waiting), lengths, [ratios[k] for k in lengths])
+        ahead = {k: float(share) * waiting[k] for k, share in zip(sorted(waiting), shares, strict=True)}
+        return Costs(interpolated(waiting), interpolated(ahead))
 
 
-class MeasuringDraftLength(DraftLength):
-    """A policy that measures the costs of rounds in the first rounds of its text, and then uses them.
+def interpolated(seconds: dict[int, float]) -> CostCurve:
+    """Return the costs of whole rounds from the seconds of some draft lengths."""
+    lengths = sorted(seconds)
+    return CostCurve(np.interp(range(lengths[-1] + 1), lengths, [seconds[k] for k in lengths]).tolist(), 0.0)
+
+
+class MeasuringPolicy(DraftPolicy):
+    """A policy that measures the costs of rounds in the first rounds of its text. Then `chooser` uses them.
 
     `acquire` is called when the text begins. It returns the lock of the measurement, or None if another text or program
-    measures. This text then uses cautious costs. `finish` gets the measured costs, and returns the costs to use.
+    measures: `chooser` then keeps the costs that it has. `finish` returns the costs to use after the measurement.
     """
 
     def __init__(
         self,
+        chooser: DraftPolicy,
         rounds: FirstRounds,
         acquire: Callable[[], MeasuringLock | None],
-        finish: Callable[[CostCurve], CostCurve],
+        finish: Callable[[], Costs],
     ) -> None:
-        super().__init__(CAUTIOUS)
+        super().__init__(chooser.k)
+        self.chooser = chooser
         self._rounds = rounds
         self._acquire = acquire
         self._finish = finish
@@ -70,24 +120,25 @@ class MeasuringDraftLength(DraftLength):
 
     def start(self) -> None:
         """Start the measurement, or continue that of earlier texts."""
-        if self._rounds.k is None:
+        if self._rounds.is_complete:
             # Another text has completed the measurement since this policy was made.
-            self.use(self._finish(self._rounds.curve()))
-            return
-        self._lock = self._acquire()
-        if self._lock is not None:
-            self.k = self._rounds.k
+            self.chooser.use(self._finish())
+        else:
+            self._lock = self._acquire()
 
-    def update(self, drafted: int, accepted: int, seconds: float) -> None:
-        """Record the result and the time of a round, and choose k for the next round."""
-        super().update(drafted, accepted, seconds)
+    def choose(self, in_flight: int = 0) -> Choice:
+        """Choose the next round of the measurement, or the next round of `chooser`."""
+        planned = self._rounds.choose(in_flight) if self._lock is not None else None
+        return planned or self.chooser.choose(in_flight)
+
+    def update(self, drafted: int, accepted: int, seconds: float | None, *, ahead: bool = False) -> None:
+        """Record the result and the time of a round."""
+        self.chooser.update(drafted, accepted, seconds, ahead=ahead)
         if self._lock is None:
             return
-        self._rounds.note(drafted, seconds)
-        if (k := self._rounds.k) is not None:
-            self.k = k
-        else:
-            self.use(self._finish(self._rounds.curve()))
+        self._rounds.note(drafted, seconds, ahead=ahead)
+        if self._rounds.is_complete:
+            self.chooser.use(self._finish())
             self.end()
 
     def end(self) -> None:

@@ -27,6 +27,11 @@ class Host:
         self.reads = 0
         self._copied = mx.zeros(0, mx.int32)
 
+    @property
+    def has_part(self) -> bool:
+        """True if a guide or a logits processor must follow the text before each round."""
+        return self.guide is not None or self._has_processors
+
     def wait_for(self, values: mx.array) -> list[Any]:
         """Read an array of the device as a list, and count the read.
 

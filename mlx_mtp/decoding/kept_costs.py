@@ -1,4 +1,4 @@
-"""Cost curves in the user's cache directory, so that each kind of pair is measured once on a machine."""
+"""Costs of rounds in the user's cache directory, so that each kind of pair is measured once on a machine."""
 
 import fcntl
 import hashlib
@@ -15,7 +15,7 @@ from typing import Any
 from mlx_mtp.checkpoints.output_files import replace_text
 from mlx_mtp.errors import CalibrationError, ClosedError, OutputError
 
-from .draft_length import MAX_DRAFT_TOKENS, CostCurve
+from .draft_length import MAX_DRAFT_TOKENS, CostCurve, Costs
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +39,11 @@ def cache_directory() -> Path:
     return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "mlx-mtp"
 
 
-class CurveFile:
-    """The file that keeps the cost curve of an identity, in `folder` or the user's cache directory.
+class CostsFile:
+    """The file that keeps the costs of an identity, in `folder` or the user's cache directory.
 
     The identity is everything that decides the cost of a round. Without a home folder, there is no file: a warning is
-    logged, and no curve is kept.
+    logged, and nothing is kept.
     """
 
     def __init__(self, identity: dict[str, Any], folder: Path | None = None) -> None:
@@ -56,28 +56,33 @@ class CurveFile:
         except OSError as error:
             logger.warning("the measurement of rounds is not kept: %s", error)
 
-    def read(self) -> CostCurve | None:
-        """Return the curve in the file, or None if there is none. Log a warning if the file cannot be used."""
+    def read(self) -> Costs | None:
+        """Return the costs in the file, or None if there is none. Log a warning if the file cannot be used."""
         if self.path is None:
             return None
         try:
             content = json.loads(self.path.read_text())
             if content["identity"] != self._identity:
                 raise ValueError("of another pair, device or version")
-            return checked(CostCurve(**content["seconds"]))
+            curves = content["seconds"]
+            waiting, ahead = (None if curves[way] is None else CostCurve(**curves[way]) for way in Costs._fields)
+            if waiting is None:
+                raise ValueError("without the costs of rounds that wait")
+            return checked(Costs(waiting, ahead))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:
             logger.warning("%s: not a usable measurement of rounds, measured again: %s", self.path, error)
             return None
 
-    def write(self, curve: CostCurve) -> None:
-        """Keep the curve. Log a warning if the folder cannot be written."""
+    def write(self, costs: Costs) -> None:
+        """Keep the costs. Log a warning if the folder cannot be written."""
         if self.path is None:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(self.path, json.dumps({"identity": self._identity, "seconds": curve._asdict()}, indent=2))
+            seconds = {way: curve and curve._asdict() for way, curve in costs._asdict().items()}
+            replace_text(self.path, json.dumps({"identity": self._identity, "seconds": seconds}, indent=2))
         except (OSError, OutputError) as error:
             logger.warning("%s: the measurement of rounds is not kept: %s", self.path, error)
 
@@ -126,17 +131,17 @@ class MeasuringLock:
 
 
 def read_or_measure(
-    identity: dict[str, Any], measure: Callable[[], CostCurve], folder: Path | None = None, *, remeasure: bool = False
-) -> CostCurve:
-    """Return the cost curve that is kept for an identity, or measure it.
+    identity: dict[str, Any], measure: Callable[[], Costs], folder: Path | None = None, *, remeasure: bool = False
+) -> Costs:
+    """Return the costs that is kept for an identity, or measure it.
 
-    The curve is measured if none is kept, or if `remeasure` is set. A file that cannot be read, or that has another
-    identity, is replaced by a new measurement. If the folder cannot be written, the curve is still measured, and a
-    warning is logged. If another program measures for a long time, the curve is measured beside it, and is not kept.
+    The costs are measured if none are kept, or if `remeasure` is set. A file that cannot be read, or that has another
+    identity, is replaced by a new measurement. If the folder cannot be written, the costs are still measured, and a
+    warning is logged. If another program measures for a long time, the costs are measured beside it, and are not kept.
 
     Raises CalibrationError if the measured costs cannot be true.
     """
-    file = CurveFile(identity, folder)
+    file = CostsFile(identity, folder)
     if not remeasure and (kept := file.read()) is not None:
         return kept
     lock = file.lock()
@@ -147,10 +152,10 @@ def read_or_measure(
             if not remeasure and (kept := file.read()) is not None:
                 return kept
         logger.info("measuring what rounds cost on this machine, once; kept in %s", file.path or "no file")
-        curve = checked(measure())
+        costs = checked(measure())
         if lock is not None:
-            file.write(curve)
-        return curve
+            file.write(costs)
+        return costs
     except ClosedError:
         raise
     except ValueError as error:
@@ -162,14 +167,17 @@ def read_or_measure(
             lock.release()
 
 
-def checked(curve: CostCurve) -> CostCurve:
-    """Return the curve if its costs are plausible.
+def checked(costs: Costs) -> Costs:
+    """Return the costs if they are plausible.
 
     Raises ValueError if no clock can have measured the costs.
     """
-    numbers = [*curve.verify, curve.draft, curve.overhead]
-    if len(curve.verify) != MAX_DRAFT_TOKENS + 1 or not all(isinstance(n, int | float) for n in numbers):
-        raise ValueError(f"expected {MAX_DRAFT_TOKENS + 1} costs of passes, of a draft step and of the rest")
-    if not all(math.isfinite(n) and n >= 0 for n in numbers) or min(curve.verify) <= 0:
-        raise ValueError(f"the costs of rounds must be positive numbers, found {numbers}")
-    return curve
+    for curve in costs:
+        if curve is None:
+            continue
+        numbers = [*curve.verify, curve.draft, curve.overhead]
+        if len(curve.verify) != MAX_DRAFT_TOKENS + 1 or not all(isinstance(n, int | float) for n in numbers):
+            raise ValueError(f"expected {MAX_DRAFT_TOKENS + 1} costs of passes, of a draft step and of the rest")
+        if not all(math.isfinite(n) and n >= 0 for n in numbers) or min(curve.verify) <= 0:
+            raise ValueError(f"the costs of rounds must be positive numbers, found {numbers}")
+    return costs

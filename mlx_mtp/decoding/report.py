@@ -25,7 +25,7 @@ class RoundReport(NamedTuple):
 
     The last of `tokens` is the target's own choice, unless a stop token cut the round short. `logprobs` has one item
     per token. It is None if log probabilities were not requested. `host_reads` counts how often the round waited for
-    the device.
+    the device. `ahead` tells whether the round was dispatched before the report of the round before it.
     """
 
     tokens: list[int]
@@ -33,6 +33,7 @@ class RoundReport(NamedTuple):
     accepted: int
     logprobs: list[Logprobs] | None
     host_reads: int
+    ahead: bool = False
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Stats:
     The token that prefill yields belongs to no round. `host_reads` counts how often a round waited for the device. A
     round waits once, but more often with guides, log probabilities and mapped per-layer embeddings. `processed_rows`
     counts the rows for which a Python logits processor was called. A processor may read from the device too.
+    `rounds_ahead` counts the rounds that were dispatched before the report of the round before them.
     `embeddings` counts the rows of mapped per-layer embeddings. It includes the rows of the prompt, and the rows that
     other streams read in the meantime.
     """
@@ -54,10 +56,13 @@ class Stats:
     accepted_at: list[int] = field(default_factory=list)
     processed_rows: int = 0
     embeddings: EmbeddingStats | None = None
+    # The device decides it. The same text has other counts in another run.
+    rounds_ahead: int = field(default=0, compare=False)
 
-    def add(self, drafted: int, accepted: int, host_reads: int = 1) -> None:
+    def add(self, drafted: int, accepted: int, host_reads: int = 1, *, ahead: bool = False) -> None:
         """Add the counts of one round."""
         self.rounds += 1
+        self.rounds_ahead += ahead
         self.host_reads += host_reads
         self.drafted += drafted
         self.accepted += accepted
@@ -71,6 +76,7 @@ class Stats:
     def merge(self, other: "Stats") -> None:
         """Add the counts of another generation."""
         self.rounds += other.rounds
+        self.rounds_ahead += other.rounds_ahead
         self.host_reads += other.host_reads
         self.drafted += other.drafted
         self.accepted += other.accepted

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -39,6 +40,19 @@ def check_logprobs(logprobs: int | None, vocab_size: int) -> None:
     """
     if logprobs is not None and logprobs > vocab_size:
         raise OptionError(f"logprobs is {logprobs}, more than the vocabulary of {vocab_size}")
+
+
+class _InFlight(NamedTuple):
+    """A round of k draft tokens that was dispatched, and whose report was not read yet.
+
+    `ahead` tells whether it was dispatched before the report of the round before it. `reads` counts the host reads of
+    the dispatch.
+    """
+
+    k: int
+    verified: Verified
+    ahead: bool
+    reads: int
 
 
 class Stream:
@@ -81,6 +95,8 @@ class Stream:
         self.snapshots: list[Snapshot] = []
         # This is true while a chunk of the prompt is read. The rings then hold neither the old rows nor the new rows.
         self._is_reading = False
+        # One round, or two if the second was dispatched ahead.
+        self._in_flight: list[_InFlight] = []
         # This list holds all tokens so far, including the prompt. The last token is the bonus token.
         self.tokens: list[int] = []
         self.cache = Cache(target.config, target.dtype, max_block=max_draft_tokens + 1, quantization=kv_quantization)
@@ -201,19 +217,64 @@ class Stream:
 
         Raises OptionError if there are draft tokens but no drafter.
         """
+        self.dispatch(k)
+        return self.finish(stop_ids)
+
+    def dispatch(self, k: int) -> None:
+        """Give a round of k draft tokens to the device, without waiting for its report.
+
+        A second round may be dispatched ahead of the report of the first if `can_go_ahead` says so.
+
+        Raises OptionError if there are draft tokens but no drafter.
+        """
         assert k < self.cache.max_block, "more draft tokens than the stream was made for"
-        before, reads = self.cache.length, self.host.reads
+        reads = self.host.reads
         self.cache.reserve(k + 1)
         verified = self._advance(k)
-        mx.eval(verified, self.state)
+        mx.async_eval(verified, self.state)
+        self._in_flight.append(_InFlight(k, verified, bool(self._in_flight), self.host.reads - reads))
+        self.cache.in_flight += k + 1
+
+    def finish(self, stop_ids: frozenset[int] = frozenset()) -> RoundReport:
+        """Wait for the report of the first round in flight, and emit its tokens.
+
+        After a stop token, a round that was dispatched ahead is discarded.
+        """
+        k, verified, ahead, reads = self._in_flight.pop(0)
+        self.cache.in_flight -= k + 1
+        before = self.host.reads
+        if not self._in_flight:
+            # The next round finds all its buffers at rest, and writes them in place.
+            mx.eval(verified, self.state)
         accepted, *tokens = self.host.wait_for(verified.report)
-        self.cache.length = before + accepted + 1
         tokens = up_to_stop(tokens[: accepted + 1], stop_ids)
-        if len(tokens) <= accepted:
-            self.cache.set_length(before + len(tokens))
+        self.cache.length += len(tokens)
         self._append(tokens)
+        if tokens[-1] in stop_ids:
+            self.discard()
         logprobs = self.host.logprobs(verified.logprobs, self.parts.logprobs, len(tokens))
-        return RoundReport(tokens, k, accepted, logprobs, self.host.reads - reads)
+        return RoundReport(tokens, k, accepted, logprobs, self.host.reads - before + reads, ahead)
+
+    @property
+    def in_flight(self) -> list[int]:
+        """The numbers of draft tokens of the rounds in flight."""
+        return [each.k for each in self._in_flight]
+
+    def can_go_ahead(self, k: int) -> bool:
+        """Return whether a round of k draft tokens can be dispatched ahead of the report of the round in flight.
+
+        The host has no part in it. Its shape is the same for every number of draft tokens that are accepted now, so
+        that its K/V rows, and with them its bits, are those of a round that waits.
+        """
+        if self.host.has_part or self.parts.target.mapped is not None:
+            return False
+        return self.cache.is_uniform(2, self.cache.in_flight + k + 1)
+
+    def discard(self) -> None:
+        """Forget the rounds in flight. Their rows stay behind the last position. Do not decode after this call."""
+        self._in_flight.clear()
+        self.cache.in_flight = 0
+        self.cache.set_length(self.cache.length)
 
     def _advance(self, k: int) -> Verified:
         """Run a round of k draft tokens and replace the state. Only the host's part is evaluated."""
@@ -297,12 +358,36 @@ def decode(
         policy.start()
         yield first
         last, remaining = first.tokens[-1], max_tokens - 1
+        reported = time.perf_counter()
         while remaining and last not in stop_ids:
-            began = time.perf_counter()
-            # A round yields up to k + 1 tokens. Never draft more tokens than may still be emitted.
-            result = stream.round(min(policy.k, remaining - 1, stream.longest_draft()), stop_ids)
-            policy.update(result.drafted, result.accepted, time.perf_counter() - began)
-            yield result
-            last, remaining = result.tokens[-1], remaining - len(result.tokens)
+            resumed = time.perf_counter()
+            _dispatch(stream, policy, remaining)
+            report = stream.finish(stop_ids)
+            before, reported = reported, time.perf_counter()
+            # The caller may take longer than the round. The time then says nothing about the round.
+            is_slow = resumed - before > reported - resumed
+            policy.update(
+                report.drafted,
+                report.accepted,
+                None if is_slow else reported - before,
+                ahead=report.ahead,
+            )
+            yield report
+            last, remaining = report.tokens[-1], remaining - len(report.tokens)
     finally:
+        stream.discard()
         policy.end()
+
+
+def _dispatch(stream: Stream, policy: DraftPolicy, remaining: int) -> None:
+    """Dispatch the next round of a text that may emit `remaining` more tokens, and maybe the round after it.
+
+    A round yields up to k + 1 tokens. It never drafts more tokens than may still be emitted.
+    """
+    if not stream.in_flight:
+        stream.dispatch(min(policy.choose().k, remaining - 1, stream.longest_draft()))
+    (k,) = stream.in_flight
+    following = policy.choose(in_flight=1)
+    # Whatever is accepted of the round in flight, the round after it is the same.
+    if following.ahead and following.k < remaining - (k + 1) and stream.can_go_ahead(following.k):
+        stream.dispatch(following.k)

@@ -99,11 +99,12 @@ class Cache:
     """The K/V buffers of one stream: their layout, known on the host, and their arrays, `kv`.
 
     `offset` (device) and `length` (host) are the number of valid positions. `length` is the last value that the host
-    knew. `written` is the number of positions that any pass may have written, rejected rows included. `max_block` is
-    the largest number of rows that one verify pass may write. `visible` is the number of
-    full-attention rows that a pass and the drafter see. It is at least the number of valid rows, and grows in steps.
-    Successive passes therefore have the same shape, and their cost does not depend on the capacity. `is_quantized`
-    tells whether the full-attention buffers are quantized. Once they are quantized, they stay quantized.
+    knew. `in_flight` is the number of rows that rounds in flight write after it. `written` is the number of positions
+    that any pass may have written, rejected rows included. `max_block` is the largest number of rows that one verify
+    pass may write. `visible` is the number of full-attention rows that a pass and the drafter see. It is at least the
+    number of valid rows, and grows in steps. Successive passes therefore have the same shape, and their cost does not
+    depend on the capacity. `is_quantized` tells whether the full-attention buffers are quantized. Once they are
+    quantized, they stay quantized.
 
     Raises OptionError if the groups of `quantization` do not divide the full-attention heads.
     """
@@ -130,6 +131,7 @@ class Cache:
         self.capacity = rows_in_buffers(capacity)
         self.kv = KVState.none()
         self.length = 0
+        self.in_flight = 0
         self.written = 0
         self.visible = self.capacity
         for index, layer in enumerate(config.layers):
@@ -183,12 +185,13 @@ class Cache:
         return Pass(self, length)
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` more rows, and make them visible.
+        """Make room for `length` more rows after all rows in flight, and make them visible.
 
         If the start position of quantization is reached, the buffers are quantized here.
         """
         if self.quantization is not None and not self.is_quantized and self.length >= self.quantization.start:
             self._quantize(self.quantization)
+        length += self.in_flight
         self.written = max(self.written, self.length + length)
         self.visible = self.rows_for(length)
         self._grow(self.visible)
@@ -205,6 +208,12 @@ class Cache:
         """
         start = 0 if self.quantization is None else self.quantization.start
         return min(length, start - self.length) if self.length < start else length
+
+    def is_uniform(self, least: int, most: int) -> bool:
+        """Return whether passes that end `least` to `most` rows after the last known length see the same rows."""
+        if self.quantization is not None and not self.is_quantized and self.length + most > self.quantization.start:
+            return False
+        return self.rows_for(least) == self.rows_for(most)
 
     def set_length(self, length: int) -> None:
         """Set the number of valid positions, known on the host. Rows beyond it are forgotten."""

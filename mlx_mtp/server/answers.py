@@ -146,6 +146,7 @@ def _generation_stats(response: GenerationResponse) -> JsonObject:
     return {
         "from_draft": response.from_draft,
         "rounds": stats.rounds,
+        "rounds_ahead": stats.rounds_ahead,
         "drafted": stats.drafted,
         "accepted": stats.accepted,
         "acceptance_length": stats.acceptance_length,

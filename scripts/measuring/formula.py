@@ -15,7 +15,7 @@ from huggingface_hub.utils import tqdm
 import mlx_mtp
 from mlx_mtp.bench.cli import prompt
 from mlx_mtp.decoding.calibration import measure_rounds
-from mlx_mtp.decoding.draft_length import CostCurve
+from mlx_mtp.decoding.draft_length import Costs
 
 from .artificial import ArtificialDrafter
 from .costs import add_quick, measuring_plan
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     plain: list[float] = []
     speeds: dict[tuple[float, int], list[float]] = {setting: [] for setting in runs}
     lengths: dict[tuple[float, int], list[float]] = {setting: [] for setting in runs}
-    curves: list[CostCurve] = []
+    curves: list[Costs] = []
     for repeat in tqdm(range(-1, args.repeats), desc="Runs"):
         curves.append(measure_rounds(model.target, model.drafter, options.sampling, plan=measuring_plan(args)))
         last = checked(model.generate(tokens, options), text[len(tokens) :])

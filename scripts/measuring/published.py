@@ -24,7 +24,7 @@ from mlx.utils import tree_map_with_path
 from mlx_mtp.bench.operations import operations, round_outputs
 from mlx_mtp.decoding.calibration import MeasuringPlan, measure_rounds
 from mlx_mtp.decoding.compiled import CompiledRounds
-from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, CostCurve, DraftLength
+from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, Costs, DraftLength
 from mlx_mtp.decoding.report import RoundReport, Stats
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.stream import Stream
@@ -64,16 +64,16 @@ def run(args: argparse.Namespace) -> None:
         randomize(module, args.bits)
     for k in (0, 3):
         print(f"k = {k}: {operations(round_outputs(target, drafter, k)).total()} operations on {mx.default_device()}")
-    curve = measure_costs(target, drafter, replace(measuring_plan(args), context=PROMPT_TOKENS))
-    print_costs(curve)
+    costs = measure_costs(target, drafter, replace(measuring_plan(args), context=PROMPT_TOKENS))
+    print_costs(costs)
     if args.chances:
-        measure_speed(target, drafter, curve, args)
+        measure_speed(target, drafter, costs, args)
     if args.mlx_lm:
         mx.random.seed(0)
         print(f"mlx-lm: {mlx_lm_speed(args):.1f} tokens/s")
 
 
-def measure_costs(target: Target, drafter: Drafter, plan: MeasuringPlan) -> CostCurve:
+def measure_costs(target: Target, drafter: Drafter, plan: MeasuringPlan) -> Costs:
     with tqdm(desc="Rounds") as bar:
         return measure_rounds(target, drafter, Sampling(), partial(show_progress, bar), plan=plan)
 
@@ -83,17 +83,21 @@ def show_progress(bar: tqdm, done: int, total: int) -> None:
     bar.update(done - bar.n)
 
 
-def print_costs(curve: CostCurve) -> None:
+def print_costs(costs: Costs) -> None:
+    curve = costs.waiting
     one = curve.verify[0]
     print("v(1) to v(9), ms: " + " ".join(f"{1e3 * seconds:.1f}" for seconds in curve.verify))
     print("over v(1):        " + " ".join(f"{seconds / one:.2f}" for seconds in curve.verify))
     print(
         f"draft step {1e3 * curve.draft:.2f} ms, {curve.draft / one:.3f} of v(1); other {1e3 * curve.overhead:.2f} ms"
     )
+    if costs.ahead is not None:
+        shares = [ahead / one for ahead in costs.ahead.verify]
+        print("ahead over v(1): " + " ".join(f"{share:.2f}" for share in shares))
     print(f"peak memory {mx.get_peak_memory() / 1e9:.2f} GB", flush=True)
 
 
-def measure_speed(target: Target, drafter: Drafter, curve: CostCurve, args: argparse.Namespace) -> None:
+def measure_speed(target: Target, drafter: Drafter, costs: Costs, args: argparse.Namespace) -> None:
     """Print the tokens/s of each draft length, for each chance that a draft token is accepted."""
     drawn: Any = mx.random.randint(0, target.config.vocab_size, (PROMPT_TOKENS + args.max_tokens + 10,)).tolist()
     text: list[int] = drawn
@@ -107,7 +111,7 @@ def measure_speed(target: Target, drafter: Drafter, curve: CostCurve, args: argp
             stream = Stream(target, artificial, max_draft_tokens=MAX_DRAFT_TOKENS, rounds=rounds)
             stream.parts = stream.parts._replace(rules=KnownText(target, text))
             done, seconds = decode_known(
-                stream, text, args.max_tokens, DraftLength(curve) if length == AUTO else length
+                stream, text, args.max_tokens, DraftLength(costs) if length == AUTO else length
             )
             if repeat >= 0:
                 speeds[chance, length].append((args.max_tokens - 1) / seconds)
@@ -118,7 +122,7 @@ def measure_speed(target: Target, drafter: Drafter, curve: CostCurve, args: argp
         best = max((speeds[chance, k] for k in FIXED_LENGTHS), key=median)
         for length in LENGTHS:
             found = stats[chance, length]
-            expected = None if length == AUTO else tokens_per_round(found) * curve.round(0) / curve.round(length)
+            expected = None if length == AUTO else tokens_per_round(found) * costs.round(0) / costs.round(length)
             speed, plain = speeds[chance, length], speeds[chance, 0]
             print(
                 f"{chance:6.2f} {length:>4} {speed_cells(speed, plain, best, expected)} {round_cells(found)}",

@@ -176,7 +176,9 @@ def test_every_kind_of_generation(folder: Folder) -> None:
         assert ours.last.stats.accepted == theirs.last.stats.accepted
         assert ours.last.stats.embeddings is None
         assert theirs.last.stats.embeddings is not None
-    assert repr(resident.parts.costs.identity(Sampling(), None)) != repr(mapped.parts.costs.identity(Sampling(), None))
+    assert repr(resident.parts.costs.identity(Sampling(), None, 0)) != repr(
+        mapped.parts.costs.identity(Sampling(), None, 0)
+    )
 
 
 def test_exact_rounds(folder: Folder) -> None:

@@ -24,7 +24,7 @@ from mlx_mtp.checkpoints.tensors import read_checkpoint
 from mlx_mtp.convert import cli as convert
 from mlx_mtp.convert.converter import Options
 from mlx_mtp.convert.converter import convert as run_convert
-from mlx_mtp.decoding.draft_length import CostCurve
+from mlx_mtp.decoding.draft_length import CostCurve, Costs
 from mlx_mtp.decoding.kept_costs import read_or_measure
 from mlx_mtp.errors import ConfigError, DataError, OutputError, TokenizerError, WeightsError
 from mlx_mtp.server import cli as server
@@ -344,13 +344,13 @@ def test_no_home_folder(
 def test_a_cache_folder_that_cannot_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    curve = CostCurve([1.0 + 0.1 * k for k in range(9)], 0.05, 0.02)
+    costs = Costs(CostCurve([1.0 + 0.1 * k for k in range(9)], 0.05, 0.02))
 
     def refuse(path: Path, *_: Any, **__: Any) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "read_text", refuse)
-    assert read_or_measure({"a": 1}, lambda: curve, tmp_path) == curve
+    assert read_or_measure({"a": 1}, lambda: costs, tmp_path) == costs
     assert "not a usable measurement of rounds, measured again: " in caplog.text
 
 

@@ -9,20 +9,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.curves import CURVE
+from support.curves import COSTS, CURVE
 
 import mlx_mtp
 from mlx_mtp import chat, generate
 from mlx_mtp.decoding import calibration, kept_costs, stream
 from mlx_mtp.decoding.calibration import MeasuringPlan, RoundCosts, measure_rounds
-from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, CostCurve
-from mlx_mtp.decoding.kept_costs import CurveFile, cache_directory, read_or_measure
+from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, Costs
+from mlx_mtp.decoding.kept_costs import CostsFile, cache_directory, read_or_measure
 
 TinyPair = Callable[[str], Path]
 # A fixture replaces this function, so that tests use known costs.
@@ -36,14 +36,14 @@ def kept_file(folder: Path) -> Path:
     return file
 
 
-def refuse(*_: object) -> CostCurve:
+def refuse(*_: object, **__: object) -> Costs:
     raise AssertionError("measured, though it is known")
 
 
 def test_measured_once_and_kept(tmp_path: Path) -> None:
     folder = tmp_path / "not" / "there" / "yet"
-    assert read_or_measure(IDENTITY, lambda: CURVE, folder) == CURVE
-    assert read_or_measure(IDENTITY, refuse, folder) == CURVE
+    assert read_or_measure(IDENTITY, lambda: COSTS, folder) == COSTS
+    assert read_or_measure(IDENTITY, refuse, folder) == COSTS
     with pytest.raises(AssertionError):
         read_or_measure(IDENTITY | {"mlx": "1.2.4"}, refuse, folder)
     assert [file.name for file in folder.iterdir()] == [kept_file(folder).name]
@@ -56,9 +56,9 @@ def test_measured_once_and_kept(tmp_path: Path) -> None:
         lambda text: "",
         lambda text: "[]",
         lambda text: text.replace("1.2.3", "1.2.2"),
-        lambda text: text.replace("1.75", "NaN"),
-        lambda text: text.replace("1.75", "-1.75"),
-        lambda text: text.replace("1.75", '"1.75"'),
+        lambda text: text.replace("1.75,", "NaN,"),
+        lambda text: text.replace("1.75,", "-1.75,"),
+        lambda text: text.replace("1.75,", '"1.75",'),
         lambda text: text.replace("1.75,", ""),
         lambda text: text.replace('"draft"', '"drafts"'),
     ],
@@ -66,12 +66,12 @@ def test_measured_once_and_kept(tmp_path: Path) -> None:
 def test_a_damaged_file_is_measured_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[str], str]
 ) -> None:
-    read_or_measure(IDENTITY, lambda: CURVE, tmp_path)
+    read_or_measure(IDENTITY, lambda: COSTS, tmp_path)
     file = kept_file(tmp_path)
     good = file.read_text()
     file.write_text(damage(good))
     assert file.read_text() != good
-    assert read_or_measure(IDENTITY, lambda: CURVE, tmp_path) == CURVE
+    assert read_or_measure(IDENTITY, lambda: COSTS, tmp_path) == COSTS
     assert f"{file}: not a usable measurement of rounds, measured again: " in caplog.text
     assert file.read_text() == good
 
@@ -80,13 +80,13 @@ def test_where_nothing_can_be_written_it_is_measured_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert read_or_measure(IDENTITY, lambda: CURVE, tmp_path / "file") == CURVE
+    assert read_or_measure(IDENTITY, lambda: COSTS, tmp_path / "file") == COSTS
     assert "the measurement of rounds is not kept: " in caplog.text
 
 
 def test_one_program_measures_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second program waits, and then uses the measurement of the first program."""
-    first, second = CurveFile(IDENTITY, tmp_path), CurveFile(IDENTITY | {"pair": "b"}, tmp_path)
+    first, second = CostsFile(IDENTITY, tmp_path), CostsFile(IDENTITY | {"pair": "b"}, tmp_path)
     lock = first.lock()
     assert lock is not None
     assert second.lock() is None
@@ -96,18 +96,18 @@ def test_one_program_measures_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
     code += "lambda: 1 / 0, Path(sys.argv[1])))"
     with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True) as process:
         time.sleep(1)
-        first.write(CURVE)
+        first.write(COSTS)
         lock.release()
         lock.release()
-        assert process.communicate()[0].strip() == str(CURVE)
+        assert process.communicate()[0].strip() == str(COSTS)
     again = second.lock()
     assert again is not None
     # If the other program does not end, the costs are measured but not kept.
     monkeypatch.setattr(kept_costs, "_LONGEST_WAIT", 0.1)
-    assert read_or_measure(IDENTITY | {"pair": "c"}, lambda: CURVE, tmp_path) == CURVE
+    assert read_or_measure(IDENTITY | {"pair": "c"}, lambda: COSTS, tmp_path) == COSTS
     assert len(list(tmp_path.iterdir())) == 1
     again.release()
-    assert CurveFile(IDENTITY, tmp_path / "file" / "absent").lock() is not None
+    assert CostsFile(IDENTITY, tmp_path / "file" / "absent").lock() is not None
 
 
 def test_the_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,11 +129,13 @@ def test_rounds_are_measured(tiny_pair: TinyPair, variant: str, sampling: mlx_mt
     assert model.drafter is not None
     progress: list[tuple[int, int]] = []
     plan = MeasuringPlan(seconds=0.0)
-    curve = measure_rounds(model.target, model.drafter, sampling, lambda *at: progress.append(at), plan=plan)
-    assert len(curve.verify) == MAX_DRAFT_TOKENS + 1
-    assert min(curve.verify) > 0
-    assert curve.draft >= 0
-    assert curve.overhead >= 0
+    costs = measure_rounds(model.target, model.drafter, sampling, lambda *at: progress.append(at), plan=plan)
+    assert costs.ahead is not None
+    for curve in (costs.waiting, costs.ahead):
+        assert len(curve.verify) == MAX_DRAFT_TOKENS + 1
+        assert min(curve.verify) > 0
+        assert curve.draft >= 0
+        assert curve.overhead >= 0
     assert progress[-1][0] == progress[-1][1]
     assert progress == sorted(progress)
 
@@ -147,9 +149,11 @@ def test_a_clock_that_jumps_once_does_no_harm(
     ticks = itertools.count()
     # The jump is within the measurement of one draft length.
     monkeypatch.setattr(time, "perf_counter", lambda: (n := next(ticks)) * 0.01 + jump * (n > 100))
-    curve = measure_rounds(model.target, model.drafter, mlx_mtp.Sampling(), plan=MeasuringPlan(repetitions=(2, 2)))
-    assert curve.verify == pytest.approx([0.01] * 9)
-    assert curve.draft == pytest.approx(0)
+    costs = measure_rounds(model.target, model.drafter, mlx_mtp.Sampling(), plan=MeasuringPlan(repetitions=(2, 2)))
+    assert costs.ahead is not None
+    for curve in (costs.waiting, costs.ahead):
+        assert curve.verify == pytest.approx([0.01] * 9)
+        assert curve.draft == pytest.approx(0)
 
 
 def test_a_clock_that_stands_still_is_an_error_not_a_curve(
@@ -158,8 +162,11 @@ def test_a_clock_that_stands_still_is_an_error_not_a_curve(
     """The wrong measurement is not kept."""
     model = mlx_mtp.load(tiny_pair("e2b") / "target")
     monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
-    plan = MeasuringPlan(turn_rounds=(2, 2), repetitions=(1, 1))
-    monkeypatch.setattr(calibration, "measure_rounds", partial(measure_rounds, plan=plan))
+
+    def measure(*arguments: Any, plan: MeasuringPlan) -> Costs:
+        return measure_rounds(*arguments, plan=replace(plan, turn_rounds=(2, 2), repetitions=(1, 1)))
+
+    monkeypatch.setattr(calibration, "measure_rounds", measure)
     with monkeypatch.context() as stopped:
         stopped.setattr(time, "perf_counter", lambda: 5.0)
         with pytest.raises(mlx_mtp.MTPError, match="costs of rounds must be positive"):
@@ -174,9 +181,9 @@ def test_a_model_measures_once_per_kind_of_sampling(
     monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
     measured: list[mlx_mtp.Sampling] = []
 
-    def measure(_target: Any, _drafter: Any, sampling: mlx_mtp.Sampling, *_: Any) -> CostCurve:
+    def measure(_target: Any, _drafter: Any, sampling: mlx_mtp.Sampling, *_: Any, **__: Any) -> Costs:
         measured.append(sampling)
-        return CURVE
+        return COSTS
 
     monkeypatch.setattr(calibration, "measure_rounds", measure)
     for _ in range(2):
@@ -197,8 +204,8 @@ def test_the_first_rounds_of_texts_measure(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(RoundCosts, "policy", POLICY)
     monkeypatch.setattr(calibration, "measure_rounds", refuse)
     model = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
-    plain = model.generate("def read_config(path):\n", max_tokens=250, ignore_eos=True, num_draft_tokens=0)
-    responses = model.stream_generate("def read_config(path):\n", max_tokens=250, ignore_eos=True)
+    plain = model.generate("def read_config(path):\n", max_tokens=320, ignore_eos=True, num_draft_tokens=0)
+    responses = model.stream_generate("def read_config(path):\n", max_tokens=320, ignore_eos=True)
     first = next(responses)
     # Another text does not disturb the measurement, and is not measured.
     beside = model.generate("def read_config(path):\n", max_tokens=60, ignore_eos=True)
@@ -208,8 +215,9 @@ def test_the_first_rounds_of_texts_measure(tmp_path: Path, monkeypatch: pytest.M
     assert [first.token, *(response.token for response in responses)] == plain.tokens
     file = kept_file(tmp_path)
     kept = json.loads(file.read_text())["seconds"]
-    assert len(kept["verify"]) == MAX_DRAFT_TOKENS + 1
-    assert min(kept["verify"]) > 0
+    for way in ("waiting", "ahead"):
+        assert len(kept[way]["verify"]) == MAX_DRAFT_TOKENS + 1
+        assert min(kept[way]["verify"]) > 0
     second = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
     assert second.generate("def read_config(path):\n", max_tokens=60, ignore_eos=True).tokens == plain.tokens[:60]
     assert json.loads(file.read_text())["seconds"] == kept
@@ -219,13 +227,13 @@ def test_a_text_that_is_not_read_or_closed_early_locks_nothing(tmp_path: Path, m
     monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
     monkeypatch.setattr(RoundCosts, "policy", POLICY)
     model = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
-    unread = model.stream_generate("x = ", max_tokens=250, ignore_eos=True)
-    closed = model.stream_generate("x = ", max_tokens=250, ignore_eos=True)
+    unread = model.stream_generate("x = ", max_tokens=320, ignore_eos=True)
+    closed = model.stream_generate("x = ", max_tokens=320, ignore_eos=True)
     for _ in range(5):
         next(closed)
-    assert CurveFile(IDENTITY, tmp_path).lock() is None
+    assert CostsFile(IDENTITY, tmp_path).lock() is None
     closed.close()
-    model.generate("x = ", max_tokens=250, ignore_eos=True)
+    model.generate("x = ", max_tokens=320, ignore_eos=True)
     assert kept_file(tmp_path)
     unread.close()
 
@@ -248,7 +256,7 @@ def test_a_text_with_a_part_of_the_host_is_measured_before_it(tmp_path: Path, mo
     monkeypatch.setattr(RoundCosts, "policy", POLICY)
     model = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
     next(model.stream_generate("x = ", regex="[0-9]{3}"))
-    assert json.loads(kept_file(tmp_path).read_text())["seconds"] == CURVE._asdict()
+    assert json.loads(kept_file(tmp_path).read_text())["seconds"]["waiting"] == CURVE._asdict()
 
 
 def test_first_rounds_that_no_clock_can_have_measured_are_not_kept(
@@ -258,8 +266,8 @@ def test_first_rounds_that_no_clock_can_have_measured_are_not_kept(
     monkeypatch.setattr(RoundCosts, "policy", POLICY)
     model = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
     monkeypatch.setattr(stream, "time", SimpleNamespace(perf_counter=lambda: 5.0))
-    result = model.generate("def read_config(path):\n", max_tokens=250, ignore_eos=True)
-    assert len(result.tokens) == 250
+    result = model.generate("def read_config(path):\n", max_tokens=320, ignore_eos=True)
+    assert len(result.tokens) == 320
     assert "the measurement of rounds is not used: the costs of rounds must be positive" in caplog.text
     assert not list(tmp_path.iterdir())
 

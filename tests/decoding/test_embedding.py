@@ -149,7 +149,7 @@ def test_ending_it_while_rounds_are_measured(
 ) -> None:
     measuring = threading.Event()
 
-    def measure(target: object, drafter: object, sampling: object, on_progress: Any, *_: object) -> None:
+    def measure(target: object, drafter: object, sampling: object, on_progress: Any, *_: object, **__: object) -> None:
         measuring.set()
         while True:
             on_progress(0, 1)

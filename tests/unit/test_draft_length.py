@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mlx_mtp.decoding.draft_length import CostCurve, DraftLength
+from mlx_mtp.decoding.draft_length import CostCurve, Costs, DraftLength
 
 # Seconds of a pass over 1 to 9 rows, relative to one row. The curves are this project's CPU backend and a Mac's 4-bit
 # kernels, stock and flat (Apple M4 Pro: mlx#3839; the flat curve is from mlx-dspark's README).
@@ -25,7 +25,7 @@ def accepted(rng: np.random.Generator, k: int, share: float) -> int:
 def tokens_per_second(curve: CostCurve, share: float, seed: int) -> float:
     """Return the policy's speed for a text whose draft tokens are each accepted with chance `share`."""
     rng = np.random.default_rng(seed)
-    policy = DraftLength(curve)
+    policy = DraftLength(Costs(curve))
     seconds, made = 0.0, 0
     while made < TOKENS:
         count = accepted(rng, policy.k, share)
@@ -48,7 +48,7 @@ def test_close_to_the_best_fixed_length_and_never_slower_than_none(name: str, sh
 
 def test_nothing_is_tried_where_nothing_can_pay() -> None:
     """A row costs as much as a pass. Even drafts that are all accepted are not worth their cost."""
-    policy = DraftLength(CURVES["steep"])
+    policy = DraftLength(Costs(CURVES["steep"]))
     for _ in range(2000):
         assert policy.k == 0
         policy.update(0, 0, 0.0)
@@ -60,7 +60,7 @@ def test_it_follows_a_text_whose_segments_differ() -> None:
 
     def run(k: int | None) -> float:
         rng = np.random.default_rng(0)
-        policy = DraftLength(curve)
+        policy = DraftLength(Costs(curve))
         seconds, made = 0.0, 0
         while made < 6000:
             drafted = policy.k if k is None else k
@@ -74,7 +74,7 @@ def test_it_follows_a_text_whose_segments_differ() -> None:
 
 
 def test_a_useless_drafter_is_tried_less_and_less() -> None:
-    policy = DraftLength(CURVES["cpu"])
+    policy = DraftLength(Costs(CURVES["cpu"]))
     drafted = []
     for _ in range(3000):
         drafted.append(policy.k)
@@ -91,7 +91,7 @@ def test_a_useless_drafter_is_tried_less_and_less() -> None:
 def test_it_settles() -> None:
     """Without changes in the text, k does not oscillate: it changes rarely in a thousand rounds."""
     rng = np.random.default_rng(1)
-    policy = DraftLength(CURVES["stock"])
+    policy = DraftLength(Costs(CURVES["stock"]))
     lengths = []
     for _ in range(1000):
         lengths.append(policy.k)
@@ -106,7 +106,7 @@ def test_drafting_ends_where_none_is_best_though_some_drafts_are_accepted() -> N
 
     One draft token does not pay either, so the policy stops drafting.
     """
-    policy = DraftLength(CostCurve([1, *[3.0] * 8], 0.0, 0.0))
+    policy = DraftLength(Costs(CostCurve([1, *[3.0] * 8], 0.0, 0.0)))
     while policy.k < 8:
         policy.update(policy.k, policy.k, 0.0)
     drafted = []
@@ -121,7 +121,7 @@ def test_drafting_ends_where_none_is_best_though_some_drafts_are_accepted() -> N
 
 
 def test_a_round_without_room_changes_nothing() -> None:
-    policy = DraftLength(CURVES["stock"])
+    policy = DraftLength(Costs(CURVES["stock"]))
     k = policy.k
     assert k > 0
     for _ in range(100):
