@@ -29,6 +29,7 @@ from mlx_mtp.decoding.exact import check_exact, make_exact
 from mlx_mtp.decoding.stream import Progress
 from mlx_mtp.gemma4.disk_table import MappedEmbedding
 from mlx_mtp.gemma4.drafter import Drafter
+from mlx_mtp.gemma4.fused_attention import choose_fused_attention
 from mlx_mtp.gemma4.layers import fuse_projections, lay_out_weights, spread_layer_scalars
 from mlx_mtp.gemma4.target import Target
 from mlx_mtp.text.tokenizer import load_tokenizer
@@ -134,6 +135,7 @@ def _prepare_target(target: Target, exact: bool) -> None:
     fuse_projections(target.layers)
     spread_layer_scalars(target.layers)
     lay_out_weights(target)
+    choose_fused_attention(target.layers, target.dtype)
     if exact:
         make_exact(target)
         check_exact(target)
@@ -145,6 +147,7 @@ def _prepare_drafter(drafter: Drafter, target: TargetConfig) -> None:
     fuse_projections(drafter.model.layers)
     spread_layer_scalars(drafter.model.layers)
     lay_out_weights(drafter)
+    choose_fused_attention(drafter.model.layers, drafter.model.norm.weight.dtype)
 
 
 def _log_plain_decoding(path_or_repo: str | Path, config: TargetConfig) -> None:

@@ -24,6 +24,7 @@ from huggingface_hub.utils import tqdm
 from mlx_mtp.bench.cli import KINDS, names, prompt
 from mlx_mtp.bench.environment import environment, models
 from mlx_mtp.decoding.exact import MAX_ROWS, ExactRows, ExactTable
+from mlx_mtp.gemma4 import fused_attention
 from mlx_mtp.gemma4.drafter import DraftInputs
 from mlx_mtp.gemma4.kv_cache import Cache
 from mlx_mtp.gemma4.layers import Experts, Router
@@ -79,6 +80,7 @@ def _run(args: argparse.Namespace) -> int:
     report |= {"exact": model.exact, "tokens": len(texts) * args.max_tokens}
     report["rows"] = {str(n): found | {"first_difference": where[n]} for n, found in rows.items()}
     report["acceptance"] = lost
+    report["attention"] = {"sliding": "chosen by MLX", "full": fused_attention.describe(model.target.layers)}
     if not args.json:
         write_out(_table(report))
     write_json(report)
@@ -242,4 +244,5 @@ def _table(report: dict[str, Any]) -> str:
             f"tokens per round with {lost['draft_tokens']} draft tokens: {several:.3f} by one pass, {single:.3f} by "
             f"single passes, {single - several:.3f} lost in {lost['rounds']} rounds"
         )
+    lines.append(f"attention of full layers: {report['attention']['full']}")
     return "\n".join(lines)

@@ -17,6 +17,8 @@ from .kv_cache import KVRows, Quantized, View
 
 # These are fields of mlx.nn.QuantizedLinear.
 _QUANTIZATION = ("group_size", "bits", "mode")
+# A pass with more rows is a chunk of a prompt. It is not split for the fused kernel.
+_LONGEST_FUSED_PASS = 32
 
 
 def _geglu(gate: mx.array, x: mx.array) -> mx.array:
@@ -108,6 +110,8 @@ class Attention(nn.Module):
         self.k_eq_v = layer.k_eq_v
         # Passes with up to this number of rows attend row by row (see decoding/exact.py).
         self.exact_rows = 0
+        # The number of rows in one call of MLX's fused kernel, or 0 if MLX chooses (see fused_attention.py).
+        self.fused_rows = 0
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(layer.head_dim, eps=config.rms_norm_eps)
@@ -149,9 +153,11 @@ class Attention(nn.Module):
     def __call__(self, queries: mx.array, view: View) -> mx.array:
         """Return the attention output [1, length, hidden_size] of queries over the K/V of the view."""
         rows = queries.shape[2]
-        at_once = 1 if rows <= self.exact_rows else rows
+        is_fused = bool(self.fused_rows) and rows <= _LONGEST_FUSED_PASS and isinstance(view.keys, mx.array)
+        at_once = min(rows, self.fused_rows) if is_fused else rows
+        at_once = 1 if rows <= self.exact_rows else at_once
         parts = [
-            attend(queries[:, :, row : row + at_once], view.keys, view.values, view.mask[row : row + at_once])
+            attend(queries[:, :, row : row + at_once], view.keys, view.values, view.mask[row : row + at_once], is_fused)
             for row in range(0, rows, at_once)
         ]
         out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
@@ -162,10 +168,15 @@ class Attention(nn.Module):
         return x.reshape(*x.shape[:-1], -1, self.head_dim).transpose(0, 2, 1, 3)
 
 
-def attend(queries: mx.array, keys: KVRows, values: KVRows, mask: mx.array) -> mx.array:
-    """Return the attention output of queries [1, heads, length, head_dim], without a scale, in their shape."""
+def attend(queries: mx.array, keys: KVRows, values: KVRows, mask: mx.array, force_fused: bool = False) -> mx.array:
+    """Return the attention output of queries [1, heads, length, head_dim], without a scale, in their shape.
+
+    `force_fused` makes MLX use its fused kernel.
+    """
     if isinstance(keys, mx.array) and isinstance(values, mx.array):
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
+        return mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=1.0, mask=mask, force_fused=force_fused
+        )
     assert isinstance(keys, Quantized)
     assert isinstance(values, Quantized)
     return _attend_quantized(queries, keys, values, mask)
