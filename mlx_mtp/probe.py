@@ -234,6 +234,7 @@ def _common(first: list[int], second: list[int]) -> int:
 
 def _table(report: dict[str, Any]) -> str:
     lines = [f"passes over several rows against passes over one, {report['tokens']} tokens of real text"]
+    lines.append(f"attention of full layers: {report['attention']['full']}")
     lines.append(f"{'rows':>4} {'other bits':>10} {'other token':>11}  first difference")
     for n, found in report["rows"].items():
         bits, token = (found[name] / found["compared"] for name in ("other_bits", "other_token"))
@@ -244,5 +245,4 @@ def _table(report: dict[str, Any]) -> str:
             f"tokens per round with {lost['draft_tokens']} draft tokens: {several:.3f} by one pass, {single:.3f} by "
             f"single passes, {single - several:.3f} lost in {lost['rounds']} rounds"
         )
-    lines.append(f"attention of full layers: {report['attention']['full']}")
     return "\n".join(lines)
