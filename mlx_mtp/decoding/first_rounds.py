@@ -136,7 +136,9 @@ class MeasuringPolicy(DraftPolicy):
         self.chooser.update(drafted, accepted, seconds, ahead=ahead)
         if self._lock is None:
             return
-        self._rounds.note(drafted, seconds, ahead=ahead)
+        # Another text may have completed the measurement, where there is no lock that keeps it from this.
+        if not self._rounds.is_complete:
+            self._rounds.note(drafted, seconds, ahead=ahead)
         if self._rounds.is_complete:
             self.chooser.use(self._finish())
             self.end()

@@ -173,3 +173,14 @@ def test_a_text_beside_a_measurement_uses_cautious_costs_and_then_the_measured_o
     late = DraftLength(CAUTIOUS)
     measuring(rounds, seen, None, late)
     assert late.costs == seen[0]
+
+
+def test_two_texts_may_measure_at_once() -> None:
+    """A fixed number of draft tokens has no lock. The text that ends its measurement last uses the same costs."""
+    rounds = FirstRounds((3,), ahead=True)
+    seen: list[Costs] = []
+    policies = [measuring(rounds, seen, Lock(), DraftPolicy(3)) for _ in range(2)]
+    for policy in policies * 4:
+        run(policy, 10, lambda choice: 0.01 if choice.ahead else 0.02)
+    assert rounds.is_complete
+    assert [policy.choose() for policy in policies] == [Choice(3, ahead=True)] * 2
