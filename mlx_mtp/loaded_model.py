@@ -74,8 +74,9 @@ class LoadedModel:
             drafter,
             tokenizer,
             PromptCache(int(_PROMPT_CACHE_SHARE * memory_size())),
-            # The sums of a compiled round may be rounded differently from the sums of an uncompiled round.
-            CompiledRounds(always=exact),
+            # An accelerator may round compiled and uncompiled rounds differently. A text's second run would then differ
+            # from its first. The CPU gives the same bits, and its compiler takes seconds.
+            CompiledRounds(always=exact or mx.default_device() != mx.Device(mx.cpu)),
             GuideMaker(tokenizer, config),
             RoundCosts(target, drafter, config, drafter_config, exact=exact),
         )

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from support.streams import LONG, SHORT, Models, Scripted, assert_same_state
 from support.tiny import VARIANTS, WINDOW, load_drafter, load_target, random_tokens
 
+import mlx_mtp
 from mlx_mtp.bench.operations import operations, round_outputs
 from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.constraints import Guide
@@ -404,3 +405,23 @@ def test_compiled_rounds_do_not_keep_a_stream_alive(tiny_models: Models) -> None
     reference = weakref.ref(rounds)
     del rounds
     assert reference() is None
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_the_second_run_of_a_text_has_the_bits_of_the_first(dtype: mx.Dtype) -> None:
+    """The first run compiles its rounds when their shape occurs for the second time, and the second run has them."""
+    model = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
+    for module in (model.target, model.drafter):
+        assert module is not None
+        module.set_dtype(dtype)
+    options = mlx_mtp.GenerationOptions(
+        max_tokens=40, ignore_eos=True, num_draft_tokens=3, logprobs=1, reuse_prompt=False
+    )
+    runs = [[response.logprobs for response in model.stream_generate("def f(x):", options)] for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def test_an_accelerator_compiles_rounds_from_their_first_appearance(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device, always in ((mx.cpu, False), (mx.gpu, True)):
+        monkeypatch.setattr(mx, "default_device", lambda device=device: mx.Device(device))
+        assert mlx_mtp.load(mlx_mtp.DEMO_PAIR).parts.rounds.always == always
