@@ -9,6 +9,7 @@ from mlx_mtp.decoding.exact import check_exact
 from mlx_mtp.decoding.rules import LogitsProcessor
 from mlx_mtp.decoding.stream import Progress, Stream, decode, token_budget
 from mlx_mtp.gemma4.kv_cache import KVQuantization
+from mlx_mtp.gemma4.layers import check_quantized_attention
 from mlx_mtp.text.answer import TextStream
 from mlx_mtp.text.tokenizer import open_thought
 
@@ -44,7 +45,7 @@ def begin(
         processors.append(_no_stop_before(len(prompt) + options.min_tokens, eos))
     channel = parts.guides.channel
     thought = None if channel is None else open_thought(parts.tokenizer, channel, prompt)
-    _check_exact(model, options.kv_quantization)
+    _check_kv(model, options.kv_quantization)
     policy = _draft_policy(model, options, len(prompt), check)
     # An exact model reads every prompt, because the rounding of sums depends on how it is read.
     reuses = options.reuse_prompt and not model.exact
@@ -142,14 +143,16 @@ def _host_has_part(options: GenerationOptions) -> bool:
     return bool(is_guided or options.logits_processors or options.min_tokens)
 
 
-def _check_exact(model: LoadedModel, kv: KVQuantization | None) -> None:
-    """Compare exact rounds over quantized K/V with plain rounds, once. `load` compared them over unquantized K/V."""
-    if not model.exact or kv is None:
+def _check_kv(model: LoadedModel, kv: KVQuantization | None) -> None:
+    """Check a K/V quantization once: its kernels, and the bits of exact rounds. `load` checked them without it."""
+    if kv is None:
         return
     kv = kv._replace(start=0)
     parts = model.parts
     if kv not in parts.checked:
-        check_exact(parts.target, kv)
+        check_quantized_attention(model.config.text, parts.target.dtype, kv)
+        if model.exact:
+            check_exact(parts.target, kv)
         parts.checked.add(kv)
 
 

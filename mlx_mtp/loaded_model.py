@@ -43,7 +43,7 @@ class Parts:
     costs: RoundCosts
     # The fingerprint of the weights; None until it is needed.
     fingerprint: str | None = None
-    # The K/V quantizations for which exact rounds were compared with plain rounds.
+    # The K/V quantizations that were checked on this device.
     checked: set[KVQuantization] = field(default_factory=set)
 
 

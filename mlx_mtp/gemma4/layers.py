@@ -12,8 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp.checkpoints.config import LayerConfig, RopeConfig, TextConfig
+from mlx_mtp.errors import OptionError
 
-from .kv_cache import KVRows, Quantized, View
+from .kv_cache import Cache, KVQuantization, KVRows, Quantized, View
 
 # These are fields of mlx.nn.QuantizedLinear.
 _QUANTIZATION = ("group_size", "bits", "mode")
@@ -180,6 +181,24 @@ def attend(queries: mx.array, keys: KVRows, values: KVRows, mask: mx.array, forc
     assert isinstance(keys, Quantized)
     assert isinstance(values, Quantized)
     return _attend_quantized(queries, keys, values, mask)
+
+
+def check_quantized_attention(config: TextConfig, dtype: mx.Dtype, quantization: KVQuantization) -> None:
+    """Check that the device has kernels for attention of `dtype` queries over quantized K/V.
+
+    Raises OptionError if it has none.
+    """
+    layer = config.layers[config.last_kv_layer("full_attention")]
+    view = Cache(config, dtype, max_block=1, quantization=quantization._replace(start=0)).draft_view("full_attention")
+    for rows in (1, 2, 9):
+        queries = mx.zeros((1, config.num_attention_heads, rows, layer.head_dim), dtype)
+        try:
+            mx.eval(attend(queries, view.keys, view.values, mx.repeat(view.mask, rows, axis=0)))
+        except (RuntimeError, ValueError) as error:
+            raise OptionError(
+                f"kv_bits is {quantization.bits}, but this device has no kernel for quantized K/V with {dtype} "
+                f"activations: leave out kv_bits, or convert the model with --dtype bfloat16 ({error})"
+            ) from None
 
 
 def _attend_quantized(queries: mx.array, keys: Quantized, values: Quantized, mask: mx.array) -> mx.array:

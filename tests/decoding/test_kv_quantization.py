@@ -16,6 +16,7 @@ from support.streams import Models, Scripted
 from support.tiny import load_target, make_target, random_tokens
 
 import mlx_mtp
+from mlx_mtp import generate
 from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.exact import check_exact, make_exact
 from mlx_mtp.decoding.stream import Stream, decode
@@ -389,3 +390,20 @@ def test_the_command_bench() -> None:
     assert (report["kv_bits"], report["kv_group_size"], report["quantized_kv_start"]) == (8, 32, 0)
     assert report["cases"][0]["settings"]["3"]["acceptance_length"] >= 1
     run_command("bench.cli", *QUANTIZED, "--peers", "mlx-lm", code=1)
+
+
+def test_a_device_without_the_kernels_is_one_error(
+    tiny_pair: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> mx.array:
+        raise RuntimeError("No implementation for problem shape 1x40x128x2")
+
+    monkeypatch.setattr(mx, "quantized_matmul", refuse)
+    command = ["--model", str(tiny_pair("31b") / "target"), "--prompt", "hello", "-m", "4"]
+    assert generate.main([*command, "--kv-bits", "8"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(
+        "error: kv_bits is 8, but this device has no kernel for quantized K/V with mlx.core.float32"
+    )
+    assert error.endswith("(No implementation for problem shape 1x40x128x2)")
+    assert generate.main(command) == 0
