@@ -238,7 +238,7 @@ class Stream:
     def finish(self, stop_ids: frozenset[int] = frozenset()) -> RoundReport:
         """Wait for the report of the first round in flight, and emit its tokens.
 
-        After a stop token, a round that was dispatched ahead is discarded.
+        After a stop token, the stream must not continue, and a round that was dispatched ahead is to be discarded.
         """
         k, verified, ahead, reads = self._in_flight.pop(0)
         self.cache.in_flight -= k + 1
@@ -251,7 +251,8 @@ class Stream:
         self.cache.length += len(tokens)
         self._append(tokens)
         if tokens[-1] in stop_ids:
-            self.discard()
+            # The tokens of this block after the stop token are forgotten.
+            self.cache.set_length(self.cache.length)
         logprobs = self.host.logprobs(verified.logprobs, self.parts.logprobs, len(tokens))
         return RoundReport(tokens, k, accepted, logprobs, self.host.reads - before + reads, ahead)
 
@@ -271,7 +272,13 @@ class Stream:
         return self.cache.is_uniform(2, self.cache.in_flight + k + 1)
 
     def discard(self) -> None:
-        """Forget the rounds in flight. Their rows stay behind the last position. Do not decode after this call."""
+        """Wait for the rounds in flight and forget them. Do not decode after this call.
+
+        Their rows stay behind the last position. The device holds the buffers of a round until its end, so they could
+        neither be freed nor written in place before.
+        """
+        if self._in_flight:
+            mx.eval([each.verified for each in self._in_flight], self.state)
         self._in_flight.clear()
         self.cache.in_flight = 0
         self.cache.set_length(self.cache.length)

@@ -67,7 +67,8 @@ def test_drafts_stay_lossless(tiny_pair: TinyPair, tmp_path: Path) -> None:
             assert model.generate(PROMPT, num_draft_tokens=k, **options).tokens == plain.tokens
     # In sampled blocks, all accepted tokens are in the draft vocabulary.
     sampling = mlx_mtp.Sampling(temperature=1.0, seed=3)
-    responses = list(model.stream_generate(PROMPT, sampling=sampling, max_tokens=120, ignore_eos=True))
+    options = {"sampling": sampling, "max_tokens": 120, "ignore_eos": True}
+    responses = list(model.stream_generate(PROMPT, num_draft_tokens=4, **options))
     assert {r.token for r in responses if r.from_draft} <= set(range(SIZE))
     assert any(r.from_draft for r in responses)
     assert max(r.token for r in responses) >= SIZE
