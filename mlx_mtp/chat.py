@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+from mlx_mtp.decoding.prefill import Progress
 from mlx_mtp.decoding.report import Stats
-from mlx_mtp.decoding.stream import Progress
 
 from .command_line import (
     add_kv_options,

@@ -26,7 +26,7 @@ from mlx_mtp.checkpoints.layouts import drafter_names, resolve_head, target_name
 from mlx_mtp.checkpoints.weights import count_bytes, fill_module, token_ids
 from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS
 from mlx_mtp.decoding.exact import check_exact, make_exact
-from mlx_mtp.decoding.stream import Progress
+from mlx_mtp.decoding.prefill import Progress
 from mlx_mtp.gemma4.disk_table import MappedEmbedding
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.fused_attention import choose_fused_attention

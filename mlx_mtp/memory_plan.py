@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_mtp.checkpoints.config import DrafterConfig, LayerType, TargetConfig, TextConfig
 from mlx_mtp.checkpoints.layouts import drafter_names, target_names
 from mlx_mtp.checkpoints.tensors import FLOAT_TYPES, read_checkpoint
-from mlx_mtp.decoding.stream import chunk_size
+from mlx_mtp.decoding.prefill import chunk_size
 from mlx_mtp.gemma4.disk_table import KEPT_BYTES
 from mlx_mtp.gemma4.kv_cache import KVQuantization, check_group_size, rows_in_buffers, spare_slots
 

@@ -9,8 +9,9 @@ from typing import Any, Unpack
 from mlx_mtp.checkpoints.output_files import check_file
 from mlx_mtp.checkpoints.weights import fingerprint
 from mlx_mtp.decoding.draft_length import Costs
+from mlx_mtp.decoding.prefill import Progress
 from mlx_mtp.decoding.sampling import Sampling
-from mlx_mtp.decoding.stream import Progress, token_budget
+from mlx_mtp.decoding.stream import token_budget
 from mlx_mtp.text.tokenizer import Prompt, encode
 from mlx_mtp.threads.job_thread import Job
 

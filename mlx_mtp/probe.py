@@ -80,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
     report |= {"exact": model.exact, "tokens": len(texts) * args.max_tokens}
     report["rows"] = {str(n): found | {"first_difference": where[n]} for n, found in rows.items()}
     report["acceptance"] = lost
-    report["attention"] = {"sliding": "chosen by MLX", "full": fused_attention.describe(model.target.layers)}
+    report["attention"] = fused_attention.describe(model.target)
     if not args.json:
         write_out(_table(report))
     write_json(report)
@@ -234,7 +234,7 @@ def _common(first: list[int], second: list[int]) -> int:
 
 def _table(report: dict[str, Any]) -> str:
     lines = [f"passes over several rows against passes over one, {report['tokens']} tokens of real text"]
-    lines.append(f"attention of full layers: {report['attention']['full']}")
+    lines += [f"{layer_type}: {kernel}" for layer_type, kernel in report["attention"].items()]
     lines.append(f"{'rows':>4} {'other bits':>10} {'other token':>11}  first difference")
     for n, found in report["rows"].items():
         bits, token = (found[name] / found["compared"] for name in ("other_bits", "other_token"))

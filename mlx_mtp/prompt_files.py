@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS
+from mlx_mtp.decoding.prefill import Progress
 from mlx_mtp.decoding.prompt_cache import CacheEntry
-from mlx_mtp.decoding.stream import Progress, Stream
+from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4.kv_cache import KVQuantization
 from mlx_mtp.gemma4.target import Target
 

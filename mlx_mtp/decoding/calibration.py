@@ -25,8 +25,9 @@ from .compiled import CompiledRounds
 from .draft_length import MAX_DRAFT_TOKENS, CostCurve, Costs, DraftLength, DraftPolicy
 from .first_rounds import CAUTIOUS, MEASURED, FirstRounds, MeasuringPolicy, interpolated
 from .kept_costs import CostsFile, MeasuringLock, checked, read_or_measure
+from .prefill import Progress
 from .sampling import Sampling
-from .stream import Progress, Stream
+from .stream import Stream
 
 logger = logging.getLogger(__name__)
 

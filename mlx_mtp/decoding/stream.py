@@ -1,13 +1,12 @@
 """The stream of rounds of one text, and the decode loop."""
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_mtp.checkpoints.config import TextConfig
 from mlx_mtp.errors import ContextLengthError, OptionError, PromptError
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.kv_cache import Cache, KVQuantization, KVState
@@ -17,20 +16,13 @@ from .compiled import CompiledRounds
 from .constraints import Guide
 from .draft_length import DraftPolicy
 from .host import Host
-from .prompt_cache import CacheEntry, KVFormat, ReusedPrefix, Snapshot
+from .prefill import Progress, PromptReader
+from .prompt_cache import CacheEntry, KVFormat, ReusedPrefix
 from .report import RoundReport
 from .round import RoundParts, Verified, choose_row, draft_tokens, round_steps, token_logprobs
 from .rules import LogitsProcessor, TokenRules
 from .sampling import Sampling
 from .state import RoundState
-
-# The prefill calls this function with (tokens done, tokens in total).
-Progress = Callable[[int, int], None]
-
-# `SCORE_BYTES` limits the attention scores of a layer, and with them the size of a prompt chunk. The limit does not
-# reduce a chunk below `_LEAST_CHUNK` rows.
-SCORE_BYTES = 1 << 29
-_LEAST_CHUNK = 32
 
 
 def check_logprobs(logprobs: int | None, vocab_size: int) -> None:
@@ -60,9 +52,7 @@ class Stream:
 
     After `prefill`, the cache holds exactly the K/V of all tokens except the last one, which is the bonus token. If
     `rounds` is given, rounds without logits processors are compiled. `exact` is for a target that `make_exact` has
-    changed. During prefill, the stream keeps the rings of the sliding layers every `snapshot_every` tokens and at the
-    end of the prompt. Other prompts with the same beginning can resume from these snapshots. If `snapshot_every` is
-    None, the stream keeps no snapshots.
+    changed. `snapshot_every` is that of `PromptReader`.
 
     Raises OptionError if the options do not fit the target.
     """
@@ -91,10 +81,7 @@ class Stream:
         self._rounds = None if processors else rounds
         self._key = repr(replace(sampling, seed=0)), logprobs, max_draft_tokens, guide is not None
         self._exact = exact
-        self._snapshot_every = snapshot_every
-        self.snapshots: list[Snapshot] = []
-        # This is true while a chunk of the prompt is read. The rings then hold neither the old rows nor the new rows.
-        self._is_reading = False
+        self._reader = PromptReader(target, snapshot_every)
         # One round, or two if the second was dispatched ahead.
         self._in_flight: list[_InFlight] = []
         # This list holds all tokens so far, including the prompt. The last token is the bonus token.
@@ -127,10 +114,8 @@ class Stream:
 
     def resume(self, reused: ReusedPrefix) -> None:
         """Start with the K/V of an earlier stream. Call this method before all others."""
-        entry, snapshot, length = reused
-        self.cache.restore(entry.full, snapshot.rings, length, snapshot.written)
-        self.tokens = entry.tokens[:length]
-        self.snapshots = [earlier for earlier in entry.snapshots if earlier.position <= length]
+        self._reader.resume(self.cache, reused)
+        self.tokens = reused.entry.tokens[: reused.length]
 
     def cache_entry(self) -> CacheEntry | None:
         """Return the K/V for later streams, or None if a failure left nothing usable.
@@ -138,16 +123,7 @@ class Stream:
         They end before the bonus token or, after a failure, at the last snapshot. Do not decode with this stream after
         this call.
         """
-        live = self.cache.buffers("sliding_attention")
-        length = self.cache.length
-        snapshots = [s for s in self.snapshots if s.position < length]
-        if not self._is_reading and live:
-            snapshots.append(Snapshot(length, self.cache.written, live))
-        full = self.cache.buffers("full_attention")
-        if not full or not snapshots:
-            return None
-        length = snapshots[-1].position
-        return CacheEntry(self.kv_format, self.tokens[:length], full, snapshots)
+        return self._reader.cache_entry(self.cache, self.tokens, self.kv_format)
 
     def prefill(self, prompt: list[int], step_size: int, on_progress: Progress | None = None) -> RoundReport:
         """Read the prompt in chunks of at most `step_size` tokens and choose the first token after it.
@@ -173,38 +149,8 @@ class Stream:
     def read(self, prompt: list[int], step_size: int, on_progress: Progress | None = None) -> mx.array:
         """Read the prompt and choose nothing. Return the logits after its last token, [1, vocab]."""
         self.tokens = list(prompt)
-        while (start := self.cache.length) < len(prompt):
-            kv_rows = self.cache.rows_for(step_size)
-            size = chunk_size(self.parts.target.config, kv_rows, self.parts.target.dtype.size, step_size)
-            chunk = prompt[start : start + self.cache.longest_pass(size)]
-            end = start + len(chunk)
-            self._is_reading = True
-            logits = self._read_chunk(chunk, is_last=end == len(prompt))
-            self.cache.set_length(end)
-            self._is_reading = False
-            every = self._snapshot_every
-            if every is not None and (end == len(prompt) or end // every > start // every):
-                self.snapshots.append(Snapshot(end, self.cache.written, self.cache.buffers("sliding_attention")))
-            if on_progress is not None:
-                on_progress(end, len(prompt))
-        return logits
-
-    def _read_chunk(self, chunk: list[int], *, is_last: bool) -> mx.array:
-        """Read some tokens of the prompt, and return the logits after its last token.
-
-        The logits are [1, vocab] for the last chunk, and [0, vocab] before it.
-        """
-        target, count = self.parts.target, int(is_last)
-        per_layer_rows = target.read_per_layer_rows(chunk)
-        tokens = mx.array([chunk], mx.int32)
-        output = target(tokens, self.cache, logit_rows=count, hidden_rows=count, per_layer_rows=per_layer_rows)
-        logits = mx.zeros((0, target.config.vocab_size))
-        if is_last:
-            logits = output.logits[0]
-            self._state = self._state._replace(hidden=output.hidden)
-        # Nothing needs the rest of the output, so MLX does not compute it.
-        del output
-        mx.eval(logits, self._state.hidden, self.cache.arrays())
+        logits, hidden = self._reader.read(self.cache, prompt, step_size, on_progress)
+        self._state = self._state._replace(hidden=hidden)
         return logits
 
     def round(self, k: int, stop_ids: frozenset[int] = frozenset()) -> RoundReport:
@@ -223,7 +169,7 @@ class Stream:
     def dispatch(self, k: int) -> None:
         """Give a round of k draft tokens to the device, without waiting for its report.
 
-        A second round may be dispatched ahead of the report of the first if `can_go_ahead` says so.
+        A second round may be dispatched ahead of the report of the first if `can_go_ahead` is true.
 
         Raises OptionError if there are draft tokens but no drafter.
         """
@@ -260,16 +206,6 @@ class Stream:
     def in_flight(self) -> list[int]:
         """The numbers of draft tokens of the rounds in flight."""
         return [each.k for each in self._in_flight]
-
-    def can_go_ahead(self, k: int) -> bool:
-        """Return whether a round of k draft tokens can be dispatched ahead of the report of the round in flight.
-
-        The host has no part in it. Its shape is the same for every number of draft tokens that are accepted now, so
-        that its K/V rows, and with them its bits, are those of a round that waits.
-        """
-        if self.host.has_part or self.parts.target.mapped is not None:
-            return False
-        return self.cache.is_uniform(2, self.cache.in_flight + k + 1)
 
     def discard(self) -> None:
         """Wait for the rounds in flight and forget them. Do not decode after this call.
@@ -311,20 +247,21 @@ class Stream:
         self.host.note(tokens)
 
 
+def can_go_ahead(stream: Stream, k: int) -> bool:
+    """Return whether a round of k draft tokens can be dispatched ahead of the report of the round in flight.
+
+    The host has no part in it. Its shape is the same for every number of draft tokens that are accepted now, so that
+    its K/V rows, and with them its bits, are those of a round that waits.
+    """
+    if stream.host.has_part or stream.parts.target.mapped is not None:
+        return False
+    return stream.cache.is_uniform(2, stream.cache.in_flight + k + 1)
+
+
 def up_to_stop(tokens: list[int], stop_ids: frozenset[int]) -> list[int]:
     """Return the tokens up to the first stop token, or all tokens if there is none."""
     stop = next((index for index, token in enumerate(tokens) if token in stop_ids), len(tokens))
     return tokens[: stop + 1]
-
-
-def chunk_size(config: TextConfig, kv_rows: int, itemsize: int, step_size: int) -> int:
-    """Return the number of prompt tokens to read in one pass that sees `kv_rows` K/V rows.
-
-    MLX keeps all attention scores in memory if it has no kernel for a head size. The chunk keeps the scores of a layer
-    below a limit in bytes.
-    """
-    most = SCORE_BYTES // (config.num_attention_heads * kv_rows * itemsize)
-    return min(step_size, max(_LEAST_CHUNK, most))
 
 
 def token_budget(prompt: list[int], max_tokens: int, max_context: int) -> int:
@@ -396,5 +333,5 @@ def _dispatch(stream: Stream, policy: DraftPolicy, remaining: int) -> None:
     (k,) = stream.in_flight
     following = policy.choose(in_flight=1)
     # Whatever is accepted of the round in flight, the round after it is the same.
-    if following.ahead and following.k < remaining - (k + 1) and stream.can_go_ahead(following.k):
+    if following.ahead and following.k < remaining - (k + 1) and can_go_ahead(stream, following.k):
         stream.dispatch(following.k)

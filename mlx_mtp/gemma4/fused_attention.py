@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import mlx.core as mx
 
 from .layers import DecoderLayer
+from .target import Target
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +83,12 @@ def _composed(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.arra
     return (mx.softmax(scores, axis=-1) @ v[:, :, None]).reshape(q.shape)
 
 
-def describe(layers: Iterable[DecoderLayer]) -> str:
-    """Return which attention the full-attention layers with large heads use, for a report."""
-    rows = {layer.self_attn.fused_rows for layer in layers if layer.self_attn.head_dim == _LARGE_HEAD}
-    if not rows:
-        return "chosen by MLX"
-    return ", ".join(f"fused kernel, {n} rows a call" if n else "chosen by MLX" for n in sorted(rows))
+def describe(target: Target) -> dict[str, str]:
+    """Return which attention the layers of each type use, for a report."""
+    rows = {
+        kind.layer_type: layer.self_attn.fused_rows
+        for kind, layer in zip(target.config.layers, target.layers, strict=True)
+    }
+    return {
+        layer_type: f"MLX's fused kernel, {n} rows a call" if n else "as MLX chooses" for layer_type, n in rows.items()
+    }

@@ -17,7 +17,8 @@ import mlx_mtp
 from mlx_mtp import command_line as cli
 from mlx_mtp import generate
 from mlx_mtp.convert.cli import main as convert
-from mlx_mtp.decoding import stream as streams
+from mlx_mtp.decoding import prefill
+from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4.kv_cache import rows_in_buffers
 from mlx_mtp.memory_plan import memory_size, parse_bytes
 
@@ -40,7 +41,7 @@ def test_the_plan_counts_what_is_loaded(tiny_pair: TinyPair, tmp_path: Path, var
     assert planned <= loaded <= 1.02 * planned
     assert model.drafter is not None
     assert sum(array.nbytes for _, array in _flat(model.drafter)) == pytest.approx(plan.drafter, rel=0.02)
-    stream = streams.Stream(model.target, model.drafter, max_draft_tokens=8)
+    stream = Stream(model.target, model.drafter, max_draft_tokens=8)
     stream.cache.reserve(1000)
     full, rings = (stream.cache.buffers(kind) for kind in ("full_attention", "sliding_attention"))
     assert _bytes(full) == plan.kv == rows_in_buffers(1000) * plan.kv_per_token
@@ -134,11 +135,11 @@ def test_a_long_prompt_is_read_in_smaller_chunks_with_the_same_text(
         tokens, chunks = read(prefill_step_size=step)
         assert tokens == whole
         assert max(chunks) == step
-    monkeypatch.setattr(streams, "SCORE_BYTES", 4 * 4 * 512 * 100)
+    monkeypatch.setattr(prefill, "SCORE_BYTES", 4 * 4 * 512 * 100)
     tokens, chunks = read()
     assert tokens == whole
     assert chunks[0] == 100
-    monkeypatch.setattr(streams, "SCORE_BYTES", 1)
+    monkeypatch.setattr(prefill, "SCORE_BYTES", 1)
     assert read()[1][0] == 32
 
 
@@ -164,7 +165,7 @@ def test_quantized_kv_and_mapped_embeddings_are_planned(tmp_path: Path, bits: in
     options = mlx_mtp.GenerationOptions(kv_bits=bits, kv_group_size=32, quantized_kv_start=0)
     plan, plain = mlx_mtp.plan_memory(folder, max_context=1000, options=options), mlx_mtp.plan_memory(folder)
     model = mlx_mtp.load(folder, "none")
-    stream = streams.Stream(model.target, None, max_draft_tokens=8, kv_quantization=options.kv_quantization)
+    stream = Stream(model.target, None, max_draft_tokens=8, kv_quantization=options.kv_quantization)
     stream.cache.reserve(1000)
     assert sum(a.nbytes for a in stream.cache.arrays()) == pytest.approx(plan.kv + plan.rings, rel=0.01)
     assert plan.kv_per_token < plain.kv_per_token
