@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 import mlx_mtp
-from mlx_mtp.decoding.draft_length import DraftLength
+from mlx_mtp.decoding.draft_length import DraftPolicy
 from mlx_mtp.decoding.report import RoundReport, Stats
 from mlx_mtp.decoding.stream import Stream, decode
 
@@ -37,7 +37,7 @@ def stdlib_prompts(model: mlx_mtp.Model, args: argparse.Namespace) -> list[list[
     return held_out.prompts(model, held_out.stdlib_files(), args.prompt_tokens)[: args.prompts]
 
 
-def decode_to_length(stream: Stream, prompt: list[int], max_tokens: int, k: int | DraftLength) -> Iterator[RoundReport]:
+def decode_to_length(stream: Stream, prompt: list[int], max_tokens: int, k: int | DraftPolicy) -> Iterator[RoundReport]:
     """Decode `max_tokens` tokens after a prompt. Stop tokens do not end the text."""
     return decode(
         stream, prompt, max_tokens=max_tokens, num_draft_tokens=k, stop_ids=frozenset(), prefill_step_size=512

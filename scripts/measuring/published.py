@@ -24,7 +24,7 @@ from mlx.utils import tree_map_with_path
 from mlx_mtp.bench.operations import operations, round_outputs
 from mlx_mtp.decoding.calibration import MeasuringPlan, measure_rounds
 from mlx_mtp.decoding.compiled import CompiledRounds
-from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, Costs, DraftLength
+from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, Costs, DraftLength, DraftPolicy
 from mlx_mtp.decoding.report import RoundReport, Stats
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.stream import Stream
@@ -110,13 +110,14 @@ def measure_speed(target: Target, drafter: Drafter, costs: Costs, args: argparse
             artificial, rounds = drafters[chance]
             stream = Stream(target, artificial, max_draft_tokens=MAX_DRAFT_TOKENS, rounds=rounds)
             stream.parts = stream.parts._replace(rules=KnownText(target, text))
-            done, seconds = decode_known(
-                stream, text, args.max_tokens, DraftLength(costs) if length == AUTO else length
+            policy = (
+                DraftLength(costs) if isinstance(length, str) else DraftPolicy(length, ahead=costs.is_ahead(length))
             )
+            done, seconds = decode_known(stream, text, args.max_tokens, policy)
             if repeat >= 0:
                 speeds[chance, length].append((args.max_tokens - 1) / seconds)
                 for each in done:
-                    stats[chance, length].add(each.drafted, each.accepted, each.host_reads)
+                    stats[chance, length].add(each.drafted, each.accepted, each.host_reads, ahead=each.ahead)
     print("chance    k  tokens/s  to plain (range)    formula  of it  of the best  drafted  tokens per round  reads")
     for chance in args.chances:
         best = max((speeds[chance, k] for k in FIXED_LENGTHS), key=median)
@@ -131,10 +132,10 @@ def measure_speed(target: Target, drafter: Drafter, costs: Costs, args: argparse
 
 
 def decode_known(
-    stream: Stream, text: list[int], max_tokens: int, k: int | DraftLength
+    stream: Stream, text: list[int], max_tokens: int, policy: DraftPolicy
 ) -> tuple[list[RoundReport], float]:
     """Decode tokens of the known text. Return the rounds after the first token, and their seconds."""
-    decoded = decode_to_length(stream, text[:PROMPT_TOKENS], max_tokens, k)
+    decoded = decode_to_length(stream, text[:PROMPT_TOKENS], max_tokens, policy)
     next(decoded)
     start = time.perf_counter()
     done = list(decoded)
