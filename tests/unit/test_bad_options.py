@@ -1,5 +1,6 @@
 """Every bad option of every command: one line names it, the exit status is 1 or 2, and nothing is loaded."""
 
+import gc
 import io
 import json
 import sys
@@ -177,10 +178,15 @@ def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def refused(main: Callable[[list[str]], int], arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    # Some arguments are nested as deep as Python allows. A collection there would end objects of earlier tests, which
+    # needs more depth, and would print its error.
+    gc.disable()
     try:
         status = main(arguments)
     except SystemExit as end:
         status = int(end.code or 0)
+    finally:
+        gc.enable()
     found = capsys.readouterr()
     assert status in (1, 2), found.err
     assert found.out == ""
