@@ -196,9 +196,6 @@ class Stream:
         tokens = up_to_stop(tokens[: accepted + 1], stop_ids)
         self.cache.length += len(tokens)
         self._append(tokens)
-        if tokens[-1] in stop_ids:
-            # The tokens of this block after the stop token are forgotten.
-            self.cache.set_length(self.cache.length)
         logprobs = self.host.logprobs(verified.logprobs, self.parts.logprobs, len(tokens))
         return RoundReport(tokens, k, accepted, logprobs, self.host.reads - before + reads, ahead)
 

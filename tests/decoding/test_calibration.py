@@ -198,6 +198,13 @@ def test_a_model_measures_once_per_kind_of_sampling(
         alone.calibrate()
 
 
+def test_contexts_of_other_lengths_have_costs_of_their_own(tiny_pair: TinyPair) -> None:
+    costs = mlx_mtp.load(tiny_pair("e2b") / "target").parts.costs
+    lengths = [0, 4095, 4096, 16383, 16384, 65535, 65536, 100_000]
+    ranges = [repr(costs.identity(mlx_mtp.Sampling(), None, length)) for length in lengths]
+    assert [ranges.index(each) for each in ranges] == [0, 0, 2, 2, 4, 4, 6, 6]
+
+
 def test_the_first_rounds_of_texts_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The text is that of plain decoding. The second model uses the measurement of the first."""
     monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
