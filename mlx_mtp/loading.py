@@ -30,6 +30,7 @@ from mlx_mtp.decoding.prefill import Progress
 from mlx_mtp.gemma4.disk_table import MappedEmbedding
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.fused_attention import choose_fused_attention
+from mlx_mtp.gemma4.kernels import use_kernels
 from mlx_mtp.gemma4.layers import fuse_projections, lay_out_weights, spread_layer_scalars
 from mlx_mtp.gemma4.target import Target
 from mlx_mtp.text.tokenizer import load_tokenizer
@@ -136,6 +137,7 @@ def _prepare_target(target: Target, exact: bool) -> None:
     spread_layer_scalars(target.layers)
     lay_out_weights(target)
     choose_fused_attention(target.layers, target.dtype)
+    use_kernels(target)
     if exact:
         make_exact(target)
         check_exact(target)
@@ -148,6 +150,7 @@ def _prepare_drafter(drafter: Drafter, target: TargetConfig) -> None:
     spread_layer_scalars(drafter.model.layers)
     lay_out_weights(drafter)
     choose_fused_attention(drafter.model.layers, drafter.model.norm.weight.dtype)
+    use_kernels(drafter)
 
 
 def _log_plain_decoding(path_or_repo: str | Path, config: TargetConfig) -> None:

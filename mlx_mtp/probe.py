@@ -24,7 +24,7 @@ from huggingface_hub.utils import tqdm
 from mlx_mtp.bench.cli import KINDS, names, prompt
 from mlx_mtp.bench.environment import environment, models
 from mlx_mtp.decoding.exact import MAX_ROWS, ExactRows, ExactTable
-from mlx_mtp.gemma4 import fused_attention
+from mlx_mtp.gemma4 import fused_attention, kernels
 from mlx_mtp.gemma4.drafter import DraftInputs
 from mlx_mtp.gemma4.kv_cache import Cache
 from mlx_mtp.gemma4.layers import Experts, Router
@@ -81,6 +81,8 @@ def _run(args: argparse.Namespace) -> int:
     report["rows"] = {str(n): found | {"first_difference": where[n]} for n, found in rows.items()}
     report["acceptance"] = lost
     report["attention"] = fused_attention.describe(model.target)
+    networks = {"target": model.target, "drafter": model.drafter}
+    report["kernels"] = {name: kernels.describe(each) for name, each in networks.items() if each is not None}
     if not args.json:
         write_out(_table(report))
     write_json(report)
@@ -235,6 +237,7 @@ def _common(first: list[int], second: list[int]) -> int:
 def _table(report: dict[str, Any]) -> str:
     lines = [f"passes over several rows against passes over one, {report['tokens']} tokens of real text"]
     lines += [f"{layer_type}: {kernel}" for layer_type, kernel in report["attention"].items()]
+    lines += [f"kernels of the {name}: {found}" for name, found in report["kernels"].items()]
     lines.append(f"{'rows':>4} {'other bits':>10} {'other token':>11}  first difference")
     for n, found in report["rows"].items():
         bits, token = (found[name] / found["compared"] for name in ("other_bits", "other_token"))

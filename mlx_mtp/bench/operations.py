@@ -72,7 +72,7 @@ def operations(outputs: list[mx.array]) -> Counter[str]:
         mx.export_to_dot(str(file), *outputs)
         text = file.read_text()
     # The file has one line per operation, even if several operations share one compiled kernel.
-    nodes = re.findall(r'(\d+) \[label ="([^"]*)", shape=rectangle\]', text)
+    nodes = re.findall(r'(\d+) \[label ="(\w+)[^"]*", shape=rectangle\]', text)
     kinds = dict(nodes)
     found = Counter(kind for _, kind in nodes)
     found["Concatenate"] = sum(kinds.get(node) == "Concatenate" for node in re.findall(r"-> (\d+)", text))

@@ -24,11 +24,11 @@ def accept_matching(drafted: mx.array, scores: mx.array) -> Acceptance:
     the target's choice, so the choices are the tokens to emit. For greedy decoding, the scores are logits. For coupled
     acceptance, they are log probabilities plus noise that drafter and target share.
     """
-    choices = mx.argmax(scores, axis=-1).astype(mx.int32)
+    choices = mx.argmax(scores, axis=-1).view(mx.int32)
     if not drafted.size:
         # Do not take a product of zero elements: MLX's CUDA backend divides by their number, which ends the process.
         return Acceptance(mx.array(0), choices)
-    matches = (drafted[0] == choices[:-1]).astype(mx.int32)
+    matches = (drafted.squeeze(0) == choices[:-1]).astype(mx.int32)
     return Acceptance(mx.cumprod(matches).sum(), choices)
 
 

@@ -18,6 +18,7 @@ import mlx.core as mx
 from mlx_mtp.checkpoints.config import DrafterConfig, TargetConfig
 from mlx_mtp.errors import OptionError
 from mlx_mtp.gemma4.drafter import Draft, Drafter, GivenDrafter
+from mlx_mtp.gemma4.kernels import describe
 from mlx_mtp.gemma4.kv_cache import KVQuantization, check_group_size
 from mlx_mtp.gemma4.target import Target
 
@@ -224,6 +225,8 @@ class RoundCosts:
             "kv": None if kv is None else [kv.bits, kv.group_size],
             "context": _context_of(context),
         }
+        if (kernels := describe(self._target)) != "none":
+            found["kernels"] = kernels
         if self._target.mapped is not None:
             found["per_layer_embeddings"] = "mapped"
         return found | device_identity()

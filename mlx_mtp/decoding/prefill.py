@@ -73,7 +73,7 @@ class PromptReader:
         output = target(tokens, cache, logit_rows=count, hidden_rows=count, per_layer_rows=per_layer_rows)
         logits, hidden = mx.zeros((0, target.config.vocab_size)), mx.zeros((1, 0, target.config.hidden_size))
         if is_last:
-            logits, hidden = output.logits[0], output.hidden
+            logits, hidden = output.logits.squeeze(0), output.hidden
         # Nothing needs the rest of the output, so MLX does not compute it.
         del output
         mx.eval(logits, hidden, cache.arrays())

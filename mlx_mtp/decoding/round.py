@@ -36,9 +36,8 @@ class RoundParts(NamedTuple):
 class Verified(NamedTuple):
     """The report of a round, still on the device.
 
-    `report` is int32 [k + 2]: the number of accepted draft tokens, then the tokens to emit. Only the first `accepted` +
-    1 tokens are valid. `logprobs` is float32 [k + 1, 1 + 2 * n] (see `token_logprobs`). It is empty if no log
-    probabilities are reported.
+    `report` is int32 [k + 1]: the tokens to emit, then -1 for each rejected draft token. `logprobs` is float32 [k + 1,
+    1 + 2 * n] (see `token_logprobs`). It is empty if no log probabilities are reported.
     """
 
     report: mx.array
@@ -75,9 +74,9 @@ def round_steps(parts: RoundParts, layout: Cache, k: int, text: mx.array | None 
         cache = layout.over(state.kv)
         tokens = mx.concatenate([state.bonus, draft.tokens], axis=1) if k else state.bonus
         output = parts.target(tokens, cache, k + 1, per_layer_rows=per_layer_rows)
-        logits = output.logits[0]
+        logits = output.logits.squeeze(0)
         accepted, choices = parts.rules.accept(state, draft, logits, masks, text)
-        report = mx.concatenate([accepted[None], choices])
+        report = mx.where(mx.arange(k + 1) <= accepted, choices, -1) if k else choices
         logprobs = token_logprobs(parts, logits, choices)
         kv = cache.kv._replace(offset=cache.offset + accepted + 1)
         return choose_row(state._replace(kv=kv), output.hidden, choices, accepted), Verified(report, logprobs)
@@ -114,8 +113,9 @@ def choose_row(state: RoundState, hidden: mx.array, choices: mx.array, row: mx.a
     if window.size:
         tokens = mx.concatenate([window, choices])
         window = mx.slice(tokens, row[None] + 1, axes=(0,), slice_size=window.shape)
-    chosen = choices[row].reshape(1, 1)
-    return state._replace(bonus=chosen, hidden=mx.take(hidden, row[None], axis=1), window=window)
+    if choices.size > 1:
+        choices, hidden = choices[row], mx.take(hidden, row[None], axis=1)
+    return state._replace(bonus=choices.reshape(1, 1), hidden=hidden, window=window)
 
 
 def token_logprobs(parts: RoundParts, logits: mx.array, tokens: mx.array) -> mx.array:
@@ -125,7 +125,7 @@ def token_logprobs(parts: RoundParts, logits: mx.array, tokens: mx.array) -> mx.
     probabilities. The result is empty if no log probabilities are reported.
     """
     if parts.logprobs is None:
-        return mx.zeros(0)
+        return mx.array([], mx.float32)
     capped = parts.target.without_suppressed(parts.target.soft_cap(logits)).astype(mx.float32)
     values = capped - mx.logsumexp(capped, axis=-1, keepdims=True)
     # The sort is stable: the most likely token comes first, and equal values are in order of their ids.

@@ -65,7 +65,7 @@ class TokenRules:
             drawn_from = sampling.log_probabilities(candidates.logits, coins[step : step + 1])
             if sampling.acceptance == "block":
                 return mx.random.categorical(drawn_from, key=keys[step])[:, None], drawn_from
-            shared = noise[step] if candidates.ids is None else noise[step][candidates.ids[0]]
+            shared = noise[step] if candidates.ids is None else noise[step][candidates.ids.squeeze(0)]
             return mx.argmax(drawn_from + shared, axis=-1, keepdims=True), None
 
         return choose
@@ -88,7 +88,7 @@ class TokenRules:
         Raises OptionError if a processor does not return logits of the same shape.
         """
         first = state.kv.offset + ahead
-        logits = self._processed(state, draft.tokens[0], logits, text)
+        logits = self._processed(state, draft.tokens.squeeze(0), logits, text)
         if masks is not None:
             logits = mx.where(masks, logits, -mx.inf)
         if self.sampling.is_greedy:

@@ -192,12 +192,12 @@ class Stream:
         if not self._in_flight:
             # The next round finds all its buffers at rest, and writes them in place.
             mx.eval(verified, self.state)
-        accepted, *tokens = self.host.wait_for(verified.report)
-        tokens = up_to_stop(tokens[: accepted + 1], stop_ids)
+        emitted = [token for token in self.host.wait_for(verified.report) if token >= 0]
+        tokens = up_to_stop(emitted, stop_ids)
         self.cache.length += len(tokens)
         self._append(tokens)
         logprobs = self.host.logprobs(verified.logprobs, self.parts.logprobs, len(tokens))
-        return RoundReport(tokens, k, accepted, logprobs, self.host.reads - before + reads, ahead)
+        return RoundReport(tokens, k, len(emitted) - 1, logprobs, self.host.reads - before + reads, ahead)
 
     @property
     def in_flight(self) -> list[int]:

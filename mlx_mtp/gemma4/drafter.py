@@ -14,8 +14,8 @@ import mlx.nn as nn
 from mlx_mtp.checkpoints.config import DrafterConfig, LayerType
 
 from .kv_cache import Cache, View
-from .layers import DecoderLayer
-from .target import Target, allowed_tokens
+from .layers import DecoderLayer, norms_after
+from .target import TableRows, Target, allowed_tokens, table_rows
 
 # This logit is below any other logit, and its probability is zero next to any other.
 _LAST_RESORT = -1e9
@@ -145,6 +145,8 @@ class Drafter(nn.Module):
         self.draft_vocab_ids = mx.zeros((config.draft_vocab_size,), mx.int32) if config.draft_vocab_size else None
         # This mask, bool [1, vocab], excludes the tokens that the target never generates. It is not a parameter.
         self._unsuppressed: mx.array | None = None
+        # A kernel may replace this function (see kernels.py).
+        self.table_rows: TableRows = table_rows
         self._has_dead_cluster = False
 
     def suppress(self, tokens: Collection[int]) -> None:
@@ -184,11 +186,15 @@ class Drafter(nn.Module):
         Both are [1, 1, backbone_hidden_size].
         """
         h = self.pre_projection(mx.concatenate([embedding, hidden], axis=-1))
-        for layer, config in zip(self.model.layers, self.config.text.layers, strict=True):
-            queries = layer.project(h, context.position).queries
-            h = layer(h, queries, context.views[config.layer_type])
-        state = self.model.norm(h)
-        return DraftStep(state, self.post_projection(state))
+        layers = self.model.layers
+        normed = layers[0].input_layernorm(h)
+        for layer, config, following in zip(
+            layers, self.config.text.layers, norms_after(layers, self.model.norm), strict=True
+        ):
+            queries = layer.project(normed, context.position).queries
+            h, normed = layer(h, queries, context.views[config.layer_type], following)
+        # The norm after the last layer is the final norm.
+        return DraftStep(normed, self.post_projection(normed))
 
     def candidates(self, state: mx.array, allowed: mx.array | None = None) -> Candidates:
         """Return the candidates of the head for a state [1, 1, hidden_size].
@@ -200,14 +206,14 @@ class Drafter(nn.Module):
         is_guided = allowed is not None
         allowed = allowed if is_guided else self._unsuppressed
         if self.masked_embedding is None:
-            logits = self.model.embed_tokens.as_linear(state)[0]
+            logits = self.model.embed_tokens.as_linear(state).squeeze(0)
             if self.draft_vocab_ids is not None:
                 return self._pruned(logits, allowed)
             return Candidates(None, logits if allowed is None else mx.where(allowed, logits, -mx.inf))
         # Suppressed tokens alone do not restrict the clusters, unless all tokens of a cluster are suppressed.
         ids = self.masked_embedding.candidates(state, allowed if is_guided or self._has_dead_cluster else None)
         # This call gathers the rows of the ids, and dequantizes no other rows.
-        logits = state[0] @ self.model.embed_tokens(ids).T
+        logits = state.squeeze(0) @ self.table_rows(self.model.embed_tokens, ids).T
         return Candidates(ids[None], logits if allowed is None else mx.where(allowed[:, ids], logits, -mx.inf))
 
     def _pruned(self, logits: mx.array, allowed: mx.array | None) -> Candidates:
@@ -229,7 +235,7 @@ class Drafter(nn.Module):
             candidates = self.candidates(step.state, None if allow is None else allow(token))
             choice, distribution = choose(index, candidates)
             if candidates.ids is None:
-                token = choice.astype(mx.int32)
+                token = choice.view(mx.int32)
             else:
                 token = mx.take_along_axis(candidates.ids, choice, axis=-1).astype(mx.int32)
                 ids.append(candidates.ids)

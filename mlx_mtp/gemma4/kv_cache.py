@@ -125,10 +125,11 @@ class Cache:
         self.is_quantized = quantization is not None and quantization.start <= 0
         self.max_block = max_block
         ring = config.sliding_window + spare_slots(max_block)
-        # The slots of a ring, int32 [ring]. They are evaluated, so that a compiled round takes them as they are.
-        self.slots = mx.arange(ring)
-        mx.eval(self.slots)
+        # The slots of a ring, int32 [ring].
+        self.slots = _numbers(ring)
         self.capacity = rows_in_buffers(capacity)
+        # 0, 1, 2, ... for the rows of the full-attention buffers.
+        self.row_numbers = _numbers(self.capacity)
         self.kv = KVState.none()
         self.length = 0
         self.in_flight = 0
@@ -242,6 +243,7 @@ class Cache:
         keys, _ = next(iter(full.values()))
         self.is_quantized = isinstance(keys, Quantized)
         self.capacity = parts_of(keys)[0].shape[2]
+        self.row_numbers = _numbers(self.capacity)
         self.written = written
         self.set_length(length)
 
@@ -254,7 +256,7 @@ class Cache:
         layer = self.config.last_kv_layer(layer_type)
         if layer_type == "full_attention":
             rows = self.visible
-            mask = mx.arange(rows) < self.offset
+            mask = self.row_numbers[:rows] < self.offset
             return View(_first(self.keys[layer], rows), _first(self.values[layer], rows), mask[None])
         positions = ring_positions(self.offset, self.slots)
         mask = (positions >= 0) & (positions >= self.offset - 1 - self.config.sliding_window)
@@ -270,6 +272,7 @@ class Cache:
             return
         self._replace_full(lambda rows: _extend(rows, grown - self.capacity))
         self.capacity = grown
+        self.row_numbers = _numbers(grown)
 
     def _quantize(self, quantization: KVQuantization) -> None:
         self._replace_full(lambda rows: _quantize(rows, quantization) if isinstance(rows, mx.array) else rows)
@@ -295,8 +298,8 @@ class Pass:
         self.length = length
         self.offset = cache.offset
         self._views: dict[int, View] = {}
-        queries = (self.offset + mx.arange(length))[:, None]
-        self._full_mask = mx.arange(cache.visible)[None] <= queries
+        queries = (self.offset + cache.row_numbers[:length])[:, None]
+        self._full_mask = cache.row_numbers[None, : cache.visible] <= queries
         # A block that fits the spare slots is read back from the ring. A longer block (prefill) would overwrite keys
         # that its own first rows still need. It therefore attends to the old ring plus its own rows.
         self._fits = length <= cache.max_block
@@ -386,6 +389,13 @@ def check_group_size(config: TextConfig, quantization: KVQuantization) -> None:
         raise OptionError(
             f"kv_group_size is {group_size}, which does not divide the {head_dim} values of a full-attention head"
         )
+
+
+def _numbers(count: int) -> mx.array:
+    """Return 0..count-1, int32 [count]. They are evaluated, so that a compiled round takes them as they are."""
+    numbers = mx.arange(count)
+    mx.eval(numbers)
+    return numbers
 
 
 def _zeros(shape: tuple[int, ...], dtype: mx.Dtype, quantization: KVQuantization | None) -> KVRows:

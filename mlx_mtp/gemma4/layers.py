@@ -4,9 +4,10 @@ Target and drafter use the same class of layer. A drafter's layers have queries 
 """
 
 import math
+from collections.abc import Callable
 from copy import copy
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -113,6 +114,8 @@ class Attention(nn.Module):
         self.exact_rows = 0
         # The number of rows in one call of MLX's fused kernel, or 0 if MLX chooses (see fused_attention.py).
         self.fused_rows = 0
+        # A kernel that does the work of `project` (see kernels.py).
+        self.norm_rotate: Callable[[mx.array, mx.array], Projected] | None = None
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(layer.head_dim, eps=config.rms_norm_eps)
@@ -135,6 +138,8 @@ class Attention(nn.Module):
 
     def project(self, x: mx.array, offset: mx.array) -> Projected:
         """Project x [1, length, hidden_size] to queries, keys and values. Row 0 is at position `offset`."""
+        if self.norm_rotate is not None:
+            return self.norm_rotate(x, offset)
         if "qkv_proj" in self:
             return self._project_at_once(x, offset)
         queries = self.rope(self.q_norm(self._heads(self.q_proj(x))), offset)
@@ -258,6 +263,44 @@ class Experts(nn.Module):
         return (self.switch_glu(x, chosen) * weights[..., None]).sum(-2)
 
 
+class Residual(NamedTuple):
+    """The residual stream `h`, and `normed`, its norm for the next part of the network. Both are [1, length, size].
+
+    `normed` is `h` if there is no next norm.
+    """
+
+    h: mx.array
+    normed: mx.array
+
+
+class AddNorm(Protocol):
+    """A function that adds to the residual stream (see `add_norm`)."""
+
+    def __call__(
+        self,
+        x: mx.array,
+        norm: nn.RMSNorm,
+        h: mx.array,
+        scale: mx.array | None = None,
+        following: nn.RMSNorm | None = None,
+    ) -> Residual:
+        """Return the new residual stream."""
+
+
+def add_norm(
+    x: mx.array,
+    norm: nn.RMSNorm,
+    h: mx.array,
+    scale: mx.array | None = None,
+    following: nn.RMSNorm | None = None,
+) -> Residual:
+    """Add the norm of x [1, length, size] to the residual stream h, multiply by `scale`, and norm by `following`."""
+    h = h + norm(x)
+    if scale is not None:
+        h = h * scale
+    return Residual(h, h if following is None else following(h))
+
+
 class DecoderLayer(nn.Module):
     """One decoder layer: attention and feed-forward block, with optional experts and per-layer input."""
 
@@ -271,6 +314,8 @@ class DecoderLayer(nn.Module):
         self.pre_feedforward_layernorm = norm()
         self.post_feedforward_layernorm = norm()
         self.layer_scalar = mx.ones((1,))
+        # A kernel may replace this function (see kernels.py).
+        self.add_norm: AddNorm = add_norm
         self.has_experts = config.num_experts > 0
         if self.has_experts:
             self.router = Router(config)
@@ -283,26 +328,44 @@ class DecoderLayer(nn.Module):
             self.per_layer_projection = nn.Linear(config.per_layer_input_size, config.hidden_size, bias=False)
             self.post_per_layer_input_norm = norm()
 
-    def project(self, h: mx.array, offset: mx.array) -> Projected:
-        """Project the residual stream h to queries, keys and values. Row 0 is at position `offset`."""
-        return self.self_attn.project(self.input_layernorm(h), offset)
+    def project(self, normed: mx.array, offset: mx.array) -> Projected:
+        """Project the normed residual stream to queries, keys and values. Row 0 is at position `offset`."""
+        return self.self_attn.project(normed, offset)
 
-    def __call__(self, h: mx.array, queries: mx.array, view: View, per_layer_input: mx.array | None = None) -> mx.array:
-        """Return the residual stream after this layer. `queries` come from `project(h)`."""
-        h = h + self.post_attention_layernorm(self.self_attn(queries, view))
-        h = h + self.post_feedforward_layernorm(self._feed_forward(h))
-        if per_layer_input is not None:
-            gated = _geglu(self.per_layer_input_gate(h), per_layer_input)
-            h = h + self.post_per_layer_input_norm(self.per_layer_projection(gated))
-        return h * self.layer_scalar
+    def __call__(
+        self,
+        h: mx.array,
+        queries: mx.array,
+        view: View,
+        following: nn.RMSNorm,
+        per_layer_input: mx.array | None = None,
+    ) -> Residual:
+        """Return the residual stream after this layer, and its norm by `following`, the next norm of the model.
 
-    def _feed_forward(self, h: mx.array) -> mx.array:
-        dense: mx.array = self.mlp(self.pre_feedforward_layernorm(h))
+        `queries` come from `project`.
+        """
+        add_norm = self.add_norm
+        h, normed = add_norm(
+            self.self_attn(queries, view), self.post_attention_layernorm, h, following=self.pre_feedforward_layernorm
+        )
+        update = self._feed_forward(h, normed)
+        if per_layer_input is None:
+            return add_norm(update, self.post_feedforward_layernorm, h, self.layer_scalar, following)
+        h, _ = add_norm(update, self.post_feedforward_layernorm, h)
+        update = self.per_layer_projection(_geglu(self.per_layer_input_gate(h), per_layer_input))
+        return add_norm(update, self.post_per_layer_input_norm, h, self.layer_scalar, following)
+
+    def _feed_forward(self, h: mx.array, normed: mx.array) -> mx.array:
+        dense: mx.array = self.mlp(normed)
         if not self.has_experts:
             return dense
         sparse: mx.array = self.experts(self.pre_feedforward_layernorm_2(h), *self.router(h))
-        mixed: mx.array = self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(sparse)
-        return mixed
+        return self.add_norm(sparse, self.post_feedforward_layernorm_2, self.post_feedforward_layernorm_1(dense)).h
+
+
+def norms_after(layers: list[DecoderLayer], final: nn.RMSNorm) -> list[nn.RMSNorm]:
+    """Return the norm that follows each layer: the first of the next layer, or the final norm."""
+    return [*(layer.input_layernorm for layer in layers[1:]), final]
 
 
 def fuse_projections(layers: list[DecoderLayer]) -> None:

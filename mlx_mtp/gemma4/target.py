@@ -5,7 +5,7 @@ below `language_model.model.`.
 """
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +14,7 @@ from mlx_mtp.checkpoints.config import TextConfig
 
 from .disk_table import MappedEmbedding, PerLayerRows
 from .kv_cache import Cache
-from .layers import DecoderLayer
+from .layers import DecoderLayer, norms_after
 
 
 class TargetOutput(NamedTuple):
@@ -38,6 +38,19 @@ def allowed_tokens(suppressed: Collection[int], vocab_size: int) -> mx.array:
     return allowed
 
 
+class TableRows(Protocol):
+    """A function that reads rows of a table (see `table_rows`)."""
+
+    def __call__(self, table: nn.Module, tokens: mx.array, factor: float | None = None) -> mx.array:
+        """Return the rows."""
+
+
+def table_rows(table: nn.Module, tokens: mx.array, factor: float | None = None) -> mx.array:
+    """Return the rows of an embedding for tokens [...], multiplied by `factor`, [..., size]."""
+    rows: mx.array = table(tokens)
+    return rows if factor is None else rows * factor
+
+
 class Target(nn.Module):
     """The text decoder with its output head, which is the embedding or a separate projection."""
 
@@ -57,6 +70,8 @@ class Target(nn.Module):
         # This mask, bool [vocab], is true for tokens that are never generated. It is not a parameter, because its name
         # begins with "_".
         self._suppressed: mx.array | None = None
+        # A kernel may replace this function (see kernels.py).
+        self.table_rows: TableRows = table_rows
 
     def suppress(self, tokens: Collection[int]) -> None:
         """Never generate these tokens (`suppress_tokens` of generation_config.json)."""
@@ -111,21 +126,23 @@ class Target(nn.Module):
         per_layer = self._per_layer_inputs(tokens, h, per_layer_rows)
         step = cache.start(length)
         offset, last_own = step.offset, max(config.kv_layer for config in self.config.layers)
+        norms = norms_after(self.layers, self.norm)
+        normed = self.layers[0].input_layernorm(h)
         for index, (layer, config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
-            queries, keys, values = layer.project(h, offset)
+            queries, keys, values = layer.project(normed, offset)
             view = step.read(config.kv_layer) if keys is None or values is None else step.write(index, keys, values)
             if index == last_own and last_rows < length:
                 # From here on, no row needs the hidden states of another row. It needs only K/V, which are all written.
                 if not last_rows:
-                    h = h[:, :0]
+                    normed = h[:, :0]
                     break
                 queries, h, offset = queries[:, :, -last_rows:], h[:, -last_rows:], offset + (length - last_rows)
                 per_layer = None if per_layer is None else per_layer[:, -last_rows:]
             if h.shape[1] < length:
                 view = view._replace(mask=view.mask[-last_rows:])
-            h = layer(h, queries, view, None if per_layer is None else per_layer[:, :, index])
-        hidden = self.norm(h)
-        return TargetOutput(hidden, self.head(hidden[:, hidden.shape[1] - logit_rows :]))
+            h, normed = layer(h, queries, view, norms[index], None if per_layer is None else per_layer[:, :, index])
+        # The norm after the last layer is the final norm.
+        return TargetOutput(normed, self.head(normed[:, normed.shape[1] - logit_rows :]))
 
     def head(self, hidden: mx.array) -> mx.array:
         """Return the logits [1, rows, vocab], before the soft cap, of hidden states [1, rows, hidden_size]."""
@@ -137,9 +154,7 @@ class Target(nn.Module):
 
         The drafter uses them too.
         """
-        scale: float = self.config.hidden_size**0.5
-        embedded: mx.array = self.embed_tokens(tokens)
-        return embedded * scale
+        return self.table_rows(self.embed_tokens, tokens, self.config.hidden_size**0.5)
 
     def soft_cap(self, logits: mx.array) -> mx.array:
         """Return the model's own logits: `tanh(logits / cap) * cap` (config field `final_logit_softcapping`)."""
@@ -156,8 +171,11 @@ class Target(nn.Module):
             return None
         shape = (*tokens.shape, len(self.layers), size)
         table = self.embed_tokens_per_layer
-        embedded = table(tokens) if per_layer_rows is None else table.unpack(per_layer_rows)
+        embedded = self.table_rows(table, tokens) if per_layer_rows is None else table.unpack(per_layer_rows)
         embedded = embedded.reshape(shape) * size**0.5
-        projected = (self.per_layer_model_projection(h) * self.config.hidden_size**-0.5).reshape(shape)
-        inputs: mx.array = (self.per_layer_projection_norm(projected) + embedded) * 2.0**-0.5
+        projected = self.per_layer_model_projection(h).reshape(shape)
+        norm = self.per_layer_projection_norm
+        # The projection has a scale of hidden_size ** -0.5 before its norm. The norm removes any scale but that of eps.
+        normed = mx.fast.rms_norm(projected, norm.weight, norm.eps * self.config.hidden_size)
+        inputs: mx.array = (normed + embedded) * 2.0**-0.5
         return inputs

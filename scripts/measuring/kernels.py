@@ -11,6 +11,10 @@ from unittest.mock import patch
 
 import mlx.core as mx
 
+from mlx_mtp.gemma4.drafter import Drafter
+from mlx_mtp.gemma4.kernels import Kernels, attach
+from mlx_mtp.gemma4.target import Target
+
 FAST_FUNCTIONS = ("rms_norm", "rope", "scaled_dot_product_attention")
 
 
@@ -18,25 +22,41 @@ FAST_FUNCTIONS = ("rms_norm", "rope", "scaled_dot_product_attention")
 def countable_kernels() -> Iterator[None]:
     """Replace the kernels, and dequantization, with one operation that depends on all their inputs."""
 
-    def stand_in(x: mx.array, others: list[Any]) -> mx.array:
-        arrays = [other for other in others if isinstance(other, mx.array)]
-        return mx.softmax(mx.depends([x], arrays)[0], axis=-1)
-
     def dequantize(w: mx.array, scales: mx.array, *others: Any, group_size: int, bits: int, **_: Any) -> mx.array:
         values = mx.broadcast_to(scales[..., None], (*scales.shape, group_size)).reshape(*scales.shape[:-1], -1)
-        return stand_in(values, [w, *others])
+        return _stand_in(values, [w, *others])
 
     def rms_norm(x: mx.array, weight: mx.array | None, eps: float, **_: Any) -> mx.array:
-        return stand_in(x, [weight])
+        return _stand_in(x, [weight])
 
     def rope(x: mx.array, dims: int, *, offset: Any, freqs: Any = None, **_: Any) -> mx.array:
-        return stand_in(x, [offset, freqs])
+        return _stand_in(x, [offset, freqs])
 
     def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, **_: Any) -> mx.array:
-        return stand_in(q, [k, v, mask])
+        return _stand_in(q, [k, v, mask])
 
     with _replaced(rms_norm, rope, attention), patch.object(mx, "dequantize", dequantize):
         yield
+
+
+def use_countable_kernels(network: Target | Drafter) -> None:
+    """Let a network use the kernels of this project, each as one operation."""
+
+    def launch(
+        *, inputs: list[mx.array], output_shapes: list[tuple[int, ...]], output_dtypes: list[mx.Dtype], **_: Any
+    ) -> list[mx.array]:
+        dtype = output_dtypes[0]
+        first = next(array for array in inputs if array.dtype == dtype)
+        one = _stand_in(first, inputs).reshape(-1)[:1]
+        return [mx.broadcast_to(one, shape) for shape in output_shapes]
+
+    attach(network, Kernels(*[launch] * len(Kernels._fields)), lambda *_: True)
+
+
+def _stand_in(x: mx.array, others: list[Any]) -> mx.array:
+    """Return one operation that depends on all inputs."""
+    arrays = [other for other in others if isinstance(other, mx.array)]
+    return mx.softmax(mx.depends([x], arrays)[0], axis=-1)
 
 
 @contextmanager

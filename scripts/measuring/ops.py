@@ -2,7 +2,8 @@
 
     python scripts/measure.py ops tests/support/published/E2B --bits 4
 
-Nothing is computed: the weights are zeros that take no memory. MLX's norm, rotation and attention are one kernel each
+The column `kernels` counts compiled rounds with the kernels of this project (mlx_mtp/gemma4/kernels.py). Nothing is
+computed: the weights are zeros that take no memory. MLX's norm, rotation and attention are one kernel each
 on a Mac, but many operations on the CPU backend. Here, one operation replaces each of them. Views of memory (reshapes,
 slices) do not count. A concatenation counts as one copy of each part. The count is a lower bound: some kernels run
 twice (split-K products), attention with heads of 512 can be unfused, and rows that are not contiguous are copied first.
@@ -15,8 +16,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_mtp.bench.operations import operations, round_outputs
+from mlx_mtp.gemma4.drafter import Drafter
+from mlx_mtp.gemma4.target import Target
 
-from .kernels import countable_kernels
+from .kernels import countable_kernels, use_countable_kernels
 from .sizes import add_bits, add_folder, weightless_mlx_lm_model, weightless_pair
 
 
@@ -27,27 +30,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    print(f"{'':6}{'plain round':>24}{'draft step':>24}{'mlx-lm pass':>16}")
-    print(f"{'':6}" + 2 * f"{'eager':>12}{'compiled':>12}" + f"{'eager':>16}")
+    columns = "eager", "compiled", "kernels"
+    print(f"{'':8}{'plain round':>30}{'draft step':>30}{'mlx-lm pass':>14}")
+    print(f"{'':8}" + 2 * "".join(f"{column:>10}" for column in columns) + f"{'eager':>14}")
     for folder in args.folders:
         target, drafter = weightless_pair(folder, args.bits)
         with countable_kernels():
-            eager, compiled = (
-                [operations(round_outputs(target, drafter, k, compiled=c)) for k in (0, 1, 2)] for c in (False, True)
-            )
+            found = [counts(target, drafter, compiled=False), counts(target, drafter, compiled=True)]
             reference = operations(mlx_lm_outputs(folder, args.bits))
-        counts = [found[0].total() for found in (eager, compiled)] + [draft_step(found) for found in (eager, compiled)]
-        print(f"{folder.name:6}" + "".join(f"{count:12}" for count in counts) + f"{reference.total():16}")
+            for network in (target, drafter):
+                use_countable_kernels(network)
+            found.append(counts(target, drafter, compiled=True))
+        totals = [each[0].total() for each in found] + [draft_step(each) for each in found]
+        print(f"{folder.name:8}" + "".join(f"{total:10}" for total in totals) + f"{reference.total():14}")
         if args.details:
-            for title, found in (("eager", eager), ("compiled", compiled)):
+            for title, each in zip(columns, found, strict=True):
                 print(f"      plain round, {title}:")
-                print(*(f"      {count:5} {kind}" for kind, count in found[0].most_common()), sep="\n")
+                print(*(f"      {count:5} {kind}" for kind, count in each[0].most_common()), sep="\n")
+
+
+def counts(target: Target, drafter: Drafter, *, compiled: bool) -> list[Counter[str]]:
+    """Return the operations of rounds of 0, 2 and 3 draft tokens."""
+    return [operations(round_outputs(target, drafter, k, compiled=compiled)) for k in (0, 2, 3)]
 
 
 def draft_step(found: list[Counter[str]]) -> int:
-    """Return the number of operations that the second draft token adds to a round.
+    """Return the number of operations that a third draft token adds to a round.
 
-    The first draft token also adds the operations that all draft tokens share.
+    The first two also add operations that all draft tokens share.
     """
     return found[2].total() - found[1].total()
 

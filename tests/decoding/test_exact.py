@@ -127,6 +127,8 @@ def test_the_commands(tiny_pair: TinyPair) -> None:
     assert report["exact"]
     assert report["attention"] == dict.fromkeys(("sliding_attention", "full_attention"), "as MLX chooses")
     assert "full_attention: as MLX chooses" in lines
+    assert report["kernels"] == {"target": "none", "drafter": "none"}
+    assert "kernels of the target: none" in lines
     assert list(report["rows"]) == [str(rows) for rows in range(2, 10)]
     assert all(row["compared"] > 30 and not row["other_bits"] for row in report["rows"].values())
     assert {row["first_difference"] for row in report["rows"].values()} == {None}
