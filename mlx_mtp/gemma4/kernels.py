@@ -98,6 +98,14 @@ def attach(network: Target | Drafter, kernels: Kernels, check: Check | None = No
         network.table_rows = fast_rows
 
 
+def remove_kernels(network: Target | Drafter) -> None:
+    """Let a network use MLX's operations only."""
+    for layer in network.layers if isinstance(network, Target) else network.model.layers:
+        layer.add_norm = add_norm
+        layer.self_attn.norm_rotate = None
+    network.table_rows = table_rows
+
+
 def in_use(network: Target | Drafter) -> InUse:
     """Return which kernels a network uses."""
     layers = network.layers if isinstance(network, Target) else network.model.layers

@@ -1,5 +1,6 @@
 """The measurements of `scripts/measure.py`, run as in the documents, with small settings."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -132,13 +133,24 @@ def test_the_size_of_a_model(tiny: Path, bits: str) -> None:
         "--repeats",
         "1",
         "--mlx-lm",
+        "--rounds-ahead",
+        "on",
+        "off",
     )
     output = measure("published", tiny, *options)
     assert len(cells(output, "v(1) to v(9), ms:")) == 9
-    # The last column is the host reads. The column before it is the tokens per round.
-    plain, three = (float(cells(output, f"1.00    {k}")[-2]) for k in (0, 3))
-    assert (plain, three) == (1, 3.67)
-    assert "mlx-lm: " in output
+    # The last columns are the tokens per round, the host reads and the share of rounds ahead.
+    for ahead in ("on", "off"):
+        plain, three = (cells(output, f"on{ahead:>6}   1.00    {k}") for k in (0, 3))
+        assert (float(plain[-3]), float(three[-3])) == (1, 3.67)
+        assert (float(plain[-1]) > 0.5) == (ahead == "on")
+    report = json.loads(output.splitlines()[-1])
+    assert [len(found["tokens_per_second"]) for found in report["speeds"]] == [1] * 14
+    assert {found["ahead"] for found in report["speeds"]} == {"on", "off"}
+    assert report["kernels"]["on"]["in_use"] == "none"
+    assert len(report["kernels"]["on"]["seconds"]["waiting"]["verify"]) == 9
+    (speed,) = report["mlx_lm"]
+    assert f"mlx-lm: {speed:.1f} tokens/s" in output
 
 
 def test_planned_memory() -> None:

@@ -27,7 +27,16 @@ from mlx_mtp.checkpoints.config import read_target_config
 from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.kernel_sources import ADD_NORM, FUNCTIONS, METAL, METAL_PLACE, SOURCES, Source
-from mlx_mtp.gemma4.kernels import Kernels, attach, describe, device_kernels, in_use, make_kernels, use_kernels
+from mlx_mtp.gemma4.kernels import (
+    Kernels,
+    attach,
+    describe,
+    device_kernels,
+    in_use,
+    make_kernels,
+    remove_kernels,
+    use_kernels,
+)
 from mlx_mtp.gemma4.layers import add_norm, fuse_projections, spread_layer_scalars
 from mlx_mtp.gemma4.target import Target
 
@@ -87,6 +96,8 @@ def test_rounds_with_kernels_are_the_rounds_without(
     tokens, found = rounds(target, drafter)
     assert tokens == expected
     np.testing.assert_allclose(found, hidden, atol=1e-4)
+    remove_kernels(target)
+    assert in_use(target) == (len(target.layers), 0, 0, False)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
