@@ -9,8 +9,8 @@ from mlx_mtp.decoding.exact import check_exact
 from mlx_mtp.decoding.prefill import Progress
 from mlx_mtp.decoding.rules import LogitsProcessor
 from mlx_mtp.decoding.stream import Stream, decode, token_budget
+from mlx_mtp.gemma4.device_checks import check_quantized_attention
 from mlx_mtp.gemma4.kv_cache import KVQuantization
-from mlx_mtp.gemma4.layers import check_quantized_attention
 from mlx_mtp.text.answer import TextStream
 from mlx_mtp.text.tokenizer import open_thought
 

@@ -27,6 +27,7 @@ from mlx_mtp.checkpoints.weights import count_bytes, fill_module, token_ids
 from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS
 from mlx_mtp.decoding.exact import check_exact, make_exact
 from mlx_mtp.decoding.prefill import Progress
+from mlx_mtp.gemma4.device_checks import check_products
 from mlx_mtp.gemma4.disk_table import MappedEmbedding
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.fused_attention import choose_fused_attention
@@ -131,8 +132,9 @@ def load(
 def _prepare_target(target: Target, exact: bool) -> None:
     """Arrange the weights of a loaded target for fast passes and, with `exact`, for passes with the bits of plain ones.
 
-    Raises OptionError if passes cannot be made exact.
+    Raises OptionError if the device computes products with the weights wrong, or if passes cannot be made exact.
     """
+    check_products(target)
     fuse_projections(target.layers)
     spread_layer_scalars(target.layers)
     lay_out_weights(target)
@@ -144,7 +146,11 @@ def _prepare_target(target: Target, exact: bool) -> None:
 
 
 def _prepare_drafter(drafter: Drafter, target: TargetConfig) -> None:
-    """Arrange the weights of a loaded drafter for fast steps. It never drafts what the target never generates."""
+    """Arrange the weights of a loaded drafter for fast steps. It never drafts what the target never generates.
+
+    Raises OptionError if the device computes products with the weights wrong.
+    """
+    check_products(drafter)
     drafter.suppress(target.suppress_tokens)
     fuse_projections(drafter.model.layers)
     spread_layer_scalars(drafter.model.layers)

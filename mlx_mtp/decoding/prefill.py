@@ -47,8 +47,11 @@ class PromptReader:
         Return the logits [1, vocab] and the hidden state [1, 1, hidden_size] of its last token.
         """
         while (start := cache.length) < len(prompt):
-            kv_rows = cache.rows_for(step_size)
-            size = chunk_size(self._target.config, kv_rows, self._target.dtype.size, step_size)
+            target = self._target
+            # Without scores of full-attention layers, those of sliding layers remain.
+            window = target.config.sliding_window + step_size
+            kv_rows = window if target.fuses_prefill else cache.rows_for(step_size)
+            size = chunk_size(target.config, kv_rows, target.dtype.size, step_size)
             chunk = prompt[start : start + cache.longest_pass(size)]
             end = start + len(chunk)
             self._is_reading = True

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import mlx.core as mx
 
-from .layers import DecoderLayer
+from .layers import LONGEST_PASS, DecoderLayer
 from .target import Target
 
 logger = logging.getLogger(__name__)
@@ -28,14 +28,14 @@ _TOLERANCE = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 5e-2}
 
 def choose_fused_attention(layers: Iterable[DecoderLayer], dtype: mx.Dtype) -> None:
     """Let full-attention layers with large heads use the fused kernel, if it works on this device for this type."""
-    known: dict[tuple[int, int, int], int] = {}
+    known: dict[tuple[int, int, int], tuple[int, bool]] = {}
     for layer in layers:
         attention = layer.self_attn
         shape = attention.heads, attention.kv_heads, attention.head_dim
         if attention.head_dim == _LARGE_HEAD:
             if shape not in known:
-                known[shape] = fused_rows(*shape, dtype)
-            attention.fused_rows = known[shape]
+                known[shape] = fused_rows(*shape, dtype), fuses_prefill(*shape, dtype)
+            attention.fused_rows, attention.fused_prefill = known[shape]
 
 
 def fused_rows(heads: int, kv_heads: int, head_dim: int, dtype: mx.Dtype) -> int:
@@ -55,20 +55,42 @@ def fused_rows(heads: int, kv_heads: int, head_dim: int, dtype: mx.Dtype) -> int
     return rows if works else 0
 
 
+def fuses_prefill(heads: int, kv_heads: int, head_dim: int, dtype: mx.Dtype) -> bool:
+    """Return whether the fused kernel takes the rows of a prompt chunk and gives the values of composed attention."""
+    rows, kv_rows = 2 * LONGEST_PASS, _KV_ROWS[-1]
+    try:
+        queries, k, v, mask = _inputs(rows, kv_rows, heads, kv_heads, head_dim, dtype)
+        return _is_close(_fused(queries, k, v, mask), _composed(queries, k, v, mask), dtype)
+    except (RuntimeError, ValueError):
+        return False
+
+
 def _works(rows: int, kv_rows: int, heads: int, kv_heads: int, head_dim: int, dtype: mx.Dtype) -> bool:
-    keys = mx.random.split(mx.random.key(0), 3)
-    queries = mx.random.normal((1, heads, rows, head_dim), dtype, scale=head_dim**-0.5, key=keys[0])
-    k, v = (mx.random.normal((1, kv_heads, kv_rows, head_dim), dtype, key=key) for key in keys[1:])
-    # As in a round: each row sees one row more than the row before it, and the rest of the buffer is hidden.
-    mask = mx.arange(kv_rows)[None] <= mx.arange(rows)[:, None] + (kv_rows - 2 * rows)
-    expected = _composed(queries, k, v, mask)
+    queries, k, v, mask = _inputs(rows, kv_rows, heads, kv_heads, head_dim, dtype)
     singles = [_fused(queries[:, :, row : row + 1], k, v, mask[row : row + 1]) for row in range(rows)]
     alone = mx.concatenate(singles, axis=2)
-    error = mx.abs(alone.astype(mx.float32) - expected).max() / mx.abs(expected).max()
-    if not (error <= _TOLERANCE[dtype]).item():
+    if not _is_close(alone, _composed(queries, k, v, mask), dtype):
         return False
     together = (_fused(queries[:, :, :n], k, v, mask[:n]) for n in range(2, rows + 1))
     return all(mx.array_equal(found, alone[:, :, : found.shape[2]]).item() for found in together)
+
+
+def _inputs(
+    rows: int, kv_rows: int, heads: int, kv_heads: int, head_dim: int, dtype: mx.Dtype
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Return queries, keys, values and a mask as in a pass.
+
+    Each row sees one row more than the row before it, and the rest of the buffer is hidden.
+    """
+    keys = mx.random.split(mx.random.key(0), 3)
+    queries = mx.random.normal((1, heads, rows, head_dim), dtype, scale=head_dim**-0.5, key=keys[0])
+    k, v = (mx.random.normal((1, kv_heads, kv_rows, head_dim), dtype, key=key) for key in keys[1:])
+    return queries, k, v, mx.arange(kv_rows)[None] <= mx.arange(rows)[:, None] + (kv_rows - 2 * rows)
+
+
+def _is_close(found: mx.array, expected: mx.array, dtype: mx.Dtype) -> bool:
+    error = mx.abs(found.astype(mx.float32) - expected).max() / mx.abs(expected).max()
+    return bool((error <= _TOLERANCE[dtype]).item())
 
 
 def _fused(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> mx.array:
@@ -85,10 +107,9 @@ def _composed(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.arra
 
 def describe(target: Target) -> dict[str, str]:
     """Return which attention the layers of each type use, for a report."""
-    rows = {
-        kind.layer_type: layer.self_attn.fused_rows
-        for kind, layer in zip(target.config.layers, target.layers, strict=True)
-    }
-    return {
-        layer_type: f"MLX's fused kernel, {n} rows a call" if n else "as MLX chooses" for layer_type, n in rows.items()
-    }
+    found: dict[str, str] = {}
+    for kind, layer in zip(target.config.layers, target.layers, strict=True):
+        attention = layer.self_attn
+        passes = f"MLX's fused kernel, {attention.fused_rows} rows a call" if attention.fused_rows else "as MLX chooses"
+        found[kind.layer_type] = passes + (", also for prompts" if attention.fused_prefill else "")
+    return found

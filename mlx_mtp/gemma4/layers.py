@@ -13,14 +13,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp.checkpoints.config import LayerConfig, RopeConfig, TextConfig
-from mlx_mtp.errors import OptionError
 
-from .kv_cache import Cache, KVQuantization, KVRows, Quantized, View
+from .kv_cache import KVRows, Quantized, View
 
 # These are fields of mlx.nn.QuantizedLinear.
 _QUANTIZATION = ("group_size", "bits", "mode")
 # A pass with more rows is a chunk of a prompt. It is not split for the fused kernel.
-_LONGEST_FUSED_PASS = 32
+LONGEST_PASS = 32
 
 
 def _geglu(gate: mx.array, x: mx.array) -> mx.array:
@@ -114,6 +113,8 @@ class Attention(nn.Module):
         self.exact_rows = 0
         # The number of rows in one call of MLX's fused kernel, or 0 if MLX chooses (see fused_attention.py).
         self.fused_rows = 0
+        # True if MLX's fused kernel takes the rows of a prompt chunk, so that scores are not kept in memory.
+        self.fused_prefill = False
         # A kernel that does the work of `project` (see kernels.py).
         self.norm_rotate: Callable[[mx.array, mx.array], Projected] | None = None
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
@@ -159,8 +160,9 @@ class Attention(nn.Module):
     def __call__(self, queries: mx.array, view: View) -> mx.array:
         """Return the attention output [1, length, hidden_size] of queries over the K/V of the view."""
         rows = queries.shape[2]
-        is_fused = bool(self.fused_rows) and rows <= _LONGEST_FUSED_PASS and isinstance(view.keys, mx.array)
-        at_once = min(rows, self.fused_rows) if is_fused else rows
+        is_chunk = rows > LONGEST_PASS
+        is_fused = isinstance(view.keys, mx.array) and (self.fused_prefill if is_chunk else bool(self.fused_rows))
+        at_once = min(rows, self.fused_rows) if is_fused and not is_chunk else rows
         at_once = 1 if rows <= self.exact_rows else at_once
         parts = [
             attend(queries[:, :, row : row + at_once], view.keys, view.values, view.mask[row : row + at_once], is_fused)
@@ -186,24 +188,6 @@ def attend(queries: mx.array, keys: KVRows, values: KVRows, mask: mx.array, forc
     assert isinstance(keys, Quantized)
     assert isinstance(values, Quantized)
     return _attend_quantized(queries, keys, values, mask)
-
-
-def check_quantized_attention(config: TextConfig, dtype: mx.Dtype, quantization: KVQuantization) -> None:
-    """Check that the device has kernels for attention of `dtype` queries over quantized K/V.
-
-    Raises OptionError if it has none.
-    """
-    layer = config.layers[config.last_kv_layer("full_attention")]
-    view = Cache(config, dtype, max_block=1, quantization=quantization._replace(start=0)).draft_view("full_attention")
-    for rows in (1, 2, 9):
-        queries = mx.zeros((1, config.num_attention_heads, rows, layer.head_dim), dtype)
-        try:
-            mx.eval(attend(queries, view.keys, view.values, mx.repeat(view.mask, rows, axis=0)))
-        except (RuntimeError, ValueError) as error:
-            raise OptionError(
-                f"kv_bits is {quantization.bits}, but this device has no kernel for quantized K/V with {dtype} "
-                f"activations: leave out kv_bits, or convert the model with --dtype bfloat16 ({error})"
-            ) from None
 
 
 def _attend_quantized(queries: mx.array, keys: Quantized, values: Quantized, mask: mx.array) -> mx.array:

@@ -96,6 +96,12 @@ class Target(nn.Module):
         table = self.get("embed_tokens_per_layer")
         return table if isinstance(table, MappedEmbedding) else None
 
+    @property
+    def fuses_prefill(self) -> bool:
+        """Whether no full-attention layer keeps the attention scores of a prompt chunk in memory."""
+        full = (i for i, layer in enumerate(self.config.layers) if layer.layer_type == "full_attention")
+        return all(self.layers[i].self_attn.fused_prefill for i in full)
+
     def read_per_layer_rows(self, tokens: list[int]) -> PerLayerRows | None:
         """Read the rows of the mapped per-layer table that a pass over these tokens needs.
 

@@ -3,6 +3,7 @@
 A function stands for the kernel of an accelerator, with its limits. The CPU has no such kernel.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from support.tiny import load_drafter, load_target
 
+from mlx_mtp.decoding import prefill
 from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4 import fused_attention
 from mlx_mtp.gemma4.fused_attention import choose_fused_attention, describe, fused_rows
@@ -19,10 +21,14 @@ ATTENTION = mx.fast.scaled_dot_product_attention
 
 
 class Kernel:
-    """A fused kernel that takes at most 32 pairs of a row and a query head. `calls` lists the rows of its calls."""
+    """A fused kernel that takes at most 32 pairs of a row and a query head. `calls` lists the rows of its calls.
 
-    def __init__(self, spoil: Callable[[mx.array], mx.array] = lambda out: out) -> None:
+    With `takes_chunks`, it also takes more than 32 rows.
+    """
+
+    def __init__(self, spoil: Callable[[mx.array], mx.array] = lambda out: out, *, takes_chunks: bool = False) -> None:
         self.spoil = spoil
+        self.takes_chunks = takes_chunks
         self.calls: list[int] = []
 
     def __call__(
@@ -30,6 +36,9 @@ class Kernel:
     ) -> mx.array:
         if not force_fused:
             return ATTENTION(q, k, v, scale=scale, mask=mask)
+        if self.takes_chunks and q.shape[2] > 32:
+            self.calls.append(q.shape[2])
+            return self.spoil(ATTENTION(q, k, v, scale=scale, mask=mask))
         if q.shape[2] > 8 or q.shape[2] * q.shape[1] // k.shape[1] > 32:
             raise ValueError("no fused kernel for this many rows")
         self.calls.append(q.shape[2])
@@ -104,3 +113,30 @@ def test_rounds_with_the_kernel_are_the_rounds_without(
     np.testing.assert_allclose(found, hidden, atol=1e-4)
     assert max(kernel.calls) == rows
     assert 9 % rows in kernel.calls
+
+
+def test_a_kernel_for_prompts_needs_no_small_chunks(tiny_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores in memory make the chunks of a prompt small. If a kernel takes chunks, there are none of full layers."""
+    target, _ = load_target(tiny_pair("e2b") / "target")
+    config = target.config
+    monkeypatch.setattr(fused_attention, "_LARGE_HEAD", max(layer.head_dim for layer in config.layers))
+    monkeypatch.setattr(prefill, "SCORE_BYTES", 4 * config.num_attention_heads * (config.sliding_window + 64) * 64)
+    prompt = [(5 * i + 3) % 500 for i in range(600)]
+
+    def read() -> tuple[list[int], mx.array]:
+        ends: list[int] = []
+        stream = Stream(target, None, max_draft_tokens=0)
+        stream.prefill(prompt, 64, lambda end, _: ends.append(end))
+        return ends, stream.state.hidden
+
+    small, expected = read()
+    assert max(end - start for start, end in itertools.pairwise(small)) == 32
+    kernel = Kernel(takes_chunks=True)
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", kernel)
+    choose_fused_attention(target.layers, mx.float32)
+    assert describe(target)["full_attention"].endswith(", also for prompts")
+    kernel.calls.clear()
+    large, found = read()
+    assert large == [*range(64, 600, 64), 600]
+    assert 64 in kernel.calls
+    np.testing.assert_allclose(found, expected, atol=1e-4)
