@@ -82,7 +82,7 @@ def attach(network: Target | Drafter, kernels: Kernels, check: Check | None = No
     if check("add_norm", *_add_norm_cases(fast_add, body.layers[0], body.norm)):
         for layer in body.layers:
             layer.add_norm = fast_add
-    fast_project = partial(_norm_rotate, kernels.norm_rotate)
+    fast_rotate = partial(_norm_rotate, kernels.norm_rotate)
     known: dict[tuple[object, ...], bool] = {}
     for attention in (layer.self_attn for layer in body.layers):
         if "qkv_proj" not in attention and "k_proj" in attention:
@@ -90,9 +90,9 @@ def attach(network: Target | Drafter, kernels: Kernels, check: Check | None = No
             continue
         shape = attention.heads, attention.kv_heads, attention.head_dim, "qkv_proj" in attention, attention.k_eq_v
         if shape not in known:
-            known[shape] = check("norm_rotate", *_norm_rotate_cases(fast_project, attention))
+            known[shape] = check("norm_rotate", *_norm_rotate_cases(fast_rotate, attention))
         if known[shape]:
-            attention.norm_rotate = partial(fast_project, attention)
+            attention.fast_norm_and_rotate = partial(fast_rotate, attention)
     fast_rows = partial(_table_rows, kernels.table_rows)
     if _is_readable(body.embed_tokens) and check("table_rows", *_table_rows_cases(fast_rows, body.embed_tokens)):
         network.table_rows = fast_rows
@@ -102,7 +102,7 @@ def remove_kernels(network: Target | Drafter) -> None:
     """Let a network use MLX's operations only."""
     for layer in network.layers if isinstance(network, Target) else network.model.layers:
         layer.add_norm = add_norm
-        layer.self_attn.norm_rotate = None
+        layer.self_attn.fast_norm_and_rotate = None
     network.table_rows = table_rows
 
 
@@ -112,7 +112,7 @@ def in_use(network: Target | Drafter) -> InUse:
     return InUse(
         len(layers),
         sum(layer.add_norm is not add_norm for layer in layers),
-        sum(layer.self_attn.norm_rotate is not None for layer in layers),
+        sum(layer.self_attn.fast_norm_and_rotate is not None for layer in layers),
         network.table_rows is not table_rows,
     )
 
@@ -183,9 +183,8 @@ def _add_norm(
 
 
 def _norm_rotate(launch: Launch, attention: Attention, x: mx.array, offset: mx.array) -> Projected:
-    """Return the result of `Attention.project`."""
+    """Return the result of `Attention.norm_and_rotate`."""
     has_kv = "qkv_proj" in attention
-    x = attention.qkv_proj(x) if has_kv else attention.q_proj(x)
     heads, kv_heads, dim = attention.heads, attention.kv_heads if has_kv else 0, attention.head_dim
     rows = x.shape[1]
     template = {
@@ -256,17 +255,15 @@ def _add_norm_cases(fast: Callable[..., Residual], layer: DecoderLayer, final: n
 
 def _norm_rotate_cases(fast: Callable[[Attention, mx.array, mx.array], Projected], attention: Attention) -> Cases:
     is_joined = "qkv_proj" in attention
-    projection, weight = (
-        (attention.qkv_proj, attention.qk_scale) if is_joined else (attention.q_proj, attention.q_norm.weight)
-    )
-    width = projection.weight.shape[-1] * (32 // projection.bits if "scales" in projection else 1)
-    x, _ = _random_rows(width, weight.dtype)
+    heads = attention.heads + (2 - attention.k_eq_v) * attention.kv_heads if is_joined else attention.heads
+    dtype = (attention.qk_scale if is_joined else attention.q_norm.weight).dtype
+    x, _ = _random_rows(heads * attention.head_dim, dtype)
     offset = mx.array(_CHECKED_OFFSET, mx.int32)
 
     def results(function: Callable[[Attention, mx.array, mx.array], Projected], rows: int) -> list[mx.array]:
         return [part.swapaxes(1, 2) for part in function(attention, x[:, :rows], offset) if part is not None]
 
-    return partial(results, fast), partial(results, Attention.project)
+    return partial(results, fast), partial(results, Attention.norm_and_rotate)
 
 
 def _table_rows_cases(fast: Callable[..., mx.array], table: nn.Module) -> Cases:

@@ -115,8 +115,8 @@ class Attention(nn.Module):
         self.fused_rows = 0
         # True if MLX's fused kernel takes the rows of a prompt chunk, so that scores are not kept in memory.
         self.fused_prefill = False
-        # A kernel that does the work of `project` (see kernels.py).
-        self.norm_rotate: Callable[[mx.array, mx.array], Projected] | None = None
+        # A kernel that does the work of `norm_and_rotate` (see kernels.py).
+        self.fast_norm_and_rotate: Callable[[mx.array, mx.array], Projected] | None = None
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(layer.head_dim, eps=config.rms_norm_eps)
@@ -139,20 +139,21 @@ class Attention(nn.Module):
 
     def project(self, x: mx.array, offset: mx.array) -> Projected:
         """Project x [1, length, hidden_size] to queries, keys and values. Row 0 is at position `offset`."""
-        if self.norm_rotate is not None:
-            return self.norm_rotate(x, offset)
+        norm_and_rotate = self.fast_norm_and_rotate or self.norm_and_rotate
         if "qkv_proj" in self:
-            return self._project_at_once(x, offset)
-        queries = self.rope(self.q_norm(self._heads(self.q_proj(x))), offset)
+            return norm_and_rotate(self.qkv_proj(x), offset)
         if "k_proj" not in self:
-            return Projected(queries)
+            return norm_and_rotate(self.q_proj(x), offset)
+        queries = self.rope(self.q_norm(self._heads(self.q_proj(x))), offset)
         keys = self._heads(self.k_proj(x))
         values = keys if self.v_proj is None else self._heads(self.v_proj(x))
         return Projected(queries, self.rope(self.k_norm(keys), offset), mx.fast.rms_norm(values, None, self.eps))
 
-    def _project_at_once(self, x: mx.array, offset: mx.array) -> Projected:
-        """Project as `project` does, with one product, one norm and one rotation for all heads."""
-        normed = mx.fast.rms_norm(self._heads(self.qkv_proj(x)), None, self.eps)
+    def norm_and_rotate(self, projected: mx.array, offset: mx.array) -> Projected:
+        """Norm and rotate all heads together. `projected` [1, length, width] is the output of the only projection."""
+        if "qkv_proj" not in self:
+            return Projected(self.rope(self.q_norm(self._heads(projected)), offset))
+        normed = mx.fast.rms_norm(self._heads(projected), None, self.eps)
         rotated = self.rope(normed[:, : self.heads + self.kv_heads] * self.qk_scale, offset)
         # The last heads are the values, or the keys if these are the values too.
         return Projected(rotated[:, : self.heads], rotated[:, self.heads :], normed[:, -self.kv_heads :])

@@ -146,7 +146,7 @@ def test_the_published_sizes(simulated: Callable[[str], Kernels], name: str) -> 
     prepare(many_heads, simulated("metal"))
     for attention in (layer.self_attn for layer in many_heads.layers):
         projected = attention.project(x[..., :64], offset)
-        attention.norm_rotate = None
+        attention.fast_norm_and_rotate = None
         for one, other in zip(projected, attention.project(x[..., :64], offset), strict=True):
             if one is not None and other is not None:
                 np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-4)
