@@ -102,7 +102,7 @@ def two_tokens(
         state, (first, _) = play(with_keys(keys))
         _, (second, _) = play(state)
         # If the first round emits one token, the second token comes from the next round.
-        return mx.stack([first[1], mx.where(first[0] > 0, first[2], second[1])]), first[0]
+        return mx.stack([first[0], mx.where(first[1] >= 0, first[1], second[0])]), (first >= 0).sum() - 1
 
     # A stream makes its keys from a seed in this way.
     keys = mx.vmap(mx.random.split)(mx.stack([mx.zeros(SEEDS, mx.uint32), mx.arange(SEEDS, dtype=mx.uint32)], axis=1))
