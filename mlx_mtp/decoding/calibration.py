@@ -225,7 +225,8 @@ class RoundCosts:
             "kv": None if kv is None else [kv.bits, kv.group_size],
             "context": _context_of(context),
         }
-        if (kernels := describe(self._target)) != "none":
+        networks = [each for each in (self._target, self._drafter) if each is not None]
+        if (kernels := [describe(network) for network in networks]) != ["none"] * len(networks):
             found["kernels"] = kernels
         if self._target.mapped is not None:
             found["per_layer_embeddings"] = "mapped"

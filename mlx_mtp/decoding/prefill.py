@@ -48,9 +48,9 @@ class PromptReader:
         """
         while (start := cache.length) < len(prompt):
             target = self._target
-            # Without scores of full-attention layers, those of sliding layers remain.
-            window = target.config.sliding_window + step_size
-            kv_rows = window if target.fuses_prefill else cache.rows_for(step_size)
+            # Without scores of full-attention layers, those of sliding layers remain. Quantized K/V always have scores.
+            is_fused = target.fuses_prefill and cache.quantization is None
+            kv_rows = target.config.sliding_window + step_size if is_fused else cache.rows_for(step_size)
             size = chunk_size(target.config, kv_rows, target.dtype.size, step_size)
             chunk = prompt[start : start + cache.longest_pass(size)]
             end = start + len(chunk)

@@ -1,8 +1,8 @@
 """The source of the kernels in kernels.py: one body for Metal and CUDA, and what each language calls its parts.
 
 In a body, a group of THREADS threads computes one row. `GROUP` is the number of the group and `THREAD` the number of
-the thread in it. THREADS is a multiple of 32. All values are rounded to the type T where the composed operations round
-them. Arithmetic is in float.
+the thread in it. THREADS is a multiple of 32. Arithmetic is in float. Each norm, sum and rotation is rounded to the
+type T once. MLX's operations round more often in some places, so their bits can differ.
 """
 
 from typing import NamedTuple

@@ -56,7 +56,7 @@ class Kernels(NamedTuple):
 
 
 class InUse(NamedTuple):
-    """The number of layers of a network that use each kernel, and whether its table does."""
+    """The number of layers of a network that use each kernel, and whether its input embedding does."""
 
     layers: int
     add_norm: int
@@ -92,9 +92,10 @@ def attach(network: Target | Drafter, kernels: Kernels, check: Check | None = No
         if shape not in known:
             known[shape] = check("norm_rotate", *_norm_rotate_cases(fast_rotate, attention))
         if known[shape]:
-            attention.fast_norm_and_rotate = partial(fast_rotate, attention)
+            attention.fast_norm_and_rotate = fast_rotate
     fast_rows = partial(_table_rows, kernels.table_rows)
-    if _is_readable(body.embed_tokens) and check("table_rows", *_table_rows_cases(fast_rows, body.embed_tokens)):
+    tables = [body[name] for name in ("embed_tokens", "embed_tokens_per_layer") if _is_readable(body.get(name))]
+    if tables and all(check("table_rows", *_table_rows_cases(fast_rows, table)) for table in tables):
         network.table_rows = fast_rows
 
 
@@ -107,13 +108,15 @@ def remove_kernels(network: Target | Drafter) -> None:
 
 
 def in_use(network: Target | Drafter) -> InUse:
-    """Return which kernels a network uses."""
-    layers = network.layers if isinstance(network, Target) else network.model.layers
+    """Return which kernels a network uses. A drafter that is no network uses none."""
+    body = network if isinstance(network, Target) else network.get("model")
+    if body is None:
+        return InUse(0, 0, 0, table_rows=False)
     return InUse(
-        len(layers),
-        sum(layer.add_norm is not add_norm for layer in layers),
-        sum(layer.self_attn.fast_norm_and_rotate is not None for layer in layers),
-        network.table_rows is not table_rows,
+        len(body.layers),
+        sum(layer.add_norm is not add_norm for layer in body.layers),
+        sum(layer.self_attn.fast_norm_and_rotate is not None for layer in body.layers),
+        network.table_rows is not table_rows and _is_readable(body.embed_tokens),
     )
 
 
@@ -172,12 +175,13 @@ def _add_norm(
 ) -> Residual:
     """Return the result of `add_norm`."""
     width = x.shape[-1]
+    assert scale is None or scale.size == width, "the layer scalar is not spread (see spread_layer_scalars)"
     # The kernel does not read the weights in the place of an absent scale or norm.
     weights = [norm.weight if scale is None else scale, norm.weight if following is None else following.weight]
     template = {"WIDTH": width, "HAS_SCALE": scale is not None, "HAS_FOLLOWING": following is not None}
     new_h, normed = _launch(
-        launch, [x, h, norm.weight, *weights, mx.array([norm.eps])], template, x.dtype, x.size // width, width,
-        [x.shape, x.shape if following is not None else (1,)],
+        launch, [x, h, norm.weight, *weights, mx.array([norm.eps])], template,
+        x.dtype, x.size // width, -(-width // _READS), [x.shape, x.shape if following is not None else (1,)],
     )  # fmt: skip
     return Residual(new_h, new_h if following is None else normed)
 
@@ -195,7 +199,7 @@ def _norm_rotate(launch: Launch, attention: Attention, x: mx.array, offset: mx.a
     kv_shape = (1, kv_heads, rows, dim) if has_kv else (1,)
     queries, keys, values = _launch(
         launch, [x, weight, attention.rope.periods, offset.reshape(1), mx.array([attention.eps])], template,
-        x.dtype, rows * (heads + 2 * kv_heads), dim, [(1, heads, rows, dim), kv_shape, kv_shape],
+        x.dtype, rows * (heads + 2 * kv_heads), -(-dim // _READS), [(1, heads, rows, dim), kv_shape, kv_shape],
     )  # fmt: skip
     return Projected(queries, keys, values) if has_kv else Projected(queries)
 
@@ -209,12 +213,12 @@ def _table_rows(launch: Launch, table: nn.Module, tokens: mx.array, factor: floa
         launch,
         [tokens, table.weight, table.scales, table.biases, mx.array([1.0 if factor is None else factor], dtype)],
         {"WIDTH": width, "BITS": table.bits, "GROUP_SIZE": table.group_size},
-        dtype, tokens.size, width // (32 // table.bits) * _READS, [(*tokens.shape, width)],
+        dtype, tokens.size, width // (32 // table.bits), [(*tokens.shape, width)],
     )  # fmt: skip
     return rows
 
 
-def _is_readable(table: nn.Module) -> bool:
+def _is_readable(table: nn.Module | None) -> bool:
     return isinstance(table, nn.QuantizedEmbedding) and table.mode == "affine" and table.bits in _TABLE_BITS
 
 
@@ -224,11 +228,11 @@ def _launch(
     template: dict[str, Any],
     dtype: mx.Dtype,
     groups: int,
-    values: int,
+    threads: int,
     shapes: Sequence[tuple[int, ...]],
 ) -> list[mx.array]:
-    """Launch a kernel with one group of threads for each row of `values` values."""
-    threads = min(_MOST_THREADS, 32 * -(-values // (32 * _READS)))
+    """Launch a kernel with groups of at least `threads` threads, if a group can have so many."""
+    threads = min(_MOST_THREADS, 32 * -(-threads // 32))
     return launch(
         inputs=inputs,
         template=[("T", dtype), ("THREADS", threads), *template.items()],

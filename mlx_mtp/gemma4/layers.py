@@ -116,7 +116,7 @@ class Attention(nn.Module):
         # True if MLX's fused kernel takes the rows of a prompt chunk, so that scores are not kept in memory.
         self.fused_prefill = False
         # A kernel that does the work of `norm_and_rotate` (see kernels.py).
-        self.fast_norm_and_rotate: Callable[[mx.array, mx.array], Projected] | None = None
+        self.fast_norm_and_rotate: Callable[[Attention, mx.array, mx.array], Projected] | None = None
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(layer.head_dim, eps=config.rms_norm_eps)
@@ -139,11 +139,11 @@ class Attention(nn.Module):
 
     def project(self, x: mx.array, offset: mx.array) -> Projected:
         """Project x [1, length, hidden_size] to queries, keys and values. Row 0 is at position `offset`."""
-        norm_and_rotate = self.fast_norm_and_rotate or self.norm_and_rotate
+        norm_and_rotate = self.fast_norm_and_rotate or Attention.norm_and_rotate
         if "qkv_proj" in self:
-            return norm_and_rotate(self.qkv_proj(x), offset)
+            return norm_and_rotate(self, self.qkv_proj(x), offset)
         if "k_proj" not in self:
-            return norm_and_rotate(self.q_proj(x), offset)
+            return norm_and_rotate(self, self.q_proj(x), offset)
         queries = self.rope(self.q_norm(self._heads(self.q_proj(x))), offset)
         keys = self._heads(self.k_proj(x))
         values = keys if self.v_proj is None else self._heads(self.v_proj(x))

@@ -35,7 +35,7 @@ from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.fused_attention import choose_fused_attention
 from mlx_mtp.gemma4.kernels import describe, remove_kernels, use_kernels
-from mlx_mtp.gemma4.layers import DecoderLayer, spread_layer_scalars
+from mlx_mtp.gemma4.layers import DecoderLayer
 from mlx_mtp.gemma4.target import Target
 
 from .artificial import ArtificialDrafter, KnownText
@@ -82,7 +82,6 @@ def run(args: argparse.Namespace) -> None:
     for module in (target, drafter):
         module.set_dtype(getattr(mx, args.dtype))
         randomize(module, args.bits)
-        spread_layer_scalars(layers_of(module))
         choose_fused_attention(layers_of(module), getattr(mx, args.dtype))
     report: dict[str, Any] = {"environment": environment(), "model": args.folder.name, "bits": args.bits}
     report |= {"dtype": args.dtype, "tokens": args.max_tokens, "kernels": {}, "speeds": []}

@@ -15,6 +15,7 @@ from mlx.utils import tree_map
 
 from mlx_mtp.checkpoints.config import read_drafter_config, read_target_config
 from mlx_mtp.gemma4.drafter import Drafter
+from mlx_mtp.gemma4.layers import spread_layer_scalars
 from mlx_mtp.gemma4.target import Target
 
 Json = dict[str, Any]
@@ -62,6 +63,8 @@ def weightless_pair(folder: Path, bits: int) -> tuple[Target, Drafter]:
         layer.mlp.fuse()
     for module in (target, drafter):
         _drop_weights(module)
+    for layers in (target.layers, drafter.model.layers):
+        spread_layer_scalars(layers)
     return target, drafter
 
 

@@ -16,6 +16,7 @@ from mlx_mtp.decoding import prefill
 from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4 import fused_attention
 from mlx_mtp.gemma4.fused_attention import choose_fused_attention, describe, fused_rows
+from mlx_mtp.gemma4.kv_cache import KVQuantization
 
 ATTENTION = mx.fast.scaled_dot_product_attention
 
@@ -123,9 +124,9 @@ def test_a_kernel_for_prompts_needs_no_small_chunks(tiny_pair: Any, monkeypatch:
     monkeypatch.setattr(prefill, "SCORE_BYTES", 4 * config.num_attention_heads * (config.sliding_window + 64) * 64)
     prompt = [(5 * i + 3) % 500 for i in range(600)]
 
-    def read() -> tuple[list[int], mx.array]:
+    def read(kv: KVQuantization | None = None) -> tuple[list[int], mx.array]:
         ends: list[int] = []
-        stream = Stream(target, None, max_draft_tokens=0)
+        stream = Stream(target, None, max_draft_tokens=0, kv_quantization=kv)
         stream.prefill(prompt, 64, lambda end, _: ends.append(end))
         return ends, stream.state.hidden
 
@@ -139,4 +140,7 @@ def test_a_kernel_for_prompts_needs_no_small_chunks(tiny_pair: Any, monkeypatch:
     large, found = read()
     assert large == [*range(64, 600, 64), 600]
     assert 64 in kernel.calls
+    # Attention over quantized K/V has scores in memory.
+    quantized, _ = read(KVQuantization(8, 32, 0))
+    assert max(end - start for start, end in itertools.pairwise(quantized)) == 32
     np.testing.assert_allclose(found, expected, atol=1e-4)

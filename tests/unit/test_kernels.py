@@ -4,9 +4,11 @@ Their source runs on the CPU, compiled as C++ (see support/simulated_kernels.py)
 checks the address spaces of the Metal source.
 """
 
+import gc
 import logging
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -24,6 +26,7 @@ from support.tiny import VARIANTS, load_drafter, load_target
 
 from mlx_mtp import OptionError
 from mlx_mtp.checkpoints.config import read_target_config
+from mlx_mtp.decoding.exact import ExactTable
 from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.kernel_sources import ADD_NORM, FUNCTIONS, METAL, METAL_PLACE, SOURCES, Source
@@ -249,3 +252,30 @@ def test_a_wrong_address_space_is_an_error(tmp_path: Path) -> None:
     wrong = ADD_NORM.replace("sum_of_group(squares, sums,", "sum_of_group(squares, x,")
     errors = metal_errors(wrong, ("x", "h", "weight", "scale", "following", "eps"), ("new_h", "normed"), tmp_path)
     assert "address space" in errors or "no matching function" in errors
+
+
+def test_a_network_with_kernels_is_freed_at_once(tiny_pair: TinyPair, simulated: Callable[[str], Kernels]) -> None:
+    """No kernel holds a part of the network, so closing a model frees its weights without a garbage collection."""
+    target, _ = networks(tiny_pair("e2b"))
+    attach(target, simulated("metal"))
+    parts = [weakref.ref(layer.self_attn) for layer in target.layers]
+    gc.disable()
+    try:
+        del target
+        assert not any(part() for part in parts)
+    finally:
+        gc.enable()
+
+
+def test_every_table_is_checked(tiny_pair: TinyPair, simulated: Callable[[str], Kernels]) -> None:
+    target, _ = networks(tiny_pair("e2b"), bits=4)
+    names: list[str] = []
+
+    def accept(name: str, *_: Any) -> bool:
+        names.append(name)
+        return True
+
+    attach(target, simulated("metal"), accept)
+    assert names.count("table_rows") == 2
+    target.update_modules({"embed_tokens": ExactTable(target.embed_tokens, "apart")})
+    assert not in_use(target).table_rows
