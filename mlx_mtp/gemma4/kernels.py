@@ -20,7 +20,7 @@ from mlx_mtp.errors import OptionError
 
 from .drafter import Drafter
 from .kernel_sources import CUDA, CUDA_PLACE, FUNCTIONS, METAL, METAL_PLACE, SOURCES
-from .layers import Attention, DecoderLayer, Projected, Residual, add_norm
+from .layers import Attention, DecoderLayer, NormAndRotate, Projected, Residual, add_norm, norm_and_rotate
 from .target import Target, table_rows
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def attach(network: Target | Drafter, kernels: Kernels, check: Check | None = No
         if shape not in known:
             known[shape] = check("norm_rotate", *_norm_rotate_cases(fast_rotate, attention))
         if known[shape]:
-            attention.fast_norm_and_rotate = fast_rotate
+            attention.norm_and_rotate = fast_rotate
     fast_rows = partial(_table_rows, kernels.table_rows)
     tables = [body[name] for name in ("embed_tokens", "embed_tokens_per_layer") if _is_readable(body.get(name))]
     if tables and all(check("table_rows", *_table_rows_cases(fast_rows, table)) for table in tables):
@@ -103,7 +103,7 @@ def remove_kernels(network: Target | Drafter) -> None:
     """Let a network use MLX's operations only."""
     for layer in network.layers if isinstance(network, Target) else network.model.layers:
         layer.add_norm = add_norm
-        layer.self_attn.fast_norm_and_rotate = None
+        layer.self_attn.norm_and_rotate = norm_and_rotate
     network.table_rows = table_rows
 
 
@@ -115,7 +115,7 @@ def in_use(network: Target | Drafter) -> InUse:
     return InUse(
         len(body.layers),
         sum(layer.add_norm is not add_norm for layer in body.layers),
-        sum(layer.self_attn.fast_norm_and_rotate is not None for layer in body.layers),
+        sum(layer.self_attn.norm_and_rotate is not norm_and_rotate for layer in body.layers),
         network.table_rows is not table_rows and _is_readable(body.embed_tokens),
     )
 
@@ -187,7 +187,7 @@ def _add_norm(
 
 
 def _norm_rotate(launch: Launch, attention: Attention, x: mx.array, offset: mx.array) -> Projected:
-    """Return the result of `Attention.norm_and_rotate`."""
+    """Return the result of `norm_and_rotate`."""
     has_kv = "qkv_proj" in attention
     heads, kv_heads, dim = attention.heads, attention.kv_heads if has_kv else 0, attention.head_dim
     rows = x.shape[1]
@@ -257,17 +257,17 @@ def _add_norm_cases(fast: Callable[..., Residual], layer: DecoderLayer, final: n
     return partial(results, fast), partial(results, add_norm)
 
 
-def _norm_rotate_cases(fast: Callable[[Attention, mx.array, mx.array], Projected], attention: Attention) -> Cases:
+def _norm_rotate_cases(fast: NormAndRotate, attention: Attention) -> Cases:
     is_joined = "qkv_proj" in attention
     heads = attention.heads + (2 - attention.k_eq_v) * attention.kv_heads if is_joined else attention.heads
     dtype = (attention.qk_scale if is_joined else attention.q_norm.weight).dtype
     x, _ = _random_rows(heads * attention.head_dim, dtype)
     offset = mx.array(_CHECKED_OFFSET, mx.int32)
 
-    def results(function: Callable[[Attention, mx.array, mx.array], Projected], rows: int) -> list[mx.array]:
+    def results(function: NormAndRotate, rows: int) -> list[mx.array]:
         return [part.swapaxes(1, 2) for part in function(attention, x[:, :rows], offset) if part is not None]
 
-    return partial(results, fast), partial(results, Attention.norm_and_rotate)
+    return partial(results, fast), partial(results, norm_and_rotate)
 
 
 def _table_rows_cases(fast: Callable[..., mx.array], table: nn.Module) -> Cases:

@@ -94,6 +94,10 @@ class Projected(NamedTuple):
     values: mx.array | None = None
 
 
+# A function that norms and rotates the heads of an attention (see `norm_and_rotate`).
+NormAndRotate = Callable[["Attention", mx.array, mx.array], Projected]
+
+
 class Attention(nn.Module):
     """Grouped-query attention with normed queries and keys, and without a scale.
 
@@ -115,8 +119,8 @@ class Attention(nn.Module):
         self.fused_rows = 0
         # True if MLX's fused kernel takes the rows of a prompt chunk, so that scores are not kept in memory.
         self.fused_prefill = False
-        # A kernel that does the work of `norm_and_rotate` (see kernels.py).
-        self.fast_norm_and_rotate: Callable[[Attention, mx.array, mx.array], Projected] | None = None
+        # A kernel may replace this function (see kernels.py).
+        self.norm_and_rotate: NormAndRotate = norm_and_rotate
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(layer.head_dim, eps=config.rms_norm_eps)
@@ -139,24 +143,14 @@ class Attention(nn.Module):
 
     def project(self, x: mx.array, offset: mx.array) -> Projected:
         """Project x [1, length, hidden_size] to queries, keys and values. Row 0 is at position `offset`."""
-        norm_and_rotate = self.fast_norm_and_rotate or Attention.norm_and_rotate
         if "qkv_proj" in self:
-            return norm_and_rotate(self, self.qkv_proj(x), offset)
+            return self.norm_and_rotate(self, self.qkv_proj(x), offset)
         if "k_proj" not in self:
-            return norm_and_rotate(self, self.q_proj(x), offset)
-        queries = self.rope(self.q_norm(self._heads(self.q_proj(x))), offset)
-        keys = self._heads(self.k_proj(x))
-        values = keys if self.v_proj is None else self._heads(self.v_proj(x))
+            return self.norm_and_rotate(self, self.q_proj(x), offset)
+        queries = self.rope(self.q_norm(self.split_heads(self.q_proj(x))), offset)
+        keys = self.split_heads(self.k_proj(x))
+        values = keys if self.v_proj is None else self.split_heads(self.v_proj(x))
         return Projected(queries, self.rope(self.k_norm(keys), offset), mx.fast.rms_norm(values, None, self.eps))
-
-    def norm_and_rotate(self, projected: mx.array, offset: mx.array) -> Projected:
-        """Norm and rotate all heads together. `projected` [1, length, width] is the output of the only projection."""
-        if "qkv_proj" not in self:
-            return Projected(self.rope(self.q_norm(self._heads(projected)), offset))
-        normed = mx.fast.rms_norm(self._heads(projected), None, self.eps)
-        rotated = self.rope(normed[:, : self.heads + self.kv_heads] * self.qk_scale, offset)
-        # The last heads are the values, or the keys if these are the values too.
-        return Projected(rotated[:, : self.heads], rotated[:, self.heads :], normed[:, -self.kv_heads :])
 
     def __call__(self, queries: mx.array, view: View) -> mx.array:
         """Return the attention output [1, length, hidden_size] of queries over the K/V of the view."""
@@ -172,9 +166,19 @@ class Attention(nn.Module):
         out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
         return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
 
-    def _heads(self, x: mx.array) -> mx.array:
+    def split_heads(self, x: mx.array) -> mx.array:
         """Change the shape from [1, length, heads * head_dim] to [1, heads, length, head_dim]."""
         return x.reshape(*x.shape[:-1], -1, self.head_dim).transpose(0, 2, 1, 3)
+
+
+def norm_and_rotate(attention: "Attention", projected: mx.array, offset: mx.array) -> Projected:
+    """Norm and rotate all heads together. `projected` [1, length, width] is the output of the only projection."""
+    if "qkv_proj" not in attention:
+        return Projected(attention.rope(attention.q_norm(attention.split_heads(projected)), offset))
+    normed = mx.fast.rms_norm(attention.split_heads(projected), None, attention.eps)
+    rotated = attention.rope(normed[:, : attention.heads + attention.kv_heads] * attention.qk_scale, offset)
+    # The last heads are the values, or the keys if these are the values too.
+    return Projected(rotated[:, : attention.heads], rotated[:, attention.heads :], normed[:, -attention.kv_heads :])
 
 
 def attend(queries: mx.array, keys: KVRows, values: KVRows, mask: mx.array, force_fused: bool = False) -> mx.array:

@@ -5,7 +5,7 @@ with the words of the language defined by a header. The threads of a group are f
 barrier. A barrier that not all threads of a group reach is an error.
 
 This shows arithmetic, indices, types and barriers. It does not show the rules of the real compilers (for address
-spaces see tests/unit/test_kernels.py), their contraction of products and sums, or speed.
+spaces see tests/decoding/test_kernels.py), their contraction of products and sums, or speed.
 """
 
 import ctypes

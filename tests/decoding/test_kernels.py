@@ -40,7 +40,7 @@ from mlx_mtp.gemma4.kernels import (
     remove_kernels,
     use_kernels,
 )
-from mlx_mtp.gemma4.layers import add_norm, fuse_projections, spread_layer_scalars
+from mlx_mtp.gemma4.layers import add_norm, fuse_projections, norm_and_rotate, spread_layer_scalars
 from mlx_mtp.gemma4.target import Target
 
 TinyPair = Callable[[str], Path]
@@ -149,7 +149,7 @@ def test_the_published_sizes(simulated: Callable[[str], Kernels], name: str) -> 
     prepare(many_heads, simulated("metal"))
     for attention in (layer.self_attn for layer in many_heads.layers):
         projected = attention.project(x[..., :64], offset)
-        attention.fast_norm_and_rotate = None
+        attention.norm_and_rotate = norm_and_rotate
         for one, other in zip(projected, attention.project(x[..., :64], offset), strict=True):
             if one is not None and other is not None:
                 np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-4)
