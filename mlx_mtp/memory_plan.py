@@ -12,9 +12,10 @@ import mlx.core as mx
 
 from mlx_mtp.checkpoints.config import DrafterConfig, LayerType, TargetConfig, TextConfig
 from mlx_mtp.checkpoints.layouts import drafter_names, target_names
-from mlx_mtp.checkpoints.tensors import FLOAT_TYPES, read_checkpoint
+from mlx_mtp.checkpoints.tensors import DTYPES, FLOAT_TYPES, read_checkpoint
 from mlx_mtp.decoding.prefill import chunk_size
 from mlx_mtp.gemma4.disk_table import KEPT_BYTES
+from mlx_mtp.gemma4.fused_attention import fuses_all_prefill
 from mlx_mtp.gemma4.kv_cache import KVQuantization, check_group_size, rows_in_buffers, spare_slots
 
 from .errors import MemoryLimitError, OptionError
@@ -114,7 +115,10 @@ def planner(
     Raises WeightsError if a checkpoint cannot be read, and OptionError if the groups of `kv` do not fit the heads.
     """
     weights = _target_weights(target)
-    size, text = weights.value, target.text
+    size, text = weights.dtype.size, target.text
+    is_fused = fuses_all_prefill(text, weights.dtype)
+    # Quantized K/V always have scores, and a text can begin with K/V that are not quantized.
+    ways = {is_fused, is_fused and kv is None}
     drafter_size = 0 if drafter is None else _drafter_bytes(drafter, size)
     table = weights.per_layer_embeddings
     if mapped:
@@ -133,7 +137,9 @@ def planner(
             drafter=drafter_size,
             kv_per_token=int(_kv_width(text, "full_attention") * value),
             rings=_kv_width(text, "sliding_attention") * (text.sliding_window + spare_slots(max_block)) * size,
-            work=_work(text, context_length, size, max_block, prefill_step),
+            work=max(
+                _work(text, context_length, size, max_block, prefill_step, is_fused=is_fused) for is_fused in ways
+            ),
         )
 
     return plan
@@ -164,47 +170,49 @@ def check_memory(plan: Callable[[int], MemoryPlan], context_length: int, limit: 
 
 
 class _TargetWeights(NamedTuple):
-    """Bytes of the parts of a target in its files, and `value`: the bytes of one value of its activations."""
+    """Bytes of the parts of a target in its files, and the type of its activations."""
 
     layers: int
     token_embeddings: int
     per_layer_embeddings: int
-    value: int
+    dtype: mx.Dtype
 
 
 def _target_weights(config: TargetConfig) -> _TargetWeights:
     """Return the sizes of a target. Raises WeightsError if the checkpoint cannot be read."""
     sizes = {"embed_tokens": 0, "embed_tokens_per_layer": 0, "": 0}
-    value = 4
+    dtype = mx.float32
     for key, tensor in read_checkpoint(config.path.parent).items():
         for name in target_names(key, config)[:1]:
             module = name.split(".")[0]
             sizes[module if module in sizes else ""] += tensor.nbytes
             if name == "norm.weight":
-                value = tensor.nbytes // math.prod(tensor.shape)
-    return _TargetWeights(sizes[""], sizes["embed_tokens"], sizes["embed_tokens_per_layer"], value)
+                dtype = DTYPES[tensor.dtype].mlx
+    return _TargetWeights(sizes[""], sizes["embed_tokens"], sizes["embed_tokens_per_layer"], dtype)
 
 
-def _work(text: TextConfig, context_length: int, size: int, max_block: int, prefill_step: int) -> int:
+def _work(
+    text: TextConfig, context_length: int, size: int, max_block: int, prefill_step: int, *, is_fused: bool
+) -> int:
     """Return the temporary bytes of a prompt chunk, of a round, or of a buffer that grows: the largest of them."""
     kv_rows = rows_in_buffers(context_length)
-    chunk = min(chunk_size(text, kv_rows, size, prefill_step), context_length)
-    reading = _chunk_bytes(text, chunk, kv_rows, text.sliding_window + spare_slots(max_block), size)
+    chunk = min(chunk_size(text, kv_rows, size, prefill_step, is_fused=is_fused), context_length)
+    reading = _chunk_bytes(text, chunk, kv_rows, text.sliding_window + spare_slots(max_block), size, is_fused)
     deciding = _LOGITS * max_block * text.vocab_size * 4
     largest = max(layer.num_kv_heads * layer.head_dim for layer in text.layers if layer.has_kv)
     # A buffer that grows needs a second copy.
     return max(reading, deciding, kv_rows * largest * size)
 
 
-def _chunk_bytes(text: TextConfig, chunk: int, kv_rows: int, ring: int, size: int) -> int:
+def _chunk_bytes(text: TextConfig, chunk: int, kv_rows: int, ring: int, size: int, is_fused: bool) -> int:
     """Return the temporary bytes of a prompt chunk that sees `kv_rows` rows in full attention."""
     # The last layer that owns K/V attends with one row only.
     last_own = max(layer.kv_layer for layer in text.layers)
-    attends = any(layer.layer_type == "full_attention" for layer in text.layers[:last_own])
+    has_scores = not is_fused and any(layer.layer_type == "full_attention" for layer in text.layers[:last_own])
     # MLX allocates ahead. The scores and masks of a sliding layer and the activations of a layer exist at the same
     # time as the scores and masks of a full-attention layer, or as the activations of a second layer.
     score, layer = text.num_attention_heads * size + 1, _activations(text) * size
-    full = kv_rows * (score if attends else 1)
+    full = kv_rows * (score if has_scores else 1)
     return chunk * ((ring + chunk) * score + layer + max(full, layer))
 
 

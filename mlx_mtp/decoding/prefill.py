@@ -48,10 +48,10 @@ class PromptReader:
         """
         while (start := cache.length) < len(prompt):
             target = self._target
-            # Without scores of full-attention layers, those of sliding layers remain. Quantized K/V always have scores.
+            # Quantized K/V always have scores.
             is_fused = target.fuses_prefill and cache.quantization is None
-            kv_rows = target.config.sliding_window + step_size if is_fused else cache.rows_for(step_size)
-            size = chunk_size(target.config, kv_rows, target.dtype.size, step_size)
+            kv_rows = cache.rows_for(step_size)
+            size = chunk_size(target.config, kv_rows, target.dtype.size, step_size, is_fused=is_fused)
             chunk = prompt[start : start + cache.longest_pass(size)]
             end = start + len(chunk)
             self._is_reading = True
@@ -94,11 +94,14 @@ class PromptReader:
         return CacheEntry(kv_format, tokens[: snapshots[-1].position], full, snapshots)
 
 
-def chunk_size(config: TextConfig, kv_rows: int, itemsize: int, step_size: int) -> int:
+def chunk_size(config: TextConfig, kv_rows: int, itemsize: int, step_size: int, *, is_fused: bool) -> int:
     """Return the number of prompt tokens to read in one pass that sees `kv_rows` K/V rows.
 
     MLX keeps all attention scores in memory if it has no kernel for a head size. The chunk keeps the scores of a layer
-    below a limit in bytes.
+    below a limit in bytes. If a kernel takes the full-attention layers (`is_fused`), the scores of sliding layers
+    remain.
     """
+    if is_fused:
+        kv_rows = config.sliding_window + step_size
     most = SCORE_BYTES // (config.num_attention_heads * kv_rows * itemsize)
     return min(step_size, max(_LEAST_CHUNK, most))

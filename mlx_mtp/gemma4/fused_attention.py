@@ -9,6 +9,8 @@ from collections.abc import Iterable
 
 import mlx.core as mx
 
+from mlx_mtp.checkpoints.config import TextConfig
+
 from .layers import LONGEST_PASS, DecoderLayer
 from .target import Target
 
@@ -53,6 +55,13 @@ def fused_rows(heads: int, kv_heads: int, head_dim: int, dtype: mx.Dtype) -> int
     if not works:
         logger.warning("fused attention for heads of %d values is not used: other values or bits", head_dim)
     return rows if works else 0
+
+
+def fuses_all_prefill(config: TextConfig, dtype: mx.Dtype) -> bool:
+    """Return whether the fused kernel takes the prompt chunks of all full-attention layers of a target."""
+    full = [layer for layer in config.layers if layer.layer_type == "full_attention"]
+    shapes = {(config.num_attention_heads, layer.num_kv_heads, layer.head_dim) for layer in full}
+    return all(shape[2] == _LARGE_HEAD and fuses_prefill(*shape, dtype) for shape in shapes)
 
 
 def fuses_prefill(heads: int, kv_heads: int, head_dim: int, dtype: mx.Dtype) -> bool:

@@ -5,18 +5,21 @@ A function stands for the kernel of an accelerator, with its limits. The CPU has
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.tiny import load_drafter, load_target
+from support.tiny import load_drafter, load_target, make_target
 
+from mlx_mtp.checkpoints.config import read_target_config
 from mlx_mtp.decoding import prefill
 from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4 import fused_attention
-from mlx_mtp.gemma4.fused_attention import choose_fused_attention, describe, fused_rows
+from mlx_mtp.gemma4.fused_attention import choose_fused_attention, describe, fused_rows, fuses_all_prefill
 from mlx_mtp.gemma4.kv_cache import KVQuantization
+from mlx_mtp.memory_plan import planner
 
 ATTENTION = mx.fast.scaled_dot_product_attention
 
@@ -130,6 +133,7 @@ def test_a_kernel_for_prompts_needs_no_small_chunks(tiny_pair: Any, monkeypatch:
         stream.prefill(prompt, 64, lambda end, _: ends.append(end))
         return ends, stream.state.hidden
 
+    assert not fuses_all_prefill(config, mx.float32)
     small, expected = read()
     assert max(end - start for start, end in itertools.pairwise(small)) == 32
     kernel = Kernel(takes_chunks=True)
@@ -140,7 +144,33 @@ def test_a_kernel_for_prompts_needs_no_small_chunks(tiny_pair: Any, monkeypatch:
     large, found = read()
     assert large == [*range(64, 600, 64), 600]
     assert 64 in kernel.calls
+    assert fuses_all_prefill(config, mx.float32)
     # Attention over quantized K/V has scores in memory.
     quantized, _ = read(KVQuantization(8, 32, 0))
     assert max(end - start for start, end in itertools.pairwise(quantized)) == 32
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_the_memory_plan_knows_the_kernel_for_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan has no scores of full-attention layers where the kernel takes the prompt, but chunks of full size."""
+    sizes = {"hidden_size": 256, "intermediate_size": 1024}
+    make_target(tmp_path, "31b", **sizes)
+    config = read_target_config(tmp_path)
+    monkeypatch.setattr(fused_attention, "_LARGE_HEAD", max(layer.head_dim for layer in config.text.layers))
+
+    def work(kv: KVQuantization | None = None) -> list[int]:
+        plan = planner(config, None, max_block=1, prefill_step=512, kv=kv)
+        return [plan(length).work for length in (2000, 4000)]
+
+    small, large = work()
+    assert large > 1.5 * small
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", Kernel(takes_chunks=True))
+    fused_small, fused_large = work()
+    assert fused_small < small
+    assert fused_large < 1.2 * fused_small
+    # A text with quantized K/V has the scores. It begins without them, here with larger chunks.
+    kv = KVQuantization(8, 32, 1000)
+    assert work(kv) == [small, large]
+    text = config.text
+    monkeypatch.setattr(prefill, "SCORE_BYTES", 4 * text.num_attention_heads * (text.sliding_window + 512) * 512)
+    assert work(kv) == work()
