@@ -63,6 +63,10 @@ class OptionError(MTPError):
     """An option has a value that this version cannot use."""
 
 
+class DeviceError(OptionError):
+    """The device has no kernel for a computation, or computes it wrong."""
+
+
 class DraftError(MTPError):
     """A drafter does not draft in the way that the round needs."""
 

@@ -5,10 +5,11 @@ import os
 import pkgutil
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from llguidance import LLMatcher
 from support.compiled_header import precompile_header
@@ -61,6 +62,23 @@ def pytest_configure(config: pytest.Config) -> None:
         compiled = precompile_header()
         if compiled is not None:
             config.add_cleanup(lambda: compiled.unlink(missing_ok=True))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests of memory that hold for the CPU only. An accelerator copies a buffer that is in flight."""
+    if item.get_closest_marker("in_place") and mx.default_device() != mx.Device(mx.cpu):
+        pytest.skip("not covered on this device: writes copy a buffer in flight")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Skip a test of a model or an option that the package refuses on this device. The CPU computes them all."""
+    try:
+        return (yield)
+    except mlx_mtp.DeviceError as error:
+        if mx.default_device() == mx.Device(mx.cpu):
+            raise
+        pytest.skip(f"not covered on this device: {error}")
 
 
 @pytest.fixture(scope="session", autouse=True)

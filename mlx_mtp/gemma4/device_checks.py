@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp.checkpoints.config import TextConfig
-from mlx_mtp.errors import OptionError
+from mlx_mtp.errors import DeviceError
 
 from .kv_cache import Cache, KVQuantization
 from .layers import attend
@@ -18,7 +18,7 @@ _TOLERANCE = 0.05
 def check_products(network: nn.Module) -> None:
     """Check the products with small quantized weights: MLX's CUDA backend has computed some of them wrong.
 
-    Raises OptionError for a product that is wrong, or for which the device has no kernel.
+    Raises DeviceError for a product that is wrong, or for which the device has no kernel.
     """
     if mx.default_device() == mx.Device(mx.cpu):
         return
@@ -35,7 +35,7 @@ def check_products(network: nn.Module) -> None:
         for rows in (1, 2, 9):
             x = mx.random.normal((1, rows, inputs), dtype, key=mx.random.key(0))
             if problem := _problem(module, x):
-                raise OptionError(
+                raise DeviceError(
                     f"{name}: this device cannot multiply {dtype} activations by {module.bits} bit weights "
                     f"[{outputs}, {inputs}] ({problem}): convert the model with --dtype bfloat16, or without -q"
                 )
@@ -59,7 +59,7 @@ def _problem(module: nn.QuantizedLinear | nn.QuantizedEmbedding, x: mx.array) ->
 def check_quantized_attention(config: TextConfig, dtype: mx.Dtype, quantization: KVQuantization) -> None:
     """Check that the device has kernels for attention of `dtype` queries over quantized K/V.
 
-    Raises OptionError if it has none.
+    Raises DeviceError if it has none.
     """
     layer = config.layers[config.last_kv_layer("full_attention")]
     view = Cache(config, dtype, max_block=1, quantization=quantization._replace(start=0)).draft_view("full_attention")
@@ -68,7 +68,7 @@ def check_quantized_attention(config: TextConfig, dtype: mx.Dtype, quantization:
         try:
             mx.eval(attend(queries, view.keys, view.values, mx.repeat(view.mask, rows, axis=0)))
         except (RuntimeError, ValueError) as error:
-            raise OptionError(
+            raise DeviceError(
                 f"kv_bits is {quantization.bits}, but this device has no kernel for quantized K/V with {dtype} "
                 f"activations: leave out kv_bits, or convert the model with --dtype bfloat16 ({error})"
             ) from None

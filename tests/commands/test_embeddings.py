@@ -258,6 +258,7 @@ def test_both_halves_are_compiled_once_per_shape(folder: Folder, monkeypatch: py
     assert len(rounds.traces) == 1
 
 
+@pytest.mark.in_place
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("k", [0, 3])
 def test_a_round_copies_no_buffer(folder: Folder, k: int, compiled: bool) -> None:

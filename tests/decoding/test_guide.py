@@ -90,6 +90,7 @@ def test_an_answer_is_in_the_language_and_does_not_depend_on_drafts(
     assert ended, "no answer ended: the test proves nothing"
 
 
+@pytest.mark.in_place
 @pytest.mark.parametrize("options", [{"regex": "[a-z ]{200}"}, {"enable_thinking": True, "thinking_budget": 500}])
 @pytest.mark.parametrize("k", [0, 3])
 def test_compiled_passes_are_the_same_and_copy_no_buffer(

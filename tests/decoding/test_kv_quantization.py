@@ -249,6 +249,7 @@ def _peak_of_rounds(capacity: int) -> tuple[int, int]:
     return mx.get_peak_memory() - active, sum(array.nbytes for array in cache.arrays())
 
 
+@pytest.mark.in_place
 def test_buffers_are_updated_in_place() -> None:
     small_peak, _ = _peak_of_rounds(1024)
     large_peak, large_bytes = _peak_of_rounds(64 * 1024)

@@ -207,6 +207,7 @@ def test_clearing_frees_the_memory(model: mlx_mtp.Model) -> None:
     assert mx.get_active_memory() - before < kept / 10
 
 
+@pytest.mark.in_place
 def test_a_text_that_goes_on_is_written_in_place_and_a_branch_is_copied(tiny_pair: TinyPair) -> None:
     model = mlx_mtp.load(tiny_pair("31b") / "target")
     prompt = random_tokens(2800, seed=25)

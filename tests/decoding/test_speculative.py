@@ -321,6 +321,7 @@ class AnyToken:
         return True
 
 
+@pytest.mark.in_place
 @pytest.mark.parametrize(("guided", "compiled"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("k", [0, 3])
 def test_a_round_copies_no_buffer(tiny_models: Models, k: int, guided: bool, compiled: bool) -> None:

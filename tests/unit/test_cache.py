@@ -170,6 +170,7 @@ def _cost_of_a_round(capacity: int) -> tuple[float, int, int]:
     return min(times), mx.get_peak_memory() - active, sum(buffer.nbytes for buffer in cache.arrays())
 
 
+@pytest.mark.in_place
 def test_buffers_are_updated_in_place() -> None:
     """A copied buffer per round would raise the peak by the buffer's size. Times are printed, but not asserted."""
     small_time, small_peak, _ = _cost_of_a_round(1024)

@@ -8,7 +8,7 @@ import mlx.nn as nn
 import pytest
 from support.tiny import load_target
 
-from mlx_mtp import OptionError
+from mlx_mtp import DeviceError
 from mlx_mtp.gemma4.device_checks import check_products
 from mlx_mtp.gemma4.target import Target
 
@@ -47,7 +47,7 @@ def test_a_wrong_product_is_an_error(
     pattern = (
         rf"^\S+: this device cannot multiply mlx.core.float32 activations by 4 bit weights \[\d+, \d+\] \({problem}"
     )
-    with pytest.raises(OptionError, match=pattern):
+    with pytest.raises(DeviceError, match=pattern):
         check_products(target)
 
 
