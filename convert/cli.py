@@ -78,7 +78,7 @@ def _add_weight_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="SIZE",
         help=f"Weights per group, of {choices(AFFINE_GROUP_SIZES)}. It must divide all weights; by default, weights "
-        "that it does not divide get smaller groups.",
+        "that it does not divide get smaller groups, or stay unquantized.",
     )
     add(
         "--q-mode",

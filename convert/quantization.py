@@ -1,5 +1,6 @@
 """Choice of the quantization of each module, and checks of the options for weights."""
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +9,8 @@ import mlx.nn as nn
 
 from mlx_mtp.checkpoints.config import Quantization
 from mlx_mtp.errors import OptionError
+
+logger = logging.getLogger(__name__)
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUP_SIZES = (32, 64, 128)
@@ -82,7 +85,7 @@ def _check(flag: str, value: object, expected: tuple[object, ...], reason: str =
 def quantize_target(target: nn.Module, options: WeightOptions) -> Quantization | None:
     """Return the quantization of a target, with overrides by module path, or None if it is not quantized.
 
-    Raises OptionError if the group size does not divide a weight's columns.
+    Raises OptionError if the group size that the options give does not divide a weight's columns.
     """
     if not options.quantize:
         return None
@@ -99,8 +102,7 @@ def quantize_target(target: nn.Module, options: WeightOptions) -> Quantization |
         predicate: Any = mixed_quant_predicate_builder(options.quant_predicate, target, default.group_size)
         chosen = {path: Quantization(**predicate(path, module)) for path, module in modules.items()}
     chosen |= {path: _ROUTER_QUANTIZATION for path in modules if path.endswith(_ROUTER)}
-    may_shrink = options.q_group_size is None
-    return _with_overrides(modules, default, chosen, may_shrink, "choose another --q-group-size or --q-mode")
+    return _with_overrides(modules, default, chosen, options.q_group_size is None)
 
 
 def quantize_drafter(drafter: nn.Module, has_centroids: bool, bits: int | None) -> Quantization | None:
@@ -108,8 +110,6 @@ def quantize_drafter(drafter: nn.Module, has_centroids: bool, bits: int | None) 
 
     By default, a drafter with a dense head is quantized, because each draft step reads the whole head. A drafter with a
     centroid head is not quantized, because it is small and a draft step reads few rows of the head.
-
-    Raises OptionError if the group size does not divide a weight's columns.
     """
     if bits is None:
         bits = UNQUANTIZED_BITS if has_centroids else _DRAFTER_DEFAULT.bits
@@ -117,15 +117,15 @@ def quantize_drafter(drafter: nn.Module, has_centroids: bool, bits: int | None) 
         return None
     default = replace(_DRAFTER_DEFAULT, bits=bits)
     modules = _quantizable(drafter)
-    advice = f"leave the drafter unquantized with --drafter-q-bits {UNQUANTIZED_BITS}"
-    return _with_overrides(modules, default, dict.fromkeys(modules, default), True, advice)
+    return _with_overrides(modules, default, dict.fromkeys(modules, default), True)
 
 
 def parameter_quantization(module: nn.Module, quantization: Quantization | None) -> dict[str, Quantization]:
     """Return the quantization of each quantized parameter, by parameter name."""
     if quantization is None:
         return {}
-    return {f"{path}.weight": quantization.overrides.get(path) or quantization for path in _quantizable(module)}
+    chosen = {path: quantization.overrides.get(path, quantization) for path in _quantizable(module)}
+    return {f"{path}.weight": choice for path, choice in chosen.items() if choice}
 
 
 def _quantizable(module: nn.Module) -> dict[str, nn.Module]:
@@ -136,28 +136,36 @@ def _with_overrides(
     modules: dict[str, nn.Module],
     default: Quantization,
     chosen: dict[str, Quantization],
-    may_shrink: bool,
-    advice: str,
+    is_default: bool,
 ) -> Quantization:
     overrides: dict[str, Quantization | Literal[False]] = {}
     for path, module in modules.items():
-        fitted = _fit(path, module, chosen[path], may_shrink, advice)
+        fitted = _fit(path, module, chosen[path], is_default)
         if fitted != default:
             overrides[path] = fitted
+    whole = sorted(path for path, choice in overrides.items() if not choice)
+    if whole:
+        names = ", ".join(whole[:2]) + (", ..." if len(whole) > 2 else "")
+        logger.warning(
+            "weights stay unquantized, because no group size divides their columns: %d (%s)", len(whole), names
+        )
     return replace(default, overrides=overrides)
 
 
-def _fit(path: str, module: nn.Module, choice: Quantization, may_shrink: bool, advice: str) -> Quantization:
-    """Return the choice, with the smallest group size if its own group size does not divide the weight's columns.
+def _fit(path: str, module: nn.Module, choice: Quantization, is_default: bool) -> Quantization | Literal[False]:
+    """Return the choice, or a change of it if its group size does not divide the weight's columns.
 
-    Only the affine mode with `may_shrink` allows the smallest group size. mlx-lm's converter leaves such a weight
-    unquantized without a message. Raises OptionError if no allowed group size divides the columns.
+    A group size by default may change: to the smallest group size in the affine mode, or to False, which leaves the
+    weight unquantized. Raises OptionError if the user gave the group size.
     """
     columns = module.weight.shape[-1]
-    sizes = [choice.group_size, *(AFFINE_GROUP_SIZES[:1] if may_shrink and choice.mode == "affine" else ())]
-    for size in sizes:
+    smallest = AFFINE_GROUP_SIZES[:1] if is_default and choice.mode == "affine" else ()
+    for size in (choice.group_size, *smallest):
         if columns % size == 0:
             return replace(choice, group_size=size)
+    if is_default:
+        return False
     raise OptionError(
-        f"tensor {path}.weight has {columns} columns, not divisible by the group size of {choice.group_size}; {advice}"
+        f"tensor {path}.weight has {columns} columns, not divisible by the group size of {choice.group_size}; "
+        "choose another --q-group-size or --q-mode"
     )

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from support.commands import Finished, run
 from support.tiny import VARIANTS, load_drafter, load_target, make_drafter, make_target, random_tokens
 
-from mlx_mtp.checkpoints.config import read_json
+from mlx_mtp.checkpoints.config import read_json, read_target_config
 from mlx_mtp.checkpoints.layouts import MLX_PREFIX
 from mlx_mtp.checkpoints.tensors import INDEX_NAME, TensorInfo, read_checkpoint
 from mlx_mtp.convert.converter import Options, Summary, convert
@@ -306,6 +306,28 @@ def test_group_size_must_divide(tiny_pair: Callable[[str], Path], tmp_path: Path
     with pytest.raises(OptionError, match=r"\S+\.weight has 64 columns, not divisible by the group size of 128"):
         quick(tiny_pair("26b") / "target", tmp_path / "out", "none", quantize=True, q_group_size=128)
     assert_nothing_written(tmp_path, ())
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+def test_weights_that_no_group_size_divides_stay_unquantized(tmp_path: Path, mode: str) -> None:
+    """As in mlx-lm, but a warning says so."""
+    make_target(tmp_path / "target", "e2b", hidden_size_per_layer_input=20)
+    make_drafter(tmp_path / "target-assistant", "e2b", hidden_size=40)
+    options = ("--hf-path", tmp_path / "target", "--mlx-path", tmp_path / "out", "-q", "--q-mode", mode)
+    result = run("convert.cli", *options, "--drafter-q-bits", "4")
+    layers = read_target_config(tmp_path / "target").text.layers
+    # The table of all layers, and the projection of each layer.
+    names = "embed_tokens_per_layer, layers.0.per_layer_projection, ..."
+    text = "weights stay unquantized, because no group size divides their columns"
+    assert f"{text}: {len(layers) + 1} ({names})\n" in result.stderr
+    output = arrays(tmp_path / "out")
+    assert f"{MLX_PREFIX}embed_tokens_per_layer.scales" not in output
+    assert f"{MLX_PREFIX}embed_tokens.scales" in output
+    assert_mlx_lm_agrees(tmp_path / "out")
+    texts = run(
+        "generate", "--model", tmp_path / "out", "--prompt", "x", "-m", "5", "--num-draft-tokens", "2", "--json"
+    )
+    assert json.loads(texts.stdout.splitlines()[-1])["rounds"] > 0
 
 
 @pytest.mark.parametrize("variant", ["e2b", "31b"])
