@@ -302,7 +302,7 @@ def load_or_demo(args: argparse.Namespace, options: GenerationOptions | None = N
     if name is None:
         name = DEMO_PAIR
         print(
-            "no --model: the demo pair in the package, 3 million parameters that know Python source only",
+            "no --model: the demo pair in the package, 4 million parameters that know Python source only",
             file=sys.stderr,
         )
     model = load_model(name, args.drafter, args, options)

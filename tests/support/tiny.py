@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from mlx_mtp import DEMO_PAIR
@@ -223,10 +224,11 @@ def unpack_demo_pair(folder: Path) -> None:
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(DEMO_PAIR / file, folder / "assistant")
     weights = folder / "target" / "model.safetensors"
-    tensors = {
-        name.replace(MLX_PREFIX, "model.language_model.", 1): value for name, value in load_file(weights).items()
-    }
-    save_file(tensors, weights, metadata={"format": "pt"})
+    # NumPy has no bfloat16.
+    arrays: dict[str, mx.array] = mx.load(str(weights))  # type: ignore[assignment]
+    tensors = {name.replace(MLX_PREFIX, "model.language_model.", 1): value for name, value in arrays.items()}
+    mx.eval(tensors)
+    mx.save_safetensors(str(weights), tensors, metadata={"format": "pt"})
 
 
 def load_target(folder: Path) -> tuple[Target, TargetConfig]:
