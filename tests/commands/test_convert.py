@@ -142,9 +142,8 @@ def test_bfloat16_source(tiny_pair: Callable[[str], Path], tmp_path: Path) -> No
 
 
 def test_real_pair(pair: Path, tmp_path: Path) -> None:
-    done = run_convert(
-        "--hf-path", pair / "target", "--drafter", pair / "assistant", "--mlx-path", tmp_path / "out", "-q"
-    )
+    source = ("--hf-path", pair / "target", "--drafter", pair / "assistant")
+    done = run_convert(*source, "--mlx-path", tmp_path / "out", "-q", "--dtype", "float32")
     assert done.returncode == 0, done.stderr
     assert "bits per weight" in done.stderr.splitlines()[-1]
     assert done.stdout == ""
@@ -152,12 +151,9 @@ def test_real_pair(pair: Path, tmp_path: Path) -> None:
 
     load(str(tmp_path / "out"))
     assert_mlx_lm_agrees(tmp_path / "out")
-    # Columns that only the smaller group size divides are quantized too. mlx-lm would leave them unquantized.
-    fields = read_json(tmp_path / "out" / "config.json")
-    assert fields["quantization"][f"{MLX_PREFIX}layers.0.per_layer_projection"]["group_size"] == 32
     drafter, config = load_drafter(tmp_path / "out" / "drafter")
     assert config.quantization is None
-    assert drafter.model.embed_tokens.weight.dtype == mx.bfloat16
+    assert drafter.model.embed_tokens.weight.dtype == mx.float32
     expected = arrays(pair / "assistant")["masked_embedding.token_ordering"]
     assert drafter.masked_embedding is not None
     assert same_bits(drafter.masked_embedding.token_ordering, expected)
@@ -306,6 +302,16 @@ def test_group_size_must_divide(tiny_pair: Callable[[str], Path], tmp_path: Path
     with pytest.raises(OptionError, match=r"\S+\.weight has 64 columns, not divisible by the group size of 128"):
         quick(tiny_pair("26b") / "target", tmp_path / "out", "none", quantize=True, q_group_size=128)
     assert_nothing_written(tmp_path, ())
+
+
+def test_groups_get_smaller_by_default(tmp_path: Path) -> None:
+    """Columns that only the smaller group size divides are quantized too. mlx-lm would leave them unquantized."""
+    make_target(tmp_path / "target", "e2b", hidden_size_per_layer_input=32)
+    quick(tmp_path / "target", tmp_path / "out", "none", quantize=True)
+    quantization = read_json(tmp_path / "out" / "config.json")["quantization"]
+    assert quantization["group_size"] == 64
+    assert quantization[f"{MLX_PREFIX}layers.0.per_layer_projection"]["group_size"] == 32
+    assert_mlx_lm_agrees(tmp_path / "out")
 
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4"])

@@ -74,7 +74,7 @@ def test_how_well_the_demo_pair_drafts() -> None:
         assert float(greedy[0]) > 2.6
         assert float(sampled[0]) > 1.8
         assert int(sampled[sampled.index("of") - 1].rstrip("%")) < 20
-        assert min(map(float, cells(part, "agreement by step, on the files' own text:"))) > 0.62
+        assert min(map(float, cells(part, "agreement by step, on the files' own text:"))) > 0.5
 
 
 SMALL = ("--prompts", "2", "--prompt-tokens", "100", "--max-tokens", "12")

@@ -419,6 +419,7 @@ def test_tools_beside_a_response_format(client: openai.OpenAI, model: Model) -> 
     strict: Any = [{"type": "function", "function": tool["function"] | {"strict": True}} for tool in TOOLS]
     for bias, tools in ((-100, TOOLS), (100, TOOLS), (100, strict)):
         options: Any = {"tools": tools, "logit_bias": {str(start): bias}, "parallel_tool_calls": False}
+        options["max_tokens"] = 100
         whole = chat(client, response_format=wanted, **options)
         message = whole.choices[0].message
         if bias < 0:
