@@ -132,7 +132,7 @@ def load(
 def _prepare_target(target: Target, exact: bool) -> None:
     """Arrange the weights of a loaded target for fast passes and, with `exact`, for passes with the bits of plain ones.
 
-    Raises OptionError if the device computes products with the weights wrong, or if passes cannot be made exact.
+    Raises DeviceError if the device computes products with the weights wrong, or if passes cannot be made exact.
     """
     check_products(target)
     fuse_projections(target.layers)
@@ -148,7 +148,7 @@ def _prepare_target(target: Target, exact: bool) -> None:
 def _prepare_drafter(drafter: Drafter, target: TargetConfig) -> None:
     """Arrange the weights of a loaded drafter for fast steps. It never drafts what the target never generates.
 
-    Raises OptionError if the device computes products with the weights wrong.
+    Raises DeviceError if the device computes products with the weights wrong.
     """
     check_products(drafter)
     drafter.suppress(target.suppress_tokens)

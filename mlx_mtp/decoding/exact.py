@@ -8,7 +8,7 @@ and row by row. The first way that gives the bits of single rows is used. Attent
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.errors import OptionError
+from mlx_mtp.errors import DeviceError
 from mlx_mtp.gemma4.drafter import Draft, Drafter, GivenDrafter
 from mlx_mtp.gemma4.kv_cache import Cache, KVQuantization
 from mlx_mtp.gemma4.layers import Experts, Router
@@ -182,7 +182,7 @@ def check_exact(target: Target, kv_quantization: KVQuantization | None = None) -
 
     If `kv_quantization` is given, the rounds use quantized K/V.
 
-    Raises OptionError if the bits differ. They differ if norms or rotations depend on the number of rows.
+    Raises DeviceError if the bits differ. They differ if norms or rotations depend on the number of rows.
     """
     # The drafts below come from no drafter, so no other stream may use these rounds.
     rounds = CompiledRounds(always=True)
@@ -196,7 +196,7 @@ def check_exact(target: Target, kv_quantization: KVQuantization | None = None) -
         stream = _stream(target, given, rounds, kv_quantization)
         result = stream.round(k)
         if result.tokens != tokens[: k + 1] or not mx.array_equal(stream.state.hidden, hidden[k]).item():
-            raise OptionError(
+            raise DeviceError(
                 f"exact: on this device a pass over {k + 1} rows has other bits than single passes, even with every "
                 "projection row by row; plain decoding (num_draft_tokens 0) is what is left"
             )

@@ -303,7 +303,7 @@ def test_exact_passes_over_quantized_rows(tiny_pair: TinyPair, monkeypatch: pyte
 
     monkeypatch.setattr(mx, "quantized_matmul", rounds_otherwise)
     target = load_target(folder)[0]
-    with pytest.raises(mlx_mtp.OptionError, match="exact: on this device a pass over 2 rows has other bits"):
+    with pytest.raises(mlx_mtp.DeviceError, match="exact: on this device a pass over 2 rows has other bits"):
         check_exact(target, EIGHT)
     make_exact(target)
     for kv in (EIGHT, FOUR):
@@ -319,7 +319,7 @@ def test_exact_passes_over_quantized_rows(tiny_pair: TinyPair, monkeypatch: pyte
         return quantize(rows * (1.01 if rows.shape[2] in range(2, 10) else 1.0), *args, **kwargs)
 
     monkeypatch.setattr(mx, "quantize", by_number_of_rows)
-    with pytest.raises(mlx_mtp.OptionError, match="exact: on this device a pass over 2 rows has other bits"):
+    with pytest.raises(mlx_mtp.DeviceError, match="exact: on this device a pass over 2 rows has other bits"):
         model.generate(PROMPT, **options | {"kv_bits": 8})
 
 

@@ -24,6 +24,7 @@ from mlx_mtp.decoding.report import Stats
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.stream import Stream, decode, token_budget
 from mlx_mtp.errors import OptionError, PromptError
+from mlx_mtp.gemma4.device_checks import check_products
 from mlx_mtp.gemma4.drafter import Drafter, DraftInputs
 from mlx_mtp.gemma4.kv_cache import Cache
 from mlx_mtp.gemma4.target import Target
@@ -107,6 +108,7 @@ def test_a_four_bit_pair_with_float32_activations(tiny_pair: Callable[[str], Pat
     for module in modules:
         nn.quantize(module, group_size=64, bits=4)
         mx.eval(module.parameters())
+        check_products(module)
     reference, _, _ = run(target, None, LONG, 0, max_tokens=80)
     assert len(set(reference)) > 20
     for k in (1, 8):
