@@ -137,9 +137,7 @@ def planner(
             drafter=drafter_size,
             kv_per_token=int(_kv_width(text, "full_attention") * value),
             rings=_kv_width(text, "sliding_attention") * (text.sliding_window + spare_slots(max_block)) * size,
-            work=max(
-                _work(text, context_length, size, max_block, prefill_step, is_fused=is_fused) for is_fused in ways
-            ),
+            work=max(_work(text, context_length, size, max_block, prefill_step, is_fused=way) for way in ways),
         )
 
     return plan
