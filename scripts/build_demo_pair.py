@@ -3,9 +3,9 @@
     pip install -c constraints.txt -e '.[test]'
     python scripts/build_demo_pair.py --output build/demo
 
-The steps are: tokenizer (seconds), target (PyTorch, 12 million tokens, one to two hours on two cores), drafter
-(`mlx_mtp.train`, an hour; on Linux with OpenBLAS, see `fast_blas`), and conversion to `pair/`. A step is skipped if its
-output exists. `mlx_mtp/demo/` holds the result, `pair/`.
+The steps are: tokenizer (seconds), target (PyTorch, 12 million tokens, about two hours on two cores), drafter
+(`mlx_mtp.train`, over an hour; on Linux with OpenBLAS, see `fast_blas`), and conversion to `pair/`. A step is skipped
+if its output exists. `mlx_mtp/demo/` holds the result, `pair/`.
 """
 
 import argparse
