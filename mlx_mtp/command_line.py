@@ -86,6 +86,14 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = 
         help="Draft tokens per round; 0 decodes plainly. Default: auto, as many as are fastest on this machine, which "
         "is measured once per kind of model. Never changes greedy text, up to rounding.",
     )
+    group.add_argument(
+        "--copy-drafts",
+        choices=("off", "auto"),
+        default="off",
+        help="Whether rounds may copy draft tokens from the prompt and the answer so far, where this is fastest: up to "
+        "31 tokens of code that is edited or text that is cited. For automatic --num-draft-tokens, with a drafter or "
+        "without. Never changes greedy text, up to rounding. Default: off.",
+    )
 
 
 def add_embedding_option(options: OptionGroup) -> None:
@@ -393,13 +401,15 @@ def calibrate(model: Model, options: GenerationOptions, *, remeasure: bool = Fal
 
     Only automatic draft lengths with a drafter need it. A known cost is measured again only with `remeasure`.
     """
-    if model.drafter is None or options.num_draft_tokens != "auto":
+    has_choice = model.drafter is not None or options.copy_drafts == "auto"
+    if not has_choice or options.num_draft_tokens != "auto":
         return
     with progress_bar("Measuring, once", unit="pass") as on_progress:
         model.calibrate(
             options.sampling,
             kv_bits=options.kv_bits,
             kv_group_size=options.kv_group_size,
+            copy_drafts=options.copy_drafts,
             remeasure=remeasure,
             on_progress=on_progress,
         )
@@ -469,8 +479,12 @@ def summarize(last: GenerationResponse, model: Model, options: GenerationOptions
             f"Rounds: {stats.rounds}, drafted: {stats.drafted} ({stats.drafted / stats.rounds:.1f} per round), "
             f"accepted: {stats.accepted}",
             f"Acceptance length: {stats.acceptance_length:.2f} tokens per round",
-            "Acceptance by position: " + " ".join(f"{share:.2f}" for share in stats.acceptance_by_position),
         ]
+        if (copied := stats.copied).rounds:
+            lines.append(f"Copied: {copied.drafted} in {copied.rounds} rounds, accepted: {copied.accepted}")
+        if stats.acceptance_by_position:
+            shares = " ".join(f"{share:.2f}" for share in stats.acceptance_by_position)
+            lines.append(f"Acceptance by position: {shares}")
     else:
         is_auto = options.num_draft_tokens == "auto"
         reason = "plain decoding is fastest here" if is_auto else "drafter not used"

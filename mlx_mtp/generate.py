@@ -211,6 +211,8 @@ def _check_prompt_cache(args: argparse.Namespace) -> None:
         )
     if args.num_draft_tokens != "auto" and args.num_draft_tokens > MAX_DRAFT_TOKENS:
         raise OptionError(f"--num-draft-tokens: with a prompt cache at most {MAX_DRAFT_TOKENS}")
+    if args.copy_drafts == "auto":
+        raise OptionError(f"--copy-drafts: with a prompt cache, rounds have at most {MAX_DRAFT_TOKENS} draft tokens")
     prompt_cache.check(Path(args.prompt_cache))
 
 
@@ -236,6 +238,7 @@ def _options(args: argparse.Namespace) -> GenerationOptions:
         enable_thinking=args.enable_thinking,
         thinking_budget=args.thinking_budget,
         num_draft_tokens=args.num_draft_tokens,
+        copy_drafts=args.copy_drafts,
         prefill_step_size=args.prefill_step_size,
         # There is only one prompt. Only a prompt cache file holds K/V to reuse.
         reuse_prompt=args.prompt_cache is not None,
@@ -298,6 +301,7 @@ def _report(seen: list[GenerationResponse], model: Model, interrupted: bool) -> 
         "rounds": stats.rounds,
         "drafted": stats.drafted,
         "accepted": stats.accepted,
+        "copied": stats.copied._asdict(),
         "acceptance_length": stats.acceptance_length,
         "rounds_ahead": stats.rounds_ahead,
         "acceptance_by_position": stats.acceptance_by_position,

@@ -4,7 +4,8 @@ from collections.abc import Callable, Generator, Iterable
 
 import mlx.core as mx
 
-from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, Costs, DraftLength, DraftPolicy
+from mlx_mtp.decoding.calibration import choosing_policy
+from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, DraftPolicy
 from mlx_mtp.decoding.exact import check_exact
 from mlx_mtp.decoding.prefill import Progress
 from mlx_mtp.decoding.rules import LogitsProcessor
@@ -53,8 +54,7 @@ def begin(
     stream = Stream(
         parts.target,
         parts.drafter,
-        # With one maximum, the order of K/V rows and the rounding of sums are the same for all numbers of draft tokens.
-        max_draft_tokens=max(policy.k, MAX_DRAFT_TOKENS),
+        max_draft_tokens=MAX_DRAFT_TOKENS if model.exact else options.longest_draft,
         sampling=options.sampling.within(model.max_context),
         processors=processors,
         guide=parts.guides.guide(options, thought, stop_ids),
@@ -112,21 +112,22 @@ def _draft_policy(
 ) -> DraftPolicy:
     """Return the policy that chooses the rounds of a text after `context` tokens."""
     requested = options.num_draft_tokens
+    copies = options.copy_drafts == "auto"
     if model.drafter is None:
         if requested not in (0, "auto"):
             raise OptionError(f"num_draft_tokens is {requested}, but no drafter is loaded")
-        requested = 0
+        requested = requested if copies else 0
     if requested != "auto" and model.exact and requested > MAX_DRAFT_TOKENS:
         raise OptionError(f"num_draft_tokens is {requested}: exact passes verify at most {MAX_DRAFT_TOKENS}")
     kv = options.kv_quantization
     kv = None if kv is None else kv._replace(start=0)
     costs = model.parts.costs
     if not _host_has_part(options):
-        return costs.policy(None if requested == "auto" else requested, options.sampling, kv, context)
+        return costs.policy(None if requested == "auto" else requested, options.sampling, kv, context, copies=copies)
     if requested != "auto":
         return DraftPolicy(requested)
-    measured = costs.read(options.sampling, kv, context, on_progress=lambda *_: check())
-    return DraftLength(Costs(measured.waiting))
+    measured = costs.read(options.sampling, kv, context, copies=copies, on_progress=lambda *_: check())
+    return choosing_policy(measured._replace(ahead=None), copies=copies)
 
 
 def measures_first(options: GenerationOptions) -> bool:

@@ -24,7 +24,6 @@ from mlx_mtp.checkpoints.files import fault
 from mlx_mtp.checkpoints.hub import DRAFTER_FOLDER, Downloads, is_repo, resolve_folder
 from mlx_mtp.checkpoints.layouts import drafter_names, resolve_head, target_names
 from mlx_mtp.checkpoints.weights import count_bytes, fill_module, token_ids
-from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS
 from mlx_mtp.decoding.exact import check_exact, make_exact
 from mlx_mtp.decoding.prefill import Progress
 from mlx_mtp.gemma4.device_checks import check_products
@@ -290,7 +289,7 @@ def _planner(
     return planner(
         config,
         drafter,
-        max_block=MAX_DRAFT_TOKENS + 1,
+        max_block=options.longest_draft + 1,
         prefill_step=options.prefill_step_size,
         kv=options.kv_quantization,
         mapped=mapped,

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
+from mlx_mtp.decoding.draft_length import LARGEST_COPY, MAX_DRAFT_TOKENS
 from mlx_mtp.decoding.rules import LogitsProcessor
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.gemma4.kv_cache import KVQuantization
@@ -35,6 +36,10 @@ class GenerationOptions:
     `Sampling(acceptance="coupled")`, sampled tokens do not depend on the number either. With block verification, a seed
     gives the same text for the same number. With "auto", it gives the same text on the same machine as long as the
     measurement is kept.
+
+    With `copy_drafts="auto"` and automatic `num_draft_tokens`, a round may copy up to 31 draft tokens from the prompt
+    or the answer so far, where its last tokens occurred before and this is the fastest. It needs no drafter. An exact
+    model copies at most 7 tokens.
 
     The text ends before the first of the `stop` strings, even if the string spans several tokens or rounds. With
     `ignore_eos`, the text continues after the model's own stop tokens. Stop tokens cannot occur before `min_tokens`.
@@ -74,6 +79,7 @@ class GenerationOptions:
     enable_thinking: bool = False
     thinking_budget: int | None = None
     num_draft_tokens: int | Literal["auto"] = "auto"
+    copy_drafts: Literal["auto", "off"] = "off"
     prefill_step_size: int = DEFAULT_PREFILL_STEP
     reuse_prompt: bool = True
     kv_bits: int | None = None
@@ -87,6 +93,8 @@ class GenerationOptions:
             if not any(type(value) is type(choice) and value == choice for choice in choices):
                 *most, last = [choice for choice in choices if choice is not None]
                 raise OptionError(f"{name} must be {', '.join(map(str, most))} or {last}, found {value!r}")
+        if self.copy_drafts not in ("auto", "off"):
+            raise OptionError(f"copy_drafts must be auto or off, found {self.copy_drafts!r}")
         least = dict.fromkeys(
             ["min_tokens", "logprobs", "thinking_budget", "num_draft_tokens", "quantized_kv_start"], 0
         )
@@ -112,6 +120,15 @@ class GenerationOptions:
     def compiled_grammar(self) -> str | None:
         """Return the constraint on the answer in llguidance's form, or None if there is no constraint."""
         return compile_grammar(json_schema=self.json_schema, regex=self.regex, grammar=self.grammar)
+
+    @property
+    def longest_draft(self) -> int:
+        """The largest number of draft tokens for which the texts of these options make room.
+
+        With one number, the order of K/V rows and the rounding of sums are the same for all draft lengths.
+        """
+        fixed = 0 if self.num_draft_tokens == "auto" else self.num_draft_tokens
+        return max(fixed, MAX_DRAFT_TOKENS if self.copy_drafts == "off" else LARGEST_COPY)
 
     @property
     def kv_quantization(self) -> KVQuantization | None:
@@ -142,6 +159,7 @@ class OptionChanges(TypedDict, total=False):
     enable_thinking: bool
     thinking_budget: int | None
     num_draft_tokens: int | Literal["auto"]
+    copy_drafts: Literal["auto", "off"]
     prefill_step_size: int
     reuse_prompt: bool
     kv_bits: int | None

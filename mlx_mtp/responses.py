@@ -20,6 +20,9 @@ class GenerationResponse:
     before the answer, without the tokens and the name of its channel. Both are valid UTF-8. `in_thought` says whether
     the token belongs to a thought; the tokens of its channel belong to the thought.
 
+    `from_draft` says whether the token is an accepted draft token, and `from_copy` whether this draft token was copied
+    from the text.
+
     `cached_tokens` is the number of prompt tokens whose K/V come from an earlier prompt. `prompt_tps` counts the other
     prompt tokens. `prompt_tps` and `generation_tps` are tokens per second so far. `peak_memory` is in GB (1e9 bytes).
 
@@ -42,6 +45,7 @@ class GenerationResponse:
     in_thought: bool = False
     cached_tokens: int = 0
     stop_string: str | None = None
+    from_copy: bool = False
 
 
 @dataclass
@@ -104,7 +108,7 @@ def respond(
         if mapped is not None and before is not None:
             stats.embeddings = mapped.stats.since(before)
         if generated:
-            stats.add(result.drafted, result.accepted, result.host_reads, ahead=result.ahead)
+            stats.add(result.drafted, result.accepted, result.host_reads, ahead=result.ahead, copied=result.copied)
         else:
             clock.first_token = time.perf_counter()
         stats.processed_rows += result.drafted + 1 if counts_rows else 0
@@ -129,6 +133,7 @@ def respond(
                 in_thought=piece.in_thought,
                 cached_tokens=cached,
                 stop_string=piece.stopped,
+                from_copy=result.copied and position < result.accepted,
             )
             if piece.stopped:
                 return

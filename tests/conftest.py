@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 from llguidance import LLMatcher
 from support.compiled_header import precompile_header
-from support.curves import COSTS
+from support.curves import COPIED, COSTS, PLAIN
 from support.paths import WITHOUT_TORCH
 from support.tiny import (
     STOP_IDS,
@@ -28,8 +28,8 @@ from support.tiny import (
 
 import mlx_mtp
 from mlx_mtp.decoding import calibration
-from mlx_mtp.decoding.calibration import RoundCosts
-from mlx_mtp.decoding.draft_length import DraftLength, DraftPolicy
+from mlx_mtp.decoding.calibration import RoundCosts, choosing_policy
+from mlx_mtp.decoding.draft_length import Costs, DraftPolicy
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.target import Target
 from mlx_mtp.grammars.compiler import compile_grammar
@@ -98,11 +98,18 @@ def commands_without_torch() -> None:
 @pytest.fixture(autouse=True)
 def known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use fixed costs instead of measurements in this process: the same text is always drafted in the same way."""
-    monkeypatch.setattr(calibration, "measure_rounds", lambda *_, **__: COSTS)
+
+    def measured(_: Target, drafter: Drafter | None, *__: Any, copied: tuple[int, ...] = (), **___: Any) -> Costs:
+        costs = COSTS if drafter is not None else PLAIN
+        return costs._replace(copied=COPIED[: 1 + max(copied, default=-1)])
+
+    monkeypatch.setattr(calibration, "measure_rounds", measured)
 
     # The first rounds of a text measure nothing.
-    def policy(costs: RoundCosts, k: int | None, *options: Any) -> DraftPolicy:
-        return DraftLength(costs.read(*options)) if k is None else DraftPolicy(k, ahead=True)
+    def policy(costs: RoundCosts, k: int | None, *options: Any, copies: bool = False) -> DraftPolicy:
+        if k is not None:
+            return DraftPolicy(k, ahead=True)
+        return choosing_policy(costs.read(*options, copies=copies), copies=copies)
 
     monkeypatch.setattr(RoundCosts, "policy", policy)
 

@@ -16,15 +16,23 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_mtp.checkpoints.config import DrafterConfig, TargetConfig
-from mlx_mtp.errors import OptionError
 from mlx_mtp.gemma4.drafter import Draft, Drafter, GivenDrafter
 from mlx_mtp.gemma4.kernels import describe
 from mlx_mtp.gemma4.kv_cache import KVQuantization, check_group_size
 from mlx_mtp.gemma4.target import Target
 
 from .compiled import CompiledRounds
-from .draft_length import MAX_DRAFT_TOKENS, CostCurve, Costs, DraftLength, DraftPolicy
-from .first_rounds import CAUTIOUS, MEASURED, FirstRounds, MeasuringPolicy, interpolated
+from .copy_policy import CopyPolicy
+from .draft_length import LARGEST_COPY, MAX_DRAFT_TOKENS, CostCurve, Costs, DraftLength, DraftPolicy
+from .first_rounds import (
+    CAUTIOUS,
+    CAUTIOUS_PLAIN,
+    MEASURED,
+    MEASURED_COPIES,
+    FirstRounds,
+    MeasuringPolicy,
+    interpolated,
+)
 from .kept_costs import CostsFile, MeasuringLock, checked, read_or_measure
 from .prefill import Progress
 from .sampling import Sampling
@@ -111,27 +119,40 @@ class RoundCosts:
         self._first_rounds: dict[tuple[str, int | None], FirstRounds] = {}
 
     def policy(
-        self, k: int | None, sampling: Sampling, kv: KVQuantization | None = None, context: int = 0
+        self,
+        k: int | None,
+        sampling: Sampling,
+        kv: KVQuantization | None = None,
+        context: int = 0,
+        *,
+        copies: bool = False,
     ) -> DraftPolicy:
         """Return the policy that chooses the rounds of a text after `context` tokens.
 
-        The number of draft tokens is `k`, or the policy chooses it if `k` is None. If the costs are not known, the
-        first rounds of texts measure them. While another text or program measures, the policy uses cautious costs.
+        The number of draft tokens is `k`. If `k` is None, the policy chooses it, and copies from the text if `copies`
+        is set. If the costs are not known, the first rounds of texts measure them. While another text or program
+        measures, the policy uses cautious costs.
 
         Raises OptionError if the groups of the K/V quantization do not fit the heads.
         """
-        identity = self.identity(sampling, kv, context)
+        copies = copies and k is None
+        identity = self.identity(sampling, kv, context, copies=copies)
         key, file = repr(identity), CostsFile(identity)
         costs = self._costs.get(key) or file.read()
         if costs is not None:
             self._costs[key] = costs
         if k is None:
-            return DraftLength(costs) if costs is not None else self._measuring(key, file)
+            return choosing_policy(costs, copies=copies) if costs is not None else self._measuring(key, file, copies)
         return self._fixed(k, key, costs)
 
-    def _measuring(self, key: str, file: CostsFile) -> DraftPolicy:
+    def _measuring(self, key: str, file: CostsFile, copies: bool) -> DraftPolicy:
         """Return a policy that measures the costs and keeps them."""
-        rounds = self._first_rounds.setdefault((key, None), FirstRounds(ahead=self._target.mapped is None))
+        lengths = MEASURED if self._drafter is not None else (0,)
+        rounds = self._first_rounds.setdefault(
+            (key, None),
+            FirstRounds(lengths, ahead=self._target.mapped is None, copied=self._measured_copies(copies)),
+        )
+        cautious = CAUTIOUS if self._drafter is not None else CAUTIOUS_PLAIN
 
         def acquire() -> MeasuringLock | None:
             lock = file.lock()
@@ -148,11 +169,11 @@ class RoundCosts:
                 logger.warning("the measurement of rounds is not used: %s", error)
                 # The next text measures again.
                 self._first_rounds.pop((key, None), None)
-                return CAUTIOUS
+                return cautious
             file.write(self._costs[key])
             return self._costs[key]
 
-        return MeasuringPolicy(DraftLength(CAUTIOUS), rounds, acquire, finish)
+        return MeasuringPolicy(choosing_policy(cautious, copies=copies), rounds, acquire, finish)
 
     def _fixed(self, k: int, key: str, costs: Costs | None) -> DraftPolicy:
         """Return a policy of k draft tokens. It only measures whether its rounds cost less if they run ahead."""
@@ -179,29 +200,42 @@ class RoundCosts:
         kv: KVQuantization | None = None,
         context: int = 0,
         *,
+        copies: bool = False,
         remeasure: bool = False,
         on_progress: Progress | None = None,
     ) -> Costs:
         """Return the costs of rounds after `context` tokens.
 
-        Raises OptionError if there is no drafter, or if the groups of the K/V quantization do not fit the heads. Raises
-        CalibrationError if the measured costs cannot be true.
+        Raises OptionError if the groups of the K/V quantization do not fit the heads. Raises CalibrationError if the
+        measured costs cannot be true.
         """
-        drafter = self._drafter
-        if drafter is None:
-            raise OptionError("the cost of rounds is asked for, but no drafter is loaded")
-        identity = self.identity(sampling, kv, context)
+        identity = self.identity(sampling, kv, context, copies=copies)
         key = repr(identity)
         plan = replace(_PLAN, context=_context_of(context))
         if remeasure or key not in self._costs:
             self._costs[key] = read_or_measure(
                 identity,
-                lambda: measure_rounds(self._target, drafter, sampling, on_progress, kv, plan=plan),
+                lambda: measure_rounds(
+                    self._target,
+                    self._drafter,
+                    sampling,
+                    on_progress,
+                    kv,
+                    plan=plan,
+                    copied=self._measured_copies(copies),
+                ),
                 remeasure=remeasure,
             )
         return self._costs[key]
 
-    def identity(self, sampling: Sampling, kv: KVQuantization | None, context: int) -> dict[str, Any]:
+    def _measured_copies(self, copies: bool) -> tuple[int, ...]:
+        """Return the numbers of copied tokens to measure."""
+        longest = MAX_DRAFT_TOKENS if self._exact else LARGEST_COPY
+        return tuple(k for k in MEASURED_COPIES if copies and k <= longest)
+
+    def identity(
+        self, sampling: Sampling, kv: KVQuantization | None, context: int, *, copies: bool = False
+    ) -> dict[str, Any]:
         """Return everything that decides the cost of a round after `context` tokens.
 
         For sampling, this is the names of the options in use. For K/V, this is the quantization without its start
@@ -230,7 +264,15 @@ class RoundCosts:
             found["kernels"] = kernels
         if self._target.mapped is not None:
             found["per_layer_embeddings"] = "mapped"
+        if copies:
+            # Streams with copies have more spare slots.
+            found["copies"] = True
         return found | device_identity()
+
+
+def choosing_policy(costs: Costs, *, copies: bool) -> DraftPolicy:
+    """Return the policy that chooses the number of draft tokens by these costs, with copies or without."""
+    return CopyPolicy(DraftLength(costs), costs) if copies else DraftLength(costs)
 
 
 def _context_of(tokens: int) -> int:
@@ -240,28 +282,32 @@ def _context_of(tokens: int) -> int:
 
 def measure_rounds(
     target: Target,
-    drafter: Drafter,
+    drafter: Drafter | None,
     sampling: Sampling,
     on_progress: Progress | None = None,
     kv_quantization: KVQuantization | None = None,
     *,
     plan: MeasuringPlan = _PLAN,
+    copied: tuple[int, ...] = (),
 ) -> Costs:
-    """Return the costs of rounds after `plan.context` tokens.
+    """Return the costs of rounds after `plan.context` tokens, with `copied` tokens as well.
 
     For rounds that wait, they are medians of verify passes of 1 to 9 rows, and the costs of drafting: the costs of a
-    draft step and of the rest are the difference to whole rounds with the drafter. For rounds ahead, they are medians
-    of whole rounds. The different rounds take turns. Each pass begins with the result of the pass before it.
+    draft step and of the rest are the difference to whole rounds with the drafter. For rounds ahead and copies, they
+    are medians of whole rounds. Without a drafter, only plain rounds and copies are measured. The different rounds take
+    turns. Each pass begins with the result of the pass before it.
     """
     draws = not sampling.is_greedy and sampling.acceptance == "block"
-    given = GivenDrafter(_draft_of(target.config.vocab_size, drafter.num_candidates if draws else None))
+    most = 0 if drafter is None else MAX_DRAFT_TOKENS
+    candidates = drafter.num_candidates if drafter is not None and draws else None
+    given = GivenDrafter(_draft_of(target.config.vocab_size, candidates))
     runs: dict[tuple[str, int], Callable[[], object]] = {}
 
-    def add(name: str, who: Drafter, lengths: Iterable[int], run: Callable[[Stream, int, int], None]) -> None:
+    def add(name: str, who: Drafter | None, lengths: Iterable[int], run: Callable[[Stream, int, int], None]) -> None:
         stream = Stream(
             target,
             who,
-            max_draft_tokens=MAX_DRAFT_TOKENS,
+            max_draft_tokens=max((MAX_DRAFT_TOKENS, *copied)),
             sampling=sampling,
             rounds=CompiledRounds(),
             kv_quantization=kv_quantization,
@@ -270,19 +316,24 @@ def measure_rounds(
         for k in lengths:
             runs[name, k] = partial(run, stream, plan.context, k)
 
-    add("verify", given, range(MAX_DRAFT_TOKENS + 1), _round)
-    add("round", drafter, _DRAFTED, _round)
+    ahead = tuple(k for k in MEASURED if k <= most)
+    add("verify", given, range(most + 1), _round)
+    if drafter is not None:
+        add("round", drafter, _DRAFTED, _round)
     if target.mapped is None:
-        add("ahead", drafter, MEASURED, _round_ahead)
+        add("ahead", drafter, ahead, _round_ahead)
+    add("copy", drafter, copied, _copy_round)
     seconds = _time_in_turn(runs, plan, on_progress)
-    few, many = _DRAFTED
-    drafting = {k: seconds["round", k] - seconds["verify", k] for k in _DRAFTED}
-    draft = max(0.0, (drafting[many] - drafting[few]) / (many - few))
-    verify = [seconds["verify", k] for k in range(MAX_DRAFT_TOKENS + 1)]
-    waiting = CostCurve(verify, draft, max(0.0, drafting[few] - few * draft))
+    waiting = CostCurve([seconds["verify", k] for k in range(most + 1)], 0.0)
+    if drafter is not None:
+        few, many = _DRAFTED
+        drafting = {k: seconds["round", k] - seconds["verify", k] for k in _DRAFTED}
+        draft = max(0.0, (drafting[many] - drafting[few]) / (many - few))
+        waiting = waiting._replace(draft=draft, overhead=max(0.0, drafting[few] - few * draft))
+    copies = interpolated({k: seconds["copy", k] for k in copied} | {0: waiting.round(0)}) if copied else ()
     if target.mapped is not None:
-        return Costs(waiting)
-    return Costs(waiting, interpolated({k: seconds["ahead", k] for k in MEASURED}))
+        return Costs(waiting, copied=copies)
+    return Costs(waiting, CostCurve(interpolated({k: seconds["ahead", k] for k in ahead}), 0.0), copies)
 
 
 def _round(stream: Stream, position: int, k: int) -> None:
@@ -292,6 +343,12 @@ def _round(stream: Stream, position: int, k: int) -> None:
     """
     stream.cache.set_length(position)
     stream.round(k)
+
+
+def _copy_round(stream: Stream, position: int, k: int) -> None:
+    """Run a round of k copied tokens, as `_round` does."""
+    stream.cache.set_length(position)
+    stream.round(k, copied=[stream.tokens[-1]] * k)
 
 
 def _round_ahead(stream: Stream, position: int, k: int) -> None:

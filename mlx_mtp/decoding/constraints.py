@@ -131,6 +131,23 @@ class Guide:
             return None
         return [self.mask()] * rows
 
+    def masks_along(self, tokens: Iterable[int]) -> list[Mask | None]:
+        """Return the mask of the next token, and the mask after each of these tokens before one that is not allowed.
+
+        The guide stays where it is.
+
+        Raises OptionError if the grammar cannot continue after one of the tokens.
+        """
+        masks = [self.mask()]
+        for token in tokens:
+            mask = masks[-1]
+            if mask is not None and not mask[token // 32] >> token % 32 & 1:
+                break
+            self.consume(token)
+            masks.append(self.mask())
+        self.rollback(len(masks) - 1)
+        return masks
+
     def consume(self, token: int) -> None:
         """Advance by one token.
 
@@ -205,7 +222,7 @@ class RowMasks:
         else:
             # `stack` raises an error for rows beyond the end of the round.
             mask = self._fixed[index] if index < self._count else None
-        self._rows.append(None if mask is None else _unpack(mask, self._guide.vocab_size))
+        self._rows.append(None if mask is None else unpack(mask, self._guide.vocab_size))
         return self._rows[-1]
 
     def stack(self) -> mx.array | None:
@@ -223,12 +240,18 @@ class RowMasks:
                 "a drafter under a guide must ask for the mask of each draft token: "
                 f"expected {self._count - 1}, found {len(self._rows) - 1}"
             )
-        if all(row is None for row in self._rows):
-            return None
-        free = mx.ones((1, self._guide.vocab_size), mx.bool_)
-        return mx.concatenate([free if row is None else row for row in self._rows])
+        return stack_masks(self._rows, self._guide.vocab_size)
 
 
-def _unpack(mask: Mask, vocab_size: int) -> mx.array:
+def stack_masks(rows: list[mx.array | None], vocab_size: int) -> mx.array | None:
+    """Return the masks of rows, bool [1, vocab], as bool [rows, vocab], or None if no row has a mask."""
+    if all(row is None for row in rows):
+        return None
+    free = mx.ones((1, vocab_size), mx.bool_)
+    return mx.concatenate([free if row is None else row for row in rows])
+
+
+def unpack(mask: Mask, vocab_size: int) -> mx.array:
+    """Return a mask as bool [1, vocab]."""
     bits = (mx.array(mask.view(np.uint32))[:, None] >> mx.arange(32, dtype=mx.uint32)) & 1
     return bits.reshape(1, -1)[:, :vocab_size].astype(mx.bool_)

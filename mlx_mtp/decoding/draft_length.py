@@ -3,11 +3,18 @@
 The choice depends on the cost of rounds and on the acceptance so far.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from .report import RoundReport
 
 # This is the largest number of draft tokens in a round of automatic draft length, of an exact model, of the server, and
 # of a stream that exchanges K/V with prompt files. A generation may ask for more (see `options.LARGEST_DRAFT`).
 MAX_DRAFT_TOKENS = 8
+# These are the numbers of tokens that a round may copy from the text. A Mac computes up to 32 rows for one price.
+COPY_LENGTHS = (2, 4, 7, 15, 31)
+# This is the largest number of draft tokens in a round of any stream but an exact one, if no other number is asked for.
+LARGEST_COPY = COPY_LENGTHS[-1]
 # Prior weights in rounds: one for the first position, one for each later position. A later position is expected to
 # accept about the same share as the position before it.
 _PRIOR_WEIGHT = 1.0
@@ -48,10 +55,12 @@ class Costs(NamedTuple):
     """The costs of rounds in both ways: `waiting` for the report of the round before, and dispatched `ahead` of it.
 
     `ahead` is None if rounds cannot be dispatched ahead. The cheaper way of each number of draft tokens counts.
+    `copied[k]` is the cost of a round that waits and verifies k copied tokens. It is empty if nothing can be copied.
     """
 
     waiting: CostCurve
     ahead: CostCurve | None = None
+    copied: Sequence[float] = ()
 
     def round(self, k: int) -> float:
         """Return the cost of a round of k draft tokens, in seconds."""
@@ -67,11 +76,12 @@ class Choice(NamedTuple):
     """The choice for a round: `k` draft tokens, and whether it is dispatched ahead.
 
     A round ahead is dispatched before the report of the round before it is read, so that the device does not wait for
-    the host.
+    the host. `copied` are the k draft tokens if they are copied from the text; else the drafter drafts.
     """
 
     k: int
     ahead: bool
+    copied: list[int] | None = None
 
 
 class DraftPolicy:
@@ -85,18 +95,21 @@ class DraftPolicy:
         """Choose the next round, while `in_flight` rounds are not reported yet."""
         return Choice(self.k, self.ahead)
 
-    def start(self) -> None:
-        """Prepare the first round. The text begins."""
+    def start(self, tokens: Sequence[int]) -> None:
+        """Prepare the first round. The text begins with these tokens, which include the prompt."""
 
     def use(self, costs: Costs) -> None:
         """Choose by these costs from now on."""
         self.ahead = costs.is_ahead(self.k)
 
-    def update(self, drafted: int, accepted: int, seconds: float | None, *, ahead: bool = False) -> None:
-        """Record the result of a round, and choose k for the next round.
+    def tokens_per_second(self) -> float | None:
+        """Return the expected tokens per second of the next round, or None if its cost is not known."""
+        return None
 
-        `seconds` is the time since the last report. It is None if it says nothing about the round. `ahead` tells
-        whether the round was dispatched ahead.
+    def update(self, report: RoundReport, seconds: float | None) -> None:
+        """Record the result of a round, and choose the next round.
+
+        `seconds` is the time since the last report. It is None if it says nothing about the round.
         """
 
     def end(self) -> None:
@@ -139,9 +152,14 @@ class DraftLength(DraftPolicy):
         self._can_pay = any((k + 1) * costs.round(0) > costs.round(k) for k in range(1, len(self._trials) + 1))
         self.k = self._best()
 
-    def update(self, drafted: int, accepted: int, seconds: float | None, *, ahead: bool = False) -> None:
-        """Record the result of a round, and choose k for the next round. Its own time does not matter."""
-        if not drafted:
+    def update(self, report: RoundReport, seconds: float | None) -> None:
+        """Record the result of a round, and choose k for the next round. Its own time does not matter.
+
+        Copied draft tokens say nothing about the drafter.
+        """
+        if report.copied:
+            return
+        if not report.drafted:
             # If k is not 0 here, the round had no room for draft tokens.
             if not self.k and self._can_pay:
                 self._left -= 1
@@ -151,13 +169,13 @@ class DraftLength(DraftPolicy):
             return
         self._forget(_MEMORY)
         for position in range(len(self._trials)):
-            if position < min(drafted, accepted + 1):
+            if position < min(report.drafted, report.accepted + 1):
                 self._trials[position] += 1
-                self._hits[position] += position < accepted
+                self._hits[position] += position < report.accepted
         best = self._best()
         if best:
             self.k, self._wait = best, self._waits[0]
-        elif self.k > 1 or not accepted:
+        elif self.k > 1 or not report.accepted:
             self.k, self._left = 0, self._wait
             self._wait = min(2 * self._wait, self._waits[1])
 
@@ -176,15 +194,24 @@ class DraftLength(DraftPolicy):
         self._trials = [trials * kept_share for trials in self._trials]
         self._hits = [hits * kept_share for hits in self._hits]
 
-    def _best(self) -> int:
-        """Return the best k by the current estimates.
+    def tokens_per_second(self) -> float:
+        """Return the expected tokens per second of the next round."""
+        return self._rates()[self.k]
 
-        The current k stays if the gain of another k is too small. If plain decoding is best, k is always 0.
-        """
+    def _rates(self) -> list[float]:
+        """Return the expected tokens per second for each number of draft tokens."""
         rates, tokens, reach = [1 / self.costs.round(0)], 1.0, 1.0
         for k, share in enumerate(self.acceptance(), start=1):
             reach *= share
             tokens += reach
             rates.append(tokens / self.costs.round(k))
+        return rates
+
+    def _best(self) -> int:
+        """Return the best k by the current estimates.
+
+        The current k stays if the gain of another k is too small. If plain decoding is best, k is always 0.
+        """
+        rates = self._rates()
         best = max(range(len(rates)), key=rates.__getitem__)
         return self.k if self.k and best and rates[best] < _GAIN * rates[self.k] else best

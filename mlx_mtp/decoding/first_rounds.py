@@ -1,6 +1,6 @@
 """Cost measurement in the first rounds of real texts, so that no text waits for it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from .draft_length import MAX_DRAFT_TOKENS, Choice, CostCurve, Costs, DraftPolicy
 from .kept_costs import MeasuringLock
+from .report import RoundReport
 
 # These draft lengths are measured, in this order. The costs of the other lengths are interpolated.
 MEASURED = (1, 0, 2, 4, 8)
@@ -19,12 +20,24 @@ _MEASURED_AHEAD = (0, 4)
 _PASSES = ((False, 3), (True, 2), (False, 1), (True, 2))
 # This is the number of timed rounds of a length in each pass.
 _TIMED = 3
+# Rounds of copies are measured for these lengths, if the stream has room for them.
+MEASURED_COPIES = (7, 15, 31)
+# A token to copy where only the cost counts.
+_ANY_TOKEN = 0
 # These costs are used where none are measured. Drafting gains little by them, so it needs good acceptance.
 CAUTIOUS = Costs(CostCurve([1 + 0.2 * k for k in range(MAX_DRAFT_TOKENS + 1)], 0.15, 0.1))
+# The same without a drafter.
+CAUTIOUS_PLAIN = Costs(CostCurve([1.0], 0.0))
+
+
+class _Kind(NamedTuple):
+    k: int
+    ahead: bool
+    copied: bool = False
 
 
 class _Planned(NamedTuple):
-    choice: Choice
+    kind: _Kind
     is_timed: bool
 
 
@@ -32,25 +45,31 @@ class FirstRounds:
     """The plan of the measured rounds, and their times so far. The rounds may belong to several texts.
 
     `lengths` are the numbers of draft tokens to measure: `MEASURED`, or a single one. `ahead` tells whether rounds can
-    be dispatched ahead.
+    be dispatched ahead. `copied` are the numbers of copied tokens to measure.
     """
 
-    def __init__(self, lengths: tuple[int, ...] = MEASURED, *, ahead: bool) -> None:
+    def __init__(self, lengths: tuple[int, ...] = MEASURED, *, ahead: bool, copied: tuple[int, ...] = ()) -> None:
         lengths_ahead = (lengths if len(lengths) == 1 else _MEASURED_AHEAD) if ahead else ()
         self._plan: list[_Planned] = []
         for is_ahead, warm_up in _PASSES:
             for k in lengths_ahead if is_ahead else lengths:
-                self._plan += [_Planned(Choice(k, is_ahead), i >= warm_up) for i in range(warm_up + _TIMED)]
+                self._plan += [_Planned(_Kind(k, is_ahead), i >= warm_up) for i in range(warm_up + _TIMED)]
             if is_ahead and ahead:
                 # No round is dispatched ahead of the report of the last round, so its time is another one.
                 self._plan.append(self._plan[-1]._replace(is_timed=False))
+        _, warm_up = _PASSES[0]
+        for k in copied:
+            self._plan += [_Planned(_Kind(k, ahead=False, copied=True), i >= warm_up) for i in range(warm_up + _TIMED)]
         self._done = 0
-        self._seconds: dict[Choice, list[float]] = {planned.choice: [] for planned in self._plan}
+        self._seconds: dict[_Kind, list[float]] = {planned.kind: [] for planned in self._plan}
 
     def choose(self, in_flight: int = 0) -> Choice | None:
         """Return the next round, while `in_flight` rounds are not reported. Return None if all rounds were chosen."""
         following = self._done + in_flight
-        return self._plan[following].choice if following < len(self._plan) else None
+        if following >= len(self._plan):
+            return None
+        kind = self._plan[following].kind
+        return Choice(kind.k, kind.ahead, [_ANY_TOKEN] * kind.k if kind.copied else None)
 
     @property
     def has_begun(self) -> bool:
@@ -62,14 +81,14 @@ class FirstRounds:
         """True if all rounds of the plan were recorded."""
         return self._done == len(self._plan)
 
-    def note(self, drafted: int, seconds: float | None, *, ahead: bool) -> None:
+    def note(self, report: RoundReport, seconds: float | None) -> None:
         """Record a round. A round of another kind than the plan expects does not count."""
-        choice, is_timed = self._plan[self._done]
-        if drafted != choice.k or (choice.ahead and not ahead):
+        kind, is_timed = self._plan[self._done]
+        if (report.drafted, report.copied) != (kind.k, kind.copied) or (kind.ahead and not report.ahead):
             return
         self._done += 1
         if is_timed and seconds is not None:
-            self._seconds[choice].append(seconds)
+            self._seconds[kind].append(seconds)
 
     def costs(self) -> Costs:
         """Return the costs of rounds, in seconds. A round includes its draft steps, so `draft` is 0.
@@ -78,23 +97,26 @@ class FirstRounds:
         """
         if not all(self._seconds.values()):
             raise ValueError("the texts were read more slowly than their rounds ran")
-        found = {choice: median(seconds) for choice, seconds in self._seconds.items()}
-        waiting = {k: seconds for (k, is_ahead), seconds in found.items() if not is_ahead}
-        if min(waiting.values()) <= 0:
-            raise ValueError(f"the costs of rounds must be positive numbers, found {list(waiting.values())}")
-        ratios = {k: seconds / waiting[k] for (k, is_ahead), seconds in found.items() if is_ahead}
+        found = {kind: median(seconds) for kind, seconds in self._seconds.items()}
+        if min(found.values()) <= 0:
+            raise ValueError(f"the costs of rounds must be positive numbers, found {list(found.values())}")
+        waiting = {kind.k: seconds for kind, seconds in found.items() if not (kind.ahead or kind.copied)}
+        ratios = {kind.k: seconds / waiting[kind.k] for kind, seconds in found.items() if kind.ahead}
+        copies = {kind.k: seconds for kind, seconds in found.items() if kind.copied}
+        copied = interpolated(copies | {0: waiting[0]}) if copies else ()
         if not ratios:
-            return Costs(interpolated(waiting))
+            return Costs(CostCurve(interpolated(waiting), 0.0), copied=copied)
         lengths = sorted(ratios)
         shares = np.interp(sorted(waiting), lengths, [ratios[k] for k in lengths])
         ahead = {k: float(share) * waiting[k] for k, share in zip(sorted(waiting), shares, strict=True)}
-        return Costs(interpolated(waiting), interpolated(ahead))
+        return Costs(CostCurve(interpolated(waiting), 0.0), CostCurve(interpolated(ahead), 0.0), copied)
 
 
-def interpolated(seconds: dict[int, float]) -> CostCurve:
-    """Return the costs of whole rounds from the seconds of some draft lengths."""
+def interpolated(seconds: dict[int, float]) -> list[float]:
+    """Return the costs of rounds for all draft lengths, from the seconds of some lengths."""
     lengths = sorted(seconds)
-    return CostCurve(np.interp(range(lengths[-1] + 1), lengths, [seconds[k] for k in lengths]).tolist(), 0.0)
+    found: list[float] = np.interp(range(lengths[-1] + 1), lengths, [seconds[k] for k in lengths]).tolist()
+    return found
 
 
 class MeasuringPolicy(DraftPolicy):
@@ -118,8 +140,9 @@ class MeasuringPolicy(DraftPolicy):
         self._finish = finish
         self._lock: MeasuringLock | None = None
 
-    def start(self) -> None:
+    def start(self, tokens: Sequence[int]) -> None:
         """Start the measurement, or continue that of earlier texts."""
+        self.chooser.start(tokens)
         if self._rounds.is_complete:
             # Another text has completed the measurement since this policy was made.
             self.chooser.use(self._finish())
@@ -131,14 +154,14 @@ class MeasuringPolicy(DraftPolicy):
         planned = self._rounds.choose(in_flight) if self._lock is not None else None
         return planned or self.chooser.choose(in_flight)
 
-    def update(self, drafted: int, accepted: int, seconds: float | None, *, ahead: bool = False) -> None:
+    def update(self, report: RoundReport, seconds: float | None) -> None:
         """Record the result and the time of a round."""
-        self.chooser.update(drafted, accepted, seconds, ahead=ahead)
+        self.chooser.update(report, seconds)
         if self._lock is None:
             return
         # Another text may have completed the measurement, where there is no lock that keeps it from this.
         if not self._rounds.is_complete:
-            self._rounds.note(drafted, seconds, ahead=ahead)
+            self._rounds.note(report, seconds)
         if self._rounds.is_complete:
             self.chooser.use(self._finish())
             self.end()

@@ -65,10 +65,8 @@ class CostsFile:
             if content["identity"] != self._identity:
                 raise ValueError("of another pair, device or version")
             curves = content["seconds"]
-            waiting, ahead = (None if curves[way] is None else CostCurve(**curves[way]) for way in Costs._fields)
-            if waiting is None:
-                raise ValueError("without the costs of rounds that wait")
-            return checked(Costs(waiting, ahead))
+            ahead = None if curves["ahead"] is None else CostCurve(**curves["ahead"])
+            return checked(Costs(CostCurve(**curves["waiting"]), ahead, curves.get("copied", ())))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -81,7 +79,8 @@ class CostsFile:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            seconds = {way: curve and curve._asdict() for way, curve in costs._asdict().items()}
+            ahead = None if costs.ahead is None else costs.ahead._asdict()
+            seconds = {"waiting": costs.waiting._asdict(), "ahead": ahead, "copied": list(costs.copied)}
             replace_text(self.path, json.dumps({"identity": self._identity, "seconds": seconds}, indent=2))
         except (OSError, OutputError) as error:
             logger.warning("%s: the measurement of rounds is not kept: %s", self.path, error)
@@ -172,12 +171,16 @@ def checked(costs: Costs) -> Costs:
 
     Raises ValueError if no clock can have measured the costs.
     """
-    for curve in costs:
-        if curve is None:
-            continue
-        numbers = [*curve.verify, curve.draft, curve.overhead]
-        if len(curve.verify) != MAX_DRAFT_TOKENS + 1 or not all(isinstance(n, int | float) for n in numbers):
+    curves = [costs.waiting] if costs.ahead is None else [costs.waiting, costs.ahead]
+    for curve in curves:
+        # Without a drafter, there is only the cost of a plain pass.
+        if len(curve.verify) not in (1, MAX_DRAFT_TOKENS + 1):
             raise ValueError(f"expected {MAX_DRAFT_TOKENS + 1} costs of passes, of a draft step and of the rest")
-        if not all(math.isfinite(n) and n >= 0 for n in numbers) or min(curve.verify) <= 0:
+    if costs.copied:
+        curves.append(CostCurve(list(costs.copied), 0.0))
+    for curve in curves:
+        numbers = [*curve.verify, curve.draft, curve.overhead]
+        plausible = all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers)
+        if not plausible or min(curve.verify) <= 0:
             raise ValueError(f"the costs of rounds must be positive numbers, found {numbers}")
     return costs

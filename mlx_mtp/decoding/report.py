@@ -25,7 +25,8 @@ class RoundReport(NamedTuple):
 
     The last of `tokens` is the target's own choice, unless a stop token cut the round short. `logprobs` has one item
     per token. It is None if log probabilities were not requested. `host_reads` counts how often the round waited for
-    the device. `ahead` tells whether the round was dispatched before the report of the round before it.
+    the device. `ahead` tells whether the round was dispatched before the report of the round before it. `copied` tells
+    whether the draft tokens were copied from the text.
     """
 
     tokens: list[int]
@@ -34,11 +35,27 @@ class RoundReport(NamedTuple):
     logprobs: list[Logprobs] | None
     host_reads: int
     ahead: bool = False
+    copied: bool = False
+
+
+class Copied(NamedTuple):
+    """Counts of the rounds whose draft tokens were copied from the text."""
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def plus(self, rounds: int, drafted: int, accepted: int) -> "Copied":
+        """Return these counts and more."""
+        return Copied(self.rounds + rounds, self.drafted + drafted, self.accepted + accepted)
 
 
 @dataclass
 class Stats:
     """Counts over the rounds of one generation.
+
+    `drafted` and `accepted` count the draft tokens of the drafter and the copied ones, and `copied` only the latter.
+    The counts by position are those of the drafter.
 
     The token that prefill yields belongs to no round. `host_reads` counts how often a round waited for the device. A
     round waits once, but more often with guides, log probabilities and mapped per-layer embeddings. `processed_rows`
@@ -56,16 +73,22 @@ class Stats:
     accepted_at: list[int] = field(default_factory=list)
     processed_rows: int = 0
     embeddings: EmbeddingStats | None = None
+    copied: Copied = field(default_factory=Copied)
     # The device decides it. The same text has other counts in another run.
     rounds_ahead: int = field(default=0, compare=False)
 
-    def add(self, drafted: int, accepted: int, host_reads: int = 1, *, ahead: bool = False) -> None:
+    def add(
+        self, drafted: int, accepted: int, host_reads: int = 1, *, ahead: bool = False, copied: bool = False
+    ) -> None:
         """Add the counts of one round."""
         self.rounds += 1
         self.rounds_ahead += ahead
         self.host_reads += host_reads
         self.drafted += drafted
         self.accepted += accepted
+        if copied:
+            self.copied = self.copied.plus(1, drafted, accepted)
+            return
         missing = [0] * (drafted - len(self.drafted_at))
         self.drafted_at += missing
         self.accepted_at += missing
@@ -81,6 +104,7 @@ class Stats:
         self.drafted += other.drafted
         self.accepted += other.accepted
         self.processed_rows += other.processed_rows
+        self.copied = self.copied.plus(*other.copied)
         if other.embeddings is not None:
             self.embeddings = (self.embeddings or EmbeddingStats()).plus(other.embeddings)
         self.drafted_at = _sums(self.drafted_at, other.drafted_at)

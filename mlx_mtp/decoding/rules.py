@@ -70,6 +70,13 @@ class TokenRules:
 
         return choose
 
+    def copied_draft(self, tokens: list[int]) -> Draft:
+        """Return a draft of copied tokens. Their distribution has all of its mass on each token."""
+        draft = Draft(mx.array([tokens], mx.int32))
+        if self.sampling.is_greedy or self.sampling.acceptance == "coupled":
+            return draft
+        return Draft(draft.tokens, draft.tokens.T, mx.zeros((len(tokens), 1)))
+
     def accept(
         self,
         state: RoundState,

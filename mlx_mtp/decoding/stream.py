@@ -19,7 +19,7 @@ from .host import Host
 from .prefill import Progress, PromptReader
 from .prompt_cache import CacheEntry, KVFormat, ReusedPrefix
 from .report import RoundReport
-from .round import RoundParts, Verified, choose_row, draft_tokens, round_steps, token_logprobs
+from .round import RoundParts, Steps, Verified, choose_row, draft_tokens, round_steps, token_logprobs
 from .rules import LogitsProcessor, TokenRules
 from .sampling import Sampling
 from .state import RoundState
@@ -38,13 +38,14 @@ class _InFlight(NamedTuple):
     """A round of k draft tokens that was dispatched, and whose report was not read yet.
 
     `ahead` tells whether it was dispatched before the report of the round before it. `reads` counts the host reads of
-    the dispatch.
+    the dispatch. `copied` tells whether the draft tokens were copied from the text.
     """
 
     k: int
     verified: Verified
     ahead: bool
     reads: int
+    copied: bool
 
 
 class Stream:
@@ -153,8 +154,10 @@ class Stream:
         self._state = self._state._replace(hidden=hidden)
         return logits
 
-    def round(self, k: int, stop_ids: frozenset[int] = frozenset()) -> RoundReport:
+    def round(self, k: int, stop_ids: frozenset[int] = frozenset(), *, copied: list[int] | None = None) -> RoundReport:
         """Draft k tokens, verify them in one pass, and emit the accepted tokens and one more token.
+
+        If `copied` tokens are given, they are the draft tokens (see `dispatch`).
 
         With k = 0, this is plain decoding. A round has one evaluation and one host read. If log probabilities are
         reported, they are a second read. If the masks of a guide depend on the draft tokens, the guide reads these
@@ -163,11 +166,14 @@ class Stream:
 
         Raises OptionError if there are draft tokens but no drafter.
         """
-        self.dispatch(k)
+        self.dispatch(k, copied)
         return self.finish(stop_ids)
 
-    def dispatch(self, k: int) -> None:
+    def dispatch(self, k: int, copied: list[int] | None = None) -> None:
         """Give a round of k draft tokens to the device, without waiting for its report.
+
+        `copied` are tokens of the text to use as draft tokens. The first k of them count, before the first one that the
+        guide forbids. If they are absent, the drafter drafts.
 
         A second round may be dispatched ahead of the report of the first if `can_go_ahead` is true.
 
@@ -175,10 +181,14 @@ class Stream:
         """
         assert k < self.cache.max_block, "more draft tokens than the stream was made for"
         reads = self.host.reads
+        masks = None
+        if copied is not None:
+            copied, masks = self.host.cut(copied[:k])
+            k = len(copied)
         self.cache.reserve(k + 1)
-        verified = self._advance(k)
+        verified = self._advance_copied(copied, masks) if copied else self._advance(k)
         mx.async_eval(verified, self.state)
-        self._in_flight.append(_InFlight(k, verified, bool(self._in_flight), self.host.reads - reads))
+        self._in_flight.append(_InFlight(k, verified, bool(self._in_flight), self.host.reads - reads, bool(copied)))
         self.cache.in_flight += k + 1
 
     def finish(self, stop_ids: frozenset[int] = frozenset()) -> RoundReport:
@@ -186,7 +196,7 @@ class Stream:
 
         After a stop token, the stream must not continue, and a round that was dispatched ahead is to be discarded.
         """
-        k, verified, ahead, reads = self._in_flight.pop(0)
+        k, verified, ahead, reads, copied = self._in_flight.pop(0)
         self.cache.in_flight -= k + 1
         before = self.host.reads
         if not self._in_flight:
@@ -197,7 +207,7 @@ class Stream:
         self.cache.length += len(tokens)
         self._append(tokens)
         logprobs = self.host.logprobs(verified.logprobs, self.parts.logprobs, len(tokens))
-        return RoundReport(tokens, k, len(emitted) - 1, logprobs, self.host.reads - before + reads, ahead)
+        return RoundReport(tokens, k, len(emitted) - 1, logprobs, self.host.reads - before + reads, ahead, copied)
 
     @property
     def in_flight(self) -> list[int]:
@@ -218,10 +228,7 @@ class Stream:
 
     def _advance(self, k: int) -> Verified:
         """Run a round of k draft tokens and replace the state. Only the host's part is evaluated."""
-        if self._rounds is None:
-            steps = round_steps(self.parts, self.cache, k, self.host.text(self.tokens))
-        else:
-            steps = self._rounds.steps(self.parts, self.cache, k, self._key)
+        steps = self._steps(k)
         if self.host.guide is None and self.parts.target.mapped is None:
             self.state, verified = steps.whole(self.state)
             return verified
@@ -229,6 +236,18 @@ class Stream:
         per_layer_rows = self.host.per_layer_rows(self.parts.target, self.tokens[-1], draft)
         self.state, verified = steps.verify(self.state, draft, masks, per_layer_rows)
         return verified
+
+    def _advance_copied(self, copied: list[int], masks: mx.array | None) -> Verified:
+        """Run a round with these draft tokens, whose rows have these masks, and replace the state."""
+        per_layer_rows = self.parts.target.read_per_layer_rows([self.tokens[-1], *copied])
+        draft = self.parts.rules.copied_draft(copied)
+        self.state, verified = self._steps(len(copied)).verify(self.state, draft, masks, per_layer_rows)
+        return verified
+
+    def _steps(self, k: int) -> Steps:
+        if self._rounds is None:
+            return round_steps(self.parts, self.cache, k, self.host.text(self.tokens))
+        return self._rounds.steps(self.parts, self.cache, k, self._key)
 
     def longest_draft(self) -> int:
         """Return the largest number of draft tokens for the next round.
@@ -296,7 +315,7 @@ def decode(
     policy = DraftPolicy(num_draft_tokens) if isinstance(num_draft_tokens, int) else num_draft_tokens
     try:
         first = stream.prefill(prompt, prefill_step_size, on_prefill)
-        policy.start()
+        policy.start(stream.tokens)
         yield first
         last, remaining = first.tokens[-1], max_tokens - 1
         reported = time.perf_counter()
@@ -307,12 +326,7 @@ def decode(
             before, reported = reported, time.perf_counter()
             # The caller may take longer than the round. The time then says nothing about the round.
             is_slow = resumed - before > reported - resumed
-            policy.update(
-                report.drafted,
-                report.accepted,
-                None if is_slow else reported - before,
-                ahead=report.ahead,
-            )
+            policy.update(report, None if is_slow else reported - before)
             yield report
             last, remaining = report.tokens[-1], remaining - len(report.tokens)
     finally:
@@ -326,7 +340,8 @@ def _dispatch(stream: Stream, policy: DraftPolicy, remaining: int) -> None:
     A round yields up to k + 1 tokens. It never drafts more tokens than may still be emitted.
     """
     if not stream.in_flight:
-        stream.dispatch(min(policy.choose().k, remaining - 1, stream.longest_draft()))
+        choice = policy.choose()
+        stream.dispatch(min(choice.k, remaining - 1, stream.longest_draft()), choice.copied)
     (k,) = stream.in_flight
     following = policy.choose(in_flight=1)
     # Whatever is accepted of the round in flight, the round after it is the same.

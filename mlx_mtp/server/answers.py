@@ -145,10 +145,12 @@ def _generation_stats(response: GenerationResponse) -> JsonObject:
     stats = response.stats
     return {
         "from_draft": response.from_draft,
+        "from_copy": response.from_copy,
         "rounds": stats.rounds,
         "rounds_ahead": stats.rounds_ahead,
         "drafted": stats.drafted,
         "accepted": stats.accepted,
+        "copied": stats.copied._asdict(),
         "acceptance_length": stats.acceptance_length,
         "acceptance_by_position": stats.acceptance_by_position,
         "prompt_tokens": response.prompt_tokens,

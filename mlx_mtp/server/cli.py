@@ -193,6 +193,7 @@ def _options(args: argparse.Namespace) -> GenerationOptions:
         sampling=given_sampling(args),
         max_tokens=args.max_tokens,
         num_draft_tokens=args.num_draft_tokens,
+        copy_drafts=args.copy_drafts,
         enable_thinking=args.enable_thinking,
         thinking_budget=args.thinking_budget,
         **read_kv_options(args),

@@ -91,6 +91,7 @@ class Request(RequestPart, ABC):
     frequency_penalty: float | None = None
     frequency_context_size: LookBack = None
     num_draft_tokens: Annotated[Whole, Field(ge=0, le=MAX_DRAFT_TOKENS)] | Literal["auto"] | None = None
+    copy_drafts: Literal["auto", "off"] | None = None
     stop: Strings = Field([], validation_alias=AliasChoices("stop", "stop_sequences"))
     min_tokens: Whole = Field(0, ge=0)
     ignore_eos: bool = False
@@ -142,6 +143,8 @@ class Request(RequestPart, ABC):
             default = replace(default, enable_thinking=False, thinking_budget=None)
         if self.num_draft_tokens is not None:
             changes["num_draft_tokens"] = self.num_draft_tokens
+        if self.copy_drafts is not None:
+            changes["copy_drafts"] = self.copy_drafts
         return replace(default, **{name: value for name, value in changes.items() if value is not None})
 
 

@@ -97,6 +97,8 @@ class Metrics:
         self.rounds = add(Counter, "rounds", "Verify passes.")
         self.drafted = add(Counter, "draft_tokens", "Draft tokens.")
         self.accepted = add(Counter, "accepted_draft_tokens", "Draft tokens accepted.")
+        self.copied = add(Counter, "copied_draft_tokens", "Draft tokens copied from the text.")
+        self.accepted_copies = add(Counter, "accepted_copied_draft_tokens", "Copied draft tokens accepted.")
         self.unreadable_calls = add(
             Counter, "unreadable_tool_calls", "Tool calls whose arguments were passed on as the model wrote them."
         )
@@ -128,6 +130,8 @@ class Metrics:
         self.rounds.inc(last.stats.rounds)
         self.drafted.inc(last.stats.drafted)
         self.accepted.inc(last.stats.accepted)
+        self.copied.inc(last.stats.copied.drafted)
+        self.accepted_copies.inc(last.stats.copied.accepted)
         if last.generation_tps:
             self.tokens_per_second.set(last.generation_tps)
         if last.stats.acceptance_length is not None:

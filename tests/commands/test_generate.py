@@ -42,6 +42,31 @@ def test_text_on_stdout_and_a_summary_on_stderr(tiny_pair: TinyPair) -> None:
     assert set(lines) >= {"Prompt", "Rounds", "Acceptance length", "Acceptance by position", "Peak memory"}
 
 
+@pytest.mark.parametrize("drafter", [(), ("--drafter", "none")])
+def test_copies_are_measured_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drafter: tuple[str]) -> None:
+    """The first text measures the rounds, and the second one uses their costs. Both are the plain text."""
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
+    code = "def first(value):\n    return value + 1\n\n\n" * 3
+    options = ("--prompt", code, "-m", "140", "--ignore-eos", "--json")
+    plain = last_json(generate(*options, "--num-draft-tokens", "0").stdout)
+    assert plain["copied"] == {"rounds": 0, "drafted": 0, "accepted": 0}
+    for _ in range(2):
+        result = generate(*options, *AUTO, "--copy-drafts", "auto", *drafter)
+        found = last_json(result.stdout)
+        assert found["tokens"] == plain["tokens"]
+        assert found["rounds"] < plain["rounds"]
+    copied = found["copied"]
+    assert f"Copied: {copied['drafted']} in {copied['rounds']} rounds, accepted: {copied['accepted']}" in result.stderr
+    assert found["accepted"] >= copied["accepted"] > 20
+    (kept,) = tmp_path.glob("rounds-*.json")
+    assert len(json.loads(kept.read_text())["seconds"]["copied"]) == 32
+
+
+def test_copies_and_a_prompt_cache_exclude_each_other(tmp_path: Path) -> None:
+    result = generate("--prompt", "x", "--copy-drafts", "auto", "--prompt-cache", tmp_path / "absent", code=1)
+    assert result.stderr == "error: --copy-drafts: with a prompt cache, rounds have at most 8 draft tokens\n"
+
+
 def test_json_holds_every_field_and_the_text_does_not_depend_on_drafting(tiny_pair: TinyPair) -> None:
     target = tiny_pair("e2b") / "target"
     reports = {}

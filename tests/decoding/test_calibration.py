@@ -163,8 +163,8 @@ def test_a_clock_that_stands_still_is_an_error_not_a_curve(
     model = mlx_mtp.load(tiny_pair("e2b") / "target")
     monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
 
-    def measure(*arguments: Any, plan: MeasuringPlan) -> Costs:
-        return measure_rounds(*arguments, plan=replace(plan, turn_rounds=(2, 2), repetitions=(1, 1)))
+    def measure(*arguments: Any, plan: MeasuringPlan, **options: Any) -> Costs:
+        return measure_rounds(*arguments, plan=replace(plan, turn_rounds=(2, 2), repetitions=(1, 1)), **options)
 
     monkeypatch.setattr(calibration, "measure_rounds", measure)
     with monkeypatch.context() as stopped:

@@ -611,6 +611,20 @@ def test_stats_on_demand(client: openai.OpenAI, model: Model) -> None:
     assert not any(hasattr(chunk, "stats") for chunk in chat(client, stream=True))
 
 
+def test_copies_on_demand(served: Served, client: openai.OpenAI) -> None:
+    before = metrics(served)
+    body = {"copy_drafts": "auto", "num_draft_tokens": "auto", "include_stats": True, "ignore_eos": True}
+    question: Any = [{"role": "user", "content": "def first(value):\n    return value\n\n\n" * 3}]
+    chunks = list(chat(client, stream=True, messages=question, max_tokens=120, extra_body=body))
+    stats = [chunk.stats for chunk in chunks if getattr(chunk, "stats", None)]
+    copied = stats[-1]["copied"]
+    assert sum(found["from_copy"] for found in stats[:-1]) == copied["accepted"] > 10
+    assert all(found["from_draft"] for found in stats[:-1] if found["from_copy"])
+    after = metrics(served)
+    for name, key in (("copied_draft_tokens", "drafted"), ("accepted_copied_draft_tokens", "accepted")):
+        assert after[f"mlx_mtp_{name}_total"] - before.get(f"mlx_mtp_{name}_total", 0) == copied[key]
+
+
 BAD_BODIES: list[tuple[str, Any, str | None, str]] = [
     ("chat/completions", {}, "messages", "missing_required_parameter"),
     ("chat/completions", {"messages": []}, "messages", "invalid_value"),
@@ -655,6 +669,7 @@ BAD_BODIES: list[tuple[str, Any, str | None, str]] = [
     ("chat/completions", {"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
     ("chat/completions", {"logit_bias": {"99999999": 1}}, "logit_bias", "invalid_value"),
     ("chat/completions", {"num_draft_tokens": -1}, "num_draft_tokens", "invalid_value"),
+    ("chat/completions", {"copy_drafts": "on"}, "copy_drafts", "invalid_value"),
     ("chat/completions", {"tool_choice": "required"}, "tool_choice", "invalid_value"),
     ("chat/completions", {"tools": [{"type": "function", "function": {"name": "a b"}}]}, None, "invalid_value"),
     ("chat/completions", {"tools": TOOLS, "regex": "a", "tool_choice": "required"}, None, "invalid_value"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_mtp.decoding.draft_length import CostCurve, Costs, DraftLength
+from mlx_mtp.decoding.report import RoundReport
 
 # Seconds of a pass over 1 to 9 rows, relative to one row. The curves are this project's CPU backend and a Mac's 4-bit
 # kernels, stock and flat (Apple M4 Pro: mlx#3839; the flat curve is from mlx-dspark's README).
@@ -22,6 +23,10 @@ def accepted(rng: np.random.Generator, k: int, share: float) -> int:
     return int(np.cumprod(rng.random(k) < share).sum())
 
 
+def round_of(drafted: int, accepted: int) -> RoundReport:
+    return RoundReport([0] * (accepted + 1), drafted, accepted, None, 1)
+
+
 def tokens_per_second(curve: CostCurve, share: float, seed: int) -> float:
     """Return the policy's speed for a text whose draft tokens are each accepted with chance `share`."""
     rng = np.random.default_rng(seed)
@@ -31,7 +36,7 @@ def tokens_per_second(curve: CostCurve, share: float, seed: int) -> float:
         count = accepted(rng, policy.k, share)
         seconds += curve.round(policy.k)
         made += count + 1
-        policy.update(policy.k, count, 0.0)
+        policy.update(round_of(policy.k, count), None)
     return made / seconds
 
 
@@ -51,7 +56,7 @@ def test_nothing_is_tried_where_nothing_can_pay() -> None:
     policy = DraftLength(Costs(CURVES["steep"]))
     for _ in range(2000):
         assert policy.k == 0
-        policy.update(0, 0, 0.0)
+        policy.update(round_of(0, 0), None)
 
 
 def test_it_follows_a_text_whose_segments_differ() -> None:
@@ -67,7 +72,7 @@ def test_it_follows_a_text_whose_segments_differ() -> None:
             count = accepted(rng, drafted, 0.97 if made // 500 % 2 else 0.05)
             seconds += curve.round(drafted)
             made += count + 1
-            policy.update(drafted, count, 0.0)
+            policy.update(round_of(drafted, count), None)
         return made / seconds
 
     assert run(None) > 1.02 * max(run(k) for k in range(9))
@@ -78,7 +83,7 @@ def test_a_useless_drafter_is_tried_less_and_less() -> None:
     drafted = []
     for _ in range(3000):
         drafted.append(policy.k)
-        policy.update(policy.k, 0, 0.0)
+        policy.update(round_of(policy.k, 0), None)
     tries = [index for index, k in enumerate(drafted) if k]
     waits = np.diff(tries)
     assert (np.diff(waits[3:]) >= 0).all()
@@ -95,7 +100,7 @@ def test_it_settles() -> None:
     lengths = []
     for _ in range(1000):
         lengths.append(policy.k)
-        policy.update(policy.k, accepted(rng, policy.k, 0.7), 0.0)
+        policy.update(round_of(policy.k, accepted(rng, policy.k, 0.7)), None)
     changes = sum(a != b for a, b in pairwise(lengths))
     print(f"{changes} changes, from {min(lengths)} to {max(lengths)}")
     assert changes < 150
@@ -108,11 +113,11 @@ def test_drafting_ends_where_none_is_best_though_some_drafts_are_accepted() -> N
     """
     policy = DraftLength(Costs(CostCurve([1, *[3.0] * 8], 0.0, 0.0)))
     while policy.k < 8:
-        policy.update(policy.k, policy.k, 0.0)
+        policy.update(round_of(policy.k, policy.k), None)
     drafted = []
     for _ in range(60):
         drafted.append(policy.k)
-        policy.update(policy.k, min(1, policy.k), 0.0)
+        policy.update(round_of(policy.k, min(1, policy.k)), None)
     ended = drafted.index(0)
     assert set(drafted[:ended]) == {8}
     assert ended < 30
@@ -125,5 +130,5 @@ def test_a_round_without_room_changes_nothing() -> None:
     k = policy.k
     assert k > 0
     for _ in range(100):
-        policy.update(0, 0, 0.0)
+        policy.update(round_of(0, 0), None)
     assert policy.k == k

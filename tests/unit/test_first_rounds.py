@@ -7,6 +7,7 @@ import pytest
 from mlx_mtp.decoding.draft_length import Choice, Costs, DraftLength, DraftPolicy
 from mlx_mtp.decoding.first_rounds import CAUTIOUS, FirstRounds, MeasuringPolicy
 from mlx_mtp.decoding.kept_costs import MeasuringLock
+from mlx_mtp.decoding.report import RoundReport
 
 # Seconds of a round of 0 to 8 draft tokens.
 SECONDS = [0.010, 0.014, 0.016, 0.018, 0.020, 0.023, 0.026, 0.029, 0.032]
@@ -27,6 +28,11 @@ class Lock(MeasuringLock):
         self.releases += 1
 
 
+def report_of(choice: Choice) -> RoundReport:
+    """Return the report of a round in which all draft tokens are accepted."""
+    return RoundReport([0] * (choice.k + 1), choice.k, choice.k, None, 1, choice.ahead, choice.copied is not None)
+
+
 def measuring(
     rounds: FirstRounds, seen: list[Costs], lock: Lock | None, chooser: DraftPolicy | None = None
 ) -> MeasuringPolicy:
@@ -35,7 +41,7 @@ def measuring(
         return seen[-1]
 
     policy = MeasuringPolicy(chooser or DraftLength(CAUTIOUS), rounds, lambda: lock, finish)
-    policy.start()
+    policy.start([])
     return policy
 
 
@@ -54,7 +60,7 @@ def run(policy: MeasuringPolicy, rounds: int, seconds: Seconds = same_in_both_wa
             in_flight.append(following)
         choice = in_flight.pop(0)
         choices.append(choice)
-        policy.update(choice.k, choice.k, seconds(choice), ahead=choice.ahead)
+        policy.update(report_of(choice), seconds(choice))
     return choices
 
 
@@ -130,7 +136,7 @@ def test_rounds_without_room_for_the_draft_do_not_count() -> None:
     policy = measuring(rounds, [], Lock())
     assert policy.choose() == Choice(1, ahead=False)
     for _ in range(80):
-        policy.update(0, 0, 9.0)
+        policy.update(report_of(Choice(0, ahead=False)), 9.0)
     assert rounds.choose() == policy.choose() == Choice(1, ahead=False)
 
 
@@ -138,10 +144,10 @@ def test_rounds_that_cannot_go_ahead_do_not_count_as_such() -> None:
     rounds = FirstRounds((2,), ahead=True)
     policy = measuring(rounds, [], Lock(), DraftPolicy(2))
     for _ in range(6):
-        policy.update(2, 2, 0.01)
+        policy.update(report_of(Choice(2, ahead=False)), 0.01)
     for _ in range(50):
         assert rounds.choose() == Choice(2, ahead=True)
-        policy.update(2, 2, 0.01, ahead=False)
+        policy.update(report_of(Choice(2, ahead=False)), 0.01)
     assert not rounds.is_complete
 
 

@@ -18,7 +18,7 @@ from support.caches import LAYER_TYPES
 from support.distributions import Array, Tables, chi_square, make_tables
 
 from mlx_mtp.checkpoints.config import LayerConfig, RopeConfig, TextConfig
-from mlx_mtp.decoding.round import round_steps
+from mlx_mtp.decoding.round import Verified, round_steps
 from mlx_mtp.decoding.sampling import position_key
 from mlx_mtp.decoding.state import RoundState
 from mlx_mtp.decoding.stream import Stream
@@ -82,18 +82,27 @@ def by_inverse(logits: mx.array, key: mx.array) -> mx.array:
 
 
 def two_tokens(
-    tables: Tables, k: int, monkeypatch: pytest.MonkeyPatch, draw: Draw = by_noise
+    tables: Tables,
+    k: int,
+    monkeypatch: pytest.MonkeyPatch,
+    draw: Draw = by_noise,
+    copied: list[int] | None = None,
 ) -> tuple[NDArray[np.int64], float]:
     """Return the two tokens after token 0 by seed, [seeds, 2], and the first round's mean number of accepted tokens.
 
-    `draw` replaces `mx.random.categorical`, which `mx.vmap` refuses for a batch of rows.
+    `draw` replaces `mx.random.categorical`, which `mx.vmap` refuses for a batch of rows. `copied` are k draft tokens to
+    use instead of those of the drafter.
     """
     ids = None if tables.ids is None else tables.ids[:-1]
     target, drafter = TableTarget(tables.target[:-1]), TableDrafter(tables.drafter[:-1], ids)
     started = Stream(target, drafter, max_draft_tokens=k, sampling=tables.sampling)
     started.prefill([0, 0, 0], 8)
     started.state = started.state._replace(bonus=mx.zeros((1, 1), mx.int32))
-    play = round_steps(started.parts, started.cache, k).whole
+    steps = round_steps(started.parts, started.cache, k)
+    rules = started.parts.rules
+
+    def play(state: RoundState) -> tuple[RoundState, Verified]:
+        return steps.whole(state) if copied is None else steps.verify(state, rules.copied_draft(copied), None, None)
 
     def with_keys(keys: mx.array) -> RoundState:
         return started.state._replace(draw_key=keys[0], coin_key=keys[1])
@@ -114,7 +123,8 @@ def two_tokens(
             stream.cache = started.cache.over(started.cache.kv)
             stream.tokens = list(started.tokens)
             stream.state = with_keys(mx.random.split(mx.random.key(seed)))
-            assert (stream.round(k).tokens + stream.round(k).tokens)[:2] == tokens[seed].tolist()
+            found = [token for _ in range(2) for token in stream.round(k, copied=copied).tokens]
+            assert found[:2] == tokens[seed].tolist()
     return np.array(tokens, np.int64), float(accepted.mean())
 
 
@@ -150,6 +160,14 @@ def test_with_candidates_of_the_drafter_and_draws_by_the_inverse(k: int, monkeyp
     tokens, accepted = two_tokens(tables, k, monkeypatch, by_inverse)
     assert chi_square(tokens, tables.expected(2), 4) < 1
     assert accepted > 0.1
+
+
+@pytest.mark.parametrize("copied", [[1], [2, 1], [3, 3, 0]])
+def test_with_copied_tokens(copied: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = tables_after_token_0("good", 4)
+    tokens, accepted = two_tokens(tables, len(copied), monkeypatch, copied=copied)
+    assert chi_square(tokens, tables.expected(2), 4) < 1
+    assert accepted > 0.01
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 8])

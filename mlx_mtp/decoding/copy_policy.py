@@ -1,0 +1,80 @@
+"""Choice between copied draft tokens, draft tokens of the drafter, and plain decoding."""
+
+from collections.abc import Sequence
+
+from .copy_index import CopyIndex, CopyStatistics
+from .draft_length import COPY_LENGTHS, Choice, Costs, DraftPolicy
+from .report import RoundReport
+
+# A copy must promise this factor in tokens per second over the drafter's best round and over plain decoding.
+_GAIN = 1.1
+
+
+class CopyPolicy(DraftPolicy):
+    """A policy that copies from the text where this promises more tokens per second than the rounds of `chooser`.
+
+    The chances of a copy come from the length of its match, and from the earlier tokens of this text: each of them
+    tells whether a copy would have been right, whatever drafted it. So a copy needs no trials. The same costs and the
+    same text give the same choices. Costs without those of copies copy nothing.
+    """
+
+    def __init__(self, chooser: DraftPolicy, costs: Costs) -> None:
+        super().__init__(chooser.k)
+        self.chooser = chooser
+        self._set_costs(costs)
+        self._index = CopyIndex()
+        self._statistics = CopyStatistics()
+
+    def start(self, tokens: Sequence[int]) -> None:
+        """Prepare the first round. The text begins with these tokens, which include the prompt."""
+        self._index.extend(tokens)
+        self.chooser.start(tokens)
+
+    def choose(self, in_flight: int = 0) -> Choice:
+        """Choose the next round.
+
+        Where a copy would be chosen now, the next round waits for the report of the round in flight: the tokens to
+        copy depend on it.
+        """
+        choice = self.chooser.choose(in_flight)
+        count = self._copied_count()
+        if not count:
+            return choice
+        if in_flight:
+            return choice._replace(ahead=False)
+        return Choice(count, False, self._index.copy(count))
+
+    def use(self, costs: Costs) -> None:
+        """Choose by these costs from now on."""
+        self._set_costs(costs)
+        self.chooser.use(costs)
+
+    def update(self, report: RoundReport, seconds: float | None) -> None:
+        """Record the result of a round. Its tokens are trials of a copy, whatever drafted them."""
+        for token in report.tokens:
+            if self._index.match:
+                self._statistics.add(self._index.match, is_right=self._index.copy(1) == [token])
+            self._index.append(token)
+        self.chooser.update(report, seconds)
+
+    def tokens_per_second(self) -> float | None:
+        """Return the expected speed of the chooser's rounds."""
+        return self.chooser.tokens_per_second()
+
+    def end(self) -> None:
+        """Release all that the policy holds. The text has ended."""
+        self.chooser.end()
+
+    def _set_costs(self, costs: Costs) -> None:
+        self._costs = costs
+        self._lengths = [k for k in COPY_LENGTHS if k < len(costs.copied)]
+
+    def _copied_count(self) -> int:
+        """Return the number of tokens to copy in the next round, or 0."""
+        match, least = self._index.match, self.chooser.tokens_per_second()
+        if not match or least is None or not self._lengths:
+            return 0
+        expected = self._statistics.expected_tokens(match, self._lengths)
+        rates = {k: tokens / self._costs.copied[k] for k, tokens in zip(self._lengths, expected, strict=True)}
+        best = max(self._lengths, key=rates.__getitem__)
+        return best if rates[best] > _GAIN * least else 0
