@@ -4,7 +4,7 @@
     python scripts/build_demo_pair.py --output build/demo
 
 The steps are: tokenizer (seconds), target (PyTorch, 12 million tokens, about two hours on two cores), drafter
-(`mlx_mtp.train`, over an hour; on Linux with OpenBLAS, see `fast_blas`), and conversion to `pair/`. A step is skipped
+(`mlx_mtp.train`, about an hour; on Linux with OpenBLAS, see `fast_blas`), and conversion to `pair/`. A step is skipped
 if its output exists. `mlx_mtp/demo/` holds the result, `pair/`.
 """
 
@@ -141,10 +141,10 @@ DRAFTER_CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True,
     "text_config": TEXT_CONFIG
     | {
-        "hidden_size": 64,
+        "hidden_size": 128,
         "hidden_size_per_layer_input": 0,
         "vocab_size_per_layer_input": 0,
-        "intermediate_size": 96,
+        "intermediate_size": 128,
         "use_double_wide_mlp": False,
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 4,
@@ -179,7 +179,7 @@ def main() -> None:
         "--drafter-updates",
         type=int,
         nargs=2,
-        default=(1900, 2500),
+        default=(1500, 1200),
         help="Updates with two and with four draft steps.",
     )
     parser.add_argument("--seed", type=int, default=0, help="Seed of data order and weights (0).")

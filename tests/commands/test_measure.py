@@ -72,9 +72,9 @@ def test_how_well_the_demo_pair_drafts() -> None:
         greedy = cells(part, "greedy:")
         sampled = cells(part, "temperature 1, top-k 64, top-p 0.95:")
         assert float(greedy[0]) > 2.6
-        assert float(sampled[0]) > 1.8
+        assert float(sampled[0]) > 2.0
         assert int(sampled[sampled.index("of") - 1].rstrip("%")) < 20
-        assert min(map(float, cells(part, "agreement by step, on the files' own text:"))) > 0.5
+        assert min(map(float, cells(part, "agreement by step, on the files' own text:"))) > 0.55
 
 
 SMALL = ("--prompts", "2", "--prompt-tokens", "100", "--max-tokens", "12")
