@@ -399,7 +399,8 @@ def _with_note(responses: Iterator[GenerationResponse]) -> Iterator[GenerationRe
 def calibrate(model: Model, options: GenerationOptions, *, remeasure: bool = False) -> None:
     """Measure the cost of rounds on this machine, with a progress bar, if the options need this cost.
 
-    Only automatic draft lengths with a drafter need it. A known cost is measured again only with `remeasure`.
+    Only automatic draft lengths need it, with a drafter or with copies. A known cost is measured again only with
+    `remeasure`.
     """
     has_choice = model.drafter is not None or options.copy_drafts == "auto"
     if not has_choice or options.num_draft_tokens != "auto":

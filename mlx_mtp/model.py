@@ -209,8 +209,8 @@ class Model(LoadedModel):
         the cost measures it in its first rounds. With a grammar, a thinking budget or logits processors, it measures it
         before its text. `remeasure` measures the cost again.
 
-        Raises OptionError if there is no drafter or a K/V option cannot be used, and CalibrationError if the clock
-        gives nonsense.
+        Raises OptionError if there is neither a drafter nor `copy_drafts`, or if a K/V option cannot be used. Raises
+        CalibrationError if the clock gives nonsense.
         """
         with self.life:
             kv = GenerationOptions(kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=0).kv_quantization

@@ -127,8 +127,9 @@ class GenerationOptions:
 
         With one number, the order of K/V rows and the rounding of sums are the same for all draft lengths.
         """
-        fixed = 0 if self.num_draft_tokens == "auto" else self.num_draft_tokens
-        return max(fixed, MAX_DRAFT_TOKENS if self.copy_drafts == "off" else LARGEST_COPY)
+        if self.num_draft_tokens == "auto":
+            return MAX_DRAFT_TOKENS if self.copy_drafts == "off" else LARGEST_COPY
+        return max(self.num_draft_tokens, MAX_DRAFT_TOKENS)
 
     @property
     def kv_quantization(self) -> KVQuantization | None:

@@ -27,7 +27,8 @@ class CopyIndex:
 
     `match` is the number of matching tokens, or 0 if there are fewer than `SHORTEST_MATCH`. A token that continues the
     match takes constant time. Otherwise, a search takes a time with a constant bound: of the places of the last pair of
-    tokens, it compares the latest 32, each for at most 64 tokens, and takes the latest of the longest matches.
+    tokens, it compares the latest 32, each for at most 64 tokens, and takes the latest of the longest matches. An index
+    of 32,000 tokens takes about 3 MB.
     """
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
@@ -40,28 +41,36 @@ class CopyIndex:
         self.extend(tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
-        """Add tokens to the end of the text."""
-        for token in tokens:
+        """Add tokens to the end of the text. Only the end of the last one is searched."""
+        added = list(tokens)
+        for token in added[:-1]:
+            self._add(token)
+        if len(added) > 1:
+            self.match = 0
+        for token in added[-1:]:
             self.append(token)
 
     def append(self, token: int) -> None:
         """Add a token to the end of the text."""
-        tokens = self._tokens
-        continues = self.match and tokens[self._source] == token
-        tokens.append(token)
-        place = len(tokens)
-        if place < SHORTEST_MATCH:
-            self._earlier.append(0)
-            return
-        pair = (tokens[-2], token)
-        latest = self._latest.get(pair, 0)
+        continues = self.match and self._tokens[self._source] == token
+        latest = self._add(token)
         if continues:
             self._source += 1
             self.match += 1
         else:
             self._source, self.match = self._longest(latest)
+
+    def _add(self, token: int) -> int:
+        """Add a token, and return the place after the earlier occurrence of the last pair of tokens, or 0."""
+        self._tokens.append(token)
+        place = len(self._tokens)
+        latest = 0
+        if place >= SHORTEST_MATCH:
+            pair = (self._tokens[-2], token)
+            latest = self._latest.get(pair, 0)
+            self._latest[pair] = place
         self._earlier.append(latest)
-        self._latest[pair] = place
+        return latest
 
     def copy(self, count: int) -> list[int]:
         """Return the `count` tokens that follow the match, or an empty list without a match.

@@ -58,7 +58,7 @@ class CopyPolicy(DraftPolicy):
         self.chooser.update(report, seconds)
 
     def tokens_per_second(self) -> float | None:
-        """Return the expected speed of the chooser's rounds."""
+        """Return the expected speed of the chooser's best round."""
         return self.chooser.tokens_per_second()
 
     def end(self) -> None:

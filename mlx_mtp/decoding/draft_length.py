@@ -13,7 +13,7 @@ from .report import RoundReport
 MAX_DRAFT_TOKENS = 8
 # These are the numbers of tokens that a round may copy from the text. A Mac computes up to 32 rows for one price.
 COPY_LENGTHS = (2, 4, 7, 15, 31)
-# This is the largest number of draft tokens in a round of any stream but an exact one, if no other number is asked for.
+# This is the largest number of draft tokens in a round of a stream that copies, if it is not exact.
 LARGEST_COPY = COPY_LENGTHS[-1]
 # Prior weights in rounds: one for the first position, one for each later position. A later position is expected to
 # accept about the same share as the position before it.
@@ -103,7 +103,7 @@ class DraftPolicy:
         self.ahead = costs.is_ahead(self.k)
 
     def tokens_per_second(self) -> float | None:
-        """Return the expected tokens per second of the next round, or None if its cost is not known."""
+        """Return the expected tokens per second of the best round without copies, or None if no cost is known."""
         return None
 
     def update(self, report: RoundReport, seconds: float | None) -> None:
@@ -195,8 +195,8 @@ class DraftLength(DraftPolicy):
         self._hits = [hits * kept_share for hits in self._hits]
 
     def tokens_per_second(self) -> float:
-        """Return the expected tokens per second of the next round."""
-        return self._rates()[self.k]
+        """Return the expected tokens per second of the best number of draft tokens. The next round may be a trial."""
+        return max(self._rates())
 
     def _rates(self) -> list[float]:
         """Return the expected tokens per second for each number of draft tokens."""

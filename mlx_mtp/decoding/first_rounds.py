@@ -1,6 +1,7 @@
 """Cost measurement in the first rounds of real texts, so that no text waits for it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from statistics import median
 from typing import NamedTuple
 
@@ -57,6 +58,7 @@ class FirstRounds:
             if is_ahead and ahead:
                 # No round is dispatched ahead of the report of the last round, so its time is another one.
                 self._plan.append(self._plan[-1]._replace(is_timed=False))
+        self._before_copies = len(self._plan)
         _, warm_up = _PASSES[0]
         for k in copied:
             self._plan += [_Planned(_Kind(k, ahead=False, copied=True), i >= warm_up) for i in range(warm_up + _TIMED)]
@@ -77,27 +79,36 @@ class FirstRounds:
         return self._done > 0
 
     @property
+    def has_costs(self) -> bool:
+        """True if all rounds without copies were recorded."""
+        return self._done >= self._before_copies
+
+    @property
     def is_complete(self) -> bool:
         """True if all rounds of the plan were recorded."""
         return self._done == len(self._plan)
 
-    def note(self, report: RoundReport, seconds: float | None) -> None:
-        """Record a round. A round of another kind than the plan expects does not count."""
+    def note(self, report: RoundReport, seconds: float | None) -> bool:
+        """Record a round, and return whether it counts. A round of another kind than the plan expects does not."""
         kind, is_timed = self._plan[self._done]
         if (report.drafted, report.copied) != (kind.k, kind.copied) or (kind.ahead and not report.ahead):
-            return
+            return False
         self._done += 1
         if is_timed and seconds is not None:
             self._seconds[kind].append(seconds)
+        return True
 
     def costs(self) -> Costs:
         """Return the costs of rounds, in seconds. A round includes its draft steps, so `draft` is 0.
 
+        Until the plan is complete, they have no costs of copies.
+
         Raises ValueError if the time of a draft length is not known, or if no clock can have measured it.
         """
-        if not all(self._seconds.values()):
+        taken = {kind: seconds for kind, seconds in self._seconds.items() if self.is_complete or not kind.copied}
+        if not all(taken.values()):
             raise ValueError("the texts were read more slowly than their rounds ran")
-        found = {kind: median(seconds) for kind, seconds in self._seconds.items()}
+        found = {kind: median(seconds) for kind, seconds in taken.items()}
         if min(found.values()) <= 0:
             raise ValueError(f"the costs of rounds must be positive numbers, found {list(found.values())}")
         waiting = {kind.k: seconds for kind, seconds in found.items() if not (kind.ahead or kind.copied)}
@@ -147,6 +158,7 @@ class MeasuringPolicy(DraftPolicy):
             # Another text has completed the measurement since this policy was made.
             self.chooser.use(self._finish())
         else:
+            self._use_costs_without_copies()
             self._lock = self._acquire()
 
     def choose(self, in_flight: int = 0) -> Choice:
@@ -161,10 +173,23 @@ class MeasuringPolicy(DraftPolicy):
             return
         # Another text may have completed the measurement, where there is no lock that keeps it from this.
         if not self._rounds.is_complete:
-            self._rounds.note(report, seconds)
+            had_costs = self._rounds.has_costs
+            counts = self._rounds.note(report, seconds)
+            if not had_costs:
+                self._use_costs_without_copies()
+            elif not counts:
+                # The rest of the text is too short for this copy. Another text may measure it.
+                self.end()
+                return
         if self._rounds.is_complete:
             self.chooser.use(self._finish())
             self.end()
+
+    def _use_costs_without_copies(self) -> None:
+        """Use the costs of the other rounds while copies are measured. `finish` reports costs that cannot be true."""
+        if self._rounds.has_costs and not self._rounds.is_complete:
+            with suppress(ValueError):
+                self.chooser.use(self._rounds.costs())
 
     def end(self) -> None:
         """End the measurement in this text. The next text may continue it."""

@@ -39,7 +39,10 @@ class RoundReport(NamedTuple):
 
 
 class Copied(NamedTuple):
-    """Counts of the rounds whose draft tokens were copied from the text."""
+    """Counts of the rounds whose draft tokens were copied from the text.
+
+    They include the rounds that measure the costs of copies. Their tokens are made up.
+    """
 
     rounds: int = 0
     drafted: int = 0

@@ -154,7 +154,9 @@ def test_prompts_that_go_on_after_rounds_ahead(
     """A chat of several turns gives the same tokens in both ways, with stops inside of blocks."""
     texts = []
     for ahead in (False, True):
-        monkeypatch.setattr(RoundCosts, "policy", lambda _, k, *rest, ahead=ahead: DraftPolicy(k, ahead=ahead))
+        monkeypatch.setattr(
+            RoundCosts, "policy", lambda _, k, *rest, ahead=ahead, **options: DraftPolicy(k, ahead=ahead)
+        )
         model = mlx_mtp.load(tiny_pair(variant) / "target", exact=exact)
         prompt, stats = list(SHORT), []
         for turn in range(4):

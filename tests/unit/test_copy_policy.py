@@ -79,6 +79,14 @@ def test_nothing_is_copied_where_copies_cost_more_than_they_promise() -> None:
     assert not any(choice.copied for choice in write(policy, TEXT[40:]))
 
 
+def test_a_copy_must_win_over_the_best_round_and_not_over_a_trial() -> None:
+    """The drafter is useless, and copies cost a little more than they promise. A trial of the drafter is slower yet."""
+    dear = COSTS._replace(copied=[1.0 if not k else 4.6 + 2.0 * k for k in range(32)])
+    policy = choosing_policy(dear, copies=True)
+    policy.start([*TEXT, *TEXT[:40]])
+    assert not any(choice.copied for choice in write(policy, [*TEXT[40:], *TEXT, *TEXT, *TEXT, *TEXT]))
+
+
 def test_costs_of_an_exact_model_copy_at_most_seven_tokens() -> None:
     policy = choosing_policy(COSTS._replace(copied=COPIED[:8]), copies=True)
     policy.start([*TEXT, *TEXT[:40]])
@@ -90,4 +98,4 @@ def test_without_costs_of_copies_nothing_is_copied() -> None:
     policy.start([*TEXT, *TEXT[:40]])
     assert not any(choice.copied for choice in write(policy, TEXT[40:]))
     policy.use(WITH_COPIES)
-    assert policy.choose() is not None
+    assert policy.choose().copied

@@ -131,6 +131,29 @@ def test_several_short_texts_complete_one_measurement() -> None:
     assert len(seen) == 1
 
 
+def test_short_texts_use_the_costs_without_copies_and_a_long_one_measures_these() -> None:
+    rounds = FirstRounds(ahead=False, copied=(7, 31))
+    seen: list[Costs] = []
+    run(measuring(rounds, seen, Lock()), ONE_WAY)
+    for _ in range(3):
+        lock, chooser = Lock(), DraftLength(CAUTIOUS)
+        policy = measuring(rounds, seen, lock, chooser)
+        assert chooser.costs.waiting.round(8) == pytest.approx(SECONDS[8])
+        for left in range(20, 0, -1):
+            choice = policy.choose()
+            cut = choice._replace(k=min(choice.k, left))
+            policy.update(report_of(cut), SECONDS[min(cut.k, 8)])
+        # The first round that a copy does not fit into ends the measurement in this text.
+        assert lock.releases == 1
+        assert policy.choose().copied is None
+    assert not seen
+    run(measuring(rounds, seen, Lock()), 12, lambda choice: 0.03 + 0.001 * choice.k)
+    (costs,) = seen
+    assert len(costs.copied) == 32
+    assert costs.copied[31] == pytest.approx(0.061)
+    assert costs.waiting.round(8) == pytest.approx(SECONDS[8])
+
+
 def test_rounds_without_room_for_the_draft_do_not_count() -> None:
     rounds = FirstRounds(ahead=True)
     policy = measuring(rounds, [], Lock())
