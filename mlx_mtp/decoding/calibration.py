@@ -330,7 +330,7 @@ def measure_rounds(
         drafting = {k: seconds["round", k] - seconds["verify", k] for k in _DRAFTED}
         draft = max(0.0, (drafting[many] - drafting[few]) / (many - few))
         waiting = waiting._replace(draft=draft, overhead=max(0.0, drafting[few] - few * draft))
-    copies = interpolated({k: seconds["copy", k] for k in copied} | {0: waiting.round(0)}) if copied else ()
+    copies = tuple(interpolated({k: seconds["copy", k] for k in copied} | {0: waiting.round(0)})) if copied else ()
     if target.mapped is not None:
         return Costs(waiting, copied=copies)
     return Costs(waiting, CostCurve(interpolated({k: seconds["ahead", k] for k in ahead}), 0.0), copies)

@@ -4,7 +4,7 @@ The choice depends on the cost of rounds and on the acceptance so far.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .report import RoundReport
 
@@ -60,12 +60,17 @@ class Costs(NamedTuple):
 
     waiting: CostCurve
     ahead: CostCurve | None = None
-    copied: Sequence[float] = ()
+    copied: tuple[float, ...] = ()
 
     def round(self, k: int) -> float:
         """Return the cost of a round of k draft tokens, in seconds."""
         waiting = self.waiting.round(k)
         return waiting if self.ahead is None else min(waiting, self.ahead.round(k))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the costs as values of JSON, by name."""
+        ahead = None if self.ahead is None else self.ahead._asdict()
+        return {"waiting": self.waiting._asdict(), "ahead": ahead, "copied": list(self.copied)}
 
     def is_ahead(self, k: int) -> bool:
         """Return whether rounds of k draft tokens cost less if they are dispatched ahead."""

@@ -114,7 +114,7 @@ class FirstRounds:
         waiting = {kind.k: seconds for kind, seconds in found.items() if not (kind.ahead or kind.copied)}
         ratios = {kind.k: seconds / waiting[kind.k] for kind, seconds in found.items() if kind.ahead}
         copies = {kind.k: seconds for kind, seconds in found.items() if kind.copied}
-        copied = interpolated(copies | {0: waiting[0]}) if copies else ()
+        copied = tuple(interpolated(copies | {0: waiting[0]})) if copies else ()
         if not ratios:
             return Costs(CostCurve(interpolated(waiting), 0.0), copied=copied)
         lengths = sorted(ratios)

@@ -66,7 +66,7 @@ class CostsFile:
                 raise ValueError("of another pair, device or version")
             curves = content["seconds"]
             ahead = None if curves["ahead"] is None else CostCurve(**curves["ahead"])
-            return checked(Costs(CostCurve(**curves["waiting"]), ahead, curves.get("copied", ())))
+            return checked(Costs(CostCurve(**curves["waiting"]), ahead, tuple(curves.get("copied", ()))))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -79,9 +79,8 @@ class CostsFile:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            ahead = None if costs.ahead is None else costs.ahead._asdict()
-            seconds = {"waiting": costs.waiting._asdict(), "ahead": ahead, "copied": list(costs.copied)}
-            replace_text(self.path, json.dumps({"identity": self._identity, "seconds": seconds}, indent=2))
+            content = {"identity": self._identity, "seconds": costs.as_json()}
+            replace_text(self.path, json.dumps(content, indent=2))
         except (OSError, OutputError) as error:
             logger.warning("%s: the measurement of rounds is not kept: %s", self.path, error)
 

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"kernels {kernels} ({describe(target)}), k = {k}: {count} operations on {mx.default_device()}")
         costs[kernels] = measure_costs(target, drafter, replace(measuring_plan(args), context=PROMPT_TOKENS))
         print_costs(costs[kernels])
-        found = {"in_use": describe(target), "operations": counts, "seconds": named(costs[kernels])}
+        found = {"in_use": describe(target), "operations": counts, "seconds": costs[kernels].as_json()}
         report["kernels"][kernels] = found
     reference = mlx_lm_decoder(args) if args.mlx_lm else None
     speeds = measure_speed(target, drafter, costs, args, reference) if args.chances or reference else {}
@@ -116,11 +116,6 @@ def set_kernels(networks: tuple[Target, Drafter], setting: str) -> None:
         remove_kernels(network)
         if setting == "on":
             use_kernels(network)
-
-
-def named(costs: Costs) -> dict[str, Any]:
-    """Return the costs with the names of their fields."""
-    return {way: None if curve is None else curve._asdict() for way, curve in costs._asdict().items()}
 
 
 def measure_costs(target: Target, drafter: Drafter, plan: MeasuringPlan) -> Costs:

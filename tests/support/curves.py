@@ -9,4 +9,4 @@ COSTS = Costs(CURVE, CURVE._replace(verify=[0.99 * cost for cost in CURVE.verify
 # Without a drafter.
 PLAIN = Costs(CURVE._replace(verify=[1]))
 # Rounds that copy.
-COPIED = [1 + 0.1 * k for k in range(32)]
+COPIED = tuple(1 + 0.1 * k for k in range(32))

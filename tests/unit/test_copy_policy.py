@@ -73,7 +73,7 @@ def test_a_round_that_may_copy_waits_for_the_report_before_it() -> None:
 
 
 def test_nothing_is_copied_where_copies_cost_more_than_they_promise() -> None:
-    dear = COSTS._replace(copied=[1.0 + 2 * k for k in range(32)])
+    dear = COSTS._replace(copied=tuple(1.0 + 2 * k for k in range(32)))
     policy = choosing_policy(dear, copies=True)
     policy.start([*TEXT, *TEXT[:40]])
     assert not any(choice.copied for choice in write(policy, TEXT[40:]))
@@ -81,7 +81,7 @@ def test_nothing_is_copied_where_copies_cost_more_than_they_promise() -> None:
 
 def test_a_copy_must_win_over_the_best_round_and_not_over_a_trial() -> None:
     """The drafter is useless, and copies cost a little more than they promise. A trial of the drafter is slower yet."""
-    dear = COSTS._replace(copied=[1.0 if not k else 4.6 + 2.0 * k for k in range(32)])
+    dear = COSTS._replace(copied=tuple(1.0 if not k else 4.6 + 2.0 * k for k in range(32)))
     policy = choosing_policy(dear, copies=True)
     policy.start([*TEXT, *TEXT[:40]])
     assert not any(choice.copied for choice in write(policy, [*TEXT[40:], *TEXT, *TEXT, *TEXT, *TEXT]))
