@@ -28,10 +28,12 @@ from .first_rounds import (
     CAUTIOUS,
     CAUTIOUS_PLAIN,
     MEASURED,
+    MEASURED_AHEAD,
     MEASURED_COPIES,
     FirstRounds,
     MeasuringPolicy,
     interpolated,
+    measured_costs,
 )
 from .kept_costs import CostsFile, MeasuringLock, checked, read_or_measure
 from .prefill import Progress
@@ -56,15 +58,14 @@ class MeasuringPlan:
     more runs compiled.
 
     Rounds of one length follow each other for `turn_seconds` seconds. Their number stays within the limits of
-    `turn_rounds`. Only the second half counts: the first rounds suffer from the caches that another length left. The
-    turns repeat for `seconds` seconds. Their number stays within the limits of `repetitions`.
+    `turn_rounds`. The turns repeat for `seconds` seconds. Their number stays within the limits of `repetitions`.
     """
 
     context: int = 64
     warm_up: int = 3
-    turn_seconds: float = 0.08
-    turn_rounds: tuple[int, int] = (2, 100)
-    seconds: float = 3.0
+    turn_seconds: float = 0.06
+    turn_rounds: tuple[int, int] = (3, 100)
+    seconds: float = 4.0
     repetitions: tuple[int, int] = (2, 10)
 
 
@@ -292,10 +293,13 @@ def measure_rounds(
 ) -> Costs:
     """Return the costs of rounds after `plan.context` tokens, with `copied` tokens as well.
 
-    For rounds that wait, they are medians of verify passes of 1 to 9 rows, and the costs of drafting: the costs of a
-    draft step and of the rest are the difference to whole rounds with the drafter. For rounds ahead and copies, they
-    are medians of whole rounds. Without a drafter, only plain rounds and copies are measured. The different rounds take
-    turns. Each pass begins with the result of the pass before it.
+    The lengths of `MEASURED` are measured, and the costs of the others are interpolated. For rounds that wait, these
+    are the times of verify passes, and the costs of drafting: the costs of a draft step and of the rest are the
+    difference to whole rounds with the drafter. For rounds ahead and copies, whole rounds are timed. Without a drafter,
+    only plain rounds and copies are measured. The different rounds take turns. Each pass begins with the result of the
+    pass before it.
+
+    Raises ValueError if no clock can have measured the costs.
     """
     draws = not sampling.is_greedy and sampling.acceptance == "block"
     most = 0 if drafter is None else MAX_DRAFT_TOKENS
@@ -316,24 +320,22 @@ def measure_rounds(
         for k in lengths:
             runs[name, k] = partial(run, stream, plan.context, k)
 
-    ahead = tuple(k for k in MEASURED if k <= most)
-    add("verify", given, range(most + 1), _round)
+    lengths, lengths_ahead = ([k for k in each if k <= most] for each in (MEASURED, MEASURED_AHEAD))
+    add("verify", given, lengths, _round)
     if drafter is not None:
         add("round", drafter, _DRAFTED, _round)
     if target.mapped is None:
-        add("ahead", drafter, ahead, _round_ahead)
+        add("ahead", drafter, lengths_ahead, _round_ahead)
     add("copy", drafter, copied, _copy_round)
     seconds = _time_in_turn(runs, plan, on_progress)
-    waiting = CostCurve([seconds["verify", k] for k in range(most + 1)], 0.0)
+    waiting = CostCurve(interpolated({k: seconds["verify", k] for k in lengths}), 0.0)
     if drafter is not None:
         few, many = _DRAFTED
         drafting = {k: seconds["round", k] - seconds["verify", k] for k in _DRAFTED}
         draft = max(0.0, (drafting[many] - drafting[few]) / (many - few))
         waiting = waiting._replace(draft=draft, overhead=max(0.0, drafting[few] - few * draft))
-    copies = tuple(interpolated({k: seconds["copy", k] for k in copied} | {0: waiting.round(0)})) if copied else ()
-    if target.mapped is not None:
-        return Costs(waiting, copied=copies)
-    return Costs(waiting, CostCurve(interpolated({k: seconds["ahead", k] for k in ahead}), 0.0), copies)
+    ahead = {} if target.mapped is not None else {k: seconds["ahead", k] for k in lengths_ahead}
+    return measured_costs(waiting, ahead, {k: seconds["copy", k] for k in copied})
 
 
 def _round(stream: Stream, position: int, k: int) -> None:
@@ -364,7 +366,10 @@ def _round_ahead(stream: Stream, position: int, k: int) -> None:
 def _time_in_turn(
     runs: dict[tuple[str, int], Callable[[], object]], plan: MeasuringPlan, on_progress: Progress | None
 ) -> dict[tuple[str, int], float]:
-    """Return the median seconds of each run, by key. The runs take turns."""
+    """Return the seconds of each run, by key: the median of its fastest turn. The runs take turns.
+
+    Other work on the machine makes rounds slower, and never faster.
+    """
     least, most = plan.repetitions
     fewest, limit = plan.turn_rounds
     total = len(runs) * (plan.warm_up + least)
@@ -376,6 +381,14 @@ def _time_in_turn(
         if on_progress is not None:
             on_progress(min(done, total), total)
 
+    def turn(run: Callable[[], object]) -> float:
+        seconds: list[float] = []
+        while len(seconds) < fewest or (sum(seconds) < plan.turn_seconds and len(seconds) < limit):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        return median(seconds)
+
     for run in runs.values():
         for _ in range(plan.warm_up):
             run()
@@ -386,11 +399,6 @@ def _time_in_turn(
         if repetition >= least and time.perf_counter() - began > plan.seconds:
             break
         for key, run in runs.items():
-            seconds: list[float] = []
-            while len(seconds) < fewest or (sum(seconds) < plan.turn_seconds and len(seconds) < limit):
-                start = time.perf_counter()
-                run()
-                seconds.append(time.perf_counter() - start)
-            taken[key] += seconds[len(seconds) // 2 :]
+            taken[key].append(turn(run))
             report(int(repetition < least))
-    return {key: median(values) for key, values in taken.items()}
+    return {key: min(turns) for key, turns in taken.items()}

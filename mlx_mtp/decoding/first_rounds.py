@@ -14,7 +14,7 @@ from .report import RoundReport
 # These draft lengths are measured, in this order. The costs of the other lengths are interpolated.
 MEASURED = (1, 0, 2, 4, 8)
 # Rounds ahead are measured for these draft lengths. For the other lengths, the ratio of both ways is interpolated.
-_MEASURED_AHEAD = (0, 4)
+MEASURED_AHEAD = (0, 4)
 # These are the passes over all lengths: whether rounds are dispatched ahead, and the number of rounds of each length
 # that are not timed. In the first pass, one of them runs uncompiled, one is compiled, and one more runs compiled. In
 # the other passes, they bring the weights of this length into the caches. A round ahead needs another one before it.
@@ -38,8 +38,10 @@ class _Kind(NamedTuple):
 
 
 class _Planned(NamedTuple):
+    """A planned round. `turn` is the pass in which it is timed, or None if it is not timed."""
+
     kind: _Kind
-    is_timed: bool
+    turn: int | None
 
 
 class FirstRounds:
@@ -50,20 +52,25 @@ class FirstRounds:
     """
 
     def __init__(self, lengths: tuple[int, ...] = MEASURED, *, ahead: bool, copied: tuple[int, ...] = ()) -> None:
-        lengths_ahead = (lengths if len(lengths) == 1 else _MEASURED_AHEAD) if ahead else ()
+        lengths_ahead = (lengths if len(lengths) == 1 else MEASURED_AHEAD) if ahead else ()
         self._plan: list[_Planned] = []
-        for is_ahead, warm_up in _PASSES:
+        for turn, (is_ahead, warm_up) in enumerate(_PASSES):
             for k in lengths_ahead if is_ahead else lengths:
-                self._plan += [_Planned(_Kind(k, is_ahead), i >= warm_up) for i in range(warm_up + _TIMED)]
+                self._add(_Kind(k, is_ahead), turn, warm_up)
             if is_ahead and ahead:
                 # No round is dispatched ahead of the report of the last round, so its time is another one.
-                self._plan.append(self._plan[-1]._replace(is_timed=False))
+                self._plan.append(self._plan[-1]._replace(turn=None))
         self._before_copies = len(self._plan)
         _, warm_up = _PASSES[0]
         for k in copied:
-            self._plan += [_Planned(_Kind(k, ahead=False, copied=True), i >= warm_up) for i in range(warm_up + _TIMED)]
+            self._add(_Kind(k, ahead=False, copied=True), 0, warm_up)
         self._done = 0
-        self._seconds: dict[_Kind, list[float]] = {planned.kind: [] for planned in self._plan}
+        # The seconds of the timed rounds so far, by turn.
+        self._turns: dict[_Planned, list[float]] = {}
+
+    def _add(self, kind: _Kind, turn: int, warm_up: int) -> None:
+        """Plan rounds of a kind: those that are not timed, and then those that are."""
+        self._plan += [_Planned(kind, None)] * warm_up + [_Planned(kind, turn)] * _TIMED
 
     def choose(self, in_flight: int = 0) -> Choice | None:
         """Return the next round, while `in_flight` rounds are not reported. Return None if all rounds were chosen."""
@@ -90,12 +97,13 @@ class FirstRounds:
 
     def note(self, report: RoundReport, seconds: float | None) -> bool:
         """Record a round, and return whether it counts. A round of another kind than the plan expects does not."""
-        kind, is_timed = self._plan[self._done]
+        planned = self._plan[self._done]
+        kind = planned.kind
         if (report.drafted, report.copied) != (kind.k, kind.copied) or (kind.ahead and not report.ahead):
             return False
         self._done += 1
-        if is_timed and seconds is not None:
-            self._seconds[kind].append(seconds)
+        if planned.turn is not None and seconds is not None:
+            self._turns.setdefault(planned, []).append(seconds)
         return True
 
     def costs(self) -> Costs:
@@ -105,22 +113,36 @@ class FirstRounds:
 
         Raises ValueError if the time of a draft length is not known, or if no clock can have measured it.
         """
-        taken = {kind: seconds for kind, seconds in self._seconds.items() if self.is_complete or not kind.copied}
-        if not all(taken.values()):
+        kinds = {planned.kind for planned in self._plan if self.is_complete or not planned.kind.copied}
+        turns = [(planned.kind, median(seconds)) for planned, seconds in self._turns.items() if planned.kind in kinds]
+        if {kind for kind, _ in turns} != kinds:
             raise ValueError("the texts were read more slowly than their rounds ran")
-        found = {kind: median(seconds) for kind, seconds in taken.items()}
-        if min(found.values()) <= 0:
-            raise ValueError(f"the costs of rounds must be positive numbers, found {list(found.values())}")
+        # Other work on the machine makes rounds slower, and never faster.
+        found = {kind: min(seconds for each, seconds in turns if each == kind) for kind in kinds}
         waiting = {kind.k: seconds for kind, seconds in found.items() if not (kind.ahead or kind.copied)}
-        ratios = {kind.k: seconds / waiting[kind.k] for kind, seconds in found.items() if kind.ahead}
-        copies = {kind.k: seconds for kind, seconds in found.items() if kind.copied}
-        copied = tuple(interpolated(copies | {0: waiting[0]})) if copies else ()
-        if not ratios:
-            return Costs(CostCurve(interpolated(waiting), 0.0), copied=copied)
-        lengths = sorted(ratios)
-        shares = np.interp(sorted(waiting), lengths, [ratios[k] for k in lengths])
-        ahead = {k: float(share) * waiting[k] for k, share in zip(sorted(waiting), shares, strict=True)}
-        return Costs(CostCurve(interpolated(waiting), 0.0), CostCurve(interpolated(ahead), 0.0), copied)
+        ahead = {kind.k: seconds for kind, seconds in found.items() if kind.ahead}
+        copied = {kind.k: seconds for kind, seconds in found.items() if kind.copied}
+        return measured_costs(CostCurve(interpolated(waiting), 0.0), ahead, copied)
+
+
+def measured_costs(waiting: CostCurve, ahead: dict[int, float], copied: dict[int, float]) -> Costs:
+    """Return the costs of all rounds, from the costs of rounds that wait and the seconds of some other rounds.
+
+    `ahead` has the seconds of rounds ahead by their number of draft tokens, or nothing if rounds cannot be dispatched
+    ahead. The ratio of both ways is interpolated. `copied` has the seconds of rounds by their number of copied tokens.
+
+    Raises ValueError if no clock can have measured the costs.
+    """
+    numbers = [*waiting.verify, *ahead.values(), *copied.values()]
+    if min(numbers) <= 0:
+        raise ValueError(f"the costs of rounds must be positive numbers, found {numbers}")
+    copies = tuple(interpolated(copied | {0: waiting.round(0)})) if copied else ()
+    if not ahead:
+        return Costs(waiting, copied=copies)
+    lengths = sorted(ahead)
+    shares = np.interp(range(len(waiting.verify)), lengths, [ahead[k] / waiting.round(k) for k in lengths])
+    verify = [float(share) * waiting.round(k) for k, share in enumerate(shares)]
+    return Costs(waiting, CostCurve(verify, 0.0), copies)
 
 
 def interpolated(seconds: dict[int, float]) -> list[float]:
