@@ -63,7 +63,7 @@ def test_speculative_greedy_is_plain_greedy(tiny_models: Models, variant: str, b
     kv = KVQuantization(bits, 32, start)
     plain = run(target, None, 0, kv, max_tokens=60)
     assert len(set(plain)) > 10
-    for k in (1, 2, 3, 5, 8):
+    for k in (1, 3, 8):
         scripted = Scripted(drafter, PROMPT, plain, (k - 1,))
         # Other ends of prefill chunks and compiled rounds change nothing.
         step = 7 if k % 2 else 64

@@ -61,16 +61,16 @@ def is_idle(served: Served) -> bool:
 @pytest.fixture(scope="module")
 def tiny(tiny_pair: Callable[[str], Path]) -> Iterator[Served]:
     options = GenerationOptions(num_draft_tokens=K, max_tokens=16)
-    with serve(lambda: mlx_mtp.load(tiny_pair("e2b") / "target"), options, max_waiting=250) as found:
+    with serve(lambda: mlx_mtp.load(tiny_pair("31b") / "target"), options, max_waiting=250) as found:
         yield found
 
 
 def test_200_at_once(tiny: Served, tiny_pair: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """No request is lost or mixed up, requests run in order of arrival, and memory returns to its level."""
     prompts = [f"value_{i} = compute_{i * 7 % 200}(" for i in range(200)]
-    model = mlx_mtp.load(tiny_pair("e2b") / "target")
+    model = mlx_mtp.load(tiny_pair("31b") / "target")
     expected = {prompt: model.generate(prompt, max_tokens=4, num_draft_tokens=K).text for prompt in prompts}
-    assert len(set(expected.values())) > 190
+    assert len(set(expected.values())) > 150
     asked: list[Any] = []
     ran: list[Any] = []
     service = tiny.service
