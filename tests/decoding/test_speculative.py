@@ -29,8 +29,8 @@ from mlx_mtp.gemma4.drafter import Drafter, DraftInputs
 from mlx_mtp.gemma4.kv_cache import CAPACITY_STEP, Cache
 from mlx_mtp.gemma4.target import Target
 
-# With this many tokens after this prompt, the K/V buffers of full attention grow once.
 TOKENS = 80
+# With TOKENS after this prompt, the K/V buffers of full attention grow once.
 GROWING = random_tokens(CAPACITY_STEP - 40, seed=2)
 
 
