@@ -5,7 +5,7 @@ import os
 import pkgutil
 import shutil
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
+# MLX gives its limit only when another one is set.
+MEMORY_LIMIT = mx.set_memory_limit(2**40)
+mx.set_memory_limit(MEMORY_LIMIT)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--screenshots", metavar="DIR", help="Where the tests of the chat page put their pictures.")
 
@@ -93,6 +98,13 @@ def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def commands_without_torch() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(WITHOUT_TORCH), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(autouse=True)
+def memory_limit() -> Iterator[None]:
+    """Undo --memory-limit of a command in this process. Above a limit, all later tests would take twice as long."""
+    yield
+    mx.set_memory_limit(MEMORY_LIMIT)
 
 
 @pytest.fixture(autouse=True)

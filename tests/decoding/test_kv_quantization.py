@@ -61,14 +61,16 @@ def test_speculative_greedy_is_plain_greedy(tiny_models: Models, variant: str, b
     """
     target, drafter = tiny_models(variant)
     kv = KVQuantization(bits, 32, start)
-    plain = run(target, None, 0, kv)
+    plain = run(target, None, 0, kv, max_tokens=60)
     assert len(set(plain)) > 10
-    for k in (1, 2, 3, 5, 8):
+    for k in (1, 3, 8):
         scripted = Scripted(drafter, PROMPT, plain, (k - 1,))
         # Other ends of prefill chunks and compiled rounds change nothing.
-        assert run(target, scripted, k, kv, rounds=CompiledRounds(), step=7 if k % 2 else 64) == plain
+        step = 7 if k % 2 else 64
+        assert run(target, scripted, k, kv, rounds=CompiledRounds(), step=step, max_tokens=60) == plain
         if k in (3, 8):
-            assert run(target, drafter, k, kv, rounds=CompiledRounds() if k == 3 else None) == plain
+            rounds = CompiledRounds() if k == 3 else None
+            assert run(target, drafter, k, kv, rounds=rounds, max_tokens=60) == plain
 
 
 def test_compiled_rounds_before_and_after_the_start_are_not_mixed_up(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ OPTIONS = {
 }
 # At this temperature the random dense drafter and its target usually agree.
 HOT = Sampling(temperature=4)
+# After the short prompt, the texts grow over the window.
+TOKENS = 60
 
 
 def sample(
@@ -37,7 +39,7 @@ def sample(
     k: int,
     sampling: Sampling,
     *,
-    max_tokens: int = 100,
+    max_tokens: int = TOKENS,
     stop_ids: frozenset[int] = frozenset(),
 ) -> tuple[list[int], Stats, Stream]:
     stream = Stream(target, drafter, max_draft_tokens=k, sampling=sampling, rounds=CompiledRounds())
@@ -57,7 +59,7 @@ Plain = Callable[[str, str, bool], list[int]]
 
 @pytest.fixture(scope="module")
 def plain(tiny_models: Models) -> Plain:
-    """100 tokens of plain sampling by variant, options, and whether the prompt is longer than the window."""
+    """TOKENS tokens of plain sampling by variant, options, and whether the prompt is longer than the window."""
     known: dict[tuple[str, str, bool], list[int]] = {}
 
     def tokens(variant: str, name: str, is_long: bool) -> list[int]:
@@ -171,7 +173,7 @@ def test_a_stop_inside_a_block(tiny_models: Models) -> None:
 def test_a_coupled_stop_inside_a_block(tiny_models: Models, plain: Plain) -> None:
     target, drafter = tiny_models("e2b")
     reference, sampling = plain("e2b", "temperature", True), OPTIONS["temperature"]
-    end = next(i for i in range(18, 90) if i % 5 == 2 and reference[i] not in reference[:i])
+    end = next(i for i in range(18, TOKENS) if i % 5 == 2 and reference[i] not in reference[:i])
     perfect = Scripted(drafter, LONG, reference)
     tokens, _, stream = sample(target, perfect, LONG, 4, sampling, stop_ids=frozenset({reference[end]}))
     assert tokens == reference[: end + 1]

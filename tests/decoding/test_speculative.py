@@ -26,11 +26,12 @@ from mlx_mtp.decoding.stream import Stream, decode, token_budget
 from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.gemma4.device_checks import check_products
 from mlx_mtp.gemma4.drafter import Drafter, DraftInputs
-from mlx_mtp.gemma4.kv_cache import Cache
+from mlx_mtp.gemma4.kv_cache import CAPACITY_STEP, Cache
 from mlx_mtp.gemma4.target import Target
 
-# With this many tokens after the long prompt, the K/V buffers of full attention grow once.
-TOKENS = 220
+TOKENS = 80
+# With TOKENS after this prompt, the K/V buffers of full attention grow once.
+GROWING = random_tokens(CAPACITY_STEP - 40, seed=2)
 
 
 def run(
@@ -81,12 +82,13 @@ Plain = Callable[[str, tuple[int, ...]], list[int]]
 def test_speculative_greedy_is_plain_greedy(tiny_models: Models, plain: Plain, variant: str, k: int) -> None:
     """The drafter is random, perfect, or right for the first half of each block."""
     target, drafter = tiny_models(variant)
-    for prompt, draft_randomly in ((SHORT, k % 2 == 1), (LONG, k % 2 == 0)):
+    for prompt, draft_randomly in ((SHORT, k % 2 == 1), (GROWING, k % 2 == 0)):
         reference = plain(variant, tuple(prompt))
         assert len(reference) == TOKENS
         assert len(set(reference)) > 20, "the plain text is too repetitive to prove anything"
-        tokens, stats, _ = run(target, Scripted(drafter, prompt, reference), prompt, k)
+        tokens, stats, stream = run(target, Scripted(drafter, prompt, reference), prompt, k)
         assert tokens == reference
+        assert stream.cache.capacity == CAPACITY_STEP * (2 if prompt is GROWING else 1)
         assert stats.accepted == stats.drafted
         assert stats.rounds == -(-(TOKENS - 1) // (k + 1))
         if draft_randomly:
@@ -122,7 +124,7 @@ def test_a_four_bit_pair_with_float32_activations(tiny_pair: Callable[[str], Pat
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_chunk_size_of_prefill_does_not_matter(tiny_models: Models, plain: Plain, variant: str, step: int) -> None:
     target, drafter = tiny_models(variant)
-    assert run(target, drafter, LONG, 3, step=step, max_tokens=60)[0] == plain(variant, tuple(LONG))[:60]
+    assert run(target, drafter, LONG, 3, step=step, max_tokens=20)[0] == plain(variant, tuple(LONG))[:20]
 
 
 # Each tuple holds the number of draft tokens of a round and the number of right draft tokens.
@@ -361,7 +363,7 @@ OPTIONS = [
 def test_a_compiled_round_is_the_round(tiny_models: Models, sampling: Sampling) -> None:
     """Tokens, log probabilities and state are equal while the buffers grow. Each shape is traced once."""
     target, drafter = tiny_models("e2b")
-    prompt, rounds = random_tokens(220, seed=3), CompiledRounds()
+    prompt, rounds = random_tokens(240, seed=3), CompiledRounds()
     for seed in (sampling.seed, sampling.seed + 1):
         streams = [
             Stream(
@@ -375,7 +377,7 @@ def test_a_compiled_round_is_the_round(tiny_models: Models, sampling: Sampling) 
             for compiled in (None, rounds)
         ]
         eager, compiled = ([stream.prefill(prompt, 64)] for stream in streams)
-        for _ in range(40):
+        for _ in range(20):
             for stream, seen in zip(streams, (eager, compiled), strict=True):
                 seen.append(stream.round(3))
         for left, right in zip(eager, compiled, strict=True):

@@ -86,12 +86,12 @@ def test_training_repairs_the_drafter_of_a_target_that_drifted_away(
     data = tmp_path / "data"
     write_cpp(data)
     drifted = tmp_path / "drifted"
-    lora = ["--train", "--data", str(data), "--iters", "8", "--batch-size", "1", "--max-seq-length", "128"]
+    lora = ["--train", "--data", str(data), "--iters", "6", "--batch-size", "1", "--max-seq-length", "128"]
     lora += ["--num-layers", "-1", "--learning-rate", "2e-3", "--val-batches", "1"]
     lora += ["--adapter-path", str(tmp_path / "lora")]
     mlx_lm("lora", "--model", mlx_mtp.DEMO_PAIR, *lora)
     mlx_lm("fuse", "--model", mlx_mtp.DEMO_PAIR, "--adapter-path", tmp_path / "lora", "--save-path", drifted)
-    args = ["--model", drifted, "--drafter", mlx_mtp.DEMO_PAIR / "drafter", "--data", data, "--iters", "8"]
+    args = ["--model", drifted, "--drafter", mlx_mtp.DEMO_PAIR / "drafter", "--data", data, "--iters", "5"]
     args += ["--batch-size", "2", "--max-seq-length", "128", "--learning-rate", "1.5e-3", "--val-batches", "1"]
     capsys.readouterr()
     assert main([str(arg) for arg in args]) == 0
@@ -100,9 +100,9 @@ def test_training_repairs_the_drafter_of_a_target_that_drifted_away(
     lengths = {}
     for drafter in (mlx_mtp.DEMO_PAIR / "drafter", drifted / "drafter"):
         model = mlx_mtp.load(drifted, drafter)
-        tokens = [model.tokenizer.encode(text)[:100] for text in texts[:3]]
+        tokens = [model.tokenizer.encode(text)[:40] for text in texts[:3]]
         options = mlx_mtp.GenerationOptions(
-            max_tokens=80,
+            max_tokens=40,
             num_draft_tokens=3,
             ignore_eos=True,
             sampling=mlx_mtp.Sampling(temperature=1.0, top_k=64, top_p=0.95, seed=0),

@@ -315,12 +315,12 @@ def generate(pair: Pair, drafter: Any, prompt: list[int], count: int, k: int) ->
 @pytest.mark.parametrize("length", [11, 40])
 def test_greedy_tokens_equal_reference(pair: Pair, length: int) -> None:
     prompt = random_tokens(length, seed=5)
-    expected = pair.hf_target.generate(torch.tensor([prompt]), max_new_tokens=120, do_sample=False)[0, length:].tolist()
+    expected = pair.hf_target.generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False)[0, length:].tolist()
     assert len(set(expected)) > 20, "the text loops, the test proves little"
-    assert generate(pair, None, prompt, 120, 0)[0] == expected
+    assert generate(pair, None, prompt, 60, 0)[0] == expected
     # A random drafter is nearly always wrong and makes one round per token. The text is shorter for it.
-    assert generate(pair, pair.drafter, prompt, 40, 3)[0] == expected[:40]
-    tokens, accepted = generate(pair, ScriptedDrafter(length, expected), prompt, 120, 3)
+    assert generate(pair, pair.drafter, prompt, 30, 3)[0] == expected[:30]
+    tokens, accepted = generate(pair, ScriptedDrafter(length, expected), prompt, 60, 3)
     assert tokens == expected
     assert accepted == {0, 1, 2, 3}
 

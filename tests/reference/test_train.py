@@ -174,7 +174,7 @@ def test_early_stopping_keeps_the_best(tiny_pair: TinyPair, tmp_path: Path) -> N
 
 
 def test_a_loss_that_is_no_number_keeps_the_last_state(tiny_pair: TinyPair, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_pair, tmp_path / "state")
+    trainer = make_trainer(tiny_pair, tmp_path / "state", iters=9)
 
     def poison(update: int, loss: float, measured: object) -> None:
         if update == 7:
@@ -184,9 +184,9 @@ def test_a_loss_that_is_no_number_keeps_the_last_state(tiny_pair: TinyPair, tmp_
         trainer.run(poison)
     state = json.loads((tmp_path / "state" / "state.json").read_text())
     assert state["update"] == 6
-    again = make_trainer(tiny_pair, tmp_path / "state")
+    again = make_trainer(tiny_pair, tmp_path / "state", iters=9)
     again.resume()
-    assert again.run(lambda update, loss, measured: None) == make_trainer(tiny_pair, tmp_path / "other").run(
+    assert again.run(lambda update, loss, measured: None) == make_trainer(tiny_pair, tmp_path / "other", iters=9).run(
         lambda update, loss, measured: None
     )
 

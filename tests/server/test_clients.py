@@ -25,7 +25,8 @@ from mlx_mtp import GenerationOptions, GenerationResponse, Model
 QUESTION = "def read_config(path):"
 
 
-class Place(BaseModel):
+# A small model would write further fields until it is cut.
+class Place(BaseModel, extra="forbid"):
     """Where it is."""
 
     street: Literal["High Street", "Mill Lane"]
@@ -33,7 +34,7 @@ class Place(BaseModel):
     note: str | None = Field(default=None, max_length=6)
 
 
-class Visit(BaseModel):
+class Visit(BaseModel, extra="forbid"):
     place: Place
     others: list[Place] = Field(min_length=1, max_length=2)
     code: str = Field(pattern=r"^[A-Z]{2}\d{3}$")
@@ -215,7 +216,7 @@ def test_instructor(served: Served, mode: Any) -> None:
     with openai_client(served) as client:
         patched = instructor.from_openai(client, mode=mode)
         messages: Any = [{"role": "user", "content": QUESTION}]
-        for seed in range(1, 26):
+        for seed in range(1, 6):
             # A small model can write blanks until it is cut.
             with suppress(IncompleteOutputException):
                 options: Any = {"model": "pair", "temperature": 1, "seed": seed, "max_retries": 0}

@@ -53,7 +53,7 @@ def test_random_requests(served: Served, path: str, mode: GenerationMode) -> Non
     schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
     operation = schema[path]["POST"]
 
-    @settings(max_examples=30, derandomize=True, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+    @settings(max_examples=20, derandomize=True, deadline=None, database=None, suppress_health_check=[*HealthCheck])
     @given(case=operation.as_strategy(generation_mode=mode))
     def check(case: Any) -> None:
         if mode is GenerationMode.POSITIVE and isinstance(case.body, dict):
@@ -70,7 +70,7 @@ def test_random_requests(served: Served, path: str, mode: GenerationMode) -> Non
     turns = count()
     check()
     if mode is GenerationMode.POSITIVE:
-        assert statuses.count(200) > 6
+        assert statuses.count(200) > 4
 
 
 def test_the_server_is_well_afterwards(served: Served) -> None:
