@@ -21,8 +21,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub.utils import tqdm
 
-from mlx_mtp.bench.cli import KINDS, names, prompt
+from mlx_mtp.bench.cli import names
 from mlx_mtp.bench.environment import environment, models
+from mlx_mtp.bench.prompts import KINDS, prompt
 from mlx_mtp.decoding.exact import MAX_ROWS, ExactRows, ExactTable
 from mlx_mtp.gemma4 import fused_attention, kernels
 from mlx_mtp.gemma4.drafter import DraftInputs

@@ -7,40 +7,39 @@ medians with their range.
 
 import argparse
 import math
-import pydoc_data.topics
 import sys
-import sysconfig
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Final
 
 import mlx.core as mx
 from huggingface_hub.utils import tqdm
 from mlx.utils import tree_flatten
 
 from mlx_mtp.command_line import add_kv_options, add_model_options, calibrate, load_or_demo, read_kv_options
+from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.draft_length import Costs
 from mlx_mtp.decoding.report import Stats
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.errors import OptionError
 from mlx_mtp.model import Model
-from mlx_mtp.options import GenerationOptions
+from mlx_mtp.options import GenerationOptions, OptionChanges
 from mlx_mtp.shell import Parser, exit_status, write_json
 
 from .environment import environment, models
 from .operations import operations, round_outputs
 from .peers import PEERS, Run, load_peer
 from .plots import check_plots, write_plots
+from .prompts import KINDS, TOLD_KINDS, Task, task
+from .told import decode_told
 
-KINDS = ("code", "prose", "chat", "copy", "list")
-AUTO = "auto"
-# The source of these modules is the text of the kind "code". Each machine has them: they are in the standard library.
-_MODULES = ("argparse", "queue", "posixpath", "textwrap", "statistics", "inspect", "typing", "tarfile", "turtle")
+AUTO: Final = "auto"
+# Automatic draft length with copy drafts, where both are compared.
+COPIES = "copies"
 _DTYPES = ("float32", "bfloat16", "float16")
 # Memory bandwidth of Apple's chips in GB/s, from Apple's specifications. If a chip has variants, this is the largest
 # value.
@@ -71,10 +70,12 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--kinds",
-        type=names,
+        type=_kinds,
         default=KINDS,
         metavar="A,B",
-        help=f"Kinds of text, made from files that come with Python (default: {','.join(KINDS)}).",
+        help=f"Kinds of text, made from files that come with Python (default: {','.join(KINDS)}). The target is told "
+        f"the answers of {','.join(TOLD_KINDS)}: changes of a source file and quotes from a text. They run once, "
+        "without a temperature, and the context is the length of the file or text.",
     )
     add("--contexts", type=_numbers, default=(512,), metavar="N,N", help="Tokens of the prompts (default: 512).")
     add("--temps", type=_temperatures, default=(0.0, 1.0), metavar="T,T", help="Temperatures (default: 0,1).")
@@ -83,7 +84,8 @@ def parser() -> argparse.ArgumentParser:
         type=_lengths,
         default=(0, 1, 2, 3, 4, 6, 8, AUTO),
         metavar="N,auto",
-        help="Draft lengths; 0, plain decoding, is always among them (default: 0,1,2,3,4,6,8,auto).",
+        help="Draft lengths; 0, plain decoding, is always among them (default: 0,1,2,3,4,6,8,auto). With copies, auto "
+        "also copies draft tokens from the text, as --copy-drafts does in the other commands.",
     )
     add("--max-tokens", "-m", type=int, default=128, help="Tokens to generate in a run (default: %(default)s).")
     add("--repeats", type=int, default=3, help="Runs of each setting that count (default: %(default)s).")
@@ -122,6 +124,10 @@ def names(text: str, known: tuple[str, ...] = KINDS) -> tuple[str, ...]:
     return found
 
 
+def _kinds(text: str) -> tuple[str, ...]:
+    return names(text, (*KINDS, *TOLD_KINDS))
+
+
 def _peers(text: str) -> tuple[str, ...]:
     return names(text, PEERS)
 
@@ -148,9 +154,9 @@ def _temperatures(text: str) -> tuple[float, ...]:
 
 def _lengths(text: str) -> tuple[int | str, ...]:
     try:
-        lengths = [part if part == AUTO else int(part) for part in _split(text)]
+        lengths = [part if part in (AUTO, COPIES) else int(part) for part in _split(text)]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers of draft tokens or auto, found {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected numbers of draft tokens, auto or copies, found {text!r}") from None
     return tuple(dict.fromkeys([0, *lengths]))
 
 
@@ -179,10 +185,25 @@ class Setting:
             "acceptance_length": self.stats.acceptance_length,
             "drafted_per_round": self.stats.drafted / self.stats.rounds,
             "acceptance_by_position": self.stats.acceptance_by_position,
+            "share_of_rounds": self._shares(),
             "share_of_rounds_ahead": self.stats.rounds_ahead / self.stats.rounds,
             "host_reads_per_round": self.stats.host_reads / self.stats.rounds,
             "peak_memory_gb": self.peak_memory_gb,
         }
+
+    def _shares(self) -> dict[str, float]:
+        """Return the share of the rounds whose draft tokens came from the drafter, from the text, or from neither."""
+        rounds, copied = self.stats.rounds, self.stats.copied.rounds
+        drafted = sum(self.stats.drafted_at[:1])
+        shares = {"plain": rounds - drafted - copied, "drafter": drafted, "copy": copied}
+        return {source: count / rounds for source, count in shares.items()}
+
+
+def changes(length: int | str) -> OptionChanges:
+    """Return the options of a setting: its draft length, and whether it copies."""
+    if length == COPIES:
+        return {"num_draft_tokens": AUTO, "copy_drafts": "auto"}
+    return {"num_draft_tokens": length if isinstance(length, int) else AUTO, "copy_drafts": "off"}
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -201,7 +222,7 @@ def _run(args: argparse.Namespace) -> int:
     for temperature in args.temps:
         Sampling(temperature=temperature, seed=args.seed)
     for length in args.num_draft_tokens:
-        replace(options, num_draft_tokens=length)
+        replace(options, **changes(length))
     if args.plot is not None:
         check_plots(args.plot)
     model = load_or_demo(args, options)
@@ -209,13 +230,22 @@ def _run(args: argparse.Namespace) -> int:
         for module in (model.target, model.drafter):
             if module is not None:
                 module.set_dtype(getattr(mx, args.dtype))
-    lengths = args.num_draft_tokens if model.drafter is not None else (0,)
-    samplings = {t: replace(model.default_sampling, temperature=t, seed=args.seed) for t in args.temps}
-    prompts = {(kind, n): prompt(model, kind, n, args.max_tokens) for kind in args.kinds for n in args.contexts}
+    lengths = [k for k in args.num_draft_tokens if model.drafter is not None or k in (0, COPIES)]
+    # The target is told the answer without a temperature.
+    cases = [
+        (kind, n, task(model, kind, n, args.max_tokens), temperature)
+        for kind in args.kinds
+        for n in args.contexts
+        for temperature in ((0.0,) if kind in TOLD_KINDS else args.temps)
+    ]
+    samplings = {t: replace(model.default_sampling, temperature=t, seed=args.seed) for *_, t in cases}
     for sampling in samplings.values():
         calibrate(model, replace(options, sampling=sampling), remeasure=True)
+        if COPIES in lengths:
+            calibrate(model, replace(options, sampling=sampling, copy_drafts="auto"), remeasure=True)
     counts = {
-        t: {str(k): count_operations(model, k, s, options) for k in lengths if k != AUTO} for t, s in samplings.items()
+        t: {str(k): count_operations(model, k, s, options) for k in lengths if isinstance(k, int)}
+        for t, s in samplings.items()
     }
     report = {"environment": environment(), **models(model), **bound(model), "cases": []}
     report |= {"date": date.today().isoformat(), "max_tokens": args.max_tokens, "repeats": args.repeats}
@@ -224,18 +254,19 @@ def _run(args: argparse.Namespace) -> int:
     drafter = None if model.drafter_config is None else model.drafter_config.path.parent
     peers, report["failed_peers"] = _load_peers(args.peers, model, drafter)
     report["environment"] |= {name: version(name) for name in args.peers if name not in report["failed_peers"]}
-    runs = len(prompts) * len(samplings) * (len(lengths) + len(peers)) * (args.repeats + 1)
+    runs = len(cases) * (len(lengths) + len(peers)) * (args.repeats + 1)
     with tqdm(total=runs, desc="Bench", unit="run", disable=None, file=sys.stderr) as bar:
-        for (kind, context), tokens in prompts.items():
-            for temperature, sampling in samplings.items():
-                settings: dict[int | str, Setting] = {k: Setting() for k in lengths}
+        for kind, context, task_of_case, temperature in cases:
+            sampling = samplings[temperature]
+            settings: dict[int | str, Setting] = {k: Setting() for k in lengths}
+            if task_of_case.answer is None:
                 settings |= {name: Setting(run) for name, run in peers.items()}
-                measure(model, tokens, replace(options, sampling=sampling), settings, args, bar)
-                costs = None if model.drafter is None else _costs(model, sampling, options)
-                case = {"kind": kind, "context": context, "temperature": temperature}
-                report["cases"].append(case | summary(settings, costs) | {"operations": counts[temperature]})
-                if not args.json:
-                    tqdm.write(table(report["cases"][-1], report["bound_tokens_per_second"]))
+            measure(model, task_of_case, replace(options, sampling=sampling), settings, args, bar)
+            costs = None if model.drafter is None else _costs(model, sampling, options)
+            case = {"kind": kind, "context": context, "temperature": temperature}
+            report["cases"].append(case | summary(settings, costs) | {"operations": counts[temperature]})
+            if not args.json:
+                tqdm.write(table(report["cases"][-1], report["bound_tokens_per_second"]))
     if args.plot is not None:
         write_plots(report, args.plot)
     write_json(report)
@@ -263,7 +294,7 @@ def _reason(error: Exception) -> str:
 
 def measure(
     model: Model,
-    prompt: list[int],
+    task: Task,
     options: GenerationOptions,
     settings: dict[int | str, Setting],
     args: Any,
@@ -271,23 +302,29 @@ def measure(
 ) -> None:
     """Run all settings in turn, `args.repeats` times, after one warm-up turn that does not count."""
     first = options.sampling
+    # The compiled rounds of a told answer hold it.
+    rounds = CompiledRounds()
     for repeat in range(-1, args.repeats):
         for k, setting in settings.items():
             time.sleep(args.cool_down)
             mx.reset_peak_memory()
             sampling = replace(first, seed=first.seed + max(0, repeat))
             if setting.peer is not None:
-                _measure_peer(setting, prompt, sampling, args, repeat)
+                _measure_peer(setting, task.prompt, sampling, args, repeat)
                 bar.update()
                 continue
-            length: int | Literal["auto"] = k if isinstance(k, int) else "auto"
-            last = model.generate(prompt, options, num_draft_tokens=length, sampling=sampling).last
+            chosen = replace(replace(options, **changes(k)), sampling=sampling)
+            if task.answer is None:
+                last = model.generate(task.prompt, chosen).last
+                tps, stats = last.generation_tps, last.stats
+            else:
+                tps, stats = decode_told(model, task.prompt, task.answer, chosen, rounds)
             bar.update()
             if repeat < 0:
                 continue
-            setting.tps.append(last.generation_tps)
-            setting.stats.merge(last.stats)
-            setting.peak_memory_gb = max(setting.peak_memory_gb, last.peak_memory)
+            setting.tps.append(tps)
+            setting.stats.merge(stats)
+            setting.peak_memory_gb = max(setting.peak_memory_gb, mx.get_peak_memory() / 1e9)
 
 
 def _measure_peer(setting: Setting, prompt: list[int], sampling: Sampling, args: Any, repeat: int) -> None:
@@ -332,6 +369,9 @@ def summary(settings: dict[int | str, Setting], costs: Costs | None) -> dict[str
     if AUTO in settings:
         pairs = zip(settings[AUTO].tps, settings[best].tps, strict=True)
         found["auto_over_best"] = median(a / b for a, b in pairs)
+        if COPIES in settings:
+            pairs = zip(settings[COPIES].tps, settings[AUTO].tps, strict=True)
+            found["copies_over_auto"] = median(a / b for a, b in pairs)
     if costs is not None:
         curve = costs.waiting
         one = curve.verify[0]
@@ -370,6 +410,9 @@ def table(case: dict[str, Any], bound: float) -> str:
         )
     if "auto_over_best" in case:
         lines.append(f"auto is at {case['auto_over_best']:.2f} of the best, {case['best']}")
+    if "copies_over_auto" in case:
+        shares = ", ".join(f"{share:.0%} {name}" for name, share in case["settings"][COPIES]["share_of_rounds"].items())
+        lines.append(f"copies are at {case['copies_over_auto']:.2f} of auto; rounds: {shares}")
     return "\n".join(lines) + "\n"
 
 
@@ -421,61 +464,3 @@ def measured_bandwidth() -> float:
         mx.eval(mx.max(block))
         best = min(best, time.perf_counter() - start)
     return block.nbytes / best
-
-
-def prompt(model: Model, kind: str, length: int, room: int) -> list[int]:
-    """Return a prompt of `length` tokens of a kind of text.
-
-    Raises OptionError if the prompt and `room` more tokens do not fit in the model's context.
-    """
-    if length + room > model.max_context:
-        raise OptionError(f"a context of {length} and {room} more tokens: the model holds {model.max_context}")
-    if kind == "chat":
-        return _chat(model, length)
-    pieces = {"code": _code, "prose": _prose, "list": _list}
-    if kind == "copy":
-        # The prompt is a text, and then the first half of the text again. The model continues the copy.
-        half = _fill(model, _code(), (2 * length) // 3)
-        return (half + half)[:length]
-    return _fill(model, pieces[kind](), length)
-
-
-def _fill(model: Model, pieces: Iterator[str], length: int) -> list[int]:
-    tokens = model.encode(next(pieces))
-    while len(tokens) < length:
-        tokens += model.tokenizer.encode("\n\n" + next(pieces), add_special_tokens=False)
-    return tokens[:length]
-
-
-def _code() -> Iterator[str]:
-    root = Path(sysconfig.get_path("stdlib"))
-    while True:
-        for name in _MODULES:
-            yield (root / f"{name}.py").read_text(encoding="utf-8")
-
-
-def _prose() -> Iterator[str]:
-    """Yield the topics of Python's language reference, as `help` shows them."""
-    while True:
-        yield from pydoc_data.topics.topics.values()
-
-
-def _list() -> Iterator[str]:
-    names = sorted(sys.stdlib_module_names)
-    while True:
-        yield "\n".join(f"{number}. {name}" for number, name in enumerate(names, start=1))
-
-
-def _chat(model: Model, length: int) -> list[int]:
-    """Encode one question about a text with the chat template.
-
-    The text is cut to fit, so that the end of the template is also the end of the prompt.
-    """
-    question = "Explain in your own words:\n\n"
-
-    def encode(text: list[int]) -> list[int]:
-        return model.encode([{"role": "user", "content": question + model.tokenizer.decode(text)}])
-
-    text = _fill(model, _prose(), length)
-    over = len(encode(text)) - length
-    return encode(text[: max(1, len(text) - over)])

@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 # These draft lengths are measured with a drafter. The other lengths follow from the verify passes alone.
 _DRAFTED = (1, MAX_DRAFT_TOKENS)
+# The fastest turn of a length counts if the second one takes at most this many times as long.
+_AGREEMENT = 1.03
 # The costs are measured and kept for each of these ranges of contexts. A range begins at its number of tokens. Over a
 # longer context, attention costs more, and so does the copy of a K/V buffer that a round in flight still reads.
 _CONTEXTS = (64, 4096, 16384, 65536)
@@ -58,7 +60,8 @@ class MeasuringPlan:
     more runs compiled.
 
     Rounds of one length follow each other for `turn_seconds` seconds. Their number stays within the limits of
-    `turn_rounds`. The turns repeat for `seconds` seconds. Their number stays within the limits of `repetitions`.
+    `turn_rounds`. The turns repeat for `seconds` seconds, and then until the two fastest turns of each length agree,
+    for `longest` seconds at most. Their number stays within the limits of `repetitions`.
     """
 
     context: int = 64
@@ -66,7 +69,8 @@ class MeasuringPlan:
     turn_seconds: float = 0.06
     turn_rounds: tuple[int, int] = (3, 100)
     seconds: float = 4.0
-    repetitions: tuple[int, int] = (2, 10)
+    longest: float = 12.0
+    repetitions: tuple[int, int] = (2, 20)
 
 
 _PLAN = MeasuringPlan()
@@ -396,9 +400,16 @@ def _time_in_turn(
     taken: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
     began = time.perf_counter()
     for repetition in range(most):
-        if repetition >= least and time.perf_counter() - began > plan.seconds:
+        seconds = time.perf_counter() - began
+        if repetition >= least and seconds > (plan.seconds if all(map(_agree, taken.values())) else plan.longest):
             break
         for key, run in runs.items():
             taken[key].append(turn(run))
             report(int(repetition < least))
     return {key: min(turns) for key, turns in taken.items()}
+
+
+def _agree(turns: list[float]) -> bool:
+    """Return whether the two fastest turns differ so little that other work has disturbed neither of them."""
+    fastest, second, *_ = sorted(turns)
+    return second <= _AGREEMENT * fastest

@@ -13,10 +13,10 @@ SHORTEST_MATCH = 2
 _MOST_PLACES = 32
 _LONGEST_COMPARED = 64
 # Matches are counted by their length, in groups that begin at these lengths. The shares are those of a prior: how often
-# the token after a match is the copied one. They were measured on edits of source code and docs, and are nearly the
-# same for all kinds of text.
+# the token after a match is the copied one. They were measured on new source code with a similar file in its prompt.
+# Edits of a file have larger shares. They soon show in the text itself, and a prior of edits slows down other texts.
 _LENGTHS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
-_PRIOR = (0.45, 0.55, 0.66, 0.77, 0.85, 0.91, 0.94, 0.96, 0.97, 0.99)
+_PRIOR = (0.43, 0.54, 0.63, 0.74, 0.80, 0.84, 0.88, 0.91, 0.92, 0.97)
 # The weight of the prior in tokens, and the share of the counts of a group that is left after each further token.
 _PRIOR_WEIGHT = 4.0
 _MEMORY = 0.95

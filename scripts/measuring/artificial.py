@@ -1,15 +1,9 @@
-"""Drafters and targets whose tokens are known beforehand: acceptance is given, and only time is measured."""
-
-from typing import Any
+"""Drafters whose tokens are known beforehand: acceptance is given, and only time is measured."""
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_mtp.decoding.acceptance import Acceptance
-from mlx_mtp.decoding.rules import TokenRules
-from mlx_mtp.decoding.sampling import Sampling
-from mlx_mtp.decoding.state import RoundState
 from mlx_mtp.gemma4.drafter import Draft, DraftContext, Drafter, DraftInputs, ask_for_each
 from mlx_mtp.gemma4.kv_cache import Cache
 from mlx_mtp.gemma4.target import Target
@@ -41,17 +35,3 @@ class ArtificialDrafter(Drafter):
         draft = Draft(tokens[None] + 0 * real.tokens)
         ask_for_each(inputs, draft)
         return draft
-
-
-class KnownText(TokenRules):
-    """Greedy rules by which the target always chooses the next token of a known text, with any weights."""
-
-    def __init__(self, target: Target, text: list[int]) -> None:
-        super().__init__(target, Sampling())
-        self._text = mx.array(text, mx.int32)
-
-    def accept(self, state: RoundState, draft: Draft, logits: mx.array, *others: Any, ahead: int = 1) -> Acceptance:
-        rows, vocab_size = logits.shape
-        tokens = self._text[state.kv.offset + ahead + mx.arange(rows)]
-        is_next = tokens[:, None] == mx.arange(vocab_size)
-        return super().accept(state, draft, mx.where(is_next, mx.inf, logits), *others, ahead=ahead)

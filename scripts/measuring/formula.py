@@ -13,7 +13,7 @@ from statistics import mean, median
 from huggingface_hub.utils import tqdm
 
 import mlx_mtp
-from mlx_mtp.bench.cli import prompt
+from mlx_mtp.bench.prompts import prompt
 from mlx_mtp.decoding.calibration import measure_rounds
 from mlx_mtp.decoding.draft_length import Costs
 

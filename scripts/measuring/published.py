@@ -26,6 +26,7 @@ from mlx.utils import tree_map_with_path
 
 from mlx_mtp.bench.environment import environment
 from mlx_mtp.bench.operations import operations, round_outputs
+from mlx_mtp.bench.told import KnownText
 from mlx_mtp.decoding.calibration import MeasuringPlan, measure_rounds
 from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, CostCurve, Costs, DraftLength, DraftPolicy
@@ -38,7 +39,7 @@ from mlx_mtp.gemma4.kernels import describe, remove_kernels, use_kernels
 from mlx_mtp.gemma4.layers import DecoderLayer
 from mlx_mtp.gemma4.target import Target
 
-from .artificial import ArtificialDrafter, KnownText
+from .artificial import ArtificialDrafter
 from .costs import add_quick, measuring_plan
 from .pairs import decode_to_length, tokens_per_round
 from .random_weights import quantization_value

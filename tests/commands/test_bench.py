@@ -15,8 +15,9 @@ from support.commands import run
 import mlx_mtp
 from mlx_mtp.bench import cli as bench
 from mlx_mtp.bench import plots
-from mlx_mtp.bench.cli import KINDS, main, pass_bytes, prompt
+from mlx_mtp.bench.cli import main, pass_bytes
 from mlx_mtp.bench.peers import load_peer
+from mlx_mtp.bench.prompts import KINDS, prompt
 from mlx_mtp.checkpoints.weights import lazy_parameters
 
 TinyPair = Callable[[str], Path]

@@ -128,7 +128,7 @@ def test_rounds_are_measured(tiny_pair: TinyPair, variant: str, sampling: mlx_mt
     model = mlx_mtp.load(tiny_pair(variant) / "target")
     assert model.drafter is not None
     progress: list[tuple[int, int]] = []
-    plan = MeasuringPlan(seconds=0.0)
+    plan = MeasuringPlan(seconds=0.0, longest=0.0)
     costs = measure_rounds(model.target, model.drafter, sampling, lambda *at: progress.append(at), plan=plan)
     assert costs.ahead is not None
     for curve in (costs.waiting, costs.ahead):
