@@ -17,7 +17,7 @@ from mlx_mtp.bench import cli as bench
 from mlx_mtp.bench import plots
 from mlx_mtp.bench.cli import main, pass_bytes
 from mlx_mtp.bench.peers import load_peer
-from mlx_mtp.bench.prompts import KINDS, prompt
+from mlx_mtp.bench.prompts import KINDS, QUESTIONS, TOLD_KINDS, prompt, task
 from mlx_mtp.checkpoints.weights import lazy_parameters
 
 TinyPair = Callable[[str], Path]
@@ -75,6 +75,71 @@ def test_prompts_have_the_length_asked_for(tiny_pair: TinyPair, kind: str) -> No
         assert tokens[200:] == tokens[:100]
     if kind == "chat":
         assert model.tokenizer.decode(tokens).endswith("<|turn>model\n")
+
+
+def test_told_answers_change_the_text_or_cite_it() -> None:
+    source = (
+        'def first(value):\n    """Return it."""\n    return value\n\n\ndef second(value):\n    return first(value)\n'
+    )
+    renamed = QUESTIONS["edit"](source)
+    assert renamed.answer == source.replace("value", "new_value")
+    rewritten = QUESTIONS["rewrite"](source).answer
+    assert [line for line in rewritten.splitlines() if line not in source.splitlines()] == [
+        '    logger.debug("first")',
+        '    logger.debug("second")',
+    ]
+    applied = source
+    for block in QUESTIONS["blocks"](source).answer.split("<<<<<<< SEARCH\n")[1:]:
+        search, replace = block.split(">>>>>>> REPLACE\n")[0].split("=======\n")
+        assert search in applied
+        applied = applied.replace(search, replace)
+    assert applied == rewritten
+    sentences = ["It lives in a place of the memory.", "Names refer to objects.", "The end of this text is near."]
+    cited = QUESTIONS["cite"](" ".join(sentences)).answer
+    assert [sentence in cited for sentence in sentences] == [True, False, True]
+
+
+def test_copies_and_told_answers(tmp_path: Path) -> None:
+    """The target is told the changes of a file, and copies write several times as many tokens per round."""
+    options = ["--kinds", "edit,blocks", "--contexts", "300", "--num-draft-tokens", "2,auto,copies", "-m", "300"]
+    result = run("bench.cli", *options, "--repeats", "1", "--temps", "1")
+    *lines, last = result.stdout.splitlines()
+    assert any(line.startswith("copies are at ") for line in lines)
+    cases = json.loads(last)["cases"]
+    assert [(case["kind"], case["temperature"]) for case in cases] == [("edit", 0), ("blocks", 0)]
+    for case, least in zip(cases, (5, 3), strict=True):
+        copies, auto = (case["settings"][name] for name in ("copies", "auto"))
+        assert copies["acceptance_length"] > least
+        assert copies["acceptance_length"] > 1.5 * auto["acceptance_length"]
+        assert sum(copies["share_of_rounds"].values()) == pytest.approx(1)
+        assert copies["share_of_rounds"]["copy"] > 0.3
+        assert auto["share_of_rounds"]["copy"] == 0
+        assert case["settings"]["0"]["share_of_rounds"] == {"plain": 1, "drafter": 0, "copy": 0}
+
+
+def test_copies_without_a_drafter(tiny_pair: TinyPair, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--model", str(tiny_pair("12b") / "target"), "--drafter", "none", "--kinds", "rewrite,list"]
+    args += ["--contexts", "60", "--temps", "0", "-m", "40", "--repeats", "1", "--json"]
+    assert main([*args, "--num-draft-tokens", "auto,copies"]) == 0
+    for case in json.loads(capsys.readouterr().out)["cases"]:
+        assert list(case["settings"]) == ["0", "copies"]
+
+
+def test_a_told_answer_needs_a_text(tiny_pair: TinyPair, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--model", str(tiny_pair("12b") / "target"), "--kinds", "blocks", "--contexts", "2"]
+    assert main(args) == 1
+    assert capsys.readouterr().err == "error: a context of 2 tokens is too short for the kind blocks\n"
+
+
+@pytest.mark.parametrize("kind", TOLD_KINDS)
+def test_told_answers_have_room(tiny_pair: TinyPair, kind: str) -> None:
+    model = mlx_mtp.load(tiny_pair("e2b") / "target")
+    found = task(model, kind, 1500, 50)
+    assert len(found.prompt) > 1500
+    assert found.answer is not None
+    assert len(found.answer) == 50
+    with pytest.raises(mlx_mtp.OptionError, match="the model holds 4096"):
+        task(model, kind, 6000, 50)
 
 
 def test_the_bytes_of_a_pass(tiny_pair: TinyPair) -> None:

@@ -13,7 +13,8 @@ from support.paths import PUBLISHED, ROOT
 
 SCRIPT = ROOT / "scripts" / "measure.py"
 MEASUREMENTS = (
-    "pair", "rules", "schema", "kv", "context", "formula", "published", "memory", "mapped", "ops", "host", "convert",
+    "pair", "rules", "schema", "kv", "context", "formula", "published", "memory", "mapped", "ops", "host", "copies",
+    "convert",
 )  # fmt: skip
 
 
@@ -39,6 +40,19 @@ def test_each_measurement_has_a_help(name: str) -> None:
     output = measure(name, "--help")
     assert f"python scripts/measure.py {name}" in output
     assert "options:" in output
+
+
+def test_copies_gain_on_edits_and_cost_nothing_elsewhere() -> None:
+    output = measure("copies", "--files", "4", "-m", "200", "--draws", "2")
+    tables = output.split("\n\n")[1:]
+    assert len(tables) == 5
+    for table in tables:
+        rows = {row[0]: [float(cell) for cell in row[1:]] for row in map(str.split, table.splitlines()[2:8])}
+        assert list(rows) == ["edit", "rewrite", "blocks", "cite", "code", "prose"]
+        # The second margin is the one in use.
+        assert all(rows[kind][2] > 1.05 * rows[kind][0] for kind in ("edit", "rewrite", "cite"))
+        assert all(rows[kind][2] > 0.97 * rows[kind][0] for kind in ("code", "prose"))
+    assert output.count("in use: 1.1") == 5
 
 
 def test_a_round_launches_fewer_kernels_than_a_pass_of_mlx_lm() -> None:
