@@ -132,10 +132,8 @@ def show_progress(bar: tqdm, done: int, total: int) -> None:
 def print_costs(costs: Costs) -> None:
     curve = costs.waiting
     one = curve.verify[0]
-    print(
-        "v(1) to v(9), ms (v(4), v(6), v(7), v(8) by interpolation): "
-        + " ".join(f"{1e3 * seconds:.1f}" for seconds in curve.verify)
-    )
+    print("v(1) to v(9), ms: " + " ".join(f"{1e3 * seconds:.1f}" for seconds in curve.verify))
+    print("v(4), v(6), v(7) and v(8) are interpolated")
     print("over v(1):        " + " ".join(f"{seconds / one:.2f}" for seconds in curve.verify))
     print(
         f"draft step {1e3 * curve.draft:.2f} ms, {curve.draft / one:.3f} of v(1); other {1e3 * curve.overhead:.2f} ms"
