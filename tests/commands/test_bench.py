@@ -99,11 +99,11 @@ def test_told_answers_change_the_text_or_cite_it() -> None:
     assert [sentence in cited for sentence in sentences] == [True, False, True]
 
 
-def test_copies_and_told_answers(tmp_path: Path) -> None:
+def test_copies_and_told_answers(capsys: pytest.CaptureFixture[str]) -> None:
     """The target is told the changes of a file, and copies write several times as many tokens per round."""
-    options = ["--kinds", "edit,blocks", "--contexts", "300", "--num-draft-tokens", "2,auto,copies", "-m", "300"]
-    result = run("bench.cli", *options, "--repeats", "1", "--temps", "1")
-    *lines, last = result.stdout.splitlines()
+    options = ["--kinds", "edit,blocks", "--contexts", "200", "--num-draft-tokens", "auto,copies", "-m", "200"]
+    assert main([*options, "--repeats", "1", "--temps", "1"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
     assert any(line.startswith("copies are at ") for line in lines)
     cases = json.loads(last)["cases"]
     assert [(case["kind"], case["temperature"]) for case in cases] == [("edit", 0), ("blocks", 0)]
