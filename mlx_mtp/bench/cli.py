@@ -254,7 +254,8 @@ def _run(args: argparse.Namespace) -> int:
     drafter = None if model.drafter_config is None else model.drafter_config.path.parent
     peers, report["failed_peers"] = _load_peers(args.peers, model, drafter)
     report["environment"] |= {name: version(name) for name in args.peers if name not in report["failed_peers"]}
-    runs = len(cases) * (len(lengths) + len(peers)) * (args.repeats + 1)
+    told = sum(each.answer is not None for _, _, each, _ in cases)
+    runs = (len(cases) * (len(lengths) + len(peers)) - told * len(peers)) * (args.repeats + 1)
     with tqdm(total=runs, desc="Bench", unit="run", disable=None, file=sys.stderr) as bar:
         for kind, context, task_of_case, temperature in cases:
             sampling = samplings[temperature]

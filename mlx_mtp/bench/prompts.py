@@ -19,9 +19,9 @@ from mlx_mtp.model import Model
 
 # The source of these modules is the text of the kind "code". Each machine has them: they are in the standard library.
 _MODULES = ("argparse", "queue", "posixpath", "textwrap", "statistics", "inspect", "typing", "tarfile", "turtle")
-# The first line of a function, if it is also the last one: its indentation, and its name.
+# The head of a function, if it is a single line: its indentation, and its name.
 _FUNCTION = re.compile(r"^( *)def (\w+)\(.*\).*:\n", re.MULTILINE)
-# A block of a change has this many lines of the file after the first line of a function.
+# A block of a change has this many lines of the file after the head of a function.
 _LINES_OF_BLOCK = 3
 # The speed of a shorter answer cannot be measured.
 _SHORTEST_ANSWER = 2

@@ -156,6 +156,16 @@ def test_a_clock_that_jumps_once_does_no_harm(
         assert curve.draft == pytest.approx(0)
 
 
+def test_it_goes_on_until_other_work_has_ended(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds take twice as long at first. This ends in the middle of the second turns."""
+    model = mlx_mtp.load(tiny_pair("e2b") / "target")
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: (n := next(ticks)) * 0.01 + min(n, 85) * 0.01)
+    plan = MeasuringPlan(seconds=0.0, longest=100.0)
+    costs = measure_rounds(model.target, model.drafter, mlx_mtp.Sampling(), plan=plan)
+    assert costs.waiting.verify == pytest.approx([0.01] * 9)
+
+
 def test_a_clock_that_stands_still_is_an_error_not_a_curve(
     tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
