@@ -13,13 +13,16 @@ SHORTEST_MATCH = 2
 _MOST_PLACES = 32
 _LONGEST_COMPARED = 64
 # Matches are counted by their length, in groups that begin at these lengths. The shares are those of a prior: how often
-# the token after a match is the copied one. They were measured on new source code with a similar file in its prompt.
-# Edits of a file have larger shares. They soon show in the text itself, and a prior of edits slows down other texts.
+# the token after a match is the copied one. They are below the shares of new source code with a similar file in its
+# prompt. A text of edits has larger ones, and shows it by few misses: see CopyStatistics.
 _LENGTHS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
-_PRIOR = (0.43, 0.54, 0.63, 0.74, 0.80, 0.84, 0.88, 0.91, 0.92, 0.97)
-# The weight of the prior in tokens, and the share of the counts of a group that is left after each further token.
-_PRIOR_WEIGHT = 4.0
+_PRIOR = (0.38, 0.48, 0.56, 0.66, 0.70, 0.74, 0.76, 0.78, 0.80, 0.85)
+# The weight of the prior of a group in tokens, and the share of the counts that is left after each further token.
+_PRIOR_WEIGHT = 8.0
 _MEMORY = 0.95
+# The same for the misses of all groups: as many misses as the prior expects weigh one.
+_MISSES_WEIGHT = 1.0
+_MISSES_MEMORY = 0.97
 
 
 class CopyIndex:
@@ -106,22 +109,32 @@ class CopyIndex:
 
 
 class CopyStatistics:
-    """The share of tokens after a match that were the copied ones, by the length of the match."""
+    """The share of tokens after a match that were the copied ones, by the length of the match.
+
+    A prior stands in for the tokens that a text does not have yet. The misses that it expects are multiplied by a
+    factor of this text, at most 1: the misses so far, after matches of any length, over those that the prior expected.
+    So a text that repeats long stretches is known after a few short ones.
+    """
 
     def __init__(self) -> None:
-        self._right = [_PRIOR_WEIGHT * share for share in _PRIOR]
-        self._trials = [_PRIOR_WEIGHT] * len(_PRIOR)
+        self._right = [0.0] * len(_PRIOR)
+        self._trials = [0.0] * len(_PRIOR)
+        self._misses = self._expected_misses = _MISSES_WEIGHT
 
     def add(self, match: int, *, is_right: bool) -> None:
         """Count a token after a match of this length."""
-        group = bisect_right(_LENGTHS, match) - 1
-        for counts, more in ((self._right, is_right), (self._trials, True)):
-            counts[group] = counts[group] * _MEMORY + more
+        group = _group(match)
+        self._right[group] = self._right[group] * _MEMORY + is_right
+        self._trials[group] = self._trials[group] * _MEMORY + 1
+        self._misses = _decayed(self._misses) + (not is_right)
+        self._expected_misses = _decayed(self._expected_misses) + 1 - _PRIOR[group]
 
     def share(self, match: int) -> float:
         """Return the expected share of right tokens after a match of this length."""
-        group = bisect_right(_LENGTHS, match) - 1
-        return self._right[group] / self._trials[group]
+        group = _group(match)
+        factor = min(1.0, self._misses / self._expected_misses)
+        prior = 1 - (1 - _PRIOR[group]) * factor
+        return (self._right[group] + _PRIOR_WEIGHT * prior) / (self._trials[group] + _PRIOR_WEIGHT)
 
     def expected_tokens(self, match: int, counts: Sequence[int]) -> list[float]:
         """Return the expected number of tokens of a round that copies, for each of these rising numbers of tokens."""
@@ -132,3 +145,12 @@ class CopyStatistics:
             if count in counts:
                 expected.append(tokens)
         return expected
+
+
+def _group(match: int) -> int:
+    return bisect_right(_LENGTHS, match) - 1
+
+
+def _decayed(misses: float) -> float:
+    """Return misses with less weight for those of earlier tokens. The weight of the prior does not decay."""
+    return _MISSES_WEIGHT + (misses - _MISSES_WEIGHT) * _MISSES_MEMORY

@@ -7,7 +7,7 @@ from .draft_length import COPY_LENGTHS, Choice, Costs, DraftPolicy
 from .report import RoundReport
 
 # A copy must promise this factor in tokens per second over the drafter's best round and over plain decoding.
-COPY_GAIN = 1.1
+COPY_GAIN = 1.3
 
 
 class CopyPolicy(DraftPolicy):
