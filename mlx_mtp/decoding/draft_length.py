@@ -27,7 +27,7 @@ _FIRST_WEIGHT = 2.0
 _MEMORY = 0.93
 # Another number of draft tokens, except 0, must promise this factor in tokens per second.
 _GAIN = 1.03
-# Trials of the drafter may take this share of the time while plain decoding is faster. The first value applies at the
+# Trials of the drafter may lose this share of the time while plain decoding is faster. The first value applies at the
 # start, the last value after repeated failures.
 _FIRST_TRIALS = 0.02
 _LAST_TRIALS = 0.005
@@ -126,8 +126,9 @@ class DraftLength(DraftPolicy):
 
     The policy estimates the acceptance at each draft position from the last rounds. k maximizes the expected tokens per
     second, E(k) / cost(k). If no k > 0 promises more than plain decoding, k is 0. The drafter is then tried again with
-    one draft token, at growing intervals. There are no trials if drafting cannot pay even when all draft tokens are
-    accepted. Nothing is timed here: the same costs and the same text give the same choices.
+    one draft token, at intervals that grow, and that are short if such a trial loses little. There are no trials if
+    drafting cannot pay even when all draft tokens are accepted. Nothing is timed here: the same costs and the same text
+    give the same choices.
     """
 
     def __init__(self, costs: Costs) -> None:
@@ -148,11 +149,8 @@ class DraftLength(DraftPolicy):
     def use(self, costs: Costs) -> None:
         """Choose by these costs from now on. The counts of accepted draft tokens stay."""
         self.costs = costs
-        # `trial` is the extra cost of a trial, in plain rounds. It determines the number of rounds to wait before the
-        # next trial.
-        trial = costs.round(1) / costs.round(0) - 1 if self._trials else 0.0
-        self._waits = max(1.0, trial / _FIRST_TRIALS), max(1.0, trial / _LAST_TRIALS)
-        self._wait = self._left = self._waits[0]
+        self._share, self._left = _FIRST_TRIALS, 0.0
+        self._wait()
         # This is true if some number of draft tokens pays when all of them are accepted.
         self._can_pay = any((k + 1) * costs.round(0) > costs.round(k) for k in range(1, len(self._trials) + 1))
         self.k = self._best()
@@ -179,10 +177,11 @@ class DraftLength(DraftPolicy):
                 self._hits[position] += position < report.accepted
         best = self._best()
         if best:
-            self.k, self._wait = best, self._waits[0]
+            self.k, self._share = best, _FIRST_TRIALS
         elif self.k > 1 or not report.accepted:
-            self.k, self._left = 0, self._wait
-            self._wait = min(2 * self._wait, self._waits[1])
+            self.k = 0
+            self._wait()
+            self._share = max(self._share / 2, _LAST_TRIALS)
 
     def acceptance(self) -> list[float]:
         """Return the estimated acceptance rate at each draft position.
@@ -194,6 +193,17 @@ class DraftLength(DraftPolicy):
             expected, weight = (shares[-1], _LIKENESS) if shares else (_EXPECTED, _PRIOR_WEIGHT)
             shares.append((hits + weight * expected) / (trials + weight))
         return shares
+
+    def _wait(self) -> None:
+        """Set the number of plain rounds before the next trial.
+
+        A trial costs more than a plain round, and gains a token if it is accepted. It may lose a share of the time
+        until the next trial, so a drafter that nearly pays is tried often. A useless one is not: the gain has no prior.
+        """
+        if self._trials:
+            gain = self._hits[0] / (self._trials[0] + 1)
+            loss = self.costs.round(1) / self.costs.round(0) - 1 - gain
+            self._left = max(1.0, loss / self._share)
 
     def _forget(self, kept_share: float) -> None:
         self._trials = [trials * kept_share for trials in self._trials]
