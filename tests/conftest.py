@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 from llguidance import LLMatcher
 from support.compiled_header import precompile_header
-from support.curves import COPIED, COSTS, PLAIN
+from support.curves import use_known_costs
 from support.paths import WITHOUT_TORCH
 from support.tiny import (
     STOP_IDS,
@@ -27,9 +27,6 @@ from support.tiny import (
 )
 
 import mlx_mtp
-from mlx_mtp.decoding import calibration
-from mlx_mtp.decoding.calibration import RoundCosts, choosing_policy
-from mlx_mtp.decoding.draft_length import Costs, DraftPolicy
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.target import Target
 from mlx_mtp.grammars.compiler import compile_grammar
@@ -96,7 +93,9 @@ def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def commands_without_torch() -> None:
+def commands_without_torch(cache_directory: Path) -> None:
+    """Let the commands under test start quickly. See support/without_torch."""
+    os.environ["MLX_MTP_TESTS_IMPORTS"] = str(cache_directory.with_name("imports"))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(WITHOUT_TORCH), os.environ.get("PYTHONPATH")]))
 
 
@@ -109,21 +108,7 @@ def memory_limit() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use fixed costs instead of measurements in this process: the same text is always drafted in the same way."""
-
-    def measured(_: Target, drafter: Drafter | None, *__: Any, copied: tuple[int, ...] = (), **___: Any) -> Costs:
-        costs = COSTS if drafter is not None else PLAIN
-        return costs._replace(copied=COPIED[: 1 + max(copied, default=-1)])
-
-    monkeypatch.setattr(calibration, "measure_rounds", measured)
-
-    # The first rounds of a text measure nothing.
-    def policy(costs: RoundCosts, k: int | None, *options: Any, copies: bool = False) -> DraftPolicy:
-        if k is not None:
-            return DraftPolicy(k, ahead=True)
-        return choosing_policy(costs.read(*options, copies=copies), copies=copies)
-
-    monkeypatch.setattr(RoundCosts, "policy", policy)
+    use_known_costs(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,7 @@ def test_a_round_launches_fewer_kernels_than_a_pass_of_mlx_lm() -> None:
 def test_an_artificial_drafter_is_accepted_as_told() -> None:
     """The script itself checks that the text is plain decoding's text."""
     output = measure(
-        "formula", "--quick", "--repeats", "1", "--chances", "0.5", "1", "--num-draft-tokens", "2", "-m", "120"
+        "formula", "--quick", "--repeats", "1", "--chances", "0.5", "1", "--num-draft-tokens", "2", "-m", "90"
     )
     lengths = {chance: float(cells(output, f"{chance}  2")[0]) for chance in ("0.5", "1.0")}
     assert lengths["0.5"] == pytest.approx(1.75, abs=0.2)

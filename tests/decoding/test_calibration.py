@@ -296,9 +296,9 @@ def test_auto_drafts_what_pays_and_the_text_is_the_same() -> None:
     per_round = []
     for sampling in (mlx_mtp.Sampling(), coupled):
         plain = model.generate(
-            "def read_config(path):\n", max_tokens=150, ignore_eos=True, num_draft_tokens=0, sampling=sampling
+            "def read_config(path):\n", max_tokens=80, ignore_eos=True, num_draft_tokens=0, sampling=sampling
         )
-        auto = model.generate("def read_config(path):\n", max_tokens=150, ignore_eos=True, sampling=sampling)
+        auto = model.generate("def read_config(path):\n", max_tokens=80, ignore_eos=True, sampling=sampling)
         assert auto.tokens == plain.tokens
         per_round.append(auto.last.stats.drafted / auto.last.stats.rounds)
     assert max(per_round) > 2

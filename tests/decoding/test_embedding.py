@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,16 +208,17 @@ def active() -> int:
 def test_close_gives_the_memory_back(tiny_pair: TinyPair, how: str) -> None:
     """Memory is free after generations of every kind, with open streams, and while the model is still referenced."""
     before = active()
+    options = replace(OPTIONS, max_tokens=12)
     kind: dict[str, Any] = {"exact": True} if how == "exact" else {"per_layer_embeddings": how}
     model = mlx_mtp.load(tiny_pair("e2b") / "target", **kind)
     loaded = active() - before
     sampled = mlx_mtp.Sampling(temperature=1.0, top_k=20, seed=5, repetition_penalty=1.1)
     for _ in range(2):
-        model.generate(PROMPT, OPTIONS)
-        model.generate(PROMPT, OPTIONS, sampling=sampled)
-        model.generate(PROMPT, max_tokens=30, regex="[a-z ]{5,80}")
-        model.generate(PROMPT, OPTIONS, num_draft_tokens="auto", logprobs=2)
-    asyncio.run(model.agenerate(LONG, OPTIONS))
+        model.generate(PROMPT, options)
+        model.generate(PROMPT, options, sampling=sampled)
+        model.generate(PROMPT, max_tokens=12, regex="[a-z ]{5,80}")
+        model.generate(PROMPT, options, num_draft_tokens="auto", logprobs=2)
+    asyncio.run(model.agenerate(LONG, options))
     if how != "exact":
         assert model.prompt_cache.entries
     is_open = [model.stream_generate(LONG, **ENDLESS) for _ in range(2)]
@@ -236,7 +238,7 @@ def test_close_gives_the_memory_back(tiny_pair: TinyPair, how: str) -> None:
 
 def test_models_used_on_two_threads_leave_nothing_to_each_other(tmp_path: Path) -> None:
     """MLX caches compiled functions by thread and function address. A later model can have the same address."""
-    options = mlx_mtp.GenerationOptions(max_tokens=40, num_draft_tokens=0, ignore_eos=True)
+    options = mlx_mtp.GenerationOptions(max_tokens=12, num_draft_tokens=0, ignore_eos=True)
     folders = [make_target(tmp_path / str(seed), "e2b", seed=seed) for seed in (1, 2)]
     expected = []
     for folder in folders:

@@ -78,9 +78,9 @@ def test_exact_text_is_that_of_plain_decoding(tiny_pair: TinyPair, monkeypatch: 
     module = sys.modules["mlx_mtp.loading"]
     monkeypatch.setattr(module, "load_target", lambda config, **_: cast(load_target(config.path.parent)[0], dtype))
     model = mlx_mtp.load(tiny_pair("e2b") / "target", exact=True)
-    plain = model.generate(PROMPT, max_tokens=60, num_draft_tokens=0, ignore_eos=True, logprobs=1)
+    plain = model.generate(PROMPT, max_tokens=30, num_draft_tokens=0, ignore_eos=True, logprobs=1)
     for k in (1, 3, 8):
-        drafted = model.generate(PROMPT, max_tokens=60, num_draft_tokens=k, ignore_eos=True, logprobs=1)
+        drafted = model.generate(PROMPT, max_tokens=30, num_draft_tokens=k, ignore_eos=True, logprobs=1)
         assert drafted.tokens == plain.tokens
         assert drafted.last.stats.drafted > 0
     with pytest.raises(mlx_mtp.OptionError, match="num_draft_tokens is 9: exact passes verify at most 8"):

@@ -80,7 +80,7 @@ def test_an_answer_is_in_the_language_and_does_not_depend_on_drafts(
     samplings += [mlx_mtp.Sampling(temperature=1.0, seed=s, top_k=40, acceptance="coupled") for s in range(2)]
     ended = 0
     for sampling in samplings:
-        options = {**grammar, "sampling": sampling, "max_tokens": 150}
+        options = {**grammar, "sampling": sampling, "max_tokens": 90}
         plain = model.generate(PROMPT, num_draft_tokens=0, **options)
         for k in (1, 4) if sampling.is_greedy else (3,):
             assert model.generate(PROMPT, num_draft_tokens=k, **options).tokens == plain.tokens
@@ -193,7 +193,8 @@ def test_sampled_answers_have_the_plain_distribution(model: mlx_mtp.Model) -> No
     expected = exact(model, regex)
     assert len(expected) > 10
     assert sum(expected.values()) == pytest.approx(1)
-    options = mlx_mtp.GenerationOptions(regex=regex, num_draft_tokens=3)
+    # The longest text is the first token and three more: two draft tokens and the one after them.
+    options = mlx_mtp.GenerationOptions(regex=regex, num_draft_tokens=2)
     counts = Counter(
         tuple(model.generate(PROMPT, options, sampling=mlx_mtp.Sampling(temperature=1.0, seed=seed)).tokens)
         for seed in range(draws)
@@ -245,7 +246,7 @@ def assert_schemas_hold(model: mlx_mtp.Model, seeds: range) -> None:
 
 
 def test_random_schemas(trained: mlx_mtp.Model) -> None:
-    assert_schemas_hold(trained, range(30))
+    assert_schemas_hold(trained, range(20))
 
 
 def test_an_answer_cut_short_is_a_beginning(trained: mlx_mtp.Model) -> None:
@@ -316,7 +317,7 @@ def test_a_thought_is_separate_and_within_its_budget(
     model: mlx_mtp.Model, channel: Channel, grammar: dict[str, Any], length: int, expected: int
 ) -> None:
     processors = [thinker(model, channel, length)]
-    options: dict[str, Any] = {"max_tokens": 50, "enable_thinking": True, "logits_processors": processors}
+    options: dict[str, Any] = {"max_tokens": 36, "enable_thinking": True, "logits_processors": processors}
     results = [
         model.generate(PROMPT, num_draft_tokens=k, thinking_budget=BUDGET, **options, **grammar) for k in (0, 1, 6)
     ]
@@ -398,10 +399,10 @@ def test_a_drafter_of_given_tokens_asks_for_each_row(model: mlx_mtp.Model) -> No
 
 def test_no_budget_leaves_a_thought_alone(model: mlx_mtp.Model, channel: Channel) -> None:
     for k in (0, 4):
-        options: dict[str, Any] = {"max_tokens": 80, "num_draft_tokens": k, "ignore_eos": True}
-        process = thinker(model, channel, 40)
+        options: dict[str, Any] = {"max_tokens": 45, "num_draft_tokens": k, "ignore_eos": True}
+        process = thinker(model, channel, 25)
         result = model.generate(PROMPT, enable_thinking=True, logits_processors=[process], **options)
-        assert result.tokens.index(channel.end) == 1 + channel.header + 40
+        assert result.tokens.index(channel.end) == 1 + channel.header + 25
         assert result.text
         # Only the chat template enables thoughts. A thought is separated even if it is not enabled.
         assert model.generate(PROMPT, logits_processors=[process], **options).thought == result.thought
@@ -443,8 +444,8 @@ def test_coupled_tokens_depend_on_no_draft_length_under_all_options_together(
         frequency_penalty=0.2,
     )  # fmt: skip
     options = mlx_mtp.GenerationOptions(
-        max_tokens=70, sampling=sampling, regex="([a-z]{3,9} ){5,9}end", enable_thinking=True, thinking_budget=20,
-        logits_processors=[thinker(model, channel, 30)], stop="zzz", logprobs=2,
+        max_tokens=48, sampling=sampling, regex="([a-z]{3,9} ){5,9}end", enable_thinking=True, thinking_budget=12,
+        logits_processors=[thinker(model, channel, 20)], stop="zzz", logprobs=2,
     )  # fmt: skip
     plain = model.generate(PROMPT, options, num_draft_tokens=0)
     assert channel.end in plain.tokens

@@ -29,9 +29,9 @@ from mlx_mtp.gemma4.drafter import Drafter, DraftInputs
 from mlx_mtp.gemma4.kv_cache import CAPACITY_STEP, Cache
 from mlx_mtp.gemma4.target import Target
 
-TOKENS = 80
+TOKENS = 50
 # With TOKENS after this prompt, the K/V buffers of full attention grow once.
-GROWING = random_tokens(CAPACITY_STEP - 40, seed=2)
+GROWING = random_tokens(CAPACITY_STEP - 25, seed=2)
 
 
 def run(

@@ -157,6 +157,7 @@ def plain(message: Message) -> dict[str, Any]:
 
 
 CALL = f"<|tool_call>call:weather{{city:{Q}Oslo{Q},days:[1,{{a:null}}]}}<tool_call|>"
+SHORT_CALL = "<|tool_call>call:weather{}<tool_call|>"
 THOUGHT = {"type": "thinking", "thinking": "Let me see.\n", "signature": "bWx4LW10cA=="}
 THOUGHTS: Any = {"thinking": {"type": "enabled", "budget_tokens": 1024}}
 ANSWERS: list[tuple[str, Any, list[dict[str, Any]], str, str | None]] = [
@@ -165,18 +166,19 @@ ANSWERS: list[tuple[str, Any, list[dict[str, Any]], str, str | None]] = [
     ("Yes: so cold.", {"stop_sequences": ["", ": ", "so"]}, [{"type": "text", "text": "Yes"}], "stop_sequence", ": "),
     ("", {"max_tokens": 0}, [], "max_tokens", None),
     (
-        f"<|channel>thought\nLet me see.\n<channel|>I look.{CALL}{CALL}",
+        f"<|channel>thought\nLet me see.\n<channel|>I look.{CALL}{SHORT_CALL}",
         THOUGHTS | {"tools": [WEATHER], "stop_sequences": ["Oslo"]},
         [
             THOUGHT,
             {"type": "text", "text": "I look."},
-            *[{"type": "tool_use", "name": "weather", "input": {"city": "Oslo", "days": [1, {"a": None}]}}] * 2,
+            {"type": "tool_use", "name": "weather", "input": {"city": "Oslo", "days": [1, {"a": None}]}},
+            {"type": "tool_use", "name": "weather", "input": {}},
         ],
         "tool_use",
         None,
     ),
     # Without tools, no text is parsed as a call. A call without arguments is a call.
-    ("I look.<|tool_call>call:weather{}<tool_call|>", {"tools": [WEATHER]}, [
+    (f"I look.{SHORT_CALL}", {"tools": [WEATHER]}, [
         {"type": "text", "text": "I look."}, {"type": "tool_use", "name": "weather", "input": {}}
     ], "tool_use", None),
 ]  # fmt: skip
