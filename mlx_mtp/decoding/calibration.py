@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 # These draft lengths are measured with a drafter. The other lengths follow from the verify passes alone.
 _DRAFTED = (1, MAX_DRAFT_TOKENS)
-# The fastest turn of a length counts if the second one takes at most this many times as long.
+# The turns of a length agree if the slowest of their middle half takes at most this many times as long as the fastest.
 _AGREEMENT = 1.03
 # The costs are measured and kept for each of these ranges of contexts. A range begins at its number of tokens. Over a
 # longer context, attention costs more, and so does the copy of a K/V buffer that a round in flight still reads.
@@ -60,8 +60,8 @@ class MeasuringPlan:
     more runs compiled.
 
     Rounds of one length follow each other for `turn_seconds` seconds. Their number stays within the limits of
-    `turn_rounds`. The turns repeat for `seconds` seconds, and then until the two fastest turns of each length agree,
-    for `longest` seconds at most. Their number stays within the limits of `repetitions`.
+    `turn_rounds`. The turns repeat for `seconds` seconds, and then until the turns of each length agree, for `longest`
+    seconds at most. Their number stays within the limits of `repetitions`.
     """
 
     context: int = 64
@@ -370,9 +370,9 @@ def _round_ahead(stream: Stream, position: int, k: int) -> None:
 def _time_in_turn(
     runs: dict[tuple[str, int], Callable[[], object]], plan: MeasuringPlan, on_progress: Progress | None
 ) -> dict[tuple[str, int], float]:
-    """Return the seconds of each run, by key: the median of its fastest turn. The runs take turns.
+    """Return the seconds of each run, by key: the median of its turns, which are medians. The runs take turns.
 
-    Other work on the machine makes rounds slower, and never faster.
+    So what other work does to a machine's speed meets all runs alike.
     """
     least, most = plan.repetitions
     fewest, limit = plan.turn_rounds
@@ -406,10 +406,10 @@ def _time_in_turn(
         for key, run in runs.items():
             taken[key].append(turn(run))
             report(int(repetition < least))
-    return {key: min(turns) for key, turns in taken.items()}
+    return {key: median(turns) for key, turns in taken.items()}
 
 
 def _agree(turns: list[float]) -> bool:
-    """Return whether the two fastest turns differ so little that other work has disturbed neither of them."""
-    fastest, second, *_ = sorted(turns)
-    return second <= _AGREEMENT * fastest
+    """Return whether the middle half of the turns differ little."""
+    ordered, outer = sorted(turns), len(turns) // 4
+    return ordered[-1 - outer] <= _AGREEMENT * ordered[outer]
