@@ -18,6 +18,7 @@ MEASUREMENTS = {
     "ops": "the number of operations of a round at the sizes of published models",
     "host": "the processor time of the host per round",
     "copies": "the choice of copied draft tokens, simulated on cost curves of Macs",
+    "lengths": "the automatic draft length, simulated on recorded texts",
     "convert": "time and peak memory of the conversion of a large checkpoint",
 }
 

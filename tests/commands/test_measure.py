@@ -14,7 +14,7 @@ from support.paths import PUBLISHED, ROOT
 SCRIPT = ROOT / "scripts" / "measure.py"
 MEASUREMENTS = (
     "pair", "rules", "schema", "kv", "context", "formula", "published", "memory", "mapped", "ops", "host", "copies",
-    "convert",
+    "lengths", "convert",
 )  # fmt: skip
 
 
@@ -53,6 +53,20 @@ def test_copies_gain_on_edits_and_cost_nothing_elsewhere() -> None:
         assert all(rows[kind][4] > 1.05 * rows[kind][0] for kind in ("edit", "rewrite", "cite"))
         assert all(rows[kind][4] > 0.97 * rows[kind][0] for kind in ("code", "prose"))
     assert output.count("in use: 1.3") == 5
+
+
+def test_auto_is_near_the_best_fixed_length(tmp_path: Path) -> None:
+    report = {
+        "cases": [{"costs": {"verify": [1, 1.2, 1.3, 1.5, 1.6, 1.8, 2.0, 2.2, 2.4], "draft": 0.1, "overhead": 0}}]
+    }
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    output = measure(
+        "lengths", "--kinds", "code", "--contexts", "100", "-m", "30", "--reports", tmp_path / "report.json"
+    )
+    _, plain, *fixed, auto, share, _ = (float(cell) for cell in cells(output, "code  100"))
+    assert plain == 1
+    assert max(fixed) > 1.3
+    assert share == pytest.approx(auto / max(1, *fixed[:4]), rel=0.02)
 
 
 def test_a_round_launches_fewer_kernels_than_a_pass_of_mlx_lm() -> None:
