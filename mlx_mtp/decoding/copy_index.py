@@ -20,7 +20,7 @@ _PRIOR = (0.38, 0.48, 0.56, 0.66, 0.70, 0.74, 0.76, 0.78, 0.80, 0.85)
 # The weight of the prior of a group in tokens, and the share of the counts that is left after each further token.
 _PRIOR_WEIGHT = 8.0
 _MEMORY = 0.95
-# The same for the misses of all groups: as many misses as the prior expects weigh one.
+# The same for the misses of all groups together. This weight is a number of misses.
 _MISSES_WEIGHT = 1.0
 _MISSES_MEMORY = 0.97
 

@@ -149,8 +149,8 @@ class DraftLength(DraftPolicy):
     def use(self, costs: Costs) -> None:
         """Choose by these costs from now on. The counts of accepted draft tokens stay."""
         self.costs = costs
-        self._share, self._left = _FIRST_TRIALS, 0.0
-        self._wait()
+        self._lost_share, self._left = _FIRST_TRIALS, 0.0
+        self._plan_trial()
         # This is true if some number of draft tokens pays when all of them are accepted.
         self._can_pay = any((k + 1) * costs.round(0) > costs.round(k) for k in range(1, len(self._trials) + 1))
         self.k = self._best()
@@ -177,11 +177,11 @@ class DraftLength(DraftPolicy):
                 self._hits[position] += position < report.accepted
         best = self._best()
         if best:
-            self.k, self._share = best, _FIRST_TRIALS
+            self.k, self._lost_share = best, _FIRST_TRIALS
         elif self.k > 1 or not report.accepted:
             self.k = 0
-            self._wait()
-            self._share = max(self._share / 2, _LAST_TRIALS)
+            self._plan_trial()
+            self._lost_share = max(self._lost_share / 2, _LAST_TRIALS)
 
     def acceptance(self) -> list[float]:
         """Return the estimated acceptance rate at each draft position.
@@ -194,7 +194,7 @@ class DraftLength(DraftPolicy):
             shares.append((hits + weight * expected) / (trials + weight))
         return shares
 
-    def _wait(self) -> None:
+    def _plan_trial(self) -> None:
         """Set the number of plain rounds before the next trial.
 
         A trial costs more than a plain round, and gains a token if it is accepted. It may lose a share of the time
@@ -203,7 +203,7 @@ class DraftLength(DraftPolicy):
         if self._trials:
             gain = self._hits[0] / (self._trials[0] + 1)
             loss = self.costs.round(1) / self.costs.round(0) - 1 - gain
-            self._left = max(1.0, loss / self._share)
+            self._left = max(1.0, loss / self._lost_share)
 
     def _forget(self, kept_share: float) -> None:
         self._trials = [trials * kept_share for trials in self._trials]

@@ -156,11 +156,14 @@ def test_a_clock_that_jumps_once_does_no_harm(
         assert curve.draft == pytest.approx(0)
 
 
-def test_it_goes_on_until_other_work_has_ended(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounds take twice as long at first. This ends in the middle of the second turns."""
+@pytest.mark.parametrize("more", [0.01, -0.005])
+def test_it_goes_on_until_the_speed_is_steady(
+    tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch, more: float
+) -> None:
+    """Rounds take twice or half as long at first. This ends in the middle of the second turns."""
     model = mlx_mtp.load(tiny_pair("e2b") / "target")
     ticks = itertools.count()
-    monkeypatch.setattr(time, "perf_counter", lambda: (n := next(ticks)) * 0.01 + min(n, 85) * 0.01)
+    monkeypatch.setattr(time, "perf_counter", lambda: (n := next(ticks)) * 0.01 + min(n, 85) * more)
     plan = MeasuringPlan(seconds=0.0, longest=100.0)
     costs = measure_rounds(model.target, model.drafter, mlx_mtp.Sampling(), plan=plan)
     assert costs.waiting.verify == pytest.approx([0.01] * 9)

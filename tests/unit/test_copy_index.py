@@ -87,6 +87,9 @@ def test_shares_come_from_the_prior_and_then_from_the_text() -> None:
         statistics.add(5, is_right=False)
     assert statistics.share(4) < shares[2] / 3
     assert statistics.share(8) == shares[3]
+    for _ in range(100):
+        statistics.add(4, is_right=True)
+    assert statistics.share(5) > 0.97
 
 
 def test_a_text_with_few_misses_is_known_after_a_few_tokens() -> None:
