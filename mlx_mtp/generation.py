@@ -82,7 +82,7 @@ def begin(
         budget=budget,
         counts_rows=bool(options.logits_processors),
     )
-    return _reusing(model, stream, prompt, responses) if reuses else responses
+    return _reusing(model, stream, policy, prompt, responses) if reuses else responses
 
 
 def checked(on_progress: Progress | None, check: Callable[[], None]) -> Progress:
@@ -159,15 +159,22 @@ def _check_kv(model: LoadedModel, kv: KVQuantization | None) -> None:
 
 
 def _reusing(
-    model: LoadedModel, stream: Stream, prompt: list[int], responses: Generator[GenerationResponse, None, None]
+    model: LoadedModel,
+    stream: Stream,
+    policy: DraftPolicy,
+    prompt: list[int],
+    responses: Generator[GenerationResponse, None, None],
 ) -> Generator[GenerationResponse, None, None]:
     """Yield the responses of a stream that uses the prompt cache.
 
-    The stream starts from the K/V of an earlier prompt, and puts its own K/V into the prompt cache.
+    The stream starts from the K/V of an earlier prompt, and puts its own K/V into the prompt cache. The policy starts
+    from the index of the earlier text, if there is one.
     """
     reused = model.prompt_cache.take(prompt, stream.kv_format)
     if reused is not None:
         stream.resume(reused)
+        if reused.entry.copy_index is not None:
+            policy.resume(reused.entry.copy_index)
         del reused
     try:
         yield from responses
@@ -176,4 +183,5 @@ def _reusing(
         if entry is not None and not model.is_closed:
             # After a failure or Ctrl-C, the last pass may not be evaluated yet.
             mx.eval(list(entry.arrays()))
+            entry.copy_index = policy.copy_index
             model.prompt_cache.put(entry)

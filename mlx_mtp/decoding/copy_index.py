@@ -6,6 +6,7 @@ match is the longest one, and each token of the text tells how often a match of 
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
 # A match has at least this many tokens. Each pair of tokens has a list of its places.
 SHORTEST_MATCH = 2
@@ -43,6 +44,9 @@ class CopyIndex:
         self.match = 0
         self.extend(tokens)
 
+    def __len__(self) -> int:
+        return len(self._tokens)
+
     def extend(self, tokens: Iterable[int]) -> None:
         """Add tokens to the end of the text. Only the end of the last one is searched."""
         added = list(tokens)
@@ -62,6 +66,22 @@ class CopyIndex:
             self.match += 1
         else:
             self._source, self.match = self._longest(latest)
+
+    def beginning_of(self, tokens: Sequence[int]) -> "CopyIndex":
+        """Return an index of the tokens that this text and the beginning of `tokens` share, except the last token.
+
+        This takes less than a fifth of the time of a new index, if little of this text is left out. It has no match
+        before tokens are added.
+        """
+        pairs = zip(self._tokens, tokens[:-1], strict=False)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        found = CopyIndex()
+        found._tokens, found._earlier = self._tokens[:shared], self._earlier[:shared]
+        found._latest = self._latest.copy()
+        for place in range(len(self._tokens), max(shared, SHORTEST_MATCH - 1), -1):
+            pair = (self._tokens[place - 2], self._tokens[place - 1])
+            found._latest[pair] = self._earlier[place - 1]
+        return found
 
     def _add(self, token: int) -> int:
         """Add a token, and return the place after the earlier occurrence of the last pair of tokens, or 0."""

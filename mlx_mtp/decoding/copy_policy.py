@@ -25,11 +25,23 @@ class CopyPolicy(DraftPolicy):
         self.chooser = chooser
         self._set_costs(costs)
         self._index = CopyIndex()
+        self._earlier: CopyIndex | None = None
         self._statistics = CopyStatistics()
+
+    @property
+    def copy_index(self) -> CopyIndex:
+        """The index of the text."""
+        return self._index
+
+    def resume(self, copy_index: CopyIndex) -> None:
+        """Use the index of an earlier text. It is not changed. Call it before `start`."""
+        self._earlier = copy_index
 
     def start(self, tokens: Sequence[int]) -> None:
         """Prepare the first round. The text begins with these tokens, which include the prompt."""
-        self._index.extend(tokens)
+        if self._earlier is not None:
+            self._index, self._earlier = self._earlier.beginning_of(tokens), None
+        self._index.extend(tokens[len(self._index) :])
         self.chooser.start(tokens)
 
     def choose(self, in_flight: int = 0) -> Choice:

@@ -6,6 +6,7 @@ The choice depends on the cost of rounds and on the acceptance so far.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from .copy_index import CopyIndex
 from .report import RoundReport
 
 # This is the largest number of draft tokens in a round of automatic draft length, of an exact model, of the server, and
@@ -99,6 +100,17 @@ class DraftPolicy:
     def choose(self, in_flight: int = 0) -> Choice:
         """Choose the next round, while `in_flight` rounds are not reported yet."""
         return Choice(self.k, self.ahead)
+
+    @property
+    def copy_index(self) -> CopyIndex | None:
+        """The index of the text, or None if the policy does not copy from it."""
+        return None
+
+    def resume(self, copy_index: CopyIndex) -> None:
+        """Use the index of an earlier text, so that their common beginning is not read again. Call it before `start`.
+
+        The index is not changed.
+        """
 
     def start(self, tokens: Sequence[int]) -> None:
         """Prepare the first round. The text begins with these tokens, which include the prompt."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .copy_index import CopyIndex
 from .draft_length import MAX_DRAFT_TOKENS, Choice, CostCurve, Costs, DraftPolicy
 from .kept_costs import MeasuringLock
 from .report import RoundReport
@@ -172,6 +173,15 @@ class MeasuringPolicy(DraftPolicy):
         self._acquire = acquire
         self._finish = finish
         self._lock: MeasuringLock | None = None
+
+    @property
+    def copy_index(self) -> CopyIndex | None:
+        """The index of the text, or None if `chooser` does not copy from it."""
+        return self.chooser.copy_index
+
+    def resume(self, copy_index: CopyIndex) -> None:
+        """Hand the index of an earlier text to `chooser`. Call it before `start`."""
+        self.chooser.resume(copy_index)
 
     def start(self, tokens: Sequence[int]) -> None:
         """Start the measurement, or continue that of earlier texts."""

@@ -21,6 +21,8 @@ from mlx_mtp.checkpoints.tensors import read_header
 from mlx_mtp.errors import PromptCacheError, WeightsError
 from mlx_mtp.gemma4.kv_cache import Buffers, KVQuantization, KVRows, Quantized, parts_of, spare_slots
 
+from .copy_index import CopyIndex
+
 # This number changes when the format of the files changes.
 FORMAT = 2
 # This is the largest number of snapshots of one text.
@@ -53,13 +55,15 @@ class KVFormat(NamedTuple):
 class CacheEntry:
     """A text in the prompt cache: its tokens, its full-attention rows, and snapshots by position.
 
-    The last snapshot is at the end of the tokens.
+    The last snapshot is at the end of the tokens. `copy_index` is the index of the text, if copies were drafted from
+    it. Files do not keep it.
     """
 
     kv_format: KVFormat
     tokens: list[int]
     full: Buffers
     snapshots: list[Snapshot]
+    copy_index: CopyIndex | None = None
 
     @property
     def nbytes(self) -> int:

@@ -13,6 +13,7 @@ from support.tiny import VARIANTS
 import mlx_mtp
 from mlx_mtp import GenerationOptions, Sampling
 from mlx_mtp.decoding.compiled import CompiledRounds
+from mlx_mtp.decoding.copy_index import CopyIndex
 from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4.kv_cache import KVQuantization
 
@@ -138,6 +139,32 @@ def test_mapped_tables_are_read_ahead(tmp_path: Path, tiny_pair: Callable[[str],
     stats = found.last.stats
     assert stats.copied.rounds > 0
     assert stats.host_reads == stats.rounds
+
+
+def test_a_prompt_read_before_keeps_its_index(
+    models: dict[str, mlx_mtp.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later turn indexes its own tokens only, and copies from the whole text as without the prompt cache."""
+    model = models["auto"]
+    prompt = model.encode(CODE * 3)
+    first = model.generate(prompt, max_tokens=20, copy_drafts="auto", ignore_eos=True)
+    following = prompt + first.tokens + model.encode(CODE)[1:]
+    indexed: list[int] = []
+    extend = CopyIndex.extend
+
+    def counted(index: CopyIndex, tokens: list[int]) -> None:
+        indexed.append(len(tokens))
+        extend(index, tokens)
+
+    monkeypatch.setattr(CopyIndex, "extend", counted)
+    options: dict[str, Any] = {"max_tokens": 60, "copy_drafts": "auto", "ignore_eos": True}
+    again = model.generate(following, **options)
+    assert 0 < sum(indexed) < len(following) - len(prompt) + 2
+    indexed.clear()
+    alone = model.generate(following, **options, reuse_prompt=False)
+    assert sum(indexed) > len(following)
+    assert again.tokens == alone.tokens
+    assert again.last.stats.copied == alone.last.stats.copied
 
 
 def test_an_exact_model_copies_at_most_seven_tokens(models: dict[str, mlx_mtp.Model]) -> None:

@@ -108,3 +108,20 @@ def test_expected_tokens() -> None:
     statistics = CopyStatistics()
     one, two = statistics.share(3), statistics.share(4)
     assert statistics.expected_tokens(3, (1, 2)) == pytest.approx([1 + one, 1 + one + one * two])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_beginning_of_a_text_has_the_index_of_a_new_text(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    text = rng.integers(0, 5, 120).tolist()
+    index = CopyIndex(text)
+    for shared in (0, 1, 2, 3, 60, 119, 120):
+        for rest in ([], [9], text[3:40]):
+            other = text[:shared] + rest
+            begun, fresh = index.beginning_of(other), CopyIndex(other)
+            begun.extend(other[len(begun) :])
+            for token in [*other[-3:], *text[20:40]]:
+                assert (begun.match, begun.copy(5)) == (fresh.match, fresh.copy(5))
+                begun.append(token)
+                fresh.append(token)
+    assert (index.match, index.copy(9)) == (CopyIndex(text).match, CopyIndex(text).copy(9))
