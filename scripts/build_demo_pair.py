@@ -440,7 +440,7 @@ def muon(matrices: list[Any], *, lr: float, weight_decay: float, momentum: float
 
     class Muon(torch.optim.Optimizer):
         @torch.no_grad()
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: Any = None) -> Any:
             for group in self.param_groups:
                 shapes: dict[Any, list[Any]] = {}
                 for matrix in group["params"]:
