@@ -88,11 +88,11 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = 
     )
     group.add_argument(
         "--copy-drafts",
-        choices=("off", "auto"),
-        default="off",
+        choices=("auto", "off"),
+        default="auto",
         help="Whether rounds may copy draft tokens from the prompt and the answer so far, where this is fastest: up to "
         "31 tokens of code that is edited or text that is cited. For automatic --num-draft-tokens, with a drafter or "
-        "without. Never changes greedy text, up to rounding. Default: off.",
+        "without. Never changes greedy text, up to rounding. Default: auto.",
     )
 
 
@@ -410,7 +410,6 @@ def calibrate(model: Model, options: GenerationOptions, *, remeasure: bool = Fal
             options.sampling,
             kv_bits=options.kv_bits,
             kv_group_size=options.kv_group_size,
-            copy_drafts=options.copy_drafts,
             remeasure=remeasure,
             on_progress=on_progress,
         )

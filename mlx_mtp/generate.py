@@ -19,7 +19,7 @@ from typing import Any
 from huggingface_hub.utils import tqdm
 
 from mlx_mtp.checkpoints.files import read_text
-from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS
+from mlx_mtp.decoding.draft_length import LARGEST_COPY
 from mlx_mtp.decoding.report import LOWEST_LOGPROB
 from mlx_mtp.text.tokenizer import encode_in_parts, encode_prompt
 
@@ -209,10 +209,8 @@ def _check_prompt_cache(args: argparse.Namespace) -> None:
         raise OptionError(
             "--system-prompt: a prompt cache already has its system prompt, or none; give it to cache_prompt"
         )
-    if args.num_draft_tokens != "auto" and args.num_draft_tokens > MAX_DRAFT_TOKENS:
-        raise OptionError(f"--num-draft-tokens: with a prompt cache at most {MAX_DRAFT_TOKENS}")
-    if args.copy_drafts == "auto":
-        raise OptionError(f"--copy-drafts: with a prompt cache, rounds have at most {MAX_DRAFT_TOKENS} draft tokens")
+    if args.num_draft_tokens != "auto" and args.num_draft_tokens > LARGEST_COPY:
+        raise OptionError(f"--num-draft-tokens: with a prompt cache at most {LARGEST_COPY}")
     prompt_cache.check(Path(args.prompt_cache))
 
 

@@ -126,7 +126,7 @@ def _draft_policy(
         return costs.policy(None if requested == "auto" else requested, options.sampling, kv, context, copies=copies)
     if requested != "auto":
         return DraftPolicy(requested)
-    measured = costs.read(options.sampling, kv, context, copies=copies, on_progress=lambda *_: check())
+    measured = costs.read(options.sampling, kv, context, on_progress=lambda *_: check())
     return choosing_policy(measured._replace(ahead=None), copies=copies)
 
 

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mappi
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 from mlx_mtp.checkpoints.output_files import check_file
 from mlx_mtp.checkpoints.weights import fingerprint
@@ -195,30 +195,25 @@ class Model(LoadedModel):
         *,
         kv_bits: int | None = None,
         kv_group_size: int = DEFAULT_KV_GROUP_SIZE,
-        copy_drafts: Literal["auto", "off"] = "off",
         remeasure: bool = False,
         on_progress: Progress | None = None,
     ) -> Costs:
         """Return the costs of rounds after a short prompt on this machine, for this sampling (default: greedy).
 
-        The costs are in seconds. With `kv_bits`, they are the costs of rounds over quantized K/V. With
-        `copy_drafts`, they include those of copied tokens, and no drafter is needed.
+        The costs are in seconds, and include those of copied tokens. With `kv_bits`, they are the costs of rounds over
+        quantized K/V. Without a drafter, they are those of plain rounds and copies.
 
         The measurement takes a few seconds. It is made once for all pairs with the same shapes, and is kept in the
         user's cache directory (see `kept_costs.cache_directory`). Without this call, the first generation that needs
         the cost measures it in its first rounds. With a grammar, a thinking budget or logits processors, it measures it
         before its text. `remeasure` measures the cost again.
 
-        Raises OptionError if there is neither a drafter nor `copy_drafts`, or if a K/V option cannot be used. Raises
-        CalibrationError if the clock gives nonsense.
+        Raises OptionError if a K/V option cannot be used. Raises CalibrationError if the clock gives nonsense.
         """
         with self.life:
             kv = GenerationOptions(kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=0).kv_quantization
             costs = self.parts.costs
-            copies = copy_drafts == "auto"
-            if self.drafter is None and not copies:
-                raise OptionError("the cost of rounds is asked for, but no drafter is loaded")
-            return costs.read(sampling or Sampling(), kv, copies=copies, remeasure=remeasure, on_progress=on_progress)
+            return costs.read(sampling or Sampling(), kv, remeasure=remeasure, on_progress=on_progress)
 
     def _begin(
         self, prompt: Prompt, chosen: GenerationOptions, on_prefill: Progress | None, check: Callable[[], None]

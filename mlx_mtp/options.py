@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
-from mlx_mtp.decoding.draft_length import LARGEST_COPY, MAX_DRAFT_TOKENS
+from mlx_mtp.decoding.draft_length import LARGEST_COPY
 from mlx_mtp.decoding.rules import LogitsProcessor
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.gemma4.kv_cache import KVQuantization
@@ -79,7 +79,7 @@ class GenerationOptions:
     enable_thinking: bool = False
     thinking_budget: int | None = None
     num_draft_tokens: int | Literal["auto"] = "auto"
-    copy_drafts: Literal["auto", "off"] = "off"
+    copy_drafts: Literal["auto", "off"] = "auto"
     prefill_step_size: int = DEFAULT_PREFILL_STEP
     reuse_prompt: bool = True
     kv_bits: int | None = None
@@ -127,9 +127,7 @@ class GenerationOptions:
 
         With one number, the order of K/V rows and the rounding of sums are the same for all draft lengths.
         """
-        if self.num_draft_tokens == "auto":
-            return MAX_DRAFT_TOKENS if self.copy_drafts == "off" else LARGEST_COPY
-        return max(self.num_draft_tokens, MAX_DRAFT_TOKENS)
+        return LARGEST_COPY if self.num_draft_tokens == "auto" else max(self.num_draft_tokens, LARGEST_COPY)
 
     @property
     def kv_quantization(self) -> KVQuantization | None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS
+from mlx_mtp.decoding.draft_length import LARGEST_COPY
 from mlx_mtp.decoding.prefill import Progress
 from mlx_mtp.decoding.prompt_cache import CacheEntry
 from mlx_mtp.decoding.stream import Stream
@@ -17,7 +17,7 @@ def read_ahead(
     target: Target, tokens: list[int], step_size: int, kv: KVQuantization | None, on_progress: Progress
 ) -> CacheEntry:
     """Read a prompt in chunks of `step_size` tokens, and return its K/V. If `on_progress` raises, reading ends."""
-    stream = Stream(target, None, max_draft_tokens=MAX_DRAFT_TOKENS, kv_quantization=kv)
+    stream = Stream(target, None, max_draft_tokens=LARGEST_COPY, kv_quantization=kv)
     stream.read(tokens, step_size, on_progress)
     entry = stream.cache_entry()
     assert entry is not None

@@ -241,8 +241,6 @@ def _run(args: argparse.Namespace) -> int:
     samplings = {t: replace(model.default_sampling, temperature=t, seed=args.seed) for *_, t in cases}
     for sampling in samplings.values():
         calibrate(model, replace(options, sampling=sampling), remeasure=True)
-        if COPIES in lengths:
-            calibrate(model, replace(options, sampling=sampling, copy_drafts="auto"), remeasure=True)
     counts = {
         t: {str(k): count_operations(model, k, s, options) for k in lengths if isinstance(k, int)}
         for t, s in samplings.items()

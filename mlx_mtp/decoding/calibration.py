@@ -140,8 +140,7 @@ class RoundCosts:
 
         Raises OptionError if the groups of the K/V quantization do not fit the heads.
         """
-        copies = copies and k is None
-        identity = self.identity(sampling, kv, context, copies=copies)
+        identity = self.identity(sampling, kv, context)
         key, file = repr(identity), CostsFile(identity)
         costs = self._costs.get(key) or file.read()
         if costs is not None:
@@ -155,7 +154,7 @@ class RoundCosts:
         lengths = MEASURED if self._drafter is not None else (0,)
         rounds = self._first_rounds.setdefault(
             (key, None),
-            FirstRounds(lengths, ahead=self._target.mapped is None, copied=self._measured_copies(copies)),
+            FirstRounds(lengths, ahead=self._target.mapped is None, copied=self._measured_copies()),
         )
         cautious = CAUTIOUS if self._drafter is not None else CAUTIOUS_PLAIN
 
@@ -205,16 +204,15 @@ class RoundCosts:
         kv: KVQuantization | None = None,
         context: int = 0,
         *,
-        copies: bool = False,
         remeasure: bool = False,
         on_progress: Progress | None = None,
     ) -> Costs:
-        """Return the costs of rounds after `context` tokens.
+        """Return the costs of rounds after `context` tokens, with those of copied tokens.
 
         Raises OptionError if the groups of the K/V quantization do not fit the heads. Raises CalibrationError if the
         measured costs cannot be true.
         """
-        identity = self.identity(sampling, kv, context, copies=copies)
+        identity = self.identity(sampling, kv, context)
         key = repr(identity)
         plan = replace(_PLAN, context=_context_of(context))
         if remeasure or key not in self._costs:
@@ -227,20 +225,22 @@ class RoundCosts:
                     on_progress,
                     kv,
                     plan=plan,
-                    copied=self._measured_copies(copies),
+                    copied=self._measured_copies(),
                 ),
                 remeasure=remeasure,
             )
         return self._costs[key]
 
-    def _measured_copies(self, copies: bool) -> tuple[int, ...]:
+    def _measured_copies(self) -> tuple[int, ...]:
         """Return the numbers of copied tokens to measure."""
-        longest = MAX_DRAFT_TOKENS if self._exact else LARGEST_COPY
-        return tuple(k for k in MEASURED_COPIES if copies and k <= longest)
+        return tuple(k for k in MEASURED_COPIES if k <= self._longest)
 
-    def identity(
-        self, sampling: Sampling, kv: KVQuantization | None, context: int, *, copies: bool = False
-    ) -> dict[str, Any]:
+    @property
+    def _longest(self) -> int:
+        """The largest number of draft tokens in a round of automatic draft length."""
+        return MAX_DRAFT_TOKENS if self._exact else LARGEST_COPY
+
+    def identity(self, sampling: Sampling, kv: KVQuantization | None, context: int) -> dict[str, Any]:
         """Return everything that decides the cost of a round after `context` tokens.
 
         For sampling, this is the names of the options in use. For K/V, this is the quantization without its start
@@ -260,6 +260,7 @@ class RoundCosts:
             "pair": shapes,
             "dtype": str(self._target.dtype),
             "exact": self._exact,
+            "longest_draft": self._longest,
             "sampling": options,
             "kv": None if kv is None else [kv.bits, kv.group_size],
             "context": _context_of(context),
@@ -269,9 +270,6 @@ class RoundCosts:
             found["kernels"] = kernels
         if self._target.mapped is not None:
             found["per_layer_embeddings"] = "mapped"
-        if copies:
-            # Streams with copies have more spare slots.
-            found["copies"] = True
         return found | device_identity()
 
 

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 from .copy_index import CopyIndex
 from .report import RoundReport
 
-# This is the largest number of draft tokens in a round of automatic draft length, of an exact model, of the server, and
-# of a stream that exchanges K/V with prompt files. A generation may ask for more (see `options.LARGEST_DRAFT`).
+# This is the largest number of draft tokens of the drafter in a round of automatic draft length, of any draft tokens in
+# a round of an exact model, and of the requests to a server.
 MAX_DRAFT_TOKENS = 8
 # These are the numbers of tokens that a round may copy from the text. A Mac computes up to 32 rows for one price.
 COPY_LENGTHS = (2, 4, 7, 15, 31)
-# This is the largest number of draft tokens in a round of a stream that copies, if it is not exact.
+# Streams have room for this number of draft tokens in a round, so that they can exchange their K/V. Those of an exact
+# model have less, and a generation may ask for more (see `options.LARGEST_DRAFT`).
 LARGEST_COPY = COPY_LENGTHS[-1]
 # Prior weights in rounds: one for the first position, one for each later position. A later position is expected to
 # accept about the same share as the position before it.

@@ -10,6 +10,7 @@ from mlx_mtp.gemma4.kv_cache import Cache
 from mlx_mtp.gemma4.target import Target
 
 from .constraints import Guide, RowMasks, stack_masks, unpack
+from .draft_length import COPY_LENGTHS
 from .report import Logprobs
 from .round import RoundParts, Steps, draft_tokens
 from .state import RoundState
@@ -68,12 +69,18 @@ class Host:
         return draft, masks.stack()
 
     def cut(self, copied: list[int]) -> tuple[list[int], mx.array | None]:
-        """Return the copied tokens before the first token that the guide forbids, and the masks as `draft` does."""
+        """Return the copied tokens before the first token that the guide forbids, and the masks as `draft` does.
+
+        Copies that are cut have the lengths of other copies, so that few shapes of rounds are compiled.
+        """
         if self.guide is None:
             return copied, None
         masks = self.guide.masks_along(copied)
-        rows = [None if mask is None else unpack(mask, self.guide.vocab_size) for mask in masks]
-        return copied[: len(masks) - 1], stack_masks(rows, self.guide.vocab_size)
+        allowed = len(masks) - 1
+        if allowed < len(copied):
+            allowed = max((k for k in COPY_LENGTHS if k <= allowed), default=allowed)
+        rows = [None if mask is None else unpack(mask, self.guide.vocab_size) for mask in masks[: allowed + 1]]
+        return copied[:allowed], stack_masks(rows, self.guide.vocab_size)
 
     def per_layer_rows(self, target: Target, last: int, draft: Draft) -> PerLayerRows | None:
         """Read the rows of mapped per-layer embeddings for a verify pass over the last token and the draft.

@@ -24,7 +24,7 @@ from mlx_mtp.gemma4.kv_cache import Buffers, KVQuantization, KVRows, Quantized, 
 from .copy_index import CopyIndex
 
 # This number changes when the format of the files changes.
-FORMAT = 2
+FORMAT = 3
 # This is the largest number of snapshots of one text.
 _SNAPSHOTS = 8
 

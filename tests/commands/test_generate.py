@@ -51,7 +51,7 @@ def test_copies_are_measured_and_counted(tmp_path: Path, monkeypatch: pytest.Mon
     plain = last_json(generate(*options, "--num-draft-tokens", "0").stdout)
     assert plain["copied"] == {"rounds": 0, "drafted": 0, "accepted": 0}
     for _ in range(2):
-        result = generate(*options, *AUTO, "--copy-drafts", "auto", *drafter)
+        result = generate(*options, *AUTO, *drafter)
         found = last_json(result.stdout)
         assert found["tokens"] == plain["tokens"]
         assert found["rounds"] < plain["rounds"]
@@ -62,9 +62,27 @@ def test_copies_are_measured_and_counted(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(json.loads(kept.read_text())["seconds"]["copied"]) == 32
 
 
-def test_copies_and_a_prompt_cache_exclude_each_other(tmp_path: Path) -> None:
-    result = generate("--prompt", "x", "--copy-drafts", "auto", "--prompt-cache", tmp_path / "absent", code=1)
-    assert result.stderr == "error: --copy-drafts: with a prompt cache, rounds have at most 8 draft tokens\n"
+def test_copies_come_from_a_prompt_cache_as_well(tmp_path: Path) -> None:
+    code, file = "def first(value):\n    return value + 1\n\n\n" * 3, tmp_path / "prompt.safetensors"
+    run("cache_prompt", "--prompt", code, "--ignore-chat-template", "--prompt-cache", file)
+    options = (
+        "--prompt",
+        "def",
+        "--ignore-chat-template",
+        "--prompt-cache",
+        file,
+        "-m",
+        "80",
+        "--ignore-eos",
+        "--json",
+    )
+    plain = last_json(generate(*options, "--num-draft-tokens", "0").stdout)
+    found = last_json(generate(*options, *AUTO).stdout)
+    assert found["tokens"] == plain["tokens"]
+    assert found["copied"]["accepted"] > 20
+    off = last_json(generate(*options, *AUTO, "--copy-drafts", "off").stdout)
+    assert off["tokens"] == plain["tokens"]
+    assert off["copied"]["rounds"] == 0
 
 
 def test_json_holds_every_field_and_the_text_does_not_depend_on_drafting(tiny_pair: TinyPair) -> None:

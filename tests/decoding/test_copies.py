@@ -14,6 +14,7 @@ import mlx_mtp
 from mlx_mtp import GenerationOptions, Sampling
 from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.copy_index import CopyIndex
+from mlx_mtp.decoding.host import Host
 from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4.kv_cache import KVQuantization
 
@@ -118,7 +119,7 @@ def test_a_user_gets_the_same_text_with_copies(models: dict[str, mlx_mtp.Model],
     options = GenerationOptions(max_tokens=80, ignore_eos="regex" not in CASES[case])
     options = replace(options, **({"sampling": Sampling()} | CASES[case]))
     plain = model.generate(CODE * 2, options, num_draft_tokens=0)
-    found = model.generate(CODE * 2, options, copy_drafts="auto")
+    found = model.generate(CODE * 2, options)
     assert found.tokens == plain.tokens
     copied = found.last.stats.copied
     print(f"{case}: {copied}, {found.last.stats.rounds} rounds for {len(found.tokens)} tokens")
@@ -128,13 +129,28 @@ def test_a_user_gets_the_same_text_with_copies(models: dict[str, mlx_mtp.Model],
     assert plain.last.stats.copied.rounds == 0
 
 
+def test_a_copy_that_a_grammar_cuts_has_the_length_of_other_copies(models: dict[str, mlx_mtp.Model]) -> None:
+    parts = models["auto"].parts
+    allowed = parts.tokenizer.encode("alpha beta gamma delta", add_special_tokens=False)
+    forbidden = parts.tokenizer.encode("ZZ" * 9, add_special_tokens=False)
+    options = GenerationOptions(regex="alpha beta gamma delta ?")
+    for count in range(len(allowed) + 1):
+        host = Host(parts.guides.guide(options, None, frozenset([1])))
+        copied, masks = host.cut(allowed[:count] + forbidden)
+        kept = max((k for k in (2, 4, 7, 15) if k <= count), default=count)
+        assert copied == allowed[:kept]
+        assert masks is not None
+        assert masks.shape[0] == kept + 1
+    assert len(allowed) > 7
+
+
 def test_mapped_tables_are_read_ahead(tmp_path: Path, tiny_pair: Callable[[str], Path]) -> None:
     """The host knows copied tokens, so it does not wait for the device to read their rows."""
     folder = tiny_pair("e2b")
     model = mlx_mtp.load(folder / "target", drafter="none", per_layer_embeddings="mapped")
     prompt = SHORT * 2
     plain = model.generate(prompt, max_tokens=60, num_draft_tokens=0, ignore_eos=True)
-    found = model.generate(prompt, max_tokens=60, copy_drafts="auto", ignore_eos=True)
+    found = model.generate(prompt, max_tokens=60, ignore_eos=True)
     assert found.tokens == plain.tokens
     stats = found.last.stats
     assert stats.copied.rounds > 0
@@ -147,7 +163,7 @@ def test_a_prompt_read_before_keeps_its_index(
     """A later turn indexes its own tokens only, and copies from the whole text as without the prompt cache."""
     model = models["auto"]
     prompt = model.encode(CODE * 3)
-    first = model.generate(prompt, max_tokens=20, copy_drafts="auto", ignore_eos=True)
+    first = model.generate(prompt, max_tokens=20, ignore_eos=True)
     following = prompt + first.tokens + model.encode(CODE)[1:]
     indexed: list[int] = []
     extend = CopyIndex.extend
@@ -157,7 +173,7 @@ def test_a_prompt_read_before_keeps_its_index(
         extend(index, tokens)
 
     monkeypatch.setattr(CopyIndex, "extend", counted)
-    options: dict[str, Any] = {"max_tokens": 60, "copy_drafts": "auto", "ignore_eos": True}
+    options: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True}
     again = model.generate(following, **options)
     assert 0 < sum(indexed) < len(following) - len(prompt) + 2
     indexed.clear()
@@ -170,14 +186,14 @@ def test_a_prompt_read_before_keeps_its_index(
 def test_an_exact_model_copies_at_most_seven_tokens(models: dict[str, mlx_mtp.Model]) -> None:
     model = mlx_mtp.load(mlx_mtp.DEMO_PAIR, exact=True)
     plain = model.generate(CODE, max_tokens=80, num_draft_tokens=0, ignore_eos=True)
-    found = model.generate(CODE, max_tokens=80, copy_drafts="auto", ignore_eos=True)
+    found = model.generate(CODE, max_tokens=80, ignore_eos=True)
     assert found.tokens == plain.tokens
     copied = found.last.stats.copied
     assert 0 < copied.drafted <= 7 * copied.rounds
 
 
 def test_a_fixed_number_of_draft_tokens_copies_nothing(models: dict[str, mlx_mtp.Model]) -> None:
-    last = models["auto"].generate(CODE, max_tokens=40, num_draft_tokens=2, copy_drafts="auto").last
+    last = models["auto"].generate(CODE, max_tokens=40, num_draft_tokens=2).last
     assert last.stats.copied.rounds == 0
 
 

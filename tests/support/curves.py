@@ -33,6 +33,6 @@ def use_known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     def policy(costs: RoundCosts, k: int | None, *options: Any, copies: bool = False) -> DraftPolicy:
         if k is not None:
             return DraftPolicy(k, ahead=True)
-        return choosing_policy(costs.read(*options, copies=copies), copies=copies)
+        return choosing_policy(costs.read(*options), copies=copies)
 
     monkeypatch.setattr(RoundCosts, "policy", policy)
