@@ -38,8 +38,8 @@ from .prompts import KINDS, TOLD_KINDS, Task, task
 from .told import decode_told
 
 AUTO: Final = "auto"
-# Automatic draft length with copy drafts, where both are compared.
-COPIES = "copies"
+# Automatic draft length without copies, to compare both.
+NO_COPIES = "no-copies"
 _DTYPES = ("float32", "bfloat16", "float16")
 # Memory bandwidth of Apple's chips in GB/s, from Apple's specifications. If a chip has variants, this is the largest
 # value.
@@ -84,8 +84,8 @@ def parser() -> argparse.ArgumentParser:
         type=_lengths,
         default=(0, 1, 2, 3, 4, 6, 8, AUTO),
         metavar="N,auto",
-        help="Draft lengths; 0, plain decoding, is always among them (default: 0,1,2,3,4,6,8,auto). With copies, auto "
-        "also copies draft tokens from the text, as --copy-drafts does in the other commands.",
+        help="Draft lengths; 0, plain decoding, is always among them (default: 0,1,2,3,4,6,8,auto). auto may "
+        "also copy draft tokens from the text; no-copies is auto without them, as --copy-drafts off.",
     )
     add("--max-tokens", "-m", type=int, default=128, help="Tokens to generate in a run (default: %(default)s).")
     add("--repeats", type=int, default=3, help="Runs of each setting that count (default: %(default)s).")
@@ -154,9 +154,9 @@ def _temperatures(text: str) -> tuple[float, ...]:
 
 def _lengths(text: str) -> tuple[int | str, ...]:
     try:
-        lengths = [part if part in (AUTO, COPIES) else int(part) for part in _split(text)]
+        lengths = [part if part in (AUTO, NO_COPIES) else int(part) for part in _split(text)]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers of draft tokens, auto or copies, found {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected draft lengths, auto or no-copies, found {text!r}") from None
     return tuple(dict.fromkeys([0, *lengths]))
 
 
@@ -201,9 +201,9 @@ class Setting:
 
 def changes(length: int | str) -> OptionChanges:
     """Return the options of a setting: its draft length, and whether it copies."""
-    if length == COPIES:
-        return {"num_draft_tokens": AUTO, "copy_drafts": "auto"}
-    return {"num_draft_tokens": length if isinstance(length, int) else AUTO, "copy_drafts": "off"}
+    if length == NO_COPIES:
+        return {"num_draft_tokens": AUTO, "copy_drafts": "off"}
+    return {"num_draft_tokens": length if isinstance(length, int) else AUTO}
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -230,7 +230,7 @@ def _run(args: argparse.Namespace) -> int:
         for module in (model.target, model.drafter):
             if module is not None:
                 module.set_dtype(getattr(mx, args.dtype))
-    lengths = [k for k in args.num_draft_tokens if model.drafter is not None or k in (0, COPIES)]
+    lengths = [k for k in args.num_draft_tokens if model.drafter is not None or k in (0, AUTO)]
     # The target is told the answer without a temperature.
     cases = [
         (kind, n, task(model, kind, n, args.max_tokens), temperature)
@@ -368,9 +368,9 @@ def summary(settings: dict[int | str, Setting], costs: Costs | None) -> dict[str
     if AUTO in settings:
         pairs = zip(settings[AUTO].tps, settings[best].tps, strict=True)
         found["auto_over_best"] = median(a / b for a, b in pairs)
-        if COPIES in settings:
-            pairs = zip(settings[COPIES].tps, settings[AUTO].tps, strict=True)
-            found["copies_over_auto"] = median(a / b for a, b in pairs)
+        if NO_COPIES in settings:
+            pairs = zip(settings[AUTO].tps, settings[NO_COPIES].tps, strict=True)
+            found["auto_over_no_copies"] = median(a / b for a, b in pairs)
     if costs is not None:
         curve = costs.waiting
         one = curve.verify[0]
@@ -409,9 +409,9 @@ def table(case: dict[str, Any], bound: float) -> str:
         )
     if "auto_over_best" in case:
         lines.append(f"auto is at {case['auto_over_best']:.2f} of the best, {case['best']}")
-    if "copies_over_auto" in case:
-        shares = ", ".join(f"{share:.0%} {name}" for name, share in case["settings"][COPIES]["share_of_rounds"].items())
-        lines.append(f"copies are at {case['copies_over_auto']:.2f} of auto; rounds: {shares}")
+    if "auto_over_no_copies" in case:
+        shares = ", ".join(f"{share:.0%} {name}" for name, share in case["settings"][AUTO]["share_of_rounds"].items())
+        lines.append(f"auto is at {case['auto_over_no_copies']:.2f} of auto without copies; its rounds: {shares}")
     return "\n".join(lines) + "\n"
 
 

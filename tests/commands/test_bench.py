@@ -101,28 +101,28 @@ def test_told_answers_change_the_text_or_cite_it() -> None:
 
 def test_copies_and_told_answers(capsys: pytest.CaptureFixture[str]) -> None:
     """The target is told the changes of a file, and copies write several times as many tokens per round."""
-    options = ["--kinds", "edit,blocks", "--contexts", "200", "--num-draft-tokens", "auto,copies", "-m", "200"]
+    options = ["--kinds", "edit,blocks", "--contexts", "200", "--num-draft-tokens", "auto,no-copies", "-m", "200"]
     assert main([*options, "--repeats", "1", "--temps", "1"]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("copies are at ") for line in lines)
+    assert any(" of auto without copies; its rounds: " in line for line in lines)
     cases = json.loads(last)["cases"]
     assert [(case["kind"], case["temperature"]) for case in cases] == [("edit", 0), ("blocks", 0)]
     for case, least in zip(cases, (5, 3), strict=True):
-        copies, auto = (case["settings"][name] for name in ("copies", "auto"))
-        assert copies["acceptance_length"] > least
-        assert copies["acceptance_length"] > 1.5 * auto["acceptance_length"]
-        assert sum(copies["share_of_rounds"].values()) == pytest.approx(1)
-        assert copies["share_of_rounds"]["copy"] > 0.3
-        assert auto["share_of_rounds"]["copy"] == 0
+        auto, without = (case["settings"][name] for name in ("auto", "no-copies"))
+        assert auto["acceptance_length"] > least
+        assert auto["acceptance_length"] > 1.5 * without["acceptance_length"]
+        assert sum(auto["share_of_rounds"].values()) == pytest.approx(1)
+        assert auto["share_of_rounds"]["copy"] > 0.3
+        assert without["share_of_rounds"]["copy"] == 0
         assert case["settings"]["0"]["share_of_rounds"] == {"plain": 1, "drafter": 0, "copy": 0}
 
 
 def test_copies_without_a_drafter(tiny_pair: TinyPair, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--model", str(tiny_pair("12b") / "target"), "--drafter", "none", "--kinds", "rewrite,list"]
     args += ["--contexts", "60", "--temps", "0", "-m", "40", "--repeats", "1", "--json"]
-    assert main([*args, "--num-draft-tokens", "auto,copies"]) == 0
+    assert main([*args, "--num-draft-tokens", "auto,no-copies"]) == 0
     for case in json.loads(capsys.readouterr().out)["cases"]:
-        assert list(case["settings"]) == ["0", "copies"]
+        assert list(case["settings"]) == ["0", "auto"]
 
 
 def test_a_told_answer_needs_a_text(tiny_pair: TinyPair, capsys: pytest.CaptureFixture[str]) -> None:
