@@ -207,8 +207,7 @@ def test_a_model_measures_once_per_kind_of_sampling(
     assert len(list(tmp_path.iterdir())) == 2
     alone = mlx_mtp.load(tiny_pair("e2b") / "target", "none")
     assert alone.generate("hello", max_tokens=4).last.stats.drafted == 0
-    with pytest.raises(mlx_mtp.OptionError, match="no drafter is loaded"):
-        alone.calibrate()
+    assert alone.calibrate() == COSTS
 
 
 def test_contexts_of_other_lengths_have_costs_of_their_own(tiny_pair: TinyPair) -> None:
@@ -308,7 +307,8 @@ def test_auto_drafts_what_pays_and_the_text_is_the_same() -> None:
     model = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
     assert model.drafter is not None
     model.drafter.model.norm.weight = -model.drafter.model.norm.weight
-    useless = model.generate("def read_config(path):\n", max_tokens=150, ignore_eos=True).last.stats
+    options: dict[str, Any] = {"max_tokens": 150, "ignore_eos": True, "copy_drafts": "off"}
+    useless = model.generate("def read_config(path):\n", **options).last.stats
     assert 0 < useless.drafted < 0.2 * useless.rounds
 
 

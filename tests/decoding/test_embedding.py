@@ -57,7 +57,8 @@ def test_the_stream_is_that_of_stream_generate(model: mlx_mtp.Model) -> None:
     async def main() -> list[mlx_mtp.GenerationResponse]:
         found = []
         prompt = [*LONG, *PROMPT]
-        async for response in model.astream_generate(prompt, max_tokens=3, prefill_step_size=200, on_prefill=note):
+        options: dict[str, Any] = {"max_tokens": 3, "prefill_step_size": 200, "reuse_prompt": False}
+        async for response in model.astream_generate(prompt, **options, on_prefill=note):
             # All progress is reported before the first token.
             assert [done for done, *_ in progress] == [200, 400, 440]
             found.append(response)

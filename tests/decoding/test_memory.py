@@ -41,7 +41,7 @@ def test_the_plan_counts_what_is_loaded(tiny_pair: TinyPair, tmp_path: Path, var
     assert planned <= loaded <= 1.02 * planned
     assert model.drafter is not None
     assert sum(array.nbytes for _, array in _flat(model.drafter)) == pytest.approx(plan.drafter, rel=0.02)
-    stream = Stream(model.target, model.drafter, max_draft_tokens=8)
+    stream = Stream(model.target, model.drafter, max_draft_tokens=31)
     stream.cache.reserve(1000)
     full, rings = (stream.cache.buffers(kind) for kind in ("full_attention", "sliding_attention"))
     assert _bytes(full) == plan.kv == rows_in_buffers(1000) * plan.kv_per_token
@@ -165,7 +165,7 @@ def test_quantized_kv_and_mapped_embeddings_are_planned(tmp_path: Path, bits: in
     options = mlx_mtp.GenerationOptions(kv_bits=bits, kv_group_size=32, quantized_kv_start=0)
     plan, plain = mlx_mtp.plan_memory(folder, max_context=1000, options=options), mlx_mtp.plan_memory(folder)
     model = mlx_mtp.load(folder, "none")
-    stream = Stream(model.target, None, max_draft_tokens=8, kv_quantization=options.kv_quantization)
+    stream = Stream(model.target, None, max_draft_tokens=31, kv_quantization=options.kv_quantization)
     stream.cache.reserve(1000)
     assert sum(a.nbytes for a in stream.cache.arrays()) == pytest.approx(plan.kv + plan.rings, rel=0.01)
     assert plan.kv_per_token < plain.kv_per_token
