@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.curves import COSTS, CURVE
+from support.curves import COSTS, CURVE, PLAIN
 
 import mlx_mtp
 from mlx_mtp import chat, generate
@@ -194,9 +194,9 @@ def test_a_model_measures_once_per_kind_of_sampling(
     monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
     measured: list[mlx_mtp.Sampling] = []
 
-    def measure(_target: Any, _drafter: Any, sampling: mlx_mtp.Sampling, *_: Any, **__: Any) -> Costs:
+    def measure(_target: Any, drafter: Any, sampling: mlx_mtp.Sampling, *_: Any, **__: Any) -> Costs:
         measured.append(sampling)
-        return COSTS
+        return COSTS if drafter is not None else PLAIN
 
     monkeypatch.setattr(calibration, "measure_rounds", measure)
     for _ in range(2):
@@ -207,7 +207,7 @@ def test_a_model_measures_once_per_kind_of_sampling(
     assert len(list(tmp_path.iterdir())) == 2
     alone = mlx_mtp.load(tiny_pair("e2b") / "target", "none")
     assert alone.generate("hello", max_tokens=4).last.stats.drafted == 0
-    assert alone.calibrate() == COSTS
+    assert alone.calibrate() == PLAIN
 
 
 def test_contexts_of_other_lengths_have_costs_of_their_own(tiny_pair: TinyPair) -> None:
