@@ -453,7 +453,10 @@ def muon(matrices: list[Any], *, lr: float, weight_decay: float, momentum: float
                         matrix.mul_(1 - group["lr"] * weight_decay).add_(update, alpha=-step)
 
         def _momentum(self, matrix: Any) -> Any:
-            mean = self.state[matrix].setdefault("mean", torch.zeros_like(matrix))
+            state = self.state[matrix]
+            if not state:
+                state["mean"] = torch.zeros_like(matrix)
+            mean = state["mean"]
             mean.lerp_(matrix.grad, 1 - momentum)
             return matrix.grad.lerp(mean, momentum)
 
