@@ -188,11 +188,13 @@ def test_plots_that_cannot_be_drawn_are_refused_first(
     assert line.startswith("error: --plot needs matplotlib (")
 
 
-def test_without_a_drafter_plain_decoding_is_measured(tiny_pair: TinyPair, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_drafter_plain_decoding_and_copies_are_measured(
+    tiny_pair: TinyPair, capsys: pytest.CaptureFixture[str]
+) -> None:
     args = ["--model", str(tiny_pair("31b") / "target"), "--drafter", "none", "--kinds", "list", "--contexts", "40"]
     assert main([*args, "-m", "4", "--repeats", "1", "--temps", "1", "--json"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
-    assert list(json.loads(line)["cases"][0]["settings"]) == ["0"]
+    assert list(json.loads(line)["cases"][0]["settings"]) == ["0", "auto"]
 
 
 @pytest.mark.parametrize(
