@@ -1,7 +1,7 @@
 """The layouts of published checkpoints: which tensor names a folder has, and which parameters they fill.
 
 The layouts of Hugging Face, mlx-lm and mlx-vlm have different names. `target_names` and `drafter_names` map all of them
-to the parameter names of `Target` and `Drafter`.
+to the parameter names of `Target` and `Drafter`. `vision_names` and `audio_names` do it for the media parts.
 """
 
 import logging
@@ -20,16 +20,12 @@ logger = logging.getLogger(__name__)
 # a head of its own do not have this prefix.
 MLX_PREFIX = "language_model.model."
 
-_OTHER_MODALITIES = (
-    "vision_tower.",
-    "audio_tower.",
-    "embed_vision.",
-    "embed_audio.",
-    "vision_embedder.",
-    "multi_modal_projector.",
-)
+_VISION = ("vision_tower.", "embed_vision.", "vision_embedder.")
+_AUDIO = ("audio_tower.", "embed_audio.")
+_OTHER_MODALITIES = (*_VISION, *_AUDIO, "multi_modal_projector.")
 # The bounds of the towers' clipped layers, and cached rotary tables.
-_UNUSED = ("input_min", "input_max", "output_min", "output_max", "rotary_emb")
+_ROTARY_TABLE = "rotary_emb"
+_UNUSED = ("input_min", "input_max", "output_min", "output_max", _ROTARY_TABLE)
 _HEAD = "lm_head."
 _EMBEDDING = "embed_tokens."
 _KV_MODULES = ("self_attn.k_proj.", "self_attn.v_proj.", "self_attn.k_norm.", "self_attn.v_norm.")
@@ -110,6 +106,21 @@ def drafter_names(key: str, config: DrafterConfig) -> list[str]:
     """
     unused = "lm_head" in key or "rotary_emb" in key or any(module in key for module in _KV_MODULES)
     return [] if unused else [key]
+
+
+def vision_names(key: str) -> list[str]:
+    """Return the parameter names of the vision model that a checkpoint's tensor fills; [] if it is not used."""
+    return _media_names(key, _VISION)
+
+
+def audio_names(key: str) -> list[str]:
+    """Return the parameter names of the audio model that a checkpoint's tensor fills; [] if it is not used."""
+    return _media_names(key, _AUDIO)
+
+
+def _media_names(key: str, parts: tuple[str, ...]) -> list[str]:
+    name = plain_name(key)
+    return [name] if name.startswith(parts) and _ROTARY_TABLE not in name else []
 
 
 def match_tensors(
