@@ -207,3 +207,10 @@ class UnifiedAudioModel(nn.Module):
         Both are float32. The rows replace scaled embeddings.
         """
         return self.embed_audio(frames[None])
+
+
+def audio_model(config: AudioConfig | UnifiedAudioConfig, hidden_size: int) -> AudioModel | UnifiedAudioModel:
+    """Return the model of a config, for a text decoder of width `hidden_size`. Its weights are not filled."""
+    if isinstance(config, UnifiedAudioConfig):
+        return UnifiedAudioModel(config, hidden_size)
+    return AudioModel(config, hidden_size)

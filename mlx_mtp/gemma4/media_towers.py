@@ -7,11 +7,11 @@ import mlx.nn as nn
 
 from mlx_mtp.checkpoints.config import TargetConfig
 from mlx_mtp.checkpoints.layouts import audio_names, vision_names
-from mlx_mtp.checkpoints.media_config import MediaConfig, UnifiedAudioConfig, UnifiedVisionConfig, read_media_config
+from mlx_mtp.checkpoints.media_config import MediaConfig, read_media_config
 from mlx_mtp.checkpoints.weights import fill_module
 
-from .audio import AudioModel, UnifiedAudioModel
-from .vision import UnifiedVisionModel, VisionModel
+from .audio import AudioModel, UnifiedAudioModel, audio_model
+from .vision import UnifiedVisionModel, VisionModel, vision_model
 
 
 class MediaTowers:
@@ -28,28 +28,18 @@ class MediaTowers:
     @cached_property
     def vision(self) -> VisionModel | UnifiedVisionModel | None:
         """The network for pictures; None if config.json describes none."""
-        config, size = self.config.vision, self.config.hidden_size
-        if config is None:
+        if self.config.vision is None:
             return None
-        model: VisionModel | UnifiedVisionModel
-        if isinstance(config, UnifiedVisionConfig):
-            model = UnifiedVisionModel(config, size)
-        else:
-            model = VisionModel(config, size)
+        model = vision_model(self.config.vision, self.config.hidden_size)
         self._fill(model, vision_names)
         return model
 
     @cached_property
     def audio(self) -> AudioModel | UnifiedAudioModel | None:
         """The network for clips; None if config.json describes none."""
-        config, size = self.config.audio, self.config.hidden_size
-        if config is None:
+        if self.config.audio is None:
             return None
-        model: AudioModel | UnifiedAudioModel
-        if isinstance(config, UnifiedAudioConfig):
-            model = UnifiedAudioModel(config, size)
-        else:
-            model = AudioModel(config, size)
+        model = audio_model(self.config.audio, self.config.hidden_size)
         self._fill(model, audio_names)
         return model
 

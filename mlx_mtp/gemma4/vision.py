@@ -19,7 +19,7 @@ from .media_layers import ClippedLinear, MediaProjection
 _LAYER_NORM_EPS = 1e-5
 # MLX keeps all attention scores in memory if it has no kernel for a head size, as on the CPU. Queries are attended in
 # parts whose scores stay below this limit, unless the scores of a single query are larger.
-SCORE_BYTES = 1 << 28
+SCORE_BYTES = 1 << 29
 
 
 def to_patches(pixels: mx.array, size: int) -> mx.array:
@@ -43,9 +43,10 @@ def attend_in_parts(queries: mx.array, keys: mx.array, values: mx.array) -> mx.a
     parts: list[mx.array] = []
     for row in range(0, length, at_once):
         part = queries[:, :, row : row + at_once]
-        # Without this order, MLX could compute the scores of several parts before it uses those of the first.
-        part = mx.depends(part, parts[-1]) if parts else part
         parts.append(mx.fast.scaled_dot_product_attention(part, keys, values, scale=1.0))
+        if at_once < length:
+            # Otherwise MLX allocates the scores of several parts ahead.
+            mx.eval(parts[-1])
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 
@@ -148,8 +149,8 @@ class VisionLayer(nn.Module):
     def __call__(self, x: mx.array, rotate: Rotation) -> mx.array:
         """Return the residual stream after this layer, [1, patches, hidden_size]."""
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rotate))
-        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        return x
+        update: mx.array = self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        return x + update
 
 
 class VisionEncoder(nn.Module):
@@ -236,7 +237,8 @@ class UnifiedVisionEmbedder(nn.Module):
         table = self.pos_embedding
         x = self.patch_ln2(self.patch_dense(self._norm_pixels(patches.astype(table.dtype))))
         x = x + (table[:columns, 0] + table[:rows, None, 1])
-        return self.pos_norm(x).flatten(0, 1)[None]
+        features: mx.array = self.pos_norm(x)
+        return features.flatten(0, 1)[None]
 
     def _norm_pixels(self, patches: mx.array) -> mx.array:
         """Return the first norm of patches, in their type.
@@ -263,3 +265,10 @@ class UnifiedVisionModel(nn.Module):
         Height and width must be multiples of `patch_size`. The rows replace scaled embeddings.
         """
         return self.embed_vision(self.vision_embedder(pixels))
+
+
+def vision_model(config: VisionConfig | UnifiedVisionConfig, hidden_size: int) -> VisionModel | UnifiedVisionModel:
+    """Return the model of a config, for a text decoder of width `hidden_size`. Its weights are not filled."""
+    if isinstance(config, UnifiedVisionConfig):
+        return UnifiedVisionModel(config, hidden_size)
+    return VisionModel(config, hidden_size)

@@ -27,7 +27,7 @@ Array = NDArray[np.float32]
 # The features are about 4.
 TOLERANCE = 1e-4
 # Each entry is height and width in squares of 48 pixels, which make a token each, and the budget in tokens.
-SIZES = [(1, 1, 70), (7, 10, 70), (1, 70, 70), (35, 4, 140), (14, 20, 280), (28, 20, 560)]
+SIZES = [(1, 1, 70), (7, 10, 70), (1, 70, 70), (35, 4, 140), (14, 20, 280)]
 # Frames of a clip. Four frames make a token, and a token sees 12.
 FRAMES = (1, 2, 3, 4, 5, 7, 8, 9, 48, 49, 100, 501)
 
@@ -76,12 +76,12 @@ def load_reference(folder: Path, variant: str) -> Any:
 
 def features(towers: MediaTowers, pixels: Array) -> Array:
     assert towers.vision is not None
-    return np.array(towers.vision(mx.array(pixels))[0])
+    return np.array(towers.vision(mx.array(pixels))[0].astype(mx.float32))
 
 
 def sound_features(towers: MediaTowers, frames: Array) -> Array:
     assert towers.audio is not None
-    return np.array(towers.audio(mx.array(frames))[0])
+    return np.array(towers.audio(mx.array(frames))[0].astype(mx.float32))
 
 
 def reference_features(media: Media, pixels: Array, budget: int) -> Array:
@@ -119,17 +119,21 @@ def test_pictures(media: Media, height: int, width: int, budget: int) -> None:
     assert difference(ours, reference_features(media, pixels, budget)) < TOLERANCE
 
 
-def test_flat_pictures(media: Media) -> None:
-    """A patch of nearly one colour has almost no deviation, by which the norm of its pixels divides."""
+def test_flat_picture_without_tower(tiny_media: TinyMedia) -> None:
+    """A patch of nearly one colour has almost no deviation, by which the norm of its pixels divides.
+
+    In float32, transformers has an error of 4e-4 here.
+    """
+    folder = tiny_media("12b")
+    exact = Media("12b", load(folder), load_reference(folder, "12b").double())
     pixels = np.full((96, 96, 3), 200 / 255, np.float32)
     pixels[::7, ::5] += 1 / 255
-    assert difference(features(media.towers, pixels), reference_features(media, pixels, 70)) < TOLERANCE
+    assert difference(features(exact.towers, pixels), reference_features(exact, pixels, 70)) < TOLERANCE
 
 
 @pytest.mark.parametrize("frames", FRAMES)
-@pytest.mark.parametrize("variant", ["e2b"])
-def test_clips(variant: str, frames: int, audio: Callable[[str], Media]) -> None:
-    media, mel = audio(variant), random_mel(frames, seed=frames)
+def test_clips(frames: int, audio: Callable[[str], Media]) -> None:
+    media, mel = audio("e2b"), random_mel(frames, seed=frames)
     ours = sound_features(media.towers, mel)
     assert len(ours) == -(-frames // 4)
     assert 1 < np.abs(ours).max() < 10
@@ -162,7 +166,7 @@ def test_no_audio(tiny_media: TinyMedia) -> None:
 
 
 def test_epsilon_of_norms(tmp_path: Path) -> None:
-    """A large epsilon reveals factors that norms would otherwise cancel, and norms that have an epsilon of their own."""
+    """A large epsilon reveals factors that norms would otherwise cancel, and norms with an epsilon of their own."""
     changes = {"rms_norm_eps": 0.1}
     for variant in VARIANTS:
         has_audio = variant in ("e2b", "12b")
@@ -172,7 +176,9 @@ def test_epsilon_of_norms(tmp_path: Path) -> None:
         assert difference(features(media.towers, pixels), reference_features(media, pixels, 70)) < TOLERANCE
         if has_audio:
             frames = random_samples(5) if variant == "12b" else random_mel(50)
-            assert difference(sound_features(media.towers, frames), reference_sound_features(media, frames, 9)) < TOLERANCE
+            assert (
+                difference(sound_features(media.towers, frames), reference_sound_features(media, frames, 9)) < TOLERANCE
+            )
 
 
 def test_shared_keys_and_other_settings(tmp_path: Path) -> None:
@@ -274,7 +280,9 @@ def test_quantized(variant: str, tiny_media: TinyMedia, tmp_path: Path) -> None:
     assert towers.vision is not None
     assert any("scales" in module for _, module in towers.vision.named_modules())
     assert_same_features(towers, load(plain), variant, TOLERANCE)
-    assert difference(features(towers, pixels := random_pixels(96, 96)), features(load(tiny_media(variant)), pixels)) > 0
+    assert (
+        difference(features(towers, pixels := random_pixels(96, 96)), features(load(tiny_media(variant)), pixels)) > 0
+    )
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=["bfloat16", "float16"])

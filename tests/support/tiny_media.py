@@ -160,7 +160,8 @@ def _vision_tensors(config: dict[str, Any], hidden_size: int, rng: np.random.Gen
 def _vision_layer(config: dict[str, Any], rng: np.random.Generator) -> Tensors:
     size, width, clips = config["hidden_size"], config["intermediate_size"], config["use_clipped_linears"]
     heads, kv_heads = (config[name] * config["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
-    tensors = {f"self_attn.{name}_norm.weight": norm(rng, config["head_dim"]) for name in "qk"}
+    # With larger scores, an input that differs by its last bit would change the features by 2e-4.
+    tensors = {f"self_attn.{name}_norm.weight": norm(rng, config["head_dim"], 0.5) for name in "qk"}
     for name in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
         tensors[f"{name}_layernorm.weight"] = norm(rng, size)
     shapes = {
