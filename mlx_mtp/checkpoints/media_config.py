@@ -47,7 +47,10 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class UnifiedVisionConfig:
-    """The vision embedder of 12B. A patch of `model_patch_size` pixels, squared, makes a token."""
+    """The vision embedder of 12B. A patch of `patch_size` pixels, squared, makes a token.
+
+    This is `model_patch_size` in config.json, which has smaller patches under the name `patch_size`.
+    """
 
     embed_dim: int
     position_embedding_size: int
@@ -169,12 +172,14 @@ def _read_vision(given: Fields) -> VisionConfig:
 
 def _read_unified_vision(fields: Fields) -> UnifiedVisionConfig:
     embed_dim = fields.integer("mm_embed_dim")
+    patch_size = fields.integer("patch_size") * fields.integer("pooling_kernel_size")
+    fields.expect("model_patch_size", (patch_size,))
     # The projection takes the embedder's output as it is.
     fields.expect("output_proj_dims", (embed_dim,))
     return UnifiedVisionConfig(
         embed_dim=embed_dim,
         position_embedding_size=fields.integer("mm_posemb_size"),
-        patch_size=fields.integer("model_patch_size"),
+        patch_size=patch_size,
         rms_norm_eps=fields.number("rms_norm_eps"),
     )
 

@@ -72,7 +72,8 @@ class AudioFeedForward(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """Return x [1, tokens, hidden_size] with the share added."""
         update = self.ffw_layer_2(nn.silu(self.ffw_layer_1(self.pre_layer_norm(limit(x, self.most)))))
-        return x + self.weight * self.post_layer_norm(limit(update, self.most))
+        normed: mx.array = self.post_layer_norm(limit(update, self.most))
+        return x + self.weight * normed
 
 
 class AudioAttention(nn.Module):

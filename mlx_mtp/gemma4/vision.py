@@ -4,6 +4,7 @@
 names are the published ones, without `model.`. The computation is that of transformers, without its padding.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -188,7 +189,7 @@ class VisionTower(nn.Module):
         encoded = self.encoder(embedded.flatten(0, 1)[None], rotate)
         pooled = self._pool(encoded.reshape(rows, columns, -1))
         # The scaled values can be too large for float16.
-        features = pooled.astype(mx.float32) * config.hidden_size**0.5
+        features = pooled.astype(mx.float32) * math.sqrt(config.hidden_size)
         if config.standardize:
             features = (features - self.std_bias.astype(mx.float32)) * self.std_scale.astype(mx.float32)
         return features.astype(pooled.dtype)

@@ -124,17 +124,17 @@ def random_pixels(height: int, width: int, seed: int = 0) -> NDArray[np.float32]
     rows, columns = np.mgrid[:height, :width] / 100
     waves = np.sin(rows[..., None] * [1, 2, 3] + columns[..., None] * [3, 1, 2] + seed)
     pixels = 0.5 + 0.3 * waves + rng.normal(0, 0.1, (height, width, 3))
-    return (np.clip(pixels * 255, 0, 255).round() / 255).astype(np.float32)
+    return np.asarray(np.clip(pixels * 255, 0, 255).round() / 255, np.float32)
 
 
 def random_mel(frames: int, seed: int = 0) -> NDArray[np.float32]:
     """Return log-mel frames [frames, bins] in the range of those of a sound."""
-    return normal(np.random.default_rng(seed), 2.0, frames, MEL_BINS) - 3
+    return normal(np.random.default_rng(seed), 2.0, frames, MEL_BINS) - np.float32(3)
 
 
 def random_samples(frames: int, seed: int = 0) -> NDArray[np.float32]:
     """Return frames of samples from -1 to 1, [frames, samples]."""
-    return np.clip(normal(np.random.default_rng(seed), 0.3, frames, FRAME_SIZE), -1, 1)
+    return np.asarray(np.clip(normal(np.random.default_rng(seed), 0.3, frames, FRAME_SIZE), -1, 1), np.float32)
 
 
 def _vision_tensors(config: dict[str, Any], hidden_size: int, rng: np.random.Generator) -> Tensors:

@@ -1,5 +1,6 @@
 """The media parts of a checkpoint: their config, the tensors they need, and the errors for a bad folder."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+import transformers
 from support.paths import PUBLISHED
 from support.tiny_media import random_mel, random_pixels
 
@@ -136,7 +138,8 @@ OPTIONAL = {
 # Fields without which a shape or a computation would be a guess. The published config of 31B leaves out four fields.
 REQUIRED = [
     *(("31B", f"vision_config.{name}") for name in LARGE_VISION.keys() - OPTIONAL),
-    *(("12B", f"vision_config.{name}") for name in ("mm_embed_dim", "mm_posemb_size", "model_patch_size")),
+    *(("12B", f"vision_config.{name}") for name in ("mm_embed_dim", "mm_posemb_size", "patch_size")),
+    ("12B", "vision_config.pooling_kernel_size"),
     *(("12B", f"{name}.rms_norm_eps") for name in ("vision_config", "audio_config")),
     *(("E2B", f"audio_config.{name}") for name in AUDIO.keys() - OPTIONAL),
     ("12B", "audio_config.audio_embed_dim"),
@@ -159,6 +162,7 @@ WRONG: list[tuple[str, str, Any]] = [
     ("E2B", "vision_config.rope_parameters.rope_type", "yarn"),
     ("E2B", "vision_config.rope_parameters.rope_theta", -1),
     ("12B", "vision_config.output_proj_dims", 640),
+    ("12B", "vision_config.model_patch_size", 16),
     ("12B", "audio_config.audio_samples_per_token", 320),
     ("E2B", "audio_config.hidden_act", "gelu"),
     ("E2B", "audio_config.hidden_size", 1020),
@@ -177,7 +181,7 @@ WRONG: list[tuple[str, str, Any]] = [
 def published(name: str) -> Json:
     config: Json = json.loads((PUBLISHED / name / "config.json").read_text())
     vision_config, audio_config = MEDIA[name]
-    return json.loads(json.dumps(config | IDS | {"vision_config": vision_config, "audio_config": audio_config}))
+    return config | IDS | copy.deepcopy({"vision_config": vision_config, "audio_config": audio_config})
 
 
 def media_config(folder: Path, config: Json) -> MediaConfig:
@@ -217,6 +221,15 @@ def test_no_media(is_null: bool, tmp_path: Path) -> None:
         if not is_null:
             del config[name]
     assert media_config(tmp_path, config) == MediaConfig(1536, None, None, MediaIds())
+
+
+@pytest.mark.parametrize("name", MEDIA)
+def test_resaved_config(name: str, tmp_path: Path) -> None:
+    """transformers writes other fields when it saves a model again."""
+    expected = media_config(tmp_path, published(name))
+    transformers.AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
+    saved: Json = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert media_config(tmp_path, saved | {"eos_token_id": 1}) == expected
 
 
 def test_ids_in_other_spellings(tmp_path: Path) -> None:
@@ -322,14 +335,15 @@ def test_pictures_need_no_tensors_of_sound(folder: Path) -> None:
 def test_wrong_tensor(name: str, folder: Path) -> None:
     """A tensor that is missing, is too large, or has another type is an error that names it and the folder."""
     key = f"model.{name}"
-    tensor: mx.array = mx.load(str(folder / "model.safetensors"))[key]  # type: ignore[index,call-overload]
+    tensors: dict[str, mx.array] = mx.load(str(folder / "model.safetensors"))  # type: ignore[assignment]
+    tensor = tensors[key]
     mx.eval(tensor)
 
     def message(value: mx.array | None) -> str:
-        def put(tensors: dict[str, mx.array]) -> None:
-            tensors.pop(key, None)
+        def put(content: dict[str, mx.array]) -> None:
+            content.pop(key, None)
             if value is not None:
-                tensors[key] = value
+                content[key] = value
 
         towers = edit(folder, put)
         with pytest.raises(WeightsError) as caught:
