@@ -12,6 +12,7 @@ from pathlib import Path
 from mlx_mtp.errors import WeightsError
 
 from .config import DrafterConfig, TargetConfig
+from .media_config import AudioConfig, UnifiedAudioConfig, UnifiedVisionConfig, VisionConfig
 from .tensors import have_equal_content, read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,9 @@ _VISION = ("vision_tower.", "embed_vision.", "vision_embedder.")
 _AUDIO = ("audio_tower.", "embed_audio.")
 _OTHER_MODALITIES = (*_VISION, *_AUDIO, "multi_modal_projector.")
 # The bounds of the towers' clipped layers, and cached rotary tables.
+_BOUNDS = ("input_min", "input_max", "output_min", "output_max")
 _ROTARY_TABLE = "rotary_emb"
-_UNUSED = ("input_min", "input_max", "output_min", "output_max", _ROTARY_TABLE)
+_UNUSED = (*_BOUNDS, _ROTARY_TABLE)
 _HEAD = "lm_head."
 _EMBEDDING = "embed_tokens."
 _KV_MODULES = ("self_attn.k_proj.", "self_attn.v_proj.", "self_attn.k_norm.", "self_attn.v_norm.")
@@ -108,19 +110,20 @@ def drafter_names(key: str, config: DrafterConfig) -> list[str]:
     return [] if unused else [key]
 
 
-def vision_names(key: str) -> list[str]:
+def vision_names(key: str, config: VisionConfig | UnifiedVisionConfig) -> list[str]:
     """Return the parameter names of the vision model that a checkpoint's tensor fills; [] if it is not used."""
-    return _media_names(key, _VISION)
+    return _media_names(key, _VISION, clips=isinstance(config, VisionConfig) and config.use_clipped_linears)
 
 
-def audio_names(key: str) -> list[str]:
+def audio_names(key: str, config: AudioConfig | UnifiedAudioConfig) -> list[str]:
     """Return the parameter names of the audio model that a checkpoint's tensor fills; [] if it is not used."""
-    return _media_names(key, _AUDIO)
+    return _media_names(key, _AUDIO, clips=isinstance(config, AudioConfig) and config.use_clipped_linears)
 
 
-def _media_names(key: str, parts: tuple[str, ...]) -> list[str]:
+def _media_names(key: str, parts: tuple[str, ...], *, clips: bool) -> list[str]:
     name = plain_name(key)
-    return [name] if name.startswith(parts) and _ROTARY_TABLE not in name else []
+    is_unused = _ROTARY_TABLE in name or (name.endswith(_BOUNDS) and not clips)
+    return [name] if name.startswith(parts) and not is_unused else []
 
 
 def match_tensors(

@@ -1,7 +1,7 @@
 """The media parts of a checkpoint, read when they are first used, so that a text-only run pays nothing for them."""
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 
 import mlx.nn as nn
 
@@ -28,19 +28,21 @@ class MediaTowers:
     @cached_property
     def vision(self) -> VisionModel | UnifiedVisionModel | None:
         """The network for pictures; None if config.json describes none."""
-        if self.config.vision is None:
+        config = self.config.vision
+        if config is None:
             return None
-        model = vision_model(self.config.vision, self.config.hidden_size)
-        self._fill(model, vision_names)
+        model = vision_model(config, self.config.hidden_size)
+        self._fill(model, partial(vision_names, config=config))
         return model
 
     @cached_property
     def audio(self) -> AudioModel | UnifiedAudioModel | None:
         """The network for clips; None if config.json describes none."""
-        if self.config.audio is None:
+        config = self.config.audio
+        if config is None:
             return None
-        model = audio_model(self.config.audio, self.config.hidden_size)
-        self._fill(model, audio_names)
+        model = audio_model(config, self.config.hidden_size)
+        self._fill(model, partial(audio_names, config=config))
         return model
 
     def _fill(self, model: nn.Module, names: Callable[[str], list[str]]) -> None:
