@@ -11,6 +11,7 @@ from mlx_mtp.checkpoints.media_config import MediaConfig, read_media_config
 from mlx_mtp.checkpoints.weights import fill_module
 
 from .audio import AudioModel, UnifiedAudioModel, audio_model
+from .layers import lay_out_weights
 from .vision import UnifiedVisionModel, VisionModel, vision_model
 
 
@@ -47,6 +48,7 @@ class MediaTowers:
 
     def _fill(self, model: nn.Module, names: Callable[[str], list[str]]) -> None:
         fill_module(model, self._target.path.parent, names, self._target.quantization)
+        lay_out_weights(model)
 
 
 def load_media(target: TargetConfig) -> MediaTowers:
