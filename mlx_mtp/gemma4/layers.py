@@ -22,7 +22,7 @@ _QUANTIZATION = ("group_size", "bits", "mode")
 LONGEST_PASS = 32
 
 
-def _geglu(gate: mx.array, x: mx.array) -> mx.array:
+def geglu(gate: mx.array, x: mx.array) -> mx.array:
     """Return gelu(gate) * x, with the tanh approximation of gelu."""
     # On the CPU, a kernel takes the C++ compiler about a second, and a prompt does not repay it. MLX's own gelu_approx
     # is always compiled. In a compiled round, both forms are the same.
@@ -72,8 +72,8 @@ class MLP(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """Return the output for x [1, length, hidden_size], in the same shape."""
         if "gate_up_proj" in self:
-            return self.down_proj(_geglu(*mx.split(self.gate_up_proj(x), 2, axis=-1)))
-        return self.down_proj(_geglu(self.gate_proj(x), self.up_proj(x)))
+            return self.down_proj(geglu(*mx.split(self.gate_up_proj(x), 2, axis=-1)))
+        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
 
     def fuse(self) -> None:
         """Join the gate and up projections into one projection, if their quantization is the same."""
@@ -232,7 +232,7 @@ class Router(nn.Module):
 
 class _ExpertActivation(nn.Module):
     def __call__(self, x: mx.array, gate: mx.array) -> mx.array:
-        return _geglu(gate, x)
+        return geglu(gate, x)
 
 
 class Experts(nn.Module):
@@ -341,7 +341,7 @@ class DecoderLayer(nn.Module):
         if per_layer_input is None:
             return add_norm(update, self.post_feedforward_layernorm, h, self.layer_scalar, following)
         h, _ = add_norm(update, self.post_feedforward_layernorm, h)
-        update = self.per_layer_projection(_geglu(self.per_layer_input_gate(h), per_layer_input))
+        update = self.per_layer_projection(geglu(self.per_layer_input_gate(h), per_layer_input))
         return add_norm(update, self.post_per_layer_input_norm, h, self.layer_scalar, following)
 
     def _feed_forward(self, h: mx.array, normed: mx.array) -> mx.array:
