@@ -73,6 +73,8 @@ def read_audio(data: AudioData, *, place: str = "") -> Clip:
     quality HQ are what transformers uses to load a sound.
     """
     name = source_name(data, place, "audio")
+    if isinstance(data, tuple) and len(data) != 2:
+        raise MediaError(f"{name}: expected a path, bytes or (samples, rate), found a tuple of {len(data)}")
     with decoding(name):
         mono, rate = _given(*data, name) if isinstance(data, tuple) else _decoded(data, name)
         if rate != RATE:
@@ -118,19 +120,24 @@ def _mel_filters() -> NDArray[np.float64]:
 
 
 def _decoded(data: object, name: str) -> tuple[Samples, int]:
-    """Decode a file. Returns its samples, mixed to one channel, and its rate."""
+    """Decode a file. Returns its samples, mixed to one channel, and its rate.
+
+    A file that was cut off gives the samples that it still has, unless its decoder notices.
+    """
     soundfile = require("soundfile", "soundfile", "media", name)
-    with open_source(data, name) as file, soundfile.SoundFile(file) as sound:
-        _check_length(sound.frames, sound.samplerate, name)
-        mono = np.concatenate([np.zeros(0, np.float32), *_mixed_blocks(sound)])
-        if len(mono) < sound.frames:
-            raise MediaError(f"{name}: length: expected {sound.frames} samples, found {len(mono)}: truncated data")
-        return mono, sound.samplerate
+    try:
+        with open_source(data, name) as file, soundfile.SoundFile(file) as sound:
+            _check_length(sound.frames, sound.samplerate, name)
+            return np.concatenate([np.zeros(0, np.float32), *_mixed_blocks(sound)]), sound.samplerate
+    except soundfile.LibsndfileError as error:
+        expected = "a sound in a format of libsndfile, such as WAV, FLAC, Ogg or MP3"
+        raise MediaError(f"{name}: expected {expected}, found other or damaged data: {error.error_string}") from None
 
 
 def _mixed_blocks(sound: Any) -> Iterator[Samples]:
     """Decode a sound block by block, each mixed to one channel: 1000 channels take no more memory than one."""
-    for block in sound.blocks(_BLOCK, dtype="float32", always_2d=True):
+    # `SoundFile.blocks` would return memory that nothing was written to where a file ends early.
+    while len(block := sound.read(_BLOCK, dtype="float32", always_2d=True)):
         yield block.mean(axis=1)
 
 
@@ -143,7 +150,8 @@ def _given(samples: NDArray[np.generic], rate: int, name: str) -> tuple[Samples,
     if values.ndim not in (1, 2) or (values.ndim == 2 and not 0 < values.shape[1] <= values.shape[0]):
         raise MediaError(f"{name}: samples: expected the shape [n] or [n, channels], found {list(values.shape)}")
     _check_length(len(values), rate, name)
-    scaled = values.astype(np.float32) / (32768 if values.dtype == np.int16 else 1)
+    with np.errstate(over="ignore"):
+        scaled = values.astype(np.float32) / (32768 if values.dtype == np.int16 else 1)
     return scaled if scaled.ndim == 1 else scaled.mean(axis=1), rate
 
 

@@ -27,9 +27,8 @@ def noise(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
 
 def color(picture: Picture) -> tuple[int, ...]:
     """Return the color of a picture that has only one."""
-    colors = np.unique(picture.pixels.reshape(-1, 3), axis=0)
-    assert len(colors) == 1
-    return tuple(colors[0].tolist())
+    assert (picture.pixels == picture.pixels[0, 0]).all()
+    return tuple(picture.pixels[0, 0].tolist())
 
 
 @pytest.mark.parametrize(
@@ -246,7 +245,6 @@ REFUSED: dict[str, tuple[object, str]] = {
     "pages": (frames("TIFF"), "frames: expected one picture"),
     "32 bit": (float_tiff("I"), "pixels: expected 8 or 16 bits a channel, found 32"),
     "floats in a file": (float_tiff("F"), "pixels: expected 8 or 16 bits a channel, found 32"),
-    "LAB": (encoded(Image.new("LAB", (9, 9)), "TIFF"), "image: expected data that can be decoded, found .*LAB"),
     **{
         f"truncated {format}": (truncated(format), "image: expected data that can be decoded, found damaged or truncated")
         for format in FORMATS
