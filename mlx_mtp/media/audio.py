@@ -150,9 +150,12 @@ def _given(samples: NDArray[np.generic], rate: int, name: str) -> tuple[Samples,
     if values.ndim not in (1, 2) or (values.ndim == 2 and not 0 < values.shape[1] <= values.shape[0]):
         raise MediaError(f"{name}: samples: expected the shape [n] or [n, channels], found {list(values.shape)}")
     _check_length(len(values), rate, name)
+    # Values that float32 cannot hold become infinite, which the caller refuses.
     with np.errstate(over="ignore"):
-        scaled = values.astype(np.float32) / (32768 if values.dtype == np.int16 else 1)
-    return scaled if scaled.ndim == 1 else scaled.mean(axis=1), rate
+        floats: Samples = values.astype(np.float32)
+    if values.dtype == np.int16:
+        floats /= 32768
+    return floats if floats.ndim == 1 else floats.mean(axis=1), rate
 
 
 def _check_length(samples: int, rate: int, name: str) -> None:

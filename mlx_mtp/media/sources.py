@@ -1,4 +1,4 @@
-"""Where media come from: their files, their names in errors, the packages that decode them, and their content's hash."""
+"""Where media come from: their files, the packages that decode them, their names in errors, and their hash."""
 
 import hashlib
 import os
@@ -68,7 +68,8 @@ def decoding(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise MediaError(f"{name}: expected data that can be decoded, found damaged or truncated data: {reason}") from error
+        expected = "expected data that can be decoded, found damaged or truncated data"
+        raise MediaError(f"{name}: {expected}: {reason}") from error
 
 
 def content_hash(kind: str, values: NDArray[np.generic], budget: int = 0) -> str:
@@ -77,5 +78,5 @@ def content_hash(kind: str, values: NDArray[np.generic], budget: int = 0) -> str
     Two media have the same hash only if their kind, budget, shape, type and values are the same.
     """
     digest = hashlib.sha256(f"{kind} {budget} {values.shape} {values.dtype.str}\n".encode())
-    digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+    digest.update(values.tobytes())
     return digest.hexdigest()

@@ -115,7 +115,7 @@ def _animation_frames(file: BinaryIO, fps: float, name: str) -> Iterator[_Frame]
 
 
 def _container_frames(file: BinaryIO, fps: float, name: str) -> Iterator[_Frame]:
-    """Yield the chosen frames of an mp4 or mov file. Raises MediaError if it has fewer frames than packets."""
+    """Yield the chosen frames of an mp4 or mov file. Raises MediaError if it has none, or was cut off."""
     av = require("av", "PyAV", "video", name)
     require("PIL.Image", "Pillow", "media", name)
     # The format keeps other kinds of files away, among them lists of addresses.
@@ -123,14 +123,23 @@ def _container_frames(file: BinaryIO, fps: float, name: str) -> Iterator[_Frame]
         if not container.streams.video:
             raise MediaError(f"{name}: expected a video, found none in the file")
         stream = container.streams.video[0]
+        chosen = chosen_frames(_count_frames(container, stream, name))
         check_size(stream.width, stream.height, name)
-        # Each packet is a frame. Those at the end without data, and those that are cut off, give none.
-        total = sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
-        if not total:
-            raise MediaError(f"{name}: frames: expected at least 1, found 0")
         container.seek(0)
-        chosen = chosen_frames(total)
         yield from _decoded_frames(container, stream, chosen, float(stream.average_rate or fps), name)
+
+
+def _count_frames(container: Any, stream: Any, name: str) -> int:
+    """Count the frames of a stream without decoding them. Raises MediaError if there are none, or if one is cut off."""
+    count = 0
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise MediaError(f"{name}: frames: expected whole ones, found one without its end: truncated data")
+        # Packets without data end the stream. Frames before and after a cut are marked, and are not part of the video.
+        count += bool(packet.size and not packet.is_discard)
+    if not count:
+        raise MediaError(f"{name}: frames: expected at least 1, found 0")
+    return count
 
 
 def _decoded_frames(container: Any, stream: Any, chosen: list[int], fps: float, name: str) -> Iterator[_Frame]:

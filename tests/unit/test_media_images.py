@@ -17,6 +17,7 @@ from support.pictures import chunk, encoded, png
 from mlx_mtp.errors import MediaError, PromptError
 from mlx_mtp.media.images import BUDGETS, FORMATS, Picture, fitted_size, read_image
 
+Turn = Callable[[Image.Image], Image.Image]
 # A picture of this side keeps its size at the budget of 280 soft tokens.
 KEPT = 768
 
@@ -76,7 +77,8 @@ def test_patches_are_squares_row_by_row(side: int) -> None:
     assert np.array_equal(picture.pixels, pixels)
     patches, (rows, columns) = picture.patches(side), picture.grid(side)
     assert (rows, columns) == (672 // side, 864 // side)
-    assert (patches.dtype, patches.shape) == (np.float32, (rows * columns, side * side * 3))
+    assert patches.dtype == np.float32
+    assert patches.shape == (rows * columns, side * side * 3)
     for row, column in ((0, 0), (0, columns - 1), (1, 2), (rows - 1, 0), (rows - 1, columns - 1)):
         square = pixels[side * row : side * (row + 1), side * column : side * (column + 1)]
         expected = (square.reshape(-1) / 255).astype(np.float32)
@@ -161,7 +163,7 @@ def test_kinds_of_pictures(kind: str) -> None:
     ],
     ids=range(1, 9),
 )
-def test_pictures_are_turned_upright(stored: Callable[[Image.Image], Image.Image], request: pytest.FixtureRequest) -> None:
+def test_pictures_are_turned_upright(stored: Turn, request: pytest.FixtureRequest) -> None:
     upright = Image.fromarray(noise(30, 50, seed=4))
     exif = Image.Exif()
     exif[0x0112] = int(request.node.callspec.id)
@@ -246,7 +248,10 @@ REFUSED: dict[str, tuple[object, str]] = {
     "32 bit": (float_tiff("I"), "pixels: expected 8 or 16 bits a channel, found 32"),
     "floats in a file": (float_tiff("F"), "pixels: expected 8 or 16 bits a channel, found 32"),
     **{
-        f"truncated {format}": (truncated(format), "image: expected data that can be decoded, found damaged or truncated")
+        f"truncated {format}": (
+            truncated(format),
+            "image: expected data that can be decoded, found damaged",
+        )
         for format in FORMATS
     },
 }
@@ -263,7 +268,7 @@ def test_refused(what: str) -> None:
 
 @pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
 def test_a_large_picture_is_refused_when_warnings_are_errors() -> None:
-    with pytest.raises(MediaError, match="expected at most 64000000 pixels, found more: .*100000000"):
+    with pytest.raises(MediaError, match=r"expected at most 64000000 pixels, found more: .*100000000"):
         read_image(bomb(10_000, 10_000))
 
 
@@ -280,7 +285,7 @@ def test_large_pictures_are_refused_before_they_are_decoded(monkeypatch: pytest.
 
 @pytest.mark.parametrize("budget", [0, 100, 281, -70, "280", None])
 def test_budgets_outside_the_list_are_refused(budget: int) -> None:
-    with pytest.raises(MediaError, match="^image: budget: expected one of 70, 140, 280, 560, 1120, found "):
+    with pytest.raises(MediaError, match=r"^image: budget: expected one of 70, 140, 280, 560, 1120, found "):
         read_image(noise(9, 9), budget=budget)
 
 
