@@ -170,10 +170,11 @@ def _on_white(image: "Image.Image", name: str) -> "Image.Image":
         image = _in_eight_bits(image)
     if image.mode in ("I", "F"):
         raise MediaError(f"{name}: pixels: expected 8 or 16 bits a channel, found 32 (Pillow's mode {image.mode})")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    # `convert` would copy an image that is RGB already.
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _in_eight_bits(image: "Image.Image") -> "Image.Image":
