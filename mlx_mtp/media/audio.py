@@ -22,7 +22,7 @@ RATE = 16_000
 MOST_SAMPLES = 30 * RATE
 LEAST_SAMPLES = 161
 # The rates of files in Hz that are resampled. Others would take much time or memory, and no recorder writes them.
-RATES = range(1_000, 384_001)
+LOWEST_RATE, HIGHEST_RATE = 1_000, 384_000
 # The samples of a frame for the embedder of the 12B model, which takes them as they are.
 RAW_FRAME = 640
 
@@ -155,12 +155,12 @@ def _given(samples: NDArray[np.generic], rate: int, name: str) -> tuple[Samples,
         floats: Samples = values.astype(np.float32)
     if values.dtype == np.int16:
         floats /= 32768
-    return floats if floats.ndim == 1 else floats.mean(axis=1), rate
+    return floats if floats.ndim == 1 else floats.mean(axis=1), int(rate)
 
 
 def _check_length(samples: int, rate: int, name: str) -> None:
     """Raise MediaError if a rate cannot be resampled, or if a sound is longer than 30 seconds."""
-    if rate not in RATES:
-        raise MediaError(f"{name}: rate: expected {RATES[0]} to {RATES[-1]} Hz, found {rate!r}")
-    if samples * RATE > MOST_SAMPLES * rate:
+    if not isinstance(rate, int | np.integer) or not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise MediaError(f"{name}: rate: expected {LOWEST_RATE} to {HIGHEST_RATE} Hz, found {rate!r}")
+    if samples * RATE > MOST_SAMPLES * int(rate):
         raise MediaError(f"{name}: length: expected at most 30 seconds, found {samples / rate:.2f}")

@@ -106,6 +106,7 @@ def test_ways_to_give_a_sound(tmp_path: Path) -> None:
     file.write_bytes(data)
     floats = samples.astype(np.float64) / 32768
     given: list[AudioData] = [data, file, str(file), (samples, RATE), (floats, RATE), (floats[:, None], RATE)]
+    given.append((samples, np.int16(RATE)))  # type: ignore[arg-type]
     assert len({read_audio(one).digest for one in given}) == 1
     samples[0] += 1
     assert read_audio((samples, RATE)).digest != read_audio(data).digest
