@@ -28,7 +28,7 @@ LAYERS = (
     ("grammars",),
     ("text", "memory_plan"),
     ("decoding",),
-    ("gemma4",),
+    ("gemma4", "media"),
     ("checkpoints", "threads", "shell"),
     ("errors", "commands"),
 )
