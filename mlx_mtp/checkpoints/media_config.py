@@ -108,10 +108,12 @@ class MediaIds:
 class MediaConfig:
     """The media parts of a target. A part is None if config.json does not describe it.
 
-    `hidden_size` is the width of the text decoder, and so of the features.
+    `hidden_size` is the width of the text decoder, and so of the features. With `sees_both_ways`, the rows of a picture
+    see each other in both directions in sliding layers (`use_bidirectional_attention` of the text decoder).
     """
 
     hidden_size: int
+    sees_both_ways: bool
     vision: VisionConfig | UnifiedVisionConfig | None
     audio: AudioConfig | UnifiedAudioConfig | None
     ids: MediaIds
@@ -133,7 +135,14 @@ def read_media_config(target: TargetConfig) -> MediaConfig:
         fields = _media_fields(root, "audio", unified)
         audio = _read_unified_audio(fields) if unified else _read_audio(fields)
     ids = _read_ids(root, target.text.vocab_size, has_vision=vision is not None, has_audio=audio is not None)
-    return MediaConfig(target.text.hidden_size, vision, audio, ids)
+    text = root.object("text_config") if "text_config" in root else root
+    return MediaConfig(
+        hidden_size=target.text.hidden_size,
+        sees_both_ways="use_bidirectional_attention" in text,
+        vision=vision,
+        audio=audio,
+        ids=ids,
+    )
 
 
 def _media_fields(root: Fields, modality: str, unified: bool) -> Fields:

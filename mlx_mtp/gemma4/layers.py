@@ -20,6 +20,9 @@ from .kv_cache import KVRows, Quantized, View
 _QUANTIZATION = ("group_size", "bits", "mode")
 # A pass with more rows is a chunk of a prompt. It is not split for the fused kernel.
 LONGEST_PASS = 32
+# MLX keeps all attention scores in memory if it has no kernel for a head size, as on the CPU. A chunk of a prompt
+# attends in parts whose scores stay below this limit in bytes. Most chunks are chosen so that they are one part.
+SCORE_BYTES = 1 << 29
 
 
 def geglu(gate: mx.array, x: mx.array) -> mx.array:
@@ -159,10 +162,16 @@ class Attention(nn.Module):
         is_fused = isinstance(view.keys, mx.array) and (self.fused_prefill if is_chunk else bool(self.fused_rows))
         at_once = min(rows, self.fused_rows) if is_fused and not is_chunk else rows
         at_once = 1 if rows <= self.exact_rows else at_once
-        parts = [
-            attend(queries[:, :, row : row + at_once], view.keys, view.values, view.mask[row : row + at_once], is_fused)
-            for row in range(0, rows, at_once)
-        ]
+        if is_chunk and not is_fused:
+            scores_of_row = queries.shape[1] * view.mask.shape[-1] * queries.dtype.size
+            at_once = min(rows, max(LONGEST_PASS, SCORE_BYTES // scores_of_row))
+        parts = []
+        for row in range(0, rows, at_once):
+            some = slice(row, row + at_once)
+            parts.append(attend(queries[:, :, some], view.keys, view.values, view.mask[some], is_fused))
+            if is_chunk and at_once < rows:
+                # Otherwise MLX allocates the scores of several parts ahead.
+                mx.eval(parts[-1])
         out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
         return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
 

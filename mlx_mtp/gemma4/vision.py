@@ -13,14 +13,11 @@ import mlx.nn as nn
 
 from mlx_mtp.checkpoints.media_config import UnifiedVisionConfig, VisionConfig
 
-from .layers import geglu
+from .layers import SCORE_BYTES, geglu
 from .media_layers import ClippedLinear, MediaProjection
 
 # The norms of the unified embedder have the epsilon of PyTorch's LayerNorm.
 _LAYER_NORM_EPS = 1e-5
-# MLX keeps all attention scores in memory if it has no kernel for a head size, as on the CPU. Queries are attended in
-# parts whose scores stay below this limit, unless the scores of a single query are larger.
-SCORE_BYTES = 1 << 29
 
 
 def to_patches(pixels: mx.array, size: int) -> mx.array:

@@ -1,5 +1,6 @@
 """Where media come from: their files, the packages that decode them, their names in errors, and their hash."""
 
+import base64
 import hashlib
 import os
 from collections.abc import Iterator
@@ -24,23 +25,27 @@ _SHOWN = 300
 
 def source_name(data: object, place: str, kind: str) -> str:
     """Return the name of a medium in errors: its place in the request and its path, or its kind if it has neither."""
-    path = str(data) if isinstance(data, str | Path) else ""
+    path = str(data) if isinstance(data, str | Path) and not _is_data_url(data) else ""
     shown = path if len(path) <= _SHOWN else path[:_SHOWN] + "..."
     return ": ".join(part for part in (place, shown) if part) or kind
 
 
 def open_source(data: object, name: str) -> BinaryIO:
-    """Open a file, or the bytes of a file. The caller closes it.
+    """Open a file, the bytes of a file, or the file in a `data:` URL. The caller closes it.
 
-    Raises MediaError if the data is neither a path nor bytes, if there are no bytes, or if the path is not a regular
-    file that can be read.
+    Raises MediaError if the data is none of them, if there are no bytes, or if a path is not a regular file that can be
+    read. Other addresses are not fetched.
     """
+    if isinstance(data, str) and _is_data_url(data):
+        data = data_url_bytes(data, name)
     if isinstance(data, bytes):
         if not data:
             raise MediaError(f"{name}: expected the bytes of a file, found 0 bytes")
         return BytesIO(data)
     if not isinstance(data, str | Path):
         raise MediaError(f"{name}: expected a path or bytes, found {type(data).__name__}")
+    if str(data).startswith(("http://", "https://")):
+        raise MediaError(f"{name}: expected a file or data, found an address: nothing is fetched")
     if "\0" in str(data):
         raise MediaError(f"{name!r}: expected a path, found text with a null character")
     # Reading a pipe or a device could wait for ever.
@@ -49,6 +54,21 @@ def open_source(data: object, name: str) -> BinaryIO:
     if reason:
         raise MediaError(f"{name}: {reason}")
     return Path(data).open("rb")
+
+
+def _is_data_url(data: str | Path) -> bool:
+    return isinstance(data, str) and data[:5].lower() == "data:"
+
+
+def data_url_bytes(url: str, name: str) -> bytes:
+    """Return the bytes of a `data:` URL in base64. Raises MediaError if it is not valid."""
+    head, comma, text = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise MediaError(f"{name}: expected a data: URL with ;base64, found {head[:_SHOWN]!r}")
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError as error:
+        raise MediaError(f"{name}: not base64: {error}") from None
 
 
 def require(package: str, distribution: str, extra: str, name: str) -> Any:

@@ -63,7 +63,13 @@ _CHAT_TEMPLATE = """\
 <|turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}
 {% if thinks and message['role'] == 'system' %}<|think|>
 {% endif %}
-{{- message['content'] }}<turn|>
+{%- if message['content'] is string -%}
+{{ message['content'] }}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'text' %}{{ part['text'] | trim }}{% else %}{{ '<|' + part['type'] + '|>' }}{% endif -%}
+{%- endfor -%}
+{%- endif %}<turn|>
 {% endfor -%}
 {%- if add_generation_prompt -%}
 <|turn>model
