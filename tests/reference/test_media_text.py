@@ -1,8 +1,7 @@
 """Prompts with media against transformers in float32: token positions, logits after the prompt, and greedy text."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
