@@ -2,9 +2,9 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
-from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -28,7 +28,8 @@ _BRIGHTEST = 255
 Encode = Callable[[str], list[int]]
 
 
-class _Soft(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Soft:
     """Soft tokens of a medium. `digest` and `features` are those of `MediaSpan`."""
 
     kind: MediaKind

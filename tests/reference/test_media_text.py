@@ -64,7 +64,10 @@ def picture(height: int, width: int, seed: int) -> NDArray[np.uint8]:
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[:height, :width] / 40
     waves = np.sin(rows[..., None] * [1, 2, 3] + columns[..., None] * [3, 1, 2] + seed)
-    return np.clip(128 + 80 * waves + rng.normal(0, 20, (height, width, 3)), 0, 255).astype(np.uint8)
+    pixels: NDArray[np.uint8] = np.clip(128 + 80 * waves + rng.normal(0, 20, (height, width, 3)), 0, 255).astype(
+        np.uint8
+    )
+    return pixels
 
 
 def sound(samples: int, seed: int) -> tuple[NDArray[np.float32], int]:
