@@ -201,7 +201,8 @@ def joint_distribution(model: mlx_mtp.Model, prompt: PreparedPrompt, sampling: S
         found = dict(last.logprobs.top)
         # The log probabilities are those of the model, without the bias.
         shares: NDArray[np.float64] = np.exp([found[token] for token in CHOICES])
-        return shares / shares.sum()
+        shares /= shares.sum()
+        return shares
 
     table = np.zeros((4, 4, 4))
     start = chances([])
