@@ -69,7 +69,7 @@ def fill_module(
         _quantize_modules(module, folder, quantization, present)
     parameters = lazy_parameters(module)
     matched = match_tensors(folder, tensors, names, parameters)
-    channels_second = _channels_second(module, tensors, matched, parameters)
+    channels_second = channels_second(module, tensors, matched, parameters)
     for key, filled in matched.items():
         parameter = parameters[filled[0]]
         parameter = mx.moveaxis(parameter, -1, 1) if key in channels_second else parameter
@@ -98,7 +98,7 @@ def _check_tensor(folder: Path, key: str, tensor: TensorInfo, parameter: mx.arra
         raise WeightsError(f"{folder}: tensor {key} is {tensor.dtype}, expected one of {', '.join(FLOAT_TYPES)}")
 
 
-def _channels_second(
+def channels_second(
     module: nn.Module,
     tensors: dict[str, TensorInfo],
     matched: dict[str, list[str]],
