@@ -17,8 +17,6 @@ from mlx_mtp.media.images import DEFAULT_BUDGET, Picture, read_image
 from mlx_mtp.media.video import DEFAULT_FPS, read_video
 from mlx_mtp.text.media_parts import MediaKind, MediaPart
 
-from .errors import PromptError
-
 # The features of the last media are kept up to this size. A picture of 280 soft tokens takes 0.9 to 3 MB.
 _KEPT_BYTES = 128_000_000
 # The sample values of a picture are from 0 to this number.
@@ -90,14 +88,11 @@ class MediaReader:
     ) -> tuple[list[int], list[MediaSpan]]:
         """Return the token ids of texts with media between them, and the spans of the media.
 
-        `texts` has one more item than `parts`. Raises MediaError if a medium cannot be read, and PromptError if the
-        checkpoint does not read its kind.
+        `texts` has one more item than `parts`, which are of the checkpoint's kinds. Raises MediaError if a medium
+        cannot be read.
         """
         pieces: list[str | _Soft] = [texts[0]]
         for part, text in zip(parts, texts[1:], strict=True):
-            if part.kind not in self.kinds:
-                known = ", ".join(("text", *self.kinds))
-                raise PromptError(f"{part.place}: found {part.kind}, but this checkpoint reads only {known}")
             pieces += [*self._read(part), text]
         tokens: list[int] = []
         spans: list[MediaSpan] = []
