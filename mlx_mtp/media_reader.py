@@ -52,7 +52,8 @@ class MediaReader:
         return read_media_config(self._target)
 
     @cached_property
-    def _towers(self) -> MediaTowers:
+    def towers(self) -> MediaTowers:
+        """The networks, whose tensors are read at their first use."""
         return MediaTowers(self._target, self.config)
 
     @cached_property
@@ -131,12 +132,12 @@ class MediaReader:
         return isinstance(self.config.audio, UnifiedAudioConfig)
 
     def _see(self, picture: "Picture") -> mx.array:
-        vision = self._towers.vision
+        vision = self.towers.vision
         assert vision is not None
         return vision(mx.array(picture.pixels).astype(mx.float32) / _BRIGHTEST)
 
     def _hear(self, clip: "Clip") -> mx.array:
-        audio = self._towers.audio
+        audio = self.towers.audio
         assert audio is not None
         return audio(mx.array(clip.raw_frames() if self._hears_samples else clip.log_mel()))
 
