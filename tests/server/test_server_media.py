@@ -193,7 +193,7 @@ def test_anthropic(served: Served, model: Model) -> None:
 def test_50_at_once(served: Served, model: Model) -> None:
     """No picture is mixed up with another one of the same size."""
     pictures = [picture(seed) for seed in range(50)]
-    expected = [own_answer(model, OWN_LOW | {"image": data}, QUESTION, tokens=4)[0] for data in pictures]
+    expected = [own_answer(model, OWN_LOW | {"image": data}, QUESTION, tokens=6)[0] for data in pictures]
     assert len(set(expected)) > 40
 
     async def ask_all() -> list[str]:
@@ -202,7 +202,7 @@ def test_50_at_once(served: Served, model: Model) -> None:
             async def one(data: bytes) -> str:
                 part = {"type": "image_url", "image_url": {"url": url_of(data), "detail": "low"}}
                 messages: Any = [{"role": "user", "content": [part, QUESTION]}]
-                answer = await client.chat.completions.create(model="pair", messages=messages, max_tokens=4)
+                answer = await client.chat.completions.create(model="pair", messages=messages, max_tokens=6)
                 return answer.choices[0].message.content or ""
 
             return await asyncio.gather(*map(one, pictures))
