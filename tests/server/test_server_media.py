@@ -20,8 +20,8 @@ from support.tiny import FIRST_TEXT_ID
 from support.tiny_media import random_pixels
 
 import mlx_mtp
-from mlx_mtp import DEMO_PAIR, GenerationOptions, Model
-from mlx_mtp.media import sources
+from mlx_mtp import DEMO_PAIR, GenerationOptions, Model, media_reader
+from mlx_mtp.media import images, sources
 
 MAX_TOKENS = 12
 QUESTION = {"type": "text", "text": "What is this?"}
@@ -378,6 +378,23 @@ def test_a_prompt_that_is_too_long(served: Served, monkeypatch: pytest.MonkeyPat
     error = refused(served, "chat/completions", {"messages": [{"role": "user", "content": [IMAGE_URL]}]})
     assert error["code"] == "context_length_exceeded"
     assert error["message"].endswith("but at most 60 are taken here")
+
+
+def test_many_pictures_are_not_all_read(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body of some kilobytes can have thousands of pictures, each of which is enlarged."""
+    read: list[str] = []
+
+    def and_note(*args: Any, place: str, **options: Any) -> Any:
+        read.append(place)
+        return images.read_image(*args, place=place, **options)
+
+    monkeypatch.setattr(media_reader, "read_image", and_note)
+    tiny = image_url(url_of(picture(0, 1, 1)), detail="original")
+    error = refused(served, "chat/completions", {"messages": [{"role": "user", "content": [tiny] * 300}]})
+    context = served.service.model.max_context
+    assert len(read) == context // 1089 + 1 < 300
+    assert error["code"] == "context_length_exceeded"
+    assert error["message"].startswith(f"{read[-1]}: the media up to here take {1089 * len(read)} tokens, but the ")
 
 
 def test_other_endpoints_take_text(served: Served) -> None:
