@@ -38,6 +38,10 @@ class PreparedPrompt:
     tokens: list[int]
     media: "PromptMedia"
 
+    def with_tokens(self, tokens: Sequence[int]) -> "PreparedPrompt":
+        """Return the prompt with more tokens at its end."""
+        return PreparedPrompt([*self.tokens, *tokens], self.media)
+
 
 class PromptMedia:
     """The media of one prompt, in order. A prompt of text has none."""
