@@ -18,7 +18,8 @@ from mlx_mtp.decoding.prefill import chunk_size
 from mlx_mtp.gemma4.disk_table import KEPT_BYTES
 from mlx_mtp.gemma4.fused_attention import fuses_all_prefill
 from mlx_mtp.gemma4.kv_cache import KVQuantization, check_group_size, rows_in_buffers, spare_slots
-from mlx_mtp.gemma4.vision import picture_bytes
+from mlx_mtp.gemma4.layers import SCORE_BYTES
+from mlx_mtp.media.images import BUDGETS
 
 from .errors import ConfigError, MemoryLimitError, OptionError
 
@@ -124,7 +125,7 @@ def planner(
     is_fused = fuses_all_prefill(text, weights.dtype)
     # Quantized K/V always have scores, and a text can begin with K/V that are not quantized.
     ways = {is_fused, is_fused and kv is None}
-    media = _media_bytes(target)
+    media = _media_bytes(target, size)
     drafter_size = 0 if drafter is None else _drafter_bytes(drafter, size)
     table = weights.per_layer_embeddings
     if mapped:
@@ -196,7 +197,7 @@ def _target_weights(config: TargetConfig) -> _TargetWeights:
     return _TargetWeights(sizes[""], sizes["embed_tokens"], sizes["embed_tokens_per_layer"], dtype)
 
 
-def _media_bytes(config: TargetConfig) -> int:
+def _media_bytes(config: TargetConfig, size: int) -> int:
     """Return the bytes that the first picture or sound adds: the weights, and the work of the largest picture.
 
     A checkpoint whose media parts are not supported adds nothing, because a prompt cannot have media then.
@@ -208,7 +209,17 @@ def _media_bytes(config: TargetConfig) -> int:
         vision = read_media_config(config).vision
     except ConfigError:
         return 0
-    return weights + (picture_bytes(vision) if isinstance(vision, VisionConfig) else 0)
+    return weights + (_picture_bytes(vision, size) if isinstance(vision, VisionConfig) else 0)
+
+
+def _picture_bytes(vision: VisionConfig, size: int) -> int:
+    """Return the temporary bytes of the vision tower for the largest picture. Values have `size` bytes each."""
+    patches = max(BUDGETS) * vision.pooling_kernel_size**2
+    # The CPU has no fused attention, so all scores of a part of the rows exist at the same time, in float32.
+    is_cpu = mx.default_device() == mx.Device(mx.cpu)
+    scores = min(SCORE_BYTES, vision.num_attention_heads * patches**2 * 4) if is_cpu else 0
+    pixels = 3 * vision.patch_size**2 * 4
+    return scores + patches * (3 * vision.intermediate_size * size + pixels)
 
 
 def _work(
