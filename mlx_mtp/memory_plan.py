@@ -200,16 +200,16 @@ def _target_weights(config: TargetConfig) -> _TargetWeights:
 def _media_bytes(config: TargetConfig, size: int) -> int:
     """Return the bytes that the first picture or sound adds: the weights, and the work of the largest picture.
 
-    A checkpoint whose media parts are not supported adds nothing, because a prompt cannot have media then.
+    A checkpoint without media parts, or with parts that are not supported, adds nothing.
     """
-    weights = sum(tensor.nbytes for key, tensor in read_checkpoint(config.path.parent).items() if is_media(key))
-    if not weights:
-        return 0
     try:
-        vision = read_media_config(config).vision
+        media = read_media_config(config)
     except ConfigError:
         return 0
-    return weights + (_picture_bytes(vision, size) if isinstance(vision, VisionConfig) else 0)
+    if media.vision is None and media.audio is None:
+        return 0
+    weights = sum(tensor.nbytes for key, tensor in read_checkpoint(config.path.parent).items() if is_media(key))
+    return weights + (_picture_bytes(media.vision, size) if isinstance(media.vision, VisionConfig) else 0)
 
 
 def _picture_bytes(vision: VisionConfig, size: int) -> int:
