@@ -13,12 +13,17 @@ if __name__ == "__main__":
 
 import argparse
 import io
+import mimetypes
+import os
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mlx_mtp.decoding.prefill import Progress
+from mlx_mtp.decoding.prompt_media import PreparedPrompt
 from mlx_mtp.decoding.report import Stats
 
 from .command_line import (
@@ -47,13 +52,18 @@ DEFAULT_ANSWER_TOKENS = 1024
 
 _PROMPT = ">>> "
 _COMMANDS = {
+    "/image FILE": "add a picture to the next message",
+    "/audio FILE": "add a sound to the next message",
+    "/video FILE": "add a video, or a folder of frames, to the next message",
     "/reset": "forget the conversation, keep the system prompt",
     "/stats": "figures of the last answer and of all answers, and the context used",
     "/help": "this list",
     "/exit": "end the program, as Ctrl-D does; Ctrl-C stops an answer or clears the line",
 }
 
-Message = dict[str, str]
+_MEDIA = ("image", "audio", "video")
+
+Message = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,9 +77,10 @@ def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="mlx_mtp.chat",
         description="Chat with Gemma 4: the drafter proposes, the target verifies. Reads a message per line of stdin. "
-        "Arrow keys edit the line and recall earlier lines, Ctrl-C stops the answer, and Ctrl-D ends the chat. /reset "
-        "forgets the conversation, /stats shows speed and acceptance, and /help lists the commands. Thoughts are not "
-        "kept in the conversation.",
+        "Arrow keys edit the line and recall earlier lines, Ctrl-C stops the answer, and Ctrl-D ends the chat. /image "
+        "and /audio add a file to the next message, as a file does that is dropped on the line. /reset forgets the "
+        "conversation, /stats shows speed and acceptance, and /help lists the commands. Thoughts are not kept in the "
+        "conversation.",
     )
     add_model_options(parser)
     parser.add_argument("--system-prompt", type=text_argument, help="System prompt of the conversation.")
@@ -91,7 +102,8 @@ def parser() -> argparse.ArgumentParser:
 class _Chat:
     """A conversation with a model.
 
-    `messages` holds no thoughts. `answers` holds the last response of every answer since the program began.
+    `messages` holds no thoughts. `answers` holds the last response of every answer since the program began. `media` are
+    the parts that are added to the next message.
     """
 
     model: Model
@@ -99,6 +111,7 @@ class _Chat:
     system_prompt: str | None
     messages: list[Message] = field(default_factory=list)
     answers: list[GenerationResponse] = field(default_factory=list)
+    media: list[Message] = field(default_factory=list)
     context_used: int = 0
 
     def check(self) -> None:
@@ -109,27 +122,36 @@ class _Chat:
         # This call checks everything at once, but decodes nothing until the first response is read.
         self._stream(self._encode([{"role": "user", "content": ""}]))
 
+    def attach(self, kind: str, path: str) -> None:
+        """Add a file to the next message. Raises PromptError if it cannot be read, or if the model cannot use it."""
+        part = {"type": kind, "path": path}
+        found = self.model.prepare([{"role": "user", "content": [part]}]).media.spans
+        self.media.append(part)
+        print(f"added {path}, {sum(span.count for span in found)} tokens; now type a message", file=sys.stderr)
+
     def ask(self, text: str) -> None:
         """Print the answer to a message, and add both to the conversation.
 
         Ctrl-C ends the answer early. Raises PromptError if the conversation no longer fits the context,
         KeyboardInterrupt if Ctrl-C comes before any text. After an exception, the conversation is unchanged.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
+        content = [*self.media, {"type": "text", "text": text}] if self.media else text
+        messages = [*self.messages, {"role": "user", "content": content}]
         prompt = self._encode(messages)
-        with prefill_bar(len(prompt), DEFAULT_PREFILL_STEP) as on_prefill:
+        with prefill_bar(len(prompt.tokens), DEFAULT_PREFILL_STEP) as on_prefill:
             seen, interrupted = print_stream(self._stream(prompt, on_prefill))
         answer = "".join(response.text for response in seen)
         if interrupted and not answer:
             raise KeyboardInterrupt
         last = seen[-1]
         self.messages = [*messages, {"role": "assistant", "content": answer}]
+        self.media = []
         self.answers.append(last)
         self.context_used = last.prompt_tokens + last.generation_tokens
 
     def reset(self) -> None:
         """Forget the conversation, but keep the answers' figures."""
-        self.messages = []
+        self.messages, self.media = [], []
         self.context_used = 0
 
     def print_stats(self) -> None:
@@ -143,11 +165,11 @@ class _Chat:
             print("Nothing answered yet", file=sys.stderr)
         print(f"Context: {self.context_used} of {self.model.max_context} tokens", file=sys.stderr)
 
-    def _encode(self, messages: list[Message]) -> list[int]:
+    def _encode(self, messages: list[Message]) -> PreparedPrompt:
         system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
-        return self.model.encode(system + messages, enable_thinking=self.options.enable_thinking)
+        return self.model.prepare(system + messages, enable_thinking=self.options.enable_thinking)
 
-    def _stream(self, prompt: list[int], on_prefill: Progress | None = None) -> Iterator[GenerationResponse]:
+    def _stream(self, prompt: PreparedPrompt, on_prefill: Progress | None = None) -> Iterator[GenerationResponse]:
         # Each answer has its own seed. With one seed, a repeated question after /reset gets the same draws.
         sampling = self.options.sampling
         sampling = replace(sampling, seed=(sampling.seed + len(self.answers)) % 2**64)
@@ -202,6 +224,10 @@ def _run(args: argparse.Namespace) -> int:
     for line in _lines():
         if line == "/exit":
             break
+        path, rest = _dropped(line)
+        if path is not None:
+            _attach(*path, chat)
+            line = rest
         if line.startswith("/"):
             _obey(line, chat)
         elif line:
@@ -259,8 +285,39 @@ def _typed() -> str:
     return "" if readline is None else readline.get_line_buffer()
 
 
+def _dropped(line: str) -> tuple[tuple[str, str] | None, str]:
+    """Return the kind and path of the media file that a line begins with, if there is one, and the rest of the line.
+
+    A terminal writes the path of a file that is dropped on it, with quotes or backslashes as a shell needs them.
+    """
+    text = io.StringIO(line)
+    words = shlex.shlex(text, posix=True)
+    words.whitespace_split, words.commenters = True, ""
+    try:
+        path = words.get_token() or ""
+    except ValueError:
+        return None, line
+    kind = (mimetypes.guess_type(path)[0] or "").partition("/")[0]
+    if kind not in _MEDIA or not os.path.isfile(path):
+        return None, line
+    return (kind, path), text.read().strip()
+
+
+def _attach(kind: str, path: str, chat: _Chat) -> None:
+    try:
+        chat.attach(kind, path)
+    except PromptError as error:
+        print(f"error: {error}; nothing is added", file=sys.stderr)
+
+
 def _obey(command: str, chat: _Chat) -> None:
-    if command == "/reset":
+    name, _, path = command.partition(" ")
+    if name[1:] in _MEDIA:
+        if path:
+            _attach(name[1:], read_escaped(path.strip()), chat)
+        else:
+            print(f"{name} needs a file", file=sys.stderr)
+    elif command == "/reset":
         chat.reset()
         print("conversation forgotten", file=sys.stderr)
     elif command == "/stats":

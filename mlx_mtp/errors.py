@@ -47,6 +47,10 @@ class ContextLengthError(PromptError):
     """A prompt does not fit the context."""
 
 
+class MediaError(PromptError):
+    """A picture, sound or video of a prompt is unreadable or unsupported, or a package that decodes it is missing."""
+
+
 class MemoryLimitError(MTPError):
     """A model with the K/V of its context needs more memory than the limit."""
 

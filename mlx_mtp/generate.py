@@ -10,6 +10,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,9 @@ from huggingface_hub.utils import tqdm
 
 from mlx_mtp.checkpoints.files import read_text
 from mlx_mtp.decoding.draft_length import LARGEST_COPY
+from mlx_mtp.decoding.prompt_media import PreparedPrompt
 from mlx_mtp.decoding.report import LOWEST_LOGPROB
+from mlx_mtp.media.images import BUDGETS
 from mlx_mtp.text.tokenizer import encode_in_parts, encode_prompt
 
 from .command_line import (
@@ -73,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_model_options(parser, default="the demo pair in the package")
     _add_prompt_options(parser)
+    _add_media_options(parser)
     add_sampling_options(parser)
     add_kv_options(parser)
     _add_answer_options(parser)
@@ -100,6 +104,26 @@ def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_PREFILL_STEP,
         help="Prompt tokens read per pass (default: %(default)s), fewer where attention scores would take more than "
         "0.5 GB.",
+    )
+
+
+def _add_media_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("media", "They come before the text of the prompt, in this order.").add_argument
+    many: dict[str, Any] = {"action": "append", "default": []}
+    add("--image", metavar="FILE", help="A picture: PNG, JPEG, WebP, GIF, BMP or TIFF. May be repeated.", **many)
+    add("--audio", metavar="FILE", help="A sound of up to 30 seconds: WAV, FLAC, Ogg, MP3. May be repeated.", **many)
+    add(
+        "--video",
+        metavar="FILE|FOLDER",
+        help="A folder of frames, an animation in GIF, WebP or PNG, or an mp4 or mov file. May be repeated.",
+        **many,
+    )
+    add(
+        "--image-tokens",
+        type=int,
+        choices=BUDGETS,
+        metavar="N",
+        help=f"Largest number of tokens for a picture: {', '.join(map(str, BUDGETS))} (default: the model's, or 280).",
     )
 
 
@@ -158,7 +182,7 @@ def _run(args: argparse.Namespace) -> int:
         raise OptionError(_NOT_COMPARED)
     if args.compare or measures_first(options):
         calibrate(model, options)
-    with prefill_bar(len(prompt), args.prefill_step_size) as on_prefill:
+    with prefill_bar(len(prompt.tokens), args.prefill_step_size) as on_prefill:
         responses = model.stream_generate(prompt, options, on_prefill=on_prefill)
         seen, interrupted = print_stream(responses)
     if seen:
@@ -186,20 +210,43 @@ def _dry_run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _encode(model: Model, text: str, args: argparse.Namespace) -> list[int]:
+def _media_parts(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the media of the options as parts of a message."""
+    pictures = [{"type": "image", "path": file, "max_soft_tokens": args.image_tokens} for file in args.image]
+    sounds = [{"type": "audio", "path": file} for file in args.audio]
+    return [*pictures, *sounds, *({"type": "video", "path": path} for path in args.video)]
+
+
+def _check_media(args: argparse.Namespace) -> None:
+    """Check the options of media. Raises OptionError if one cannot be used, or if a file is absent."""
+    for name in ("image", "audio", "video"):
+        for path in getattr(args, name):
+            if not os.path.exists(path):
+                raise OptionError(f"--{name}: {path}: no such file")
+            if args.ignore_chat_template or args.prompt_cache is not None:
+                other = "--ignore-chat-template" if args.ignore_chat_template else "--prompt-cache"
+                raise OptionError(f"--{name}: media need a whole turn of the chat template: leave out {other}")
+
+
+def _encode(model: Model, text: str, args: argparse.Namespace) -> PreparedPrompt:
     template = not args.ignore_chat_template
+    if media := _media_parts(args):
+        system = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
+        turn = {"role": "user", "content": [*media, {"type": "text", "text": text}]}
+        return model.prepare([*system, turn], enable_thinking=args.enable_thinking)
     if args.prompt_cache is None:
-        return encode_prompt(
+        tokens = encode_prompt(
             model.tokenizer,
             text,
             system_prompt=args.system_prompt,
             use_chat_template=template,
             enable_thinking=args.enable_thinking,
         )
+        return model.prepare(tokens)
     rest = encode_in_parts(
         model.tokenizer, text, begins=False, use_chat_template=template, enable_thinking=args.enable_thinking
     )
-    return model.load_prompt(args.prompt_cache, **read_kv_options(args)) + rest
+    return model.prepare(model.load_prompt(args.prompt_cache, **read_kv_options(args)) + rest)
 
 
 def _check_prompt_cache(args: argparse.Namespace) -> None:
@@ -220,6 +267,7 @@ def _options(args: argparse.Namespace) -> GenerationOptions:
     The model's sampling defaults are added later.
     """
     _check_prompt_cache(args)
+    _check_media(args)
     check_template_options(args)
     if args.compare and (args.drafter == "none" or args.num_draft_tokens == 0):
         raise OptionError(_NOT_COMPARED)
@@ -244,7 +292,7 @@ def _options(args: argparse.Namespace) -> GenerationOptions:
     )
 
 
-def _compare(model: Model, prompt: list[int], options: GenerationOptions) -> float:
+def _compare(model: Model, prompt: PreparedPrompt, options: GenerationOptions) -> float:
     """Print and return the speed with the drafter divided by the speed without, the median of COMPARED_RUNS pairs.
 
     The two runs of a pair follow each other directly. One more pair comes first and does not count: it compiles the

@@ -8,6 +8,7 @@ from mlx_mtp.decoding.calibration import choosing_policy
 from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, DraftPolicy
 from mlx_mtp.decoding.exact import check_exact
 from mlx_mtp.decoding.prefill import Progress
+from mlx_mtp.decoding.prompt_media import PromptMedia
 from mlx_mtp.decoding.rules import LogitsProcessor
 from mlx_mtp.decoding.stream import Stream, decode, token_budget
 from mlx_mtp.gemma4.device_checks import check_quantized_attention
@@ -30,9 +31,11 @@ def begin(
     options: GenerationOptions,
     on_prefill: Progress | None,
     check: Callable[[], None],
+    media: PromptMedia,
 ) -> Generator[GenerationResponse, None, None]:
     """Check the prompt and all options, and return the generator of responses.
 
+    `media` are the media in the prompt.
     `on_prefill` is called between chunks of the prompt. `check` is called there as well, and during the measurement of
     rounds. If one of them raises, the generation ends.
 
@@ -63,6 +66,7 @@ def begin(
         exact=model.exact,
         snapshot_every=SNAPSHOT_EVERY if reuses else None,
         kv_quantization=options.kv_quantization,
+        media=media,
     )
     rounds = decode(
         stream,
@@ -170,7 +174,7 @@ def _reusing(
     The stream starts from the K/V of an earlier prompt, and puts its own K/V into the prompt cache. The policy starts
     from the index of the earlier text, if there is one.
     """
-    reused = model.prompt_cache.take(prompt, stream.kv_format)
+    reused = model.prompt_cache.take(stream.media.keys(prompt), stream.kv_format)
     if reused is not None:
         stream.resume(reused)
         if reused.entry.copy_index is not None:

@@ -19,6 +19,7 @@ from mlx_mtp.threads.model_lock import Lifetime
 
 from .errors import ClosedError
 from .guides import GuideMaker
+from .media_reader import MediaReader
 from .memory_plan import memory_size
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Parts:
     rounds: CompiledRounds
     guides: GuideMaker
     costs: RoundCosts
+    media: MediaReader
     # The fingerprint of the weights; None until it is needed.
     fingerprint: str | None = None
     # The K/V quantizations that were checked on this device.
@@ -79,6 +81,7 @@ class LoadedModel:
             CompiledRounds(always=exact or mx.default_device() != mx.Device(mx.cpu)),
             GuideMaker(tokenizer, config),
             RoundCosts(target, drafter, config, drafter_config, exact=exact),
+            MediaReader(config, self.max_context),
         )
 
     def close(self) -> None:

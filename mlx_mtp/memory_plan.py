@@ -11,14 +11,17 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_mtp.checkpoints.config import DrafterConfig, LayerType, TargetConfig, TextConfig
-from mlx_mtp.checkpoints.layouts import drafter_names, target_names
+from mlx_mtp.checkpoints.layouts import drafter_names, is_media, target_names
+from mlx_mtp.checkpoints.media_config import VisionConfig, read_media_config
 from mlx_mtp.checkpoints.tensors import DTYPES, FLOAT_TYPES, read_checkpoint
 from mlx_mtp.decoding.prefill import chunk_size
 from mlx_mtp.gemma4.disk_table import KEPT_BYTES
 from mlx_mtp.gemma4.fused_attention import fuses_all_prefill
 from mlx_mtp.gemma4.kv_cache import KVQuantization, check_group_size, rows_in_buffers, spare_slots
+from mlx_mtp.gemma4.layers import SCORE_BYTES
+from mlx_mtp.media.images import BUDGETS
 
-from .errors import MemoryLimitError, OptionError
+from .errors import ConfigError, MemoryLimitError, OptionError
 
 # The number of copies of a round's logits that exist at the same time: warped, sorted, compared.
 _LOGITS = 6
@@ -53,7 +56,8 @@ class MemoryPlan:
 
     `kv` is the K/V of full-attention layers, which grow with the context. `rings` is the K/V of sliding layers. `work`
     is the temporary memory of a chunk of the prompt, of a round, or of a buffer that grows. The plan leaves out the K/V
-    of earlier prompts (`Model.prompt_cache`).
+    of earlier prompts (`Model.prompt_cache`). `media` is what the first prompt with a picture or a sound adds: the
+    weights of these parts, and their attention scores. `peak` does not count it.
     """
 
     context: int
@@ -64,6 +68,7 @@ class MemoryPlan:
     kv_per_token: int
     rings: int
     work: int
+    media: int
 
     @property
     def kv(self) -> int:
@@ -94,8 +99,9 @@ class MemoryPlan:
         yield "peak", self.peak
 
     def __str__(self) -> str:
-        lines = [f"{name:<32}{_gigabytes(size):>12}" for name, size in self.rows()]
-        return "\n".join([*lines, f"{'K/V per 1000 tokens':<32}{_gigabytes(1000 * self.kv_per_token):>12}"])
+        media = [("more, if a prompt has media", self.media)] if self.media else []
+        rows = [*self.rows(), *media, ("K/V per 1000 tokens", 1000 * self.kv_per_token)]
+        return "\n".join(f"{name:<32}{_gigabytes(size):>12}" for name, size in rows)
 
 
 def planner(
@@ -119,6 +125,7 @@ def planner(
     is_fused = fuses_all_prefill(text, weights.dtype)
     # Quantized K/V always have scores, and a text can begin with K/V that are not quantized.
     ways = {is_fused, is_fused and kv is None}
+    media = _media_bytes(target, size)
     drafter_size = 0 if drafter is None else _drafter_bytes(drafter, size)
     table = weights.per_layer_embeddings
     if mapped:
@@ -138,6 +145,7 @@ def planner(
             kv_per_token=int(_kv_width(text, "full_attention") * value),
             rings=_kv_width(text, "sliding_attention") * (text.sliding_window + spare_slots(max_block)) * size,
             work=max(_work(text, context_length, size, max_block, prefill_step, is_fused=way) for way in ways),
+            media=media,
         )
 
     return plan
@@ -187,6 +195,31 @@ def _target_weights(config: TargetConfig) -> _TargetWeights:
             if name == "norm.weight":
                 dtype = DTYPES[tensor.dtype].mlx
     return _TargetWeights(sizes[""], sizes["embed_tokens"], sizes["embed_tokens_per_layer"], dtype)
+
+
+def _media_bytes(config: TargetConfig, size: int) -> int:
+    """Return the bytes that the first picture or sound adds: the weights, and the work of the largest picture.
+
+    A checkpoint without media parts, or with parts that are not supported, adds nothing.
+    """
+    try:
+        media = read_media_config(config)
+    except ConfigError:
+        return 0
+    if media.vision is None and media.audio is None:
+        return 0
+    weights = sum(tensor.nbytes for key, tensor in read_checkpoint(config.path.parent).items() if is_media(key))
+    return weights + (_picture_bytes(media.vision, size) if isinstance(media.vision, VisionConfig) else 0)
+
+
+def _picture_bytes(vision: VisionConfig, size: int) -> int:
+    """Return the temporary bytes of the vision tower for the largest picture. Values have `size` bytes each."""
+    patches = max(BUDGETS) * vision.pooling_kernel_size**2
+    # The CPU has no fused attention, so all scores of a part of the rows exist at the same time, in float32.
+    is_cpu = mx.default_device() == mx.Device(mx.cpu)
+    scores = min(SCORE_BYTES, vision.num_attention_heads * patches**2 * 4) if is_cpu else 0
+    pixels = 3 * vision.patch_size**2 * 4
+    return scores + patches * (3 * vision.intermediate_size * size + pixels)
 
 
 def _work(

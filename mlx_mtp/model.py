@@ -10,13 +10,14 @@ from mlx_mtp.checkpoints.output_files import check_file
 from mlx_mtp.checkpoints.weights import fingerprint
 from mlx_mtp.decoding.draft_length import Costs
 from mlx_mtp.decoding.prefill import Progress
+from mlx_mtp.decoding.prompt_media import PreparedPrompt
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.stream import token_budget
-from mlx_mtp.text.tokenizer import Prompt, encode
+from mlx_mtp.text.tokenizer import Prompt, prepare
 from mlx_mtp.threads.job_thread import Job
 
 from .decoding import prompt_cache
-from .errors import OptionError
+from .errors import OptionError, PromptError
 from .generation import begin, checked
 from .loaded_model import LoadedModel
 from .options import DEFAULT_KV_GROUP_SIZE, GenerationOptions, OptionChanges
@@ -43,18 +44,43 @@ class Model(LoadedModel):
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_options: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Return the token ids of a prompt. Messages go through the chat template; text is encoded as it is.
+        """Return the token ids of a prompt as `prepare` does, without the media.
 
-        For messages, `tools` are function definitions in the format of OpenAI's API. `template_options` are other
-        variables of the chat template, such as `preserve_thinking`.
+        A picture or sound has one id for each of its soft tokens. To decode a prompt with media, use `prepare`.
+        """
+        return self.prepare(
+            prompt, enable_thinking=enable_thinking, tools=tools, template_options=template_options
+        ).tokens
 
-        Raises PromptError if messages cannot be rendered, or if a token id is not in the vocabulary.
+    def prepare(
+        self,
+        prompt: Prompt,
+        *,
+        enable_thinking: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> PreparedPrompt:
+        """Return the token ids and media of a prompt, for the methods that take prompts.
+
+        Messages go through the chat template; text is encoded as it is. For messages, `tools` are function definitions
+        in the format of OpenAI's API. `template_options` are other variables of the chat template, such as
+        `preserve_thinking`.
+
+        A user's message may have media: its content is then a list of parts, such as `{"type": "image", "path":
+        "cat.jpg"}` and `{"type": "text", "text": "What is this?"}`. The types are image, audio and video. The data of a
+        part is under the name of its type, `path` or `url`: a path, bytes, a `data:` URL, a PIL image or array for a
+        picture, or (samples, rate) for a sound. `max_soft_tokens` of a picture is 70, 140, 280, 560 or 1120; the
+        default is that of the model's makers, or 280.
+
+        Raises PromptError if messages cannot be rendered, or if a token id is not in the vocabulary. Raises MediaError
+        if a medium cannot be read.
         """
         loaded = self.parts
-        return encode(
+        return prepare(
             loaded.tokenizer,
             prompt,
             loaded.target.config.vocab_size,
+            loaded.media,
             enable_thinking=enable_thinking,
             tools=tools,
             template_options=template_options,
@@ -70,7 +96,7 @@ class Model(LoadedModel):
     ) -> Generator[GenerationResponse, None, None]:
         """Return a generator that decodes a prompt and yields one response per token.
 
-        `encode` describes the kinds of prompt. `changes` are fields of `GenerationOptions`, as in
+        `prepare` describes the kinds of prompt. `changes` are fields of `GenerationOptions`, as in
         `stream_generate(prompt, max_tokens=100)`. This call checks the prompt and the options before the first token is
         requested. Closing the generator ends the generation.
 
@@ -154,7 +180,10 @@ class Model(LoadedModel):
         with self.life:
             chosen = replace(options or GenerationOptions(), **changes)
             check_file(Path(file))
-            tokens = self.encode(prompt)
+            prepared = self.prepare(prompt)
+            if prepared.media.spans:
+                raise PromptError("a prompt with media cannot be saved: expected text")
+            tokens = prepared.tokens
             token_budget(tokens, 1, self.max_context)
             identity, report = self._identity(), checked(on_prefill, self.life.check)
             entry = read_ahead(self.target, tokens, chosen.prefill_step_size, chosen.kv_quantization, report)
@@ -218,5 +247,5 @@ class Model(LoadedModel):
     def _begin(
         self, prompt: Prompt, chosen: GenerationOptions, on_prefill: Progress | None, check: Callable[[], None]
     ) -> Generator[GenerationResponse, None, None]:
-        tokens = self.encode(prompt, enable_thinking=chosen.enable_thinking)
-        return begin(self, tokens, chosen, on_prefill, check)
+        prepared = self.prepare(prompt, enable_thinking=chosen.enable_thinking)
+        return begin(self, prepared.tokens, chosen, on_prefill, check, prepared.media)

@@ -25,6 +25,7 @@ from support.tiny import (
     make_tokenizer,
     unpack_demo_pair,
 )
+from support.tiny_media import make_media_target
 
 import mlx_mtp
 from mlx_mtp.gemma4.drafter import Drafter
@@ -137,6 +138,19 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         if not (root / variant).is_dir():
             make_target(root / variant / "target", variant)
             make_drafter(root / variant / "target-assistant", variant)
+        return root / variant
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_media(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function from a variant to the folder of a tiny target with media parts. It is read only."""
+    root = tmp_path_factory.mktemp("media")
+
+    def folder(variant: str) -> Path:
+        if not (root / variant).is_dir():
+            make_media_target(root / variant, variant)
         return root / variant
 
     return folder

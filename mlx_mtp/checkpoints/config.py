@@ -7,7 +7,6 @@ and is missing, that is an error. The field never gets a default.
 
 import json
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 from mlx_mtp.errors import ConfigError
 
+from .fields import Fields, as_number
 from .files import check_links, fault, read_text
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ DRAFT_POSITIONS: tuple[DraftPosition, ...] = ("bonus", "last")
 _CHECKPOINT_FILES = (
     "config.json",
     "generation_config.json",
+    "processor_config.json",
     "model*.safetensors*",
     "tokenizer*",
     "special_tokens_map.json",
@@ -187,65 +188,6 @@ class DrafterConfig:
     draft_vocab_size: int = 0
 
 
-class _Fields:
-    """A JSON object. A missing or mistyped field raises an error that names the file and the field."""
-
-    def __init__(self, values: dict[str, Any], path: Path, prefix: str = "") -> None:
-        self.values = values
-        self.path = path
-        self.prefix = prefix
-
-    def __contains__(self, name: str) -> bool:
-        return self.values.get(name) is not None
-
-    def error(self, name: str, message: str) -> ConfigError:
-        """Return an error that names the file and the field."""
-        return ConfigError(f"{self.path}: field {self.prefix}{name} {message}")
-
-    def require(self, name: str) -> Any:
-        """Return the value of a field, which may be null."""
-        if name not in self.values:
-            raise self.error(name, "is missing")
-        return self.values[name]
-
-    def integer(self, name: str, minimum: int = 1) -> int:
-        """Return an integer, which may be written as a string or as a float."""
-        value = self.require(name)
-        number = _as_number(value)
-        if number is None or not number.is_integer() or number < minimum:
-            raise self.error(name, f"must be an integer of at least {minimum}, found {value!r}")
-        return int(number)
-
-    def number(self, name: str) -> float:
-        """Return a positive number, which may be written as a string."""
-        value = self.require(name)
-        number = _as_number(value)
-        if number is None or number <= 0:
-            raise self.error(name, f"must be a positive number, found {value!r}")
-        return number
-
-    def boolean(self, name: str) -> bool:
-        """Return a field that is true or false."""
-        value = self.require(name)
-        if not isinstance(value, bool):
-            raise self.error(name, f"must be true or false, found {value!r}")
-        return value
-
-    def object(self, name: str) -> "_Fields":
-        """Return the fields of an object in a field."""
-        value = self.require(name)
-        if not isinstance(value, dict):
-            raise self.error(name, f"must be an object, found {value!r}")
-        return _Fields(value, self.path, f"{self.prefix}{name}.")
-
-    def string(self, name: str) -> str:
-        """Return a string."""
-        value = self.require(name)
-        if not isinstance(value, str):
-            raise self.error(name, f"must be a string, found {value!r}")
-        return value
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read the JSON object in a file.
 
@@ -326,10 +268,10 @@ def read_drafter_config(folder: Path) -> DrafterConfig:
     )
 
 
-def _read_config(folder: Path, supported: tuple[str, ...], role: str) -> _Fields:
+def _read_config(folder: Path, supported: tuple[str, ...], role: str) -> Fields:
     path = folder / "config.json"
     check_links(folder, _CHECKPOINT_FILES)
-    root = _Fields(read_json(path), path)
+    root = Fields(read_json(path), path)
     model_type = root.string("model_type")
     if model_type in supported:
         return root
@@ -341,11 +283,11 @@ def _read_config(folder: Path, supported: tuple[str, ...], role: str) -> _Fields
     raise root.error("model_type", f"must be a Gemma 4 {role}'s ({', '.join(supported)}), found {model_type!r}{hint}")
 
 
-def _text_fields(root: _Fields) -> _Fields:
+def _text_fields(root: Fields) -> Fields:
     return root.object("text_config") if "text_config" in root else root
 
 
-def _vocab_size(root: _Fields, text: _Fields) -> int:
+def _vocab_size(root: Fields, text: Fields) -> int:
     """Return the vocabulary size of the text config or the top level. If both give a size, they must agree."""
     sizes = {fields.integer("vocab_size") for fields in (root, text) if "vocab_size" in fields}
     if len(sizes) > 1:
@@ -353,7 +295,7 @@ def _vocab_size(root: _Fields, text: _Fields) -> int:
     return sizes.pop() if sizes else text.integer("vocab_size")
 
 
-def _read_text(text: _Fields, vocab_size: int, *, shares_all: bool) -> TextConfig:
+def _read_text(text: Fields, vocab_size: int, *, shares_all: bool) -> TextConfig:
     _reject_unsupported(text, is_drafter=shares_all)
     # transformers' unified text config has no field for per-layer inputs or experts. They are lost when it saves a
     # model again.
@@ -383,11 +325,11 @@ def _read_text(text: _Fields, vocab_size: int, *, shares_all: bool) -> TextConfi
     )
 
 
-def _per_layer_size(text: _Fields) -> int:
+def _per_layer_size(text: Fields) -> int:
     return 0 if text.require("hidden_size_per_layer_input") is None else text.integer("hidden_size_per_layer_input", 0)
 
 
-def _reject_unsupported(text: _Fields, *, is_drafter: bool) -> None:
+def _reject_unsupported(text: Fields, *, is_drafter: bool) -> None:
     """Raise ConfigError for a variation that no Gemma 4 checkpoint has and that would give wrong results silently."""
     supported: dict[str, tuple[Any, ...]] = {
         "hidden_activation": ("gelu_pytorch_tanh",),
@@ -397,11 +339,10 @@ def _reject_unsupported(text: _Fields, *, is_drafter: bool) -> None:
         "use_bidirectional_attention": ("vision",),
     }
     for name, values in supported.items():
-        if name in text and text.values[name] not in values:
-            raise text.error(name, f"must be one of {list(values)}, found {text.values[name]!r}")
+        text.expect(name, values)
 
 
-def _read_layers(text: _Fields, *, shares_all: bool) -> tuple[LayerConfig, ...]:
+def _read_layers(text: Fields, *, shares_all: bool) -> tuple[LayerConfig, ...]:
     count = text.integer("num_hidden_layers")
     types: list[LayerType] = text.require("layer_types")
     if not isinstance(types, list) or len(types) != count or not all(t in LAYER_TYPES for t in types):
@@ -439,7 +380,7 @@ def _read_layers(text: _Fields, *, shares_all: bool) -> tuple[LayerConfig, ...]:
     return tuple(layers)
 
 
-def _attention_shape(text: _Fields, index: int, layer_type: LayerType, k_eq_v: bool) -> tuple[int, int]:
+def _attention_shape(text: Fields, index: int, layer_type: LayerType, k_eq_v: bool) -> tuple[int, int]:
     """Return head size and number of K/V heads of one layer, from either spelling of full-attention layers."""
     head_dim, kv_heads = text.integer("head_dim"), text.integer("num_key_value_heads")
     if "per_layer_config" in text:
@@ -462,7 +403,7 @@ def _attention_shape(text: _Fields, index: int, layer_type: LayerType, k_eq_v: b
     return text.integer("global_head_dim"), kv_heads
 
 
-def _read_rope(text: _Fields) -> dict[LayerType, RopeConfig]:
+def _read_rope(text: Fields) -> dict[LayerType, RopeConfig]:
     parameters = text.object("rope_parameters")
     rope: dict[LayerType, RopeConfig] = {}
     for layer_type in LAYER_TYPES:
@@ -477,7 +418,7 @@ def _read_rope(text: _Fields) -> dict[LayerType, RopeConfig]:
     return rope
 
 
-def _read_quantization(root: _Fields) -> Quantization | None:
+def _read_quantization(root: Fields) -> Quantization | None:
     name = "quantization" if "quantization" in root else "quantization_config"
     if name not in root:
         return None
@@ -495,12 +436,12 @@ def _read_quantization(root: _Fields) -> Quantization | None:
     return Quantization(default.group_size, default.bits, default.mode, overrides)
 
 
-def _read_quantization_entry(fields: _Fields) -> Quantization:
+def _read_quantization_entry(fields: Fields) -> Quantization:
     mode = fields.string("mode") if "mode" in fields else "affine"
     return Quantization(fields.integer("group_size"), fields.integer("bits"), mode)
 
 
-def _read_generation_config(path: Path) -> _Fields:
+def _read_generation_config(path: Path) -> Fields:
     """Read the fields of `generation_config.json`.
 
     All fields are optional, so a file that cannot be read only gives a warning.
@@ -514,10 +455,10 @@ def _read_generation_config(path: Path) -> _Fields:
     ignored = [name for name, neutral in _IGNORED.items() if values.get(name) not in (None, [], {}, *neutral)]
     if ignored:
         logger.warning("%s: not honoured: %s", path, ", ".join(f"{name} {values[name]!r:.40}" for name in ignored))
-    return _Fields(values, path)
+    return Fields(values, path)
 
 
-def _read_eos(generation: _Fields, root: _Fields, text: _Fields) -> tuple[int, ...]:
+def _read_eos(generation: Fields, root: Fields, text: Fields) -> tuple[int, ...]:
     """Return the stop ids of `generation_config.json`, or else of `config.json`.
 
     Only `generation_config.json` lists all stop ids.
@@ -529,14 +470,14 @@ def _read_eos(generation: _Fields, root: _Fields, text: _Fields) -> tuple[int, .
     raise root.error("eos_token_id", "is missing or names no token, and so it is in generation_config.json")
 
 
-def _read_sampling(generation: _Fields) -> SamplingDefaults:
+def _read_sampling(generation: Fields) -> SamplingDefaults:
     none = SamplingDefaults()
 
     def number(name: str, default: float, is_valid: Callable[[float], bool]) -> float:
         value = generation.values.get(name)
         if value is None:
             return default
-        found = _as_number(value)
+        found = as_number(value)
         if found is None or not is_valid(found):
             logger.warning("%s: field %s cannot be used, found %r: %s is taken", generation.path, name, value, default)
             return default
@@ -555,7 +496,7 @@ def _read_sampling(generation: _Fields) -> SamplingDefaults:
     )
 
 
-def _read_ids(fields: _Fields, name: str) -> tuple[int, ...]:
+def _read_ids(fields: Fields, name: str) -> tuple[int, ...]:
     """Return the token ids of a field that holds one id, a list of ids, or nothing.
 
     A value that is no id is left out with a warning.
@@ -563,7 +504,7 @@ def _read_ids(fields: _Fields, name: str) -> tuple[int, ...]:
     value = fields.values.get(name)
     ids = []
     for item in value if isinstance(value, list) else [value]:
-        number = _as_number(item)
+        number = as_number(item)
         if number is not None and number >= 0 and number.is_integer():
             ids.append(int(number))
         elif item is not None:
@@ -571,18 +512,7 @@ def _read_ids(fields: _Fields, name: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _as_number(value: object) -> float | None:
-    """Return a finite number, which may be written as a string; None for any other value."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _read_dtype(root: _Fields, text: _Fields) -> str | None:
+def _read_dtype(root: Fields, text: Fields) -> str | None:
     for fields in (root, text):
         for name in ("dtype", "torch_dtype"):
             if name in fields:

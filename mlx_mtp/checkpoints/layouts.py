@@ -1,7 +1,7 @@
 """The layouts of published checkpoints: which tensor names a folder has, and which parameters they fill.
 
 The layouts of Hugging Face, mlx-lm and mlx-vlm have different names. `target_names` and `drafter_names` map all of them
-to the parameter names of `Target` and `Drafter`.
+to the parameter names of `Target` and `Drafter`. `vision_names` and `audio_names` do it for the media parts.
 """
 
 import logging
@@ -12,6 +12,7 @@ from pathlib import Path
 from mlx_mtp.errors import WeightsError
 
 from .config import DrafterConfig, TargetConfig
+from .media_config import AudioConfig, UnifiedAudioConfig, UnifiedVisionConfig, VisionConfig
 from .tensors import have_equal_content, read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -20,16 +21,13 @@ logger = logging.getLogger(__name__)
 # a head of its own do not have this prefix.
 MLX_PREFIX = "language_model.model."
 
-_OTHER_MODALITIES = (
-    "vision_tower.",
-    "audio_tower.",
-    "embed_vision.",
-    "embed_audio.",
-    "vision_embedder.",
-    "multi_modal_projector.",
-)
+_VISION = ("vision_tower.", "embed_vision.", "vision_embedder.")
+_AUDIO = ("audio_tower.", "embed_audio.")
+_OTHER_MODALITIES = (*_VISION, *_AUDIO, "multi_modal_projector.")
 # The bounds of the towers' clipped layers, and cached rotary tables.
-_UNUSED = ("input_min", "input_max", "output_min", "output_max", "rotary_emb")
+_BOUNDS = ("input_min", "input_max", "output_min", "output_max")
+_ROTARY_TABLE = "rotary_emb"
+_UNUSED = (*_BOUNDS, _ROTARY_TABLE)
 _HEAD = "lm_head."
 _EMBEDDING = "embed_tokens."
 _KV_MODULES = ("self_attn.k_proj.", "self_attn.v_proj.", "self_attn.k_norm.", "self_attn.v_norm.")
@@ -110,6 +108,27 @@ def drafter_names(key: str, config: DrafterConfig) -> list[str]:
     """
     unused = "lm_head" in key or "rotary_emb" in key or any(module in key for module in _KV_MODULES)
     return [] if unused else [key]
+
+
+def is_media(key: str) -> bool:
+    """Return whether a checkpoint's tensor belongs to a media part."""
+    return plain_name(key).startswith((*_VISION, *_AUDIO))
+
+
+def vision_names(key: str, config: VisionConfig | UnifiedVisionConfig) -> list[str]:
+    """Return the parameter names of the vision model that a checkpoint's tensor fills; [] if it is not used."""
+    return _media_names(key, _VISION, clips=isinstance(config, VisionConfig) and config.use_clipped_linears)
+
+
+def audio_names(key: str, config: AudioConfig | UnifiedAudioConfig) -> list[str]:
+    """Return the parameter names of the audio model that a checkpoint's tensor fills; [] if it is not used."""
+    return _media_names(key, _AUDIO, clips=isinstance(config, AudioConfig) and config.use_clipped_linears)
+
+
+def _media_names(key: str, parts: tuple[str, ...], *, clips: bool) -> list[str]:
+    name = plain_name(key)
+    is_unused = _ROTARY_TABLE in name or (name.endswith(_BOUNDS) and not clips)
+    return [name] if name.startswith(parts) and not is_unused else []
 
 
 def match_tensors(

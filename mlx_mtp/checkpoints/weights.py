@@ -54,6 +54,8 @@ def fill_module(
 ) -> dict[str, TensorInfo]:
     """Load a checkpoint folder into a module, and quantize the modules whose scales the checkpoint holds.
 
+    The weight of a convolution may have its input channels last, as in MLX, or second, as in PyTorch.
+
     `unread` is a part of the module whose parameters stay in the files, after the same checks. The function returns the
     places of these parameters, by their names in that part. These parameters must never be evaluated. `on_read` is
     called with the number of bytes of each read; their sum is that of `count_bytes`. If `on_read` raises, the exception
@@ -67,11 +69,14 @@ def fill_module(
         _quantize_modules(module, folder, quantization, present)
     parameters = lazy_parameters(module)
     matched = match_tensors(folder, tensors, names, parameters)
+    swapped = channels_second(module, tensors, matched, parameters)
     for key, filled in matched.items():
-        _check_tensor(folder, key, tensors[key], parameters[filled[0]], len(filled))
+        parameter = parameters[filled[0]]
+        parameter = mx.moveaxis(parameter, -1, 1) if key in swapped else parameter
+        _check_tensor(folder, key, tensors[key], parameter, len(filled))
     stay = {key: filled[0] for key, filled in matched.items() if _stays_unread(filled, unread)}
     read = {key: filled for key, filled in matched.items() if key not in stay}
-    module.load_weights(_lazy_weights(tensors, read), strict=False)
+    module.load_weights(_lazy_weights(tensors, read, swapped), strict=False)
     _evaluate({key: tensors[key].nbytes for key in read}, read, lazy_parameters(module), on_read)
     return {name.removeprefix(f"{unread}."): tensors[key] for key, name in stay.items()}
 
@@ -93,7 +98,27 @@ def _check_tensor(folder: Path, key: str, tensor: TensorInfo, parameter: mx.arra
         raise WeightsError(f"{folder}: tensor {key} is {tensor.dtype}, expected one of {', '.join(FLOAT_TYPES)}")
 
 
-def _lazy_weights(tensors: dict[str, TensorInfo], matched: dict[str, list[str]]) -> list[tuple[str, mx.array]]:
+def channels_second(
+    module: nn.Module,
+    tensors: dict[str, TensorInfo],
+    matched: dict[str, list[str]],
+    parameters: dict[str, mx.array],
+) -> set[str]:
+    """Return the tensors that hold a convolution's weight with its input channels second."""
+    convolutions = (name for name, part in module.named_modules() if isinstance(part, nn.Conv1d | nn.Conv2d))
+    weights = {f"{name}.weight" for name in convolutions}
+    found = set()
+    for key, (name, *_) in matched.items():
+        if name in weights:
+            outputs, *kernel, inputs = parameters[name].shape
+            if tensors[key].shape == (outputs, inputs, *kernel) != parameters[name].shape:
+                found.add(key)
+    return found
+
+
+def _lazy_weights(
+    tensors: dict[str, TensorInfo], matched: dict[str, list[str]], swapped: set[str]
+) -> list[tuple[str, mx.array]]:
     """Return the parameters that the tensors fill, by name. Nothing is read yet."""
     # Arrays are kept by file, because two files may hold tensors of the same name.
     arrays: dict[Path, dict[str, mx.array]] = {
@@ -104,6 +129,8 @@ def _lazy_weights(tensors: dict[str, TensorInfo], matched: dict[str, list[str]])
     for key, filled in matched.items():
         # MLX loads lazily, so only the arrays that are taken here are read.
         array = arrays[tensors[key].file][key]
+        if key in swapped:
+            array = mx.contiguous(mx.moveaxis(array, 1, -1))
         parts = mx.split(array, len(filled), axis=-2) if len(filled) > 1 else [array]
         weights += list(zip(filled, parts, strict=True))
     return weights

@@ -6,17 +6,17 @@ import mlx.core as mx
 
 from mlx_mtp.checkpoints.config import TextConfig
 from mlx_mtp.gemma4.kv_cache import Cache
+from mlx_mtp.gemma4.layers import LONGEST_PASS, SCORE_BYTES
 from mlx_mtp.gemma4.target import Target
 
 from .prompt_cache import CacheEntry, KVFormat, ReusedPrefix, Snapshot
+from .prompt_media import PromptMedia
 
 # The prefill calls this function with (tokens done, tokens in total).
 Progress = Callable[[int, int], None]
 
-# `SCORE_BYTES` limits the attention scores of a layer, and with them the size of a prompt chunk. The limit does not
-# reduce a chunk below `_LEAST_CHUNK` rows.
-SCORE_BYTES = 1 << 29
-_LEAST_CHUNK = 32
+# The limit of attention scores in bytes does not reduce a chunk below this number of rows.
+_LEAST_CHUNK = LONGEST_PASS
 
 
 class PromptReader:
@@ -26,8 +26,9 @@ class PromptReader:
     `snapshot_every` is None. Other prompts with the same beginning can resume from these snapshots.
     """
 
-    def __init__(self, target: Target, snapshot_every: int | None) -> None:
+    def __init__(self, target: Target, snapshot_every: int | None, media: PromptMedia) -> None:
         self._target = target
+        self._media = media
         self._snapshot_every = snapshot_every
         self._snapshots: list[Snapshot] = []
         # This is true while a chunk of the prompt is read. The rings then hold neither the old rows nor the new rows.
@@ -52,10 +53,9 @@ class PromptReader:
             is_fused = target.fuses_prefill and cache.quantization is None
             kv_rows = cache.rows_for(step_size)
             size = chunk_size(target.config, kv_rows, target.dtype.size, step_size, is_fused=is_fused)
-            chunk = prompt[start : start + cache.longest_pass(size)]
-            end = start + len(chunk)
+            end = self._media.end_of_chunk(start, min(len(prompt), start + cache.longest_pass(size)))
             self._is_reading = True
-            logits, hidden = self._read_chunk(cache, chunk, is_last=end == len(prompt))
+            logits, hidden = self._read_chunk(cache, prompt, end)
             cache.set_length(end)
             self._is_reading = False
             every = self._snapshot_every
@@ -65,15 +65,16 @@ class PromptReader:
                 on_progress(end, len(prompt))
         return logits, hidden
 
-    def _read_chunk(self, cache: Cache, chunk: list[int], *, is_last: bool) -> tuple[mx.array, mx.array]:
-        """Read some tokens of the prompt, and return the logits and the hidden state after its last token.
+    def _read_chunk(self, cache: Cache, prompt: list[int], end: int) -> tuple[mx.array, mx.array]:
+        """Read the prompt up to `end`, and return the logits and the hidden state after its last token.
 
         Both have no rows before the last chunk.
         """
-        target, count = self._target, int(is_last)
+        target, is_last = self._target, end == len(prompt)
+        chunk, media = self._media.chunk(prompt, cache.length, end)
         per_layer_rows = target.read_per_layer_rows(chunk)
-        tokens = mx.array([chunk], mx.int32)
-        output = target(tokens, cache, logit_rows=count, hidden_rows=count, per_layer_rows=per_layer_rows)
+        tokens, count = mx.array([chunk], mx.int32), int(is_last)
+        output = target(tokens, cache, logit_rows=count, hidden_rows=count, per_layer_rows=per_layer_rows, media=media)
         logits, hidden = mx.zeros((0, target.config.vocab_size)), mx.zeros((1, 0, target.config.hidden_size))
         if is_last:
             logits, hidden = output.logits.squeeze(0), output.hidden
@@ -91,7 +92,7 @@ class PromptReader:
         full = cache.buffers("full_attention")
         if not full or not snapshots:
             return None
-        return CacheEntry(kv_format, tokens[: snapshots[-1].position], full, snapshots)
+        return CacheEntry(kv_format, self._media.keys(tokens)[: snapshots[-1].position], full, snapshots)
 
 
 def chunk_size(config: TextConfig, kv_rows: int, itemsize: int, step_size: int, *, is_fused: bool) -> int:

@@ -18,6 +18,7 @@ from .draft_length import DraftPolicy
 from .host import Host
 from .prefill import Progress, PromptReader
 from .prompt_cache import CacheEntry, KVFormat, ReusedPrefix
+from .prompt_media import PromptMedia
 from .report import RoundReport
 from .round import RoundParts, Steps, Verified, choose_row, draft_tokens, round_steps, token_logprobs
 from .rules import LogitsProcessor, TokenRules
@@ -53,7 +54,7 @@ class Stream:
 
     After `prefill`, the cache holds exactly the K/V of all tokens except the last one, which is the bonus token. If
     `rounds` is given, rounds without logits processors are compiled. `exact` is for a target that `make_exact` has
-    changed. `snapshot_every` is that of `PromptReader`.
+    changed. `snapshot_every` is that of `PromptReader`. `media` are the media in the prompt.
 
     Raises OptionError if the options do not fit the target.
     """
@@ -72,6 +73,7 @@ class Stream:
         exact: bool = False,
         snapshot_every: int | None = None,
         kv_quantization: KVQuantization | None = None,
+        media: PromptMedia | None = None,
     ) -> None:
         check_logprobs(logprobs, target.config.vocab_size)
         sampling = sampling or Sampling()
@@ -82,7 +84,8 @@ class Stream:
         self._rounds = None if processors else rounds
         self._key = repr(replace(sampling, seed=0)), logprobs, max_draft_tokens, guide is not None
         self._exact = exact
-        self._reader = PromptReader(target, snapshot_every)
+        self.media = media or PromptMedia()
+        self._reader = PromptReader(target, snapshot_every, self.media)
         # One round, or two if the second was dispatched ahead.
         self._in_flight: list[_InFlight] = []
         # This list holds all tokens so far, including the prompt. The last token is the bonus token.

@@ -180,10 +180,13 @@ class Cache:
         """Return a cache of the same layout without buffers."""
         return self.over(KVState.none())
 
-    def start(self, length: int) -> "Pass":
-        """Start a forward pass that writes `length` rows at the offset. The caller advances the offset."""
+    def start(self, length: int, last_seen: mx.array | None = None) -> "Pass":
+        """Start a forward pass that writes `length` rows at the offset. The caller advances the offset.
+
+        `last_seen` are the last positions that the rows see in sliding layers, int32 [length] (default: their own).
+        """
         self.reserve(length)
-        return Pass(self, length)
+        return Pass(self, length, last_seen)
 
     def reserve(self, length: int) -> None:
         """Make room for `length` more rows after all rows in flight, and make them visible.
@@ -290,10 +293,10 @@ class Cache:
 class Pass:
     """One forward pass of `length` rows over a cache.
 
-    It writes the K/V of each layer and returns the view that the layer attends to.
+    It writes the K/V of each layer and returns the view that the layer attends to. `Cache.start` has `last_seen`.
     """
 
-    def __init__(self, cache: Cache, length: int) -> None:
+    def __init__(self, cache: Cache, length: int, last_seen: mx.array | None = None) -> None:
         self.cache = cache
         self.length = length
         self.offset = cache.offset
@@ -308,8 +311,9 @@ class Pass:
         positions = ring_positions(end, cache.slots)[None]
         if not self._fits:
             positions = mx.concatenate([positions, queries.T], axis=1)
+        last = queries if last_seen is None else last_seen[:, None]
         self._sliding_mask = (
-            (positions >= 0) & (positions <= queries) & (positions > queries - cache.config.sliding_window)
+            (positions >= 0) & (positions <= last) & (positions > queries - cache.config.sliding_window)
         )
         self._slots = queries[-min(length, cache.slots.size) :, 0] % ring_size(cache.slots)
 

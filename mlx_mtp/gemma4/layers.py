@@ -20,9 +20,12 @@ from .kv_cache import KVRows, Quantized, View
 _QUANTIZATION = ("group_size", "bits", "mode")
 # A pass with more rows is a chunk of a prompt. It is not split for the fused kernel.
 LONGEST_PASS = 32
+# MLX keeps all attention scores in memory if it has no kernel for a head size, as on the CPU. A chunk of a prompt
+# attends in parts whose scores stay below this limit in bytes. Most chunks are chosen so that they are one part.
+SCORE_BYTES = 1 << 29
 
 
-def _geglu(gate: mx.array, x: mx.array) -> mx.array:
+def geglu(gate: mx.array, x: mx.array) -> mx.array:
     """Return gelu(gate) * x, with the tanh approximation of gelu."""
     # On the CPU, a kernel takes the C++ compiler about a second, and a prompt does not repay it. MLX's own gelu_approx
     # is always compiled. In a compiled round, both forms are the same.
@@ -72,8 +75,8 @@ class MLP(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """Return the output for x [1, length, hidden_size], in the same shape."""
         if "gate_up_proj" in self:
-            return self.down_proj(_geglu(*mx.split(self.gate_up_proj(x), 2, axis=-1)))
-        return self.down_proj(_geglu(self.gate_proj(x), self.up_proj(x)))
+            return self.down_proj(geglu(*mx.split(self.gate_up_proj(x), 2, axis=-1)))
+        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
 
     def fuse(self) -> None:
         """Join the gate and up projections into one projection, if their quantization is the same."""
@@ -159,10 +162,16 @@ class Attention(nn.Module):
         is_fused = isinstance(view.keys, mx.array) and (self.fused_prefill if is_chunk else bool(self.fused_rows))
         at_once = min(rows, self.fused_rows) if is_fused and not is_chunk else rows
         at_once = 1 if rows <= self.exact_rows else at_once
-        parts = [
-            attend(queries[:, :, row : row + at_once], view.keys, view.values, view.mask[row : row + at_once], is_fused)
-            for row in range(0, rows, at_once)
-        ]
+        if is_chunk and not is_fused:
+            scores_of_row = queries.shape[1] * view.mask.shape[-1] * queries.dtype.size
+            at_once = min(rows, max(LONGEST_PASS, SCORE_BYTES // scores_of_row))
+        parts = []
+        for row in range(0, rows, at_once):
+            some = slice(row, row + at_once)
+            parts.append(attend(queries[:, :, some], view.keys, view.values, view.mask[some], is_fused))
+            if is_chunk and at_once < rows:
+                # Otherwise MLX allocates the scores of several parts ahead.
+                mx.eval(parts[-1])
         out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
         return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
 
@@ -232,7 +241,7 @@ class Router(nn.Module):
 
 class _ExpertActivation(nn.Module):
     def __call__(self, x: mx.array, gate: mx.array) -> mx.array:
-        return _geglu(gate, x)
+        return geglu(gate, x)
 
 
 class Experts(nn.Module):
@@ -341,7 +350,7 @@ class DecoderLayer(nn.Module):
         if per_layer_input is None:
             return add_norm(update, self.post_feedforward_layernorm, h, self.layer_scalar, following)
         h, _ = add_norm(update, self.post_feedforward_layernorm, h)
-        update = self.per_layer_projection(_geglu(self.per_layer_input_gate(h), per_layer_input))
+        update = self.per_layer_projection(geglu(self.per_layer_input_gate(h), per_layer_input))
         return add_norm(update, self.post_per_layer_input_norm, h, self.layer_scalar, following)
 
     def _feed_forward(self, h: mx.array, normed: mx.array) -> mx.array:

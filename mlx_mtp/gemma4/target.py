@@ -16,6 +16,9 @@ from .disk_table import MappedEmbedding, PerLayerRows
 from .kv_cache import Cache
 from .layers import DecoderLayer, norms_after
 
+# The token at rows that stand for media. Its row of the per-layer table counts, as in transformers.
+PAD = 0
+
 
 class TargetOutput(NamedTuple):
     """Hidden states and logits of one pass.
@@ -36,6 +39,23 @@ def allowed_tokens(suppressed: Collection[int], vocab_size: int) -> mx.array:
     # An array that is not evaluated belongs to this thread's stream and cannot be used on another thread.
     mx.eval(allowed)
     return allowed
+
+
+class MediaRows(NamedTuple):
+    """The rows of a pass that stand for media.
+
+    `features` are rows [1, count, hidden_size] that replace scaled embeddings, each with the index of its first row in
+    the pass. `last_seen` is that of `Cache.start`. The tokens at these rows are `PAD`.
+    """
+
+    features: list[tuple[int, mx.array]]
+    last_seen: mx.array | None
+
+    def put(self, h: mx.array) -> mx.array:
+        """Return the embeddings [1, length, hidden_size] with the features in their places."""
+        for start, rows in self.features:
+            h = mx.slice_update(h, rows.astype(h.dtype), mx.array([start]), axes=(1,))
+        return h
 
 
 class TableRows(Protocol):
@@ -118,19 +138,20 @@ class Target(nn.Module):
         logit_rows: int = 0,
         hidden_rows: int | None = None,
         per_layer_rows: PerLayerRows | None = None,
+        media: MediaRows | None = None,
     ) -> TargetOutput:
         """Run one pass over tokens [1, length] at positions offset..offset+length-1.
 
         The pass writes the K/V of the tokens into `cache` and does not advance its offset. Hidden states are computed
         for the last `hidden_rows` rows only (default: all rows), and logits for the last `logit_rows` rows.
         `per_layer_rows` is the result of `read_per_layer_rows` for the tokens. If it is needed but not given, the pass
-        waits for the tokens.
+        waits for the tokens. `media` are the rows that stand for media.
         """
         length = tokens.shape[1]
         last_rows = length if hidden_rows is None else hidden_rows
-        h = self.embed(tokens)
+        h = self.embed(tokens) if media is None else media.put(self.embed(tokens))
         per_layer = self._per_layer_inputs(tokens, h, per_layer_rows)
-        step = cache.start(length)
+        step = cache.start(length, None if media is None else media.last_seen)
         offset, last_own = step.offset, max(config.kv_layer for config in self.config.layers)
         norms = norms_after(self.layers, self.norm)
         normed = self.layers[0].input_layernorm(h)

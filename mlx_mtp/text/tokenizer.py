@@ -3,11 +3,11 @@
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -15,18 +15,21 @@ import numpy as np
 from mlx_mtp.checkpoints.config import read_json
 from mlx_mtp.checkpoints.files import BYTE_ORDER_MARK, fault, read_text
 from mlx_mtp.decoding.constraints import Channel
+from mlx_mtp.decoding.prompt_media import MediaSpan, PreparedPrompt, PromptMedia
 from mlx_mtp.errors import MTPError, PromptError, TokenizerError
 
 from .chat_template import Tools, render_conversation
 from .conversation import Messages
+from .media_parts import MediaKind, MediaPart, find_mark, split_at_media, take_media
 from .tokenizer_files import check_template, check_tokenizer_fields, read_template_field
 from .tool_schemas import usable_tools
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-# A prompt is text, token ids, or the messages of a conversation, each with its role and content.
-Prompt = str | Sequence[int] | mx.array | Sequence[Mapping[str, Any]]
+# A prompt is text, token ids, or the messages of a conversation, each with its role and content. A prepared prompt may
+# also have media.
+Prompt = str | Sequence[int] | mx.array | Sequence[Mapping[str, Any]] | PreparedPrompt
 
 # This stands for the user's text in a rendered turn. No template changes or adds it.
 _PLACEHOLDER = "<<user's text>>"
@@ -253,7 +256,22 @@ def encode_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     template_options: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Return the token ids of a conversation, up to the start of the model's answer.
+    """Return the token ids of a conversation, up to the start of the model's answer. `render_chat` has the details."""
+    text = render_chat(
+        tokenizer, messages, enable_thinking=enable_thinking, tools=tools, template_options=template_options
+    )
+    return encode_text(tokenizer, text)
+
+
+def render_chat(
+    tokenizer: "TokenizerWrapper",
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    enable_thinking: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    template_options: Mapping[str, Any] | None = None,
+) -> str:
+    """Return the text of a conversation, up to the start of the model's answer.
 
     All system messages become one message, which comes first. `tools` are functions in OpenAI's format.
     `template_options` are further switches of the chat template, such as `preserve_thinking`.
@@ -264,9 +282,7 @@ def encode_chat(
     if not tokenizer.has_chat_template:
         raise PromptError("messages need a chat template: this model has none")
     switches = _switches(template_options or {})
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise PromptError(f"messages[{index}] must have a role and content, found {message!r}")
+    _check_roles(messages)
 
     def render(enable_thinking: bool, tools: Tools | None) -> str:
         # The switch is always set: mlx-lm's wrapper would turn thinking on where Gemma's own template leaves it off.
@@ -280,7 +296,13 @@ def encode_chat(
             raise PromptError("thinking cannot be enabled: the chat template has no switch enable_thinking")
         if tools and text == render(enable_thinking, None):
             raise PromptError("tools cannot be given: the chat template has no place for them")
-    return encode_text(tokenizer, text)
+    return text
+
+
+def _check_roles(messages: Sequence[Mapping[str, Any]]) -> None:
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise PromptError(f"messages[{index}] must have a role and content, found {message!r}")
 
 
 def _switches(template_options: Mapping[str, Any]) -> dict[str, Any]:
@@ -329,34 +351,79 @@ def _template_errors() -> Iterator[None]:
         raise PromptError(f"the chat template cannot render the messages: {reason}") from None
 
 
-def encode(
+class MediaEncoder(Protocol):
+    """The media parts of a model (see `media_reader.MediaReader`)."""
+
+    @property
+    def kinds(self) -> tuple[MediaKind, ...]:
+        """The kinds of media that the checkpoint reads."""
+
+    def encode(
+        self, texts: Sequence[str], parts: Sequence[MediaPart], encode: Callable[[str], list[int]], /
+    ) -> tuple[list[int], list[MediaSpan]]:
+        """Return the token ids of texts with media between them, and the spans of the media."""
+
+
+def prepare(
     tokenizer: "TokenizerWrapper",
     prompt: Prompt,
     vocab_size: int,
+    media: MediaEncoder,
     *,
     enable_thinking: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
     template_options: Mapping[str, Any] | None = None,
-) -> list[int]:
-    """Return the token ids of a prompt for a model with embeddings of `vocab_size` tokens.
+) -> PreparedPrompt:
+    """Return the token ids and media of a prompt for a model with embeddings of `vocab_size` tokens.
 
-    The options apply to messages only.
+    The options apply to messages only, and only messages can have media.
 
-    Raises PromptError if the messages cannot be rendered or if a token id has no embedding.
+    Raises PromptError if the messages cannot be rendered, if a text holds the mark of a medium, or if a token id has no
+    embedding. Raises MediaError if a medium cannot be read.
     """
+    if isinstance(prompt, PreparedPrompt):
+        return prompt
     if isinstance(prompt, str):
-        return _with_embeddings(tokenizer, encode_prompt(tokenizer, prompt, use_chat_template=False), vocab_size)
+        _check_marks(media, prompt)
+        tokens = encode_prompt(tokenizer, prompt, use_chat_template=False)
+        return PreparedPrompt(_with_embeddings(tokenizer, tokens, vocab_size), PromptMedia())
     items: list[Any] = prompt.tolist() if isinstance(prompt, mx.array) else list(prompt)  # type: ignore[assignment]
     if items and isinstance(items[0], Mapping):
-        tokens = encode_chat(
-            tokenizer, items, enable_thinking=enable_thinking, tools=tools, template_options=template_options
+        _check_roles(items)
+        _check_marks(media, items)
+        messages, parts = take_media(items)
+        _check_kinds(media, parts)
+        text = render_chat(
+            tokenizer, messages, enable_thinking=enable_thinking, tools=tools, template_options=template_options
         )
-        return _with_embeddings(tokenizer, tokens, vocab_size)
+        spans: list[MediaSpan] = []
+        if parts:
+            tokens, spans = media.encode(split_at_media(text, parts), parts, partial(encode_text, tokenizer))
+        else:
+            tokens = encode_text(tokenizer, text)
+        return PreparedPrompt(_with_embeddings(tokenizer, tokens, vocab_size), PromptMedia(spans))
     for token in items:
         is_id = isinstance(token, int | np.integer) and not isinstance(token, bool)
         if not is_id or not 0 <= token < vocab_size:
             raise PromptError(f"the prompt must hold token ids from 0 to {vocab_size - 1}, found {token!r}")
-    return [int(token) for token in items]
+    return PreparedPrompt([int(token) for token in items], PromptMedia())
+
+
+def _check_marks(media: MediaEncoder, prompt: str | Sequence[Mapping[str, Any]]) -> None:
+    """Check that no text holds a mark of media. In a checkpoint that reads only text, such a mark is a text."""
+    found = find_mark(prompt)
+    if found is not None and media.kinds:
+        place, mark = found
+        raise PromptError(f"{place}: {mark} stands for media and cannot be in a text: give media as parts of a message")
+
+
+def _check_kinds(media: MediaEncoder, parts: Sequence[MediaPart]) -> None:
+    """Check that the checkpoint reads the kinds of these media, which the chat template may not know either."""
+    for part in parts:
+        if part.kind not in media.kinds:
+            known = ", ".join(("text", *media.kinds))
+            hint = "" if media.kinds else " (mlx-mtp convert --modalities text left out all media, if it made this)"
+            raise PromptError(f"{part.place}: found {part.kind}, but this checkpoint reads only {known}{hint}")
 
 
 def _with_embeddings(tokenizer: "TokenizerWrapper", tokens: list[int], vocab_size: int) -> list[int]:

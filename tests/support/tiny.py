@@ -63,7 +63,13 @@ _CHAT_TEMPLATE = """\
 <|turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}
 {% if thinks and message['role'] == 'system' %}<|think|>
 {% endif %}
-{{- message['content'] }}<turn|>
+{%- if message['content'] is string -%}
+{{ message['content'] }}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'text' %}{{ part['text'] | trim }}{% else %}{{ '<|' + part['type'] + '|>' }}{% endif -%}
+{%- endfor -%}
+{%- endif %}<turn|>
 {% endfor -%}
 {%- if add_generation_prompt -%}
 <|turn>model
@@ -310,14 +316,14 @@ def _target_tensors(text: dict[str, Any], rng: np.random.Generator) -> Tensors:
     hidden, layers, per_layer = text["hidden_size"], len(text["layer_types"]), text["hidden_size_per_layer_input"]
     # Small embeddings come before a large final norm. Otherwise a tied head repeats the last token.
     tensors = {
-        "embed_tokens.weight": _normal(rng, 0.12 * hidden**-0.5, text["vocab_size"], hidden),
-        "norm.weight": _norm(rng, hidden, 8.0),
+        "embed_tokens.weight": normal(rng, 0.12 * hidden**-0.5, text["vocab_size"], hidden),
+        "norm.weight": norm(rng, hidden, 8.0),
     }
     if per_layer:
         tensors |= {
-            "embed_tokens_per_layer.weight": _normal(rng, 0.1, text["vocab_size_per_layer_input"], layers * per_layer),
-            "per_layer_model_projection.weight": _linear(rng, layers * per_layer, hidden),
-            "per_layer_projection_norm.weight": _norm(rng, per_layer),
+            "embed_tokens_per_layer.weight": normal(rng, 0.1, text["vocab_size_per_layer_input"], layers * per_layer),
+            "per_layer_model_projection.weight": linear(rng, layers * per_layer, hidden),
+            "per_layer_projection_norm.weight": norm(rng, per_layer),
         }
     for index in range(layers):
         tensors |= {f"layers.{index}.{name}": value for name, value in _layer_tensors(text, index, rng).items()}
@@ -328,13 +334,13 @@ def _drafter_tensors(config: dict[str, Any], rng: np.random.Generator) -> Tensor
     text, backbone = config["text_config"], config["backbone_hidden_size"]
     hidden, vocab = text["hidden_size"], text["vocab_size"]
     tensors = {
-        "pre_projection.weight": _linear(rng, hidden, 2 * backbone),
-        "post_projection.weight": _linear(rng, backbone, hidden),
-        "model.embed_tokens.weight": _normal(rng, 0.3, vocab, hidden),
-        "model.norm.weight": _norm(rng, hidden),
+        "pre_projection.weight": linear(rng, hidden, 2 * backbone),
+        "post_projection.weight": linear(rng, backbone, hidden),
+        "model.embed_tokens.weight": normal(rng, 0.3, vocab, hidden),
+        "model.norm.weight": norm(rng, hidden),
     }
     if config["use_ordered_embeddings"]:
-        tensors["masked_embedding.centroids.weight"] = _linear(rng, config["num_centroids"], hidden)
+        tensors["masked_embedding.centroids.weight"] = linear(rng, config["num_centroids"], hidden)
         tensors["masked_embedding.token_ordering"] = rng.permutation(vocab).astype(np.int64)
     for index in range(len(text["layer_types"])):
         layer = _layer_tensors(text, index, rng, owns_kv=False)
@@ -348,9 +354,9 @@ def _layer_tensors(text: dict[str, Any], index: int, rng: np.random.Generator, *
     shared = index >= len(text["layer_types"]) - text["num_kv_shared_layers"]
     width = text["intermediate_size"] * (2 if text["use_double_wide_mlp"] and shared else 1)
     tensors |= {
-        "mlp.gate_proj.weight": _linear(rng, width, hidden),
-        "mlp.up_proj.weight": _linear(rng, width, hidden),
-        "mlp.down_proj.weight": _linear(rng, hidden, width),
+        "mlp.gate_proj.weight": linear(rng, width, hidden),
+        "mlp.up_proj.weight": linear(rng, width, hidden),
+        "mlp.down_proj.weight": linear(rng, hidden, width),
         "layer_scalar": rng.uniform(0.8, 1.1, 1).astype(np.float32),
     }
     norms = ["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"]
@@ -359,9 +365,9 @@ def _layer_tensors(text: dict[str, Any], index: int, rng: np.random.Generator, *
         tensors |= _expert_tensors(text, rng)
     if per_layer := text["hidden_size_per_layer_input"]:
         norms += ["post_per_layer_input_norm"]
-        tensors["per_layer_input_gate.weight"] = _linear(rng, per_layer, hidden)
-        tensors["per_layer_projection.weight"] = _linear(rng, hidden, per_layer)
-    return tensors | {f"{name}.weight": _norm(rng, hidden) for name in norms}
+        tensors["per_layer_input_gate.weight"] = linear(rng, per_layer, hidden)
+        tensors["per_layer_projection.weight"] = linear(rng, hidden, per_layer)
+    return tensors | {f"{name}.weight": norm(rng, hidden) for name in norms}
 
 
 def _attention_tensors(text: dict[str, Any], is_full: bool, rng: np.random.Generator, *, owns_kv: bool) -> Tensors:
@@ -372,38 +378,38 @@ def _attention_tensors(text: dict[str, Any], is_full: bool, rng: np.random.Gener
     if k_eq_v and text["num_global_key_value_heads"]:
         kv_heads = text["num_global_key_value_heads"]
     tensors = {
-        "self_attn.q_proj.weight": _linear(rng, heads * head_dim, hidden),
-        "self_attn.o_proj.weight": _linear(rng, hidden, heads * head_dim),
-        "self_attn.q_norm.weight": _norm(rng, head_dim, 0.5),
+        "self_attn.q_proj.weight": linear(rng, heads * head_dim, hidden),
+        "self_attn.o_proj.weight": linear(rng, hidden, heads * head_dim),
+        "self_attn.q_norm.weight": norm(rng, head_dim, 0.5),
     }
     if owns_kv:
-        tensors["self_attn.k_proj.weight"] = _linear(rng, kv_heads * head_dim, hidden)
-        tensors["self_attn.k_norm.weight"] = _norm(rng, head_dim, 0.5)
+        tensors["self_attn.k_proj.weight"] = linear(rng, kv_heads * head_dim, hidden)
+        tensors["self_attn.k_norm.weight"] = norm(rng, head_dim, 0.5)
         if not k_eq_v:
-            tensors["self_attn.v_proj.weight"] = _linear(rng, kv_heads * head_dim, hidden)
+            tensors["self_attn.v_proj.weight"] = linear(rng, kv_heads * head_dim, hidden)
     return tensors
 
 
 def _expert_tensors(text: dict[str, Any], rng: np.random.Generator) -> Tensors:
     hidden, experts, width = text["hidden_size"], text["num_experts"], text["moe_intermediate_size"]
     return {
-        "router.proj.weight": _normal(rng, 1.0, experts, hidden),
-        "router.scale": _norm(rng, hidden),
-        "router.per_expert_scale": _norm(rng, experts),
-        "experts.gate_up_proj": _normal(rng, hidden**-0.5, experts, 2 * width, hidden),
-        "experts.down_proj": _normal(rng, width**-0.5, experts, hidden, width),
+        "router.proj.weight": normal(rng, 1.0, experts, hidden),
+        "router.scale": norm(rng, hidden),
+        "router.per_expert_scale": norm(rng, experts),
+        "experts.gate_up_proj": normal(rng, hidden**-0.5, experts, 2 * width, hidden),
+        "experts.down_proj": normal(rng, width**-0.5, experts, hidden, width),
     }
 
 
-def _normal(rng: np.random.Generator, scale: float, *shape: int) -> NDArray[Any]:
+def normal(rng: np.random.Generator, scale: float, *shape: int) -> NDArray[Any]:
     return (rng.standard_normal(shape) * scale).astype(np.float32)
 
 
-def _linear(rng: np.random.Generator, out_size: int, in_size: int) -> NDArray[Any]:
-    return _normal(rng, 1.5 * in_size**-0.5, out_size, in_size)
+def linear(rng: np.random.Generator, out_size: int, in_size: int) -> NDArray[Any]:
+    return normal(rng, 1.5 * in_size**-0.5, out_size, in_size)
 
 
-def _norm(rng: np.random.Generator, size: int, scale: float = 1.0) -> NDArray[Any]:
+def norm(rng: np.random.Generator, size: int, scale: float = 1.0) -> NDArray[Any]:
     return (scale * rng.uniform(0.6, 1.4, size)).astype(np.float32)
 
 
