@@ -17,7 +17,7 @@ from mlx_mtp.media.images import DEFAULT_BUDGET, Picture, read_image
 from mlx_mtp.media.video import DEFAULT_FPS, read_video
 from mlx_mtp.text.media_parts import MediaKind, MediaPart
 
-from .errors import ContextLengthError
+from .errors import ConfigError, ContextLengthError
 
 # The features of the last media are kept up to this size. A picture of 280 soft tokens takes 0.9 to 3 MB.
 _KEPT_BYTES = 128_000_000
@@ -82,6 +82,14 @@ class MediaReader:
             if before is not None and token is not None and after is not None:
                 found[kind] = before, token, after
         return found
+
+    @cached_property
+    def placeholders(self) -> frozenset[int]:
+        """The ids of soft tokens. There are none if the media parts of the checkpoint cannot be used."""
+        try:
+            return frozenset(token for _, token, _ in self._marks.values())
+        except ConfigError:
+            return frozenset()
 
     @property
     def kinds(self) -> tuple[MediaKind, ...]:

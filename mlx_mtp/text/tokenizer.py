@@ -358,6 +358,10 @@ class MediaEncoder(Protocol):
     def kinds(self) -> tuple[MediaKind, ...]:
         """The kinds of media that the checkpoint reads."""
 
+    @property
+    def placeholders(self) -> frozenset[int]:
+        """The ids of soft tokens."""
+
     def encode(
         self, texts: Sequence[str], parts: Sequence[MediaPart], encode: Callable[[str], list[int]], /
     ) -> tuple[list[int], list[MediaSpan]]:
@@ -406,6 +410,8 @@ def prepare(
         is_id = isinstance(token, int | np.integer) and not isinstance(token, bool)
         if not is_id or not 0 <= token < vocab_size:
             raise PromptError(f"the prompt must hold token ids from 0 to {vocab_size - 1}, found {token!r}")
+        if token in media.placeholders:
+            raise PromptError(f"the prompt holds token {token}, the place of a medium: give messages with their media")
     return PreparedPrompt([int(token) for token in items], PromptMedia())
 
 

@@ -1,6 +1,7 @@
 """`generate` and `chat` with pictures, sounds and videos, as a user runs them."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -143,3 +144,16 @@ def test_text_imports_no_media_package(tiny_media: TinyMedia) -> None:
         "print([name for name in ('soundfile', 'soxr', 'av') if name in sys.modules])\n"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_a_mark_in_a_prompt_is_refused(tiny_media: TinyMedia, tmp_path: Path) -> None:
+    """Where the tokenizer knows the mark as a token, the prompt would have the place of a picture without a picture."""
+    folder = shutil.copytree(tiny_media("e2b"), tmp_path / "target")
+    config = json.loads((folder / "config.json").read_text())
+    # The id of "e" in the tiny tokenizer stands for the mark.
+    with mlx_mtp.load(folder, None) as model:
+        config["image_token_id"] = model.encode("e")[-1]
+    (folder / "config.json").write_text(json.dumps(config))
+    result = run("generate", "--model", folder, "-p", "e", "-m", "2", *OPTIONS, code=1)
+    expected = f"error: the prompt holds token {config['image_token_id']}, the place of a medium: give messages with"
+    assert result.stderr.splitlines()[-1].startswith(expected)

@@ -283,6 +283,8 @@ def test_refused_uses(models: Callable[[str], mlx_mtp.Model], tmp_path: Path) ->
         model.prepare([{**user(image(0)), "role": "assistant"}])
     with pytest.raises(PromptError, match=r"the prompt: <image\|> stands for media"):
         model.prepare("a <image|> b")
+    with pytest.raises(PromptError, match=r"the prompt holds token \d+, the place of a medium"):
+        model.generate(model.encode([user(image(0))]))
     with pytest.raises(PromptError, match="a prompt with media cannot be saved"):
         model.save_prompt([user(image(0))], tmp_path / "prompt.safetensors")
     with pytest.raises(ContextLengthError):
