@@ -21,8 +21,6 @@ from .errors import ConfigError, ContextLengthError
 
 # The features of the last media are kept up to this size. A picture of 280 soft tokens takes 0.9 to 3 MB.
 _KEPT_BYTES = 128_000_000
-# The sample values of a picture are from 0 to this number.
-_BRIGHTEST = 255
 
 # A function that returns the token ids of a text.
 Encode = Callable[[str], list[int]]
@@ -153,7 +151,7 @@ class MediaReader:
     def _see(self, picture: "Picture") -> mx.array:
         vision = self.towers.vision
         assert vision is not None
-        return vision(mx.array(picture.pixels).astype(mx.float32) / _BRIGHTEST)
+        return vision(mx.array(picture.values))
 
     def _hear(self, clip: "Clip") -> mx.array:
         audio = self.towers.audio

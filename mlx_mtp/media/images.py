@@ -26,9 +26,8 @@ DEFAULT_BUDGET = 280
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 # The largest number of pixels of a picture before resizing.
 MOST_PIXELS = 64_000_000
-# The sides in pixels of the square of a soft token, and of the patches that the towers read.
+# The side in pixels of the square of a soft token.
 TOKEN_SIDE = 48
-PATCH_SIDE = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,26 +42,17 @@ class Picture:
     budget: int
     digest: str
 
-    def grid(self, side: int) -> tuple[int, int]:
-        """Return the numbers of rows and columns of patches of `side` pixels, which divides 48."""
-        height, width, _ = self.pixels.shape
-        return height // side, width // side
-
     @property
     def tokens(self) -> int:
         """Return the number of soft tokens."""
-        rows, columns = self.grid(TOKEN_SIDE)
-        return rows * columns
+        height, width, _ = self.pixels.shape
+        tokens: int = (height // TOKEN_SIDE) * (width // TOKEN_SIDE)
+        return tokens
 
-    def patches(self, side: int) -> NDArray[np.float32]:
-        """Return the patches row by row, [rows * columns, side * side * 3], values from 0 to 1.
-
-        A patch has its values in the order row, column, channel. The towers read patches of 16 pixels (768 values),
-        the embedder of the 12B model patches of 48 pixels (6912 values).
-        """
-        rows, columns = self.grid(side)
-        blocks = self.pixels.reshape(rows, side, columns, side, 3).transpose(0, 2, 1, 3, 4)
-        values = blocks.reshape(rows * columns, side * side * 3).astype(np.float32)
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """The pixels as the networks take them, [height, width, 3] of values from 0 to 1."""
+        values = self.pixels.astype(np.float32)
         values /= 255
         return values
 

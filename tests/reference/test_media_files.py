@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import matplotlib
+import mlx.core as mx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import (
 )
 from transformers.models.gemma4_unified.feature_extraction_gemma4_unified import Gemma4UnifiedAudioFeatureExtractor
 
+from mlx_mtp.gemma4.vision import to_patches
 from mlx_mtp.media.audio import log_mel, read_audio
 from mlx_mtp.media.images import BUDGETS, fitted_size, read_image
 
@@ -25,8 +27,9 @@ def check_picture(image: Image.Image, budget: int) -> None:
     """Compare all values, their places in the grid, and the number of soft tokens. transformers adds rows of zeros."""
     expected = Gemma4ImageProcessorPil(max_soft_tokens=budget)([image], return_tensors="np")
     picture = read_image(image, budget=budget)
-    patches, (rows, columns) = picture.patches(16), picture.grid(16)
-    count = rows * columns
+    squares = to_patches(mx.array(picture.values), 16)
+    rows, columns, _ = squares.shape
+    patches, count = np.array(squares.flatten(0, 1)), rows * columns
     assert picture.tokens == expected["num_soft_tokens_per_image"][0]
     assert np.array_equal(patches, expected["pixel_values"][0, :count])
     assert not expected["pixel_values"][0, count:].any()

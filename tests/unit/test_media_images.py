@@ -59,7 +59,6 @@ def test_sizes(height: int, width: int, budget: int, rows: int, columns: int) ->
         picture = read_image(Image.new("L", (width, height)), budget=budget)
         assert picture.pixels.shape == (48 * rows, 48 * columns, 3)
         assert picture.tokens == rows * columns
-        assert picture.grid(16) == (3 * rows, 3 * columns)
 
 
 def test_no_size_exceeds_its_budget() -> None:
@@ -70,27 +69,12 @@ def test_no_size_exceeds_its_budget() -> None:
             assert 0.75 * budget / 2 < tokens <= budget
 
 
-@pytest.mark.parametrize("side", [16, 48])
-def test_patches_are_squares_row_by_row(side: int) -> None:
+def test_values_are_the_pixels() -> None:
     pixels = noise(672, 864)
     picture = read_image(pixels)
     assert np.array_equal(picture.pixels, pixels)
-    patches, (rows, columns) = picture.patches(side), picture.grid(side)
-    assert (rows, columns) == (672 // side, 864 // side)
-    assert patches.dtype == np.float32
-    assert patches.shape == (rows * columns, side * side * 3)
-    for row, column in ((0, 0), (0, columns - 1), (1, 2), (rows - 1, 0), (rows - 1, columns - 1)):
-        square = pixels[side * row : side * (row + 1), side * column : side * (column + 1)]
-        expected = (square.reshape(-1) / 255).astype(np.float32)
-        assert np.array_equal(patches[row * columns + column], expected)
-
-
-def test_a_patch_of_48_pixels_holds_nine_of_16() -> None:
-    picture = read_image(noise(300, 500, seed=3))
-    rows, columns = picture.grid(48)
-    whole = picture.patches(48).reshape(rows, columns, 3, 16, 3, 16 * 3)
-    small = picture.patches(16).reshape(rows, 3, columns, 3, 16, 16 * 3)
-    assert np.array_equal(whole, small.transpose(0, 2, 1, 4, 3, 5))
+    assert picture.values.dtype == np.float32
+    assert np.array_equal(picture.values, (pixels / 255).astype(np.float32))
 
 
 def transparent_palette() -> bytes:
