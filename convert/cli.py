@@ -13,7 +13,7 @@ from typing import NoReturn
 from mlx_mtp.commands import INTERRUPTED
 from mlx_mtp.shell import Parser, exit_status
 
-from .converter import FolderPlan, Options, Summary, convert
+from .converter import MODALITIES, FolderPlan, Options, Summary, convert
 from .quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, DRAFTER_BITS, MODES, RECIPES, WEIGHT_DTYPES, WeightOptions
 
 
@@ -58,7 +58,18 @@ def parser() -> argparse.ArgumentParser:
         help="Drafter: a local folder or a hub id. Default: TARGET/drafter, else the sibling TARGET-assistant, else "
         "Google's drafter if the name of the target has a published size.",
     )
-    add("-q", "--quantize", action="store_true", help="Quantize the target.")
+    add(
+        "--modalities",
+        metavar="LIST",
+        help=f"What the result reads, of {', '.join(MODALITIES)}, with commas between them. image includes video. "
+        "'text' leaves out all parts for media (default: all that TARGET has).",
+    )
+    add(
+        "-q",
+        "--quantize",
+        action="store_true",
+        help="Quantize the target. Of the parts for media, the projections in blocks get 8 bits.",
+    )
     _add_weight_options(parser)
     add("--overwrite", action="store_true", help="Replace OUT if it exists, once the new one is complete.")
     add("--revision", help="Branch, tag or commit of the target on the hub.")
@@ -77,7 +88,7 @@ def _add_weight_options(parser: argparse.ArgumentParser) -> None:
         "--q-group-size",
         type=int,
         metavar="SIZE",
-        help=f"Weights per group, of {choices(AFFINE_GROUP_SIZES)}. It must divide all weights; by default, weights "
+        help=f"Weights per group, of {choices(AFFINE_GROUP_SIZES)}. It must divide all weights of the text decoder; by default, weights "
         "that it does not divide get smaller groups, or stay unquantized.",
     )
     add(
@@ -128,6 +139,7 @@ def _run(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         revision=args.revision,
         upload_repo=args.upload_repo,
+        modalities=None if args.modalities is None else tuple(args.modalities.split(",")),
     )
     started = time.perf_counter()
     with _Bar() as bar:

@@ -4,11 +4,11 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,7 +24,18 @@ from mlx_mtp.checkpoints.config import (
 )
 from mlx_mtp.checkpoints.files import BYTE_ORDER_MARK, fault, read_text
 from mlx_mtp.checkpoints.hub import DRAFTER_FOLDER, resolve_folder
-from mlx_mtp.checkpoints.layouts import check_shape, drafter_names, match_tensors, mlx_name, resolve_head, target_names
+from mlx_mtp.checkpoints.layouts import (
+    audio_names,
+    check_shape,
+    drafter_names,
+    is_media,
+    match_tensors,
+    mlx_name,
+    resolve_head,
+    target_names,
+    vision_names,
+)
+from mlx_mtp.checkpoints.media_config import read_media_config
 from mlx_mtp.checkpoints.output_files import check_output, existing_parent, new_folder
 from mlx_mtp.checkpoints.tensors import (
     DTYPES,
@@ -35,11 +46,13 @@ from mlx_mtp.checkpoints.tensors import (
     dtype_name,
     read_checkpoint,
 )
-from mlx_mtp.checkpoints.weights import lazy_parameters, token_ids
+from mlx_mtp.checkpoints.weights import channels_second, lazy_parameters, token_ids
 from mlx_mtp.errors import ConfigError, HubError, OptionError, OutputError, TokenizerError, WeightsError
+from mlx_mtp.gemma4.audio import audio_model
 from mlx_mtp.gemma4.draft_vocab import Ids, check_draft_vocab, choose_ids
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.target import Target
+from mlx_mtp.gemma4.vision import vision_model
 from mlx_mtp.loading import check_pair, find_drafter, how_to_name_a_drafter
 from mlx_mtp.text.tokenizer import TEMPLATES_FOLDER, check_tokenizer, load_tokenizer
 
@@ -49,6 +62,7 @@ from .quantization import (
     check_options,
     parameter_quantization,
     quantize_drafter,
+    quantize_media,
     quantize_target,
 )
 from .safetensors_writer import (
@@ -74,6 +88,11 @@ _TOKENIZER_FILES = (
     "chat_template.json",
 )
 _GENERATION_CONFIG = "generation_config.json"
+# The files that say how pictures and sounds become arrays.
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+# The modalities besides text, with the fields of config.json that describe their parts. A video needs the image part.
+_MEDIA_FIELDS = {"image": "vision_config", "audio": "audio_config"}
+MODALITIES = ("text", *_MEDIA_FIELDS)
 # Model types of checkpoints that hold only a text decoder, and the model type for which mlx-lm expects our names.
 _TEXT_ONLY_TYPES = {"gemma4_text": "gemma4", "gemma4_unified_text": "gemma4_unified"}
 
@@ -82,7 +101,8 @@ _TEXT_ONLY_TYPES = {"gemma4_text": "gemma4", "gemma4_unified_text": "gemma4_unif
 class Options:
     """Options of a conversion. The command line's help describes each option.
 
-    `drafter` is "auto", "none", a folder or a hub id.
+    `drafter` is "auto", "none", a folder or a hub id. `modalities` are of `MODALITIES`; None means all that the
+    checkpoint has.
     """
 
     hf_path: str
@@ -92,6 +112,7 @@ class Options:
     overwrite: bool = False
     revision: str | None = None
     upload_repo: str | None = None
+    modalities: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +171,7 @@ def convert(
     if the options, the checkpoints or the hub cause an error.
     """
     check_options(options.weights)
+    _check_modalities(options.modalities)
     if (text := options.weights.draft_vocab_text) is not None and (reason := fault(text)) is not None:
         raise OptionError(f"--draft-vocab-text: {text}: {reason}")
     if options.drafter == "none":
@@ -170,6 +192,12 @@ def convert(
     if options.upload_repo is not None:
         _upload(output, options.upload_repo)
     return Summary(output, target, drafter, how_to_name_a_drafter(read_target_config(folder)))
+
+
+def _check_modalities(modalities: tuple[str, ...] | None) -> None:
+    if modalities is not None and not {"text"} <= set(modalities) <= set(MODALITIES):
+        expected = "text, or text with image or audio or both, with commas between them"
+        raise OptionError(f"--modalities: expected {expected}, found {','.join(modalities)!r}")
 
 
 def _plan(options: Options, folder: Path, output: Path) -> tuple[FolderPlan, FolderPlan | None]:
@@ -214,19 +242,69 @@ def _plan_target(config: TargetConfig, options: Options) -> FolderPlan:
     conversions = _plan_conversions(
         target, source, tensors, partial(target_names, config=config), dtype, quantization, mlx_name
     )
-    shards = plan_shards(conversions)
+    media = _media_parts(config, tensors, options.modalities)
+    towers = _plan_media(media.values(), source, tensors, dtype, options.weights)
+    shards = plan_shards(conversions + towers)
     tokenizer = _copies(source, *_TOKENIZER_FILES, f"{TEMPLATES_FOLDER}/*.jinja")
     if not {"tokenizer.json", "tokenizer.model"} & tokenizer.keys():
         raise TokenizerError(f"{source}: the folder has no tokenizer.json or tokenizer.model")
     check_tokenizer(source)
-    fields = _target_fields(config) | _weight_fields(dtype, quantization, mlx_name)
-    fields["text_config"] |= {"dtype": dtype}
+    fields = _target_fields(config, media.keys()) | _weight_fields(dtype, quantization, mlx_name, towers)
+    for part in ("text_config", *(_MEDIA_FIELDS[modality] for modality in media)):
+        fields[part] |= {"dtype": dtype}
     texts = {
         "config.json": json.dumps(fields, indent=4, sort_keys=True),
         INDEX_NAME: index_text(shards),
         "README.md": _model_card(options, source),
     }
-    return FolderPlan(shards, texts, tokenizer | _copies(source, _GENERATION_CONFIG))
+    copies = _copies(source, _GENERATION_CONFIG, *(_PROCESSOR_FILES if media else ()))
+    return FolderPlan(shards, texts, tokenizer | copies)
+
+
+class _MediaPart(NamedTuple):
+    """A vision or audio model without weights, and the function from a tensor's name to the parameters it fills."""
+
+    model: nn.Module
+    names: Callable[[str], list[str]]
+
+
+def _media_parts(
+    config: TargetConfig, tensors: dict[str, TensorInfo], modalities: tuple[str, ...] | None
+) -> dict[str, _MediaPart]:
+    """Return the media parts to convert, by modality. A part that has no tensors does not count.
+
+    Raises OptionError if the checkpoint lacks a modality that is asked for, and ConfigError if config.json does not
+    describe the parts.
+    """
+    found: dict[str, _MediaPart] = {}
+    if modalities != ("text",) and any(map(is_media, tensors)):
+        try:
+            media = read_media_config(config)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (--modalities text leaves the media parts out)") from None
+        if media.vision is not None:
+            vision = vision_model(media.vision, media.hidden_size)
+            found["image"] = _MediaPart(vision, partial(vision_names, config=media.vision))
+        if media.audio is not None:
+            audio = audio_model(media.audio, media.hidden_size)
+            found["audio"] = _MediaPart(audio, partial(audio_names, config=media.audio))
+        found = {modality: part for modality, part in found.items() if any(map(part.names, tensors))}
+    for modality in modalities or ():
+        if modality not in ("text", *found):
+            known = ", ".join(("text", *found))
+            raise OptionError(f"--modalities: {config.path.parent} has only {known}, found {modality}")
+    return {modality: part for modality, part in found.items() if modalities is None or modality in modalities}
+
+
+def _plan_media(
+    parts: Iterable[_MediaPart], source: Path, tensors: dict[str, TensorInfo], dtype: str, options: WeightOptions
+) -> list[Conversion]:
+    """Return the conversions of media parts. Their names are the published ones without `model.`, as in mlx-vlm."""
+    conversions = []
+    for model, names in parts:
+        quantization = quantize_media(model, options)
+        conversions += _plan_conversions(model, source, tensors, names, dtype, quantization, str)
+    return conversions
 
 
 def _plan_drafter(config: DrafterConfig, options: WeightOptions, target: TargetConfig) -> FolderPlan:
@@ -337,18 +415,25 @@ def _plan_conversions(
 ) -> list[Conversion]:
     """Return a conversion for each parameter of the module, in the module's order, with names from `rename`.
 
+    A convolution keeps the order of its channels, and a scalar its type.
+
     Raises WeightsError if a tensor is missing or unexpected, or has a wrong shape or a type that cannot be converted.
     """
-    shapes = {name: array.shape for name, array in lazy_parameters(module).items()}
+    parameters = lazy_parameters(module)
+    shapes = {name: array.shape for name, array in parameters.items()}
     quantized = parameter_quantization(module, quantization)
+    matched = match_tensors(source, tensors, names, shapes)
+    for key in channels_second(module, tensors, matched, parameters):
+        shapes[matched[key][0]] = tensors[key].shape
     conversions = {}
-    for key, filled in match_tensors(source, tensors, names, shapes).items():
+    for key, filled in matched.items():
         for part, name in enumerate(filled):
             # These parameters hold token ids, not weights. MLX uses int32 for indices.
             is_index = name.endswith(("token_ordering", "draft_vocab_ids"))
-            stored = mx.int32 if is_index else getattr(mx, dtype)
             check_shape(source, key, tensors[key].shape, shapes[name], len(filled))
             _check_type(source, key, tensors[key], is_index)
+            kept = DTYPES[tensors[key].dtype].mlx if shapes[name] == () else getattr(mx, dtype)
+            stored = mx.int32 if is_index else kept
             conversions[name] = Conversion(
                 rename(name), tensors[key], shapes[name], stored, quantized.get(name), part, len(filled)
             )
@@ -364,12 +449,21 @@ def _check_type(source: Path, key: str, tensor: TensorInfo, is_index: bool) -> N
         token_ids(source, key, arrays[key])
 
 
-def _weight_fields(dtype: str, quantization: Quantization | None, rename: Callable[[str], str]) -> dict[str, Any]:
-    """Return the fields of config.json that describe the weights, in mlx-lm's format."""
+def _weight_fields(
+    dtype: str, quantization: Quantization | None, rename: Callable[[str], str], media: Iterable[Conversion] = ()
+) -> dict[str, Any]:
+    """Return the fields of config.json that describe the weights, in mlx-lm's format.
+
+    `media` are the conversions of media parts. Those that are quantized otherwise than most weights are named.
+    """
     if quantization is None:
         return {"dtype": dtype}
+    default = _parameters(quantization)
     overrides = {rename(path): _parameters(choice) for path, choice in quantization.overrides.items() if choice}
-    fields = _parameters(quantization) | overrides
+    for conversion in media:
+        if conversion.quantization is not None and (chosen := _parameters(conversion.quantization)) != default:
+            overrides[conversion.name.removesuffix(".weight")] = chosen
+    fields = default | overrides
     return {"dtype": dtype, "quantization": fields, "quantization_config": fields}
 
 
@@ -377,17 +471,21 @@ def _parameters(quantization: Quantization) -> dict[str, Any]:
     return {"group_size": quantization.group_size, "bits": quantization.bits, "mode": quantization.mode}
 
 
-def _target_fields(config: TargetConfig) -> dict[str, Any]:
+def _target_fields(config: TargetConfig, modalities: Iterable[str]) -> dict[str, Any]:
     """Return the fields of the target's config.json, with the names that published checkpoints use.
 
-    Each field for which mlx-lm has its own default value is present.
+    Each field for which mlx-lm has its own default value is present. `modalities` are those of the media parts that
+    are kept.
     """
     fields = read_json(config.path)
     if config.model_type in _TEXT_ONLY_TYPES:
         kept = ("eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings", "transformers_version")
         fields = {name: fields[name] for name in kept if name in fields} | {"text_config": fields}
-    dropped = ("vision_config", "audio_config", "torch_dtype", "_name_or_path")
+    kept_parts = {_MEDIA_FIELDS[modality] for modality in modalities}
+    dropped = {"torch_dtype", "_name_or_path", *_MEDIA_FIELDS.values()} - kept_parts
     fields = {name: value for name, value in fields.items() if name not in dropped}
+    for part in kept_parts:
+        fields[part] = {name: value for name, value in fields[part].items() if name != "torch_dtype"}
     fields["model_type"] = _TEXT_ONLY_TYPES.get(config.model_type, config.model_type)
     fields["vocab_size"] = config.text.vocab_size
     text = {

@@ -25,6 +25,9 @@ _DRAFTER_DEFAULT = Quantization(64, 4)
 # The router's few weights choose the experts. mlx-lm also keeps them at 8 bits.
 _ROUTER = "router.proj"
 _ROUTER_QUANTIZATION = Quantization(64, 8)
+# The projections in the blocks of the vision and audio towers.
+_BLOCK_PROJECTION = ".linear"
+_MEDIA_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,24 @@ def quantize_target(target: nn.Module, options: WeightOptions) -> Quantization |
         chosen = {path: Quantization(**predicate(path, module)) for path, module in modules.items()}
     chosen |= {path: _ROUTER_QUANTIZATION for path in modules if path.endswith(_ROUTER)}
     return _with_overrides(modules, default, chosen, options.q_group_size is None)
+
+
+def quantize_media(media: nn.Module, options: WeightOptions) -> Quantization | None:
+    """Return the quantization of a vision or audio model, or None if it is not quantized.
+
+    The projections of its blocks get 8 bits, because fewer bits change the features much more. All other weights are
+    few and stay unquantized.
+    """
+    if not options.quantize:
+        return None
+    # Affine groups are not as small as those of nvfp4.
+    group_size = max(options.q_group_size or MODES[options.q_mode][0], AFFINE_GROUP_SIZES[0])
+    default = Quantization(group_size, _MEDIA_BITS)
+    modules = _quantizable(media)
+    blocks = {path: module for path, module in modules.items() if path.endswith(_BLOCK_PROJECTION)}
+    fitted = _with_overrides(blocks, default, dict.fromkeys(blocks, default), True)
+    others: dict[str, Quantization | Literal[False]] = dict.fromkeys(modules.keys() - blocks.keys(), False)
+    return replace(fitted, overrides=fitted.overrides | others)
 
 
 def quantize_drafter(drafter: nn.Module, has_centroids: bool, bits: int | None) -> Quantization | None:

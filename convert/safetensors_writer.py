@@ -85,7 +85,7 @@ class Conversion:
 
         Raises WeightsError if the file ends early.
         """
-        columns = self.shape[-1]
+        columns = self.shape[-1] if self.shape else 1
         total = prod(self.shape[:-1])
         run = total if self.parts == 1 else self.shape[-2]
         most = max(1, block_bytes * total // self.source_bytes)

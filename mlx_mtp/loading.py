@@ -133,7 +133,7 @@ def _prepare_target(target: Target, exact: bool) -> None:
 
     Raises DeviceError if the device computes products with the weights wrong, or if passes cannot be made exact.
     """
-    check_products(target)
+    check_products(target, target.dtype)
     fuse_projections(target.layers)
     spread_layer_scalars(target.layers)
     lay_out_weights(target)
@@ -149,7 +149,7 @@ def _prepare_drafter(drafter: Drafter, target: TargetConfig) -> None:
 
     Raises DeviceError if the device computes products with the weights wrong.
     """
-    check_products(drafter)
+    check_products(drafter, drafter.model.norm.weight.dtype)
     drafter.suppress(target.suppress_tokens)
     fuse_projections(drafter.model.layers)
     spread_layer_scalars(drafter.model.layers)

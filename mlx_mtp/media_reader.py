@@ -96,7 +96,8 @@ class MediaReader:
         for part, text in zip(parts, texts[1:], strict=True):
             if part.kind not in self.kinds:
                 known = ", ".join(("text", *self.kinds))
-                raise PromptError(f"{part.place}: found {part.kind}, but this checkpoint reads only {known}")
+                hint = "" if self.kinds else "; if mlx-mtp converted it, convert it again without --modalities text"
+                raise PromptError(f"{part.place}: found {part.kind}, but this checkpoint reads only {known}{hint}")
             pieces += [*self._read(part), text]
         tokens: list[int] = []
         spans: list[MediaSpan] = []

@@ -6,22 +6,29 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from mlx_mtp.checkpoints.config import DrafterConfig, LayerType, TargetConfig, TextConfig
-from mlx_mtp.checkpoints.layouts import drafter_names, target_names
+from mlx_mtp.checkpoints.layouts import audio_names, drafter_names, target_names, vision_names
+from mlx_mtp.checkpoints.media_config import VisionConfig, read_media_config
 from mlx_mtp.checkpoints.tensors import DTYPES, FLOAT_TYPES, read_checkpoint
+from mlx_mtp.checkpoints.weights import count_bytes
 from mlx_mtp.decoding.prefill import chunk_size
 from mlx_mtp.gemma4.disk_table import KEPT_BYTES
 from mlx_mtp.gemma4.fused_attention import fuses_all_prefill
 from mlx_mtp.gemma4.kv_cache import KVQuantization, check_group_size, rows_in_buffers, spare_slots
+from mlx_mtp.gemma4.layers import SCORE_BYTES
+from mlx_mtp.media.images import DEFAULT_BUDGET
 
-from .errors import MemoryLimitError, OptionError
+from .errors import ConfigError, MemoryLimitError, OptionError
 
 # The number of copies of a round's logits that exist at the same time: warped, sorted, compared.
 _LOGITS = 6
+# The same for the largest activations of a layer of the vision tower.
+_VISION_ACTIVATIONS = 8
 _UNITS = {"": 1e9, "GB": 1e9, "MB": 1e6, "GIB": 2.0**30, "MIB": 2.0**20, "B": 1.0}
 # MLX counts bytes in 64 bits.
 _LARGEST_SIZE = 2**63
@@ -53,7 +60,9 @@ class MemoryPlan:
 
     `kv` is the K/V of full-attention layers, which grow with the context. `rings` is the K/V of sliding layers. `work`
     is the temporary memory of a chunk of the prompt, of a round, or of a buffer that grows. The plan leaves out the K/V
-    of earlier prompts (`Model.prompt_cache`).
+    of earlier prompts (`Model.prompt_cache`). `media` is what prompts with pictures or sounds add: the
+    weights of these parts, which are read at the first such prompt, and the temporary memory of a picture of the
+    default size. `peak` does not count it.
     """
 
     context: int
@@ -64,6 +73,7 @@ class MemoryPlan:
     kv_per_token: int
     rings: int
     work: int
+    media: int
 
     @property
     def kv(self) -> int:
@@ -94,8 +104,9 @@ class MemoryPlan:
         yield "peak", self.peak
 
     def __str__(self) -> str:
-        lines = [f"{name:<32}{_gigabytes(size):>12}" for name, size in self.rows()]
-        return "\n".join([*lines, f"{'K/V per 1000 tokens':<32}{_gigabytes(1000 * self.kv_per_token):>12}"])
+        media = [("more, if a prompt has media", self.media)] if self.media else []
+        rows = [*self.rows(), *media, ("K/V per 1000 tokens", 1000 * self.kv_per_token)]
+        return "\n".join(f"{name:<32}{_gigabytes(size):>12}" for name, size in rows)
 
 
 def planner(
@@ -119,6 +130,7 @@ def planner(
     is_fused = fuses_all_prefill(text, weights.dtype)
     # Quantized K/V always have scores, and a text can begin with K/V that are not quantized.
     ways = {is_fused, is_fused and kv is None}
+    media = _media_bytes(target, size)
     drafter_size = 0 if drafter is None else _drafter_bytes(drafter, size)
     table = weights.per_layer_embeddings
     if mapped:
@@ -138,6 +150,7 @@ def planner(
             kv_per_token=int(_kv_width(text, "full_attention") * value),
             rings=_kv_width(text, "sliding_attention") * (text.sliding_window + spare_slots(max_block)) * size,
             work=max(_work(text, context_length, size, max_block, prefill_step, is_fused=way) for way in ways),
+            media=media,
         )
 
     return plan
@@ -187,6 +200,35 @@ def _target_weights(config: TargetConfig) -> _TargetWeights:
             if name == "norm.weight":
                 dtype = DTYPES[tensor.dtype].mlx
     return _TargetWeights(sizes[""], sizes["embed_tokens"], sizes["embed_tokens_per_layer"], dtype)
+
+
+def _media_bytes(target: TargetConfig, size: int) -> int:
+    """Return the bytes of the media parts and of a picture's work, with activations of `size` bytes a value.
+
+    Parts that config.json does not describe rightly have none. The first prompt with media reports the error.
+    """
+    folder = target.path.parent
+    try:
+        config = read_media_config(target)
+    except ConfigError:
+        return 0
+    total = work = 0
+    if config.vision is not None:
+        total += count_bytes(folder, partial(vision_names, config=config.vision))
+        work = _picture_bytes(config.vision, size) if isinstance(config.vision, VisionConfig) else 0
+    if config.audio is not None:
+        total += count_bytes(folder, partial(audio_names, config=config.audio))
+    # Some conversions keep the description of parts without their tensors.
+    return total + work if total else 0
+
+
+def _picture_bytes(config: VisionConfig, size: int) -> int:
+    """Return the temporary bytes of a picture of the default size in the vision tower."""
+    patches = DEFAULT_BUDGET * config.pooling_kernel_size**2
+    # Other devices have fused attention for the towers.
+    has_scores = mx.default_device() == mx.Device(mx.cpu)
+    scores = min(SCORE_BYTES, config.num_attention_heads * patches**2 * 4) if has_scores else 0
+    return scores + _VISION_ACTIVATIONS * patches * config.intermediate_size * size
 
 
 def _work(

@@ -30,6 +30,7 @@ DRAFT_POSITIONS: tuple[DraftPosition, ...] = ("bonus", "last")
 _CHECKPOINT_FILES = (
     "config.json",
     "generation_config.json",
+    "processor_config.json",
     "model*.safetensors*",
     "tokenizer*",
     "special_tokens_map.json",

@@ -110,6 +110,11 @@ def drafter_names(key: str, config: DrafterConfig) -> list[str]:
     return [] if unused else [key]
 
 
+def is_media(key: str) -> bool:
+    """Return whether a checkpoint's tensor belongs to a media part."""
+    return plain_name(key).startswith((*_VISION, *_AUDIO))
+
+
 def vision_names(key: str, config: VisionConfig | UnifiedVisionConfig) -> list[str]:
     """Return the parameter names of the vision model that a checkpoint's tensor fills; [] if it is not used."""
     return _media_names(key, _VISION, clips=isinstance(config, VisionConfig) and config.use_clipped_linears)

@@ -69,14 +69,14 @@ def fill_module(
         _quantize_modules(module, folder, quantization, present)
     parameters = lazy_parameters(module)
     matched = match_tensors(folder, tensors, names, parameters)
-    channels_second = _channels_second(module, tensors, matched, parameters)
+    second = channels_second(module, tensors, matched, parameters)
     for key, filled in matched.items():
         parameter = parameters[filled[0]]
-        parameter = mx.moveaxis(parameter, -1, 1) if key in channels_second else parameter
+        parameter = mx.moveaxis(parameter, -1, 1) if key in second else parameter
         _check_tensor(folder, key, tensors[key], parameter, len(filled))
     stay = {key: filled[0] for key, filled in matched.items() if _stays_unread(filled, unread)}
     read = {key: filled for key, filled in matched.items() if key not in stay}
-    module.load_weights(_lazy_weights(tensors, read, channels_second), strict=False)
+    module.load_weights(_lazy_weights(tensors, read, second), strict=False)
     _evaluate({key: tensors[key].nbytes for key in read}, read, lazy_parameters(module), on_read)
     return {name.removeprefix(f"{unread}."): tensors[key] for key, name in stay.items()}
 
@@ -98,7 +98,7 @@ def _check_tensor(folder: Path, key: str, tensor: TensorInfo, parameter: mx.arra
         raise WeightsError(f"{folder}: tensor {key} is {tensor.dtype}, expected one of {', '.join(FLOAT_TYPES)}")
 
 
-def _channels_second(
+def channels_second(
     module: nn.Module,
     tensors: dict[str, TensorInfo],
     matched: dict[str, list[str]],

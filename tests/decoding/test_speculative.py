@@ -110,7 +110,7 @@ def test_a_four_bit_pair_with_float32_activations(tiny_pair: Callable[[str], Pat
     for module in modules:
         nn.quantize(module, group_size=64, bits=4)
         mx.eval(module.parameters())
-        check_products(module)
+        check_products(module, target.dtype)
     reference, _, _ = run(target, None, LONG, 0, max_tokens=80)
     assert len(set(reference)) > 20
     for k in (1, 8):

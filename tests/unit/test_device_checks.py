@@ -42,16 +42,16 @@ def refuse(*_: Any, **__: Any) -> mx.array:
 def test_a_wrong_product_is_an_error(
     target: Target, monkeypatch: pytest.MonkeyPatch, product: Callable[..., mx.array], problem: str
 ) -> None:
-    check_products(target)
+    check_products(target, target.dtype)
     monkeypatch.setattr(mx, "quantized_matmul", product)
     pattern = (
         rf"^\S+: this device cannot multiply mlx.core.float32 activations by 4 bit weights \[\d+, \d+\] \({problem}"
     )
     with pytest.raises(DeviceError, match=pattern):
-        check_products(target)
+        check_products(target, target.dtype)
 
 
 def test_the_cpu_needs_no_check(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
     monkeypatch.setattr(mx, "quantized_matmul", refuse)
-    check_products(target)
+    check_products(target, target.dtype)
