@@ -167,7 +167,7 @@ def test_picture_and_sound_on_the_command_line(tiny_media: TinyMedia, tmp_path: 
         stream = Stream(model.target, None, max_draft_tokens=0, media=prompt.media)
         logits = stream.read(prompt.tokens, 512)
         assert bool(mx.isfinite(logits).all())
-        assert mx.abs(logits).max().item() > 0.1
+        assert bool(mx.abs(logits).max() > 0.1)
 
 
 def test_text_alone(tiny_media: TinyMedia, tmp_path: Path) -> None:
