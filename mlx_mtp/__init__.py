@@ -7,6 +7,7 @@ from types import ModuleType
 # This stands for `typing.TYPE_CHECKING`, because the import of typing takes time.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from .decoding.prompt_media import PreparedPrompt
     from .decoding.sampling import Sampling
     from .errors import (
         BusyError,
@@ -53,6 +54,7 @@ __all__ = [
     "OptionError",
     "OutputError",
     "PairError",
+    "PreparedPrompt",
     "PromptCacheError",
     "PromptError",
     "Sampling",
@@ -64,7 +66,16 @@ __all__ = [
     "plan_memory",
 ]
 # The modules that hold the public names.
-_HOLDERS = ("errors", "decoding.sampling", "options", "responses", "memory_plan", "model", "loading")
+_HOLDERS = (
+    "errors",
+    "decoding.sampling",
+    "decoding.prompt_media",
+    "options",
+    "responses",
+    "memory_plan",
+    "model",
+    "loading",
+)
 
 
 class _Package(ModuleType):

@@ -290,7 +290,8 @@ def _dropped(line: str) -> tuple[tuple[str, str] | None, str]:
 
     A terminal writes the path of a file that is dropped on it, with quotes or backslashes as a shell needs them.
     """
-    words = shlex.shlex(line, posix=True, punctuation_chars=False)
+    text = io.StringIO(line)
+    words = shlex.shlex(text, posix=True)
     words.whitespace_split, words.commenters = True, ""
     try:
         path = words.get_token() or ""
@@ -299,8 +300,7 @@ def _dropped(line: str) -> tuple[tuple[str, str] | None, str]:
     kind = (mimetypes.guess_type(path)[0] or "").partition("/")[0]
     if kind not in _MEDIA or not os.path.isfile(path):
         return None, line
-    rest: str = words.instream.read()
-    return (kind, path), rest.strip()
+    return (kind, path), text.read().strip()
 
 
 def _attach(kind: str, path: str, chat: _Chat) -> None:

@@ -81,7 +81,7 @@ class LoadedModel:
             CompiledRounds(always=exact or mx.default_device() != mx.Device(mx.cpu)),
             GuideMaker(tokenizer, config),
             RoundCosts(target, drafter, config, drafter_config, exact=exact),
-            MediaReader(config),
+            MediaReader(config, self.max_context),
         )
 
     def close(self) -> None:

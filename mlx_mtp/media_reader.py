@@ -2,9 +2,9 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
-from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -17,7 +17,7 @@ from mlx_mtp.media.images import DEFAULT_BUDGET, Picture, read_image
 from mlx_mtp.media.video import DEFAULT_FPS, read_video
 from mlx_mtp.text.media_parts import MediaKind, MediaPart
 
-from .errors import PromptError
+from .errors import ContextLengthError
 
 # The features of the last media are kept up to this size. A picture of 280 soft tokens takes 0.9 to 3 MB.
 _KEPT_BYTES = 128_000_000
@@ -28,7 +28,8 @@ _BRIGHTEST = 255
 Encode = Callable[[str], list[int]]
 
 
-class _Soft(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Soft:
     """Soft tokens of a medium. `digest` and `features` are those of `MediaSpan`."""
 
     kind: MediaKind
@@ -40,11 +41,13 @@ class _Soft(NamedTuple):
 class MediaReader:
     """The media parts of a model. Networks are read from the folder when a prompt has the first picture or sound.
 
-    The features of the last media are kept by the hash of their content.
+    The features of the last media are kept by the hash of their content. The media of a prompt may take `max_context`
+    tokens.
     """
 
-    def __init__(self, target: TargetConfig) -> None:
+    def __init__(self, target: TargetConfig, max_context: int) -> None:
         self._target = target
+        self._max_context = max_context
         self._features: OrderedDict[str, mx.array] = OrderedDict()
 
     @cached_property
@@ -53,7 +56,8 @@ class MediaReader:
         return read_media_config(self._target)
 
     @cached_property
-    def _towers(self) -> MediaTowers:
+    def towers(self) -> MediaTowers:
+        """The networks, whose tensors are read at their first use."""
         return MediaTowers(self._target, self.config)
 
     @cached_property
@@ -89,16 +93,19 @@ class MediaReader:
     ) -> tuple[list[int], list[MediaSpan]]:
         """Return the token ids of texts with media between them, and the spans of the media.
 
-        `texts` has one more item than `parts`. Raises MediaError if a medium cannot be read, and PromptError if the
-        checkpoint does not read its kind.
+        `texts` has one more item than `parts`, which are of the checkpoint's kinds. Raises MediaError if a medium
+        cannot be read, and ContextLengthError if the media do not fit the context.
         """
         pieces: list[str | _Soft] = [texts[0]]
+        count = 0
         for part, text in zip(parts, texts[1:], strict=True):
-            if part.kind not in self.kinds:
-                known = ", ".join(("text", *self.kinds))
-                hint = "" if self.kinds else "; if mlx-mtp converted it, convert it again without --modalities text"
-                raise PromptError(f"{part.place}: found {part.kind}, but this checkpoint reads only {known}{hint}")
-            pieces += [*self._read(part), text]
+            read = [*self._read(part), text]
+            # Files of a few bytes can be thousands of large pictures, so the others are not read then.
+            count += sum(piece.count for piece in read if not isinstance(piece, str))
+            if count > self._max_context:
+                found = f"the media up to here take {count} tokens, but the context holds {self._max_context}"
+                raise ContextLengthError(f"{part.place}: {found}")
+            pieces += read
         tokens: list[int] = []
         spans: list[MediaSpan] = []
         for piece in _joined(pieces):
@@ -136,12 +143,12 @@ class MediaReader:
         return isinstance(self.config.audio, UnifiedAudioConfig)
 
     def _see(self, picture: "Picture") -> mx.array:
-        vision = self._towers.vision
+        vision = self.towers.vision
         assert vision is not None
         return vision(mx.array(picture.pixels).astype(mx.float32) / _BRIGHTEST)
 
     def _hear(self, clip: "Clip") -> mx.array:
-        audio = self._towers.audio
+        audio = self.towers.audio
         assert audio is not None
         return audio(mx.array(clip.raw_frames() if self._hears_samples else clip.log_mel()))
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_mtp.checkpoints.config import DrafterConfig, LayerType, TargetConfig, TextConfig
-from mlx_mtp.checkpoints.layouts import audio_names, drafter_names, target_names, vision_names
+from mlx_mtp.checkpoints.layouts import drafter_names, is_media, target_names
 from mlx_mtp.checkpoints.media_config import VisionConfig, read_media_config
 from mlx_mtp.checkpoints.tensors import DTYPES, FLOAT_TYPES, read_checkpoint
 from mlx_mtp.checkpoints.weights import count_bytes
@@ -21,7 +21,7 @@ from mlx_mtp.gemma4.disk_table import KEPT_BYTES
 from mlx_mtp.gemma4.fused_attention import fuses_all_prefill
 from mlx_mtp.gemma4.kv_cache import KVQuantization, check_group_size, rows_in_buffers, spare_slots
 from mlx_mtp.gemma4.layers import SCORE_BYTES
-from mlx_mtp.media.images import DEFAULT_BUDGET
+from mlx_mtp.media.images import BUDGETS
 
 from .errors import ConfigError, MemoryLimitError, OptionError
 
@@ -60,9 +60,8 @@ class MemoryPlan:
 
     `kv` is the K/V of full-attention layers, which grow with the context. `rings` is the K/V of sliding layers. `work`
     is the temporary memory of a chunk of the prompt, of a round, or of a buffer that grows. The plan leaves out the K/V
-    of earlier prompts (`Model.prompt_cache`). `media` is what prompts with pictures or sounds add: the
-    weights of these parts, which are read at the first such prompt, and the temporary memory of a picture of the
-    default size. `peak` does not count it.
+    of earlier prompts (`Model.prompt_cache`). `media` is what the first prompt with a picture or a sound adds: the
+    weights of these parts, and their attention scores. `peak` does not count it.
     """
 
     context: int
@@ -202,33 +201,29 @@ def _target_weights(config: TargetConfig) -> _TargetWeights:
     return _TargetWeights(sizes[""], sizes["embed_tokens"], sizes["embed_tokens_per_layer"], dtype)
 
 
-def _media_bytes(target: TargetConfig, size: int) -> int:
-    """Return the bytes of the media parts and of a picture's work, with activations of `size` bytes a value.
+def _media_bytes(config: TargetConfig, size: int) -> int:
+    """Return the bytes that the first picture or sound adds: the weights, and the work of the largest picture.
 
-    Parts that config.json does not describe rightly have none. The first prompt with media reports the error.
+    A checkpoint without media parts, or with parts that are not supported, adds nothing.
     """
-    folder = target.path.parent
     try:
-        config = read_media_config(target)
+        media = read_media_config(config)
     except ConfigError:
         return 0
-    total = work = 0
-    if config.vision is not None:
-        total += count_bytes(folder, partial(vision_names, config=config.vision))
-        work = _picture_bytes(config.vision, size) if isinstance(config.vision, VisionConfig) else 0
-    if config.audio is not None:
-        total += count_bytes(folder, partial(audio_names, config=config.audio))
-    # Some conversions keep the description of parts without their tensors.
-    return total + work if total else 0
+    if media.vision is None and media.audio is None:
+        return 0
+    weights = sum(tensor.nbytes for key, tensor in read_checkpoint(config.path.parent).items() if is_media(key))
+    return weights + (_picture_bytes(media.vision, size) if isinstance(media.vision, VisionConfig) else 0)
 
 
-def _picture_bytes(config: VisionConfig, size: int) -> int:
-    """Return the temporary bytes of a picture of the default size in the vision tower."""
-    patches = DEFAULT_BUDGET * config.pooling_kernel_size**2
-    # Other devices have fused attention for the towers.
-    has_scores = mx.default_device() == mx.Device(mx.cpu)
-    scores = min(SCORE_BYTES, config.num_attention_heads * patches**2 * 4) if has_scores else 0
-    return scores + _VISION_ACTIVATIONS * patches * config.intermediate_size * size
+def _picture_bytes(vision: VisionConfig, size: int) -> int:
+    """Return the temporary bytes of the vision tower for the largest picture. Values have `size` bytes each."""
+    patches = max(BUDGETS) * vision.pooling_kernel_size**2
+    # The CPU has no fused attention, so all scores of a part of the rows exist at the same time, in float32.
+    is_cpu = mx.default_device() == mx.Device(mx.cpu)
+    scores = min(SCORE_BYTES, vision.num_attention_heads * patches**2 * 4) if is_cpu else 0
+    pixels = 3 * vision.patch_size**2 * 4
+    return scores + patches * (3 * vision.intermediate_size * size + pixels)
 
 
 def _work(

@@ -69,14 +69,14 @@ def fill_module(
         _quantize_modules(module, folder, quantization, present)
     parameters = lazy_parameters(module)
     matched = match_tensors(folder, tensors, names, parameters)
-    second = channels_second(module, tensors, matched, parameters)
+    swapped = channels_second(module, tensors, matched, parameters)
     for key, filled in matched.items():
         parameter = parameters[filled[0]]
-        parameter = mx.moveaxis(parameter, -1, 1) if key in second else parameter
+        parameter = mx.moveaxis(parameter, -1, 1) if key in swapped else parameter
         _check_tensor(folder, key, tensors[key], parameter, len(filled))
     stay = {key: filled[0] for key, filled in matched.items() if _stays_unread(filled, unread)}
     read = {key: filled for key, filled in matched.items() if key not in stay}
-    module.load_weights(_lazy_weights(tensors, read, second), strict=False)
+    module.load_weights(_lazy_weights(tensors, read, swapped), strict=False)
     _evaluate({key: tensors[key].nbytes for key in read}, read, lazy_parameters(module), on_read)
     return {name.removeprefix(f"{unread}."): tensors[key] for key, name in stay.items()}
 
@@ -117,7 +117,7 @@ def channels_second(
 
 
 def _lazy_weights(
-    tensors: dict[str, TensorInfo], matched: dict[str, list[str]], channels_second: set[str]
+    tensors: dict[str, TensorInfo], matched: dict[str, list[str]], swapped: set[str]
 ) -> list[tuple[str, mx.array]]:
     """Return the parameters that the tensors fill, by name. Nothing is read yet."""
     # Arrays are kept by file, because two files may hold tensors of the same name.
@@ -129,7 +129,7 @@ def _lazy_weights(
     for key, filled in matched.items():
         # MLX loads lazily, so only the arrays that are taken here are read.
         array = arrays[tensors[key].file][key]
-        if key in channels_second:
+        if key in swapped:
             array = mx.contiguous(mx.moveaxis(array, 1, -1))
         parts = mx.split(array, len(filled), axis=-2) if len(filled) > 1 else [array]
         weights += list(zip(filled, parts, strict=True))

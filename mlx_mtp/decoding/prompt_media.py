@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import shake_256
-from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +10,8 @@ import numpy as np
 from mlx_mtp.gemma4.target import PAD, MediaRows
 
 
-class MediaSpan(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class MediaSpan:
     """A medium at the positions start..start+count-1 of a prompt, one for each of its soft tokens.
 
     `digest` is the hash of its content. `features` returns its rows for the decoder, [1, count, hidden_size]. It is
@@ -37,6 +37,10 @@ class PreparedPrompt:
 
     tokens: list[int]
     media: "PromptMedia"
+
+    def with_tokens(self, tokens: Sequence[int]) -> "PreparedPrompt":
+        """Return the prompt with more tokens at its end."""
+        return PreparedPrompt([*self.tokens, *tokens], self.media)
 
 
 class PromptMedia:

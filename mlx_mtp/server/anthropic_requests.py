@@ -9,16 +9,18 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Discriminator, Field, Tag, ValidationError
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError
 
 from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.options import GenerationOptions
 
 from .field_types import RequestPart, type_of
-from .openai_messages import CalledFunction, Message, ToolCall, WaitingCalls
+from .openai_messages import AnyContent, CalledFunction, Message, ToolCall, WaitingCalls
 from .openai_requests import ChatRequest, Request, Task
+from .request_media import Base64Data, ImageUrlData, Medium, check_image_type
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,32 @@ class DocumentBlock(RequestPart):
     context: str | None = None
 
 
+class Base64Source(RequestPart):
+    """Picture in base64."""
+
+    type: Literal["base64"]
+    media_type: Annotated[str, AfterValidator(check_image_type)]
+    data: Base64Data
+
+
+class UrlSource(RequestPart):
+    """Picture as a `data:` URL."""
+
+    type: Literal["url"]
+    url: ImageUrlData
+
+
+class ImageBlock(RequestPart):
+    """Picture of a user's message."""
+
+    type: Literal["image"]
+    source: Base64Source | UrlSource = Field(discriminator="type")
+
+    def medium(self, place: str) -> Medium:
+        """Return the picture. `place` is the place of the block in the request."""
+        return Medium("image", self.source.data if isinstance(self.source, Base64Source) else self.source.url, place)
+
+
 class ToolReferenceBlock(RequestPart):
     """Reference to a tool by its name."""
 
@@ -90,13 +118,13 @@ class ToolReferenceBlock(RequestPart):
 
 
 class OtherBlock(RequestPart):
-    """Image, block of a tool that runs on Anthropic's servers, or block of an unknown type."""
+    """Block of a tool that runs on Anthropic's servers, block of an unknown type, or image in a tool's result."""
 
     type: str
 
 
 _RESULT_BLOCKS = ("text", "document", "search_result", "tool_reference")
-_BLOCKS = (*_RESULT_BLOCKS, "thinking", "tool_use", "tool_result")
+_BLOCKS = (*_RESULT_BLOCKS, "image", "thinking", "tool_use", "tool_result")
 
 
 def _tag(known: Sequence[str], block: Any) -> str:
@@ -127,6 +155,7 @@ class ToolResultBlock(RequestPart):
 
 Block: TypeAlias = Annotated[
     _TextualBlock
+    | Annotated[ImageBlock, Tag("image")]
     | Annotated[ThinkingBlock, Tag("thinking")]
     | Annotated[ToolUseBlock, Tag("tool_use")]
     | Annotated[ToolResultBlock, Tag("tool_result")]
@@ -391,18 +420,27 @@ def _function(block: ToolUseBlock) -> CalledFunction:
 
 def _user_messages(turn: _Turn, calls: WaitingCalls) -> Iterator[Message]:
     """Yield the results of tool calls, then one message of the user with the rest of the turn."""
-    texts: list[str] = []
+    parts: list[str | Medium] = []
     for place, block in turn.blocks:
+        if isinstance(block, ImageBlock):
+            parts.append(block.medium(place))
+            continue
         if not isinstance(block, ToolResultBlock):
-            texts += _texts([block], place)
+            parts += _texts([block], place)
             continue
         calls.take(block.tool_use_id, f"{place}.tool_use_id", "no tool_use block before has this id")
         text = block.content if isinstance(block.content, str) else "\n".join(_texts(block.content, place))
         if block.is_error:
             text = f"Error: {text}" if text else "Error"
         yield Message(role="tool", content=text, tool_call_id=block.tool_use_id)
-    if texts or not any(isinstance(block, ToolResultBlock) for _, block in turn.blocks):
-        yield Message(role="user", content="\n".join(texts))
+    if parts or not any(isinstance(block, ToolResultBlock) for _, block in turn.blocks):
+        yield Message(role="user", content=_joined(parts))
+
+
+def _joined(parts: Sequence[str | Medium]) -> AnyContent:
+    """Return the content of a user's message. Texts without a picture between them are joined as lines."""
+    runs = groupby(parts, key=lambda part: isinstance(part, str))
+    return [part for is_text, run in runs for part in (["\n".join(map(str, run))] if is_text else run)]
 
 
 def _texts(blocks: Sequence[Block | ResultBlock], place: str) -> Iterator[str]:
@@ -417,7 +455,8 @@ def _texts(blocks: Sequence[Block | ResultBlock], place: str) -> Iterator[str]:
         elif isinstance(block, ToolReferenceBlock):
             yield block.tool_name
         else:
-            raise PromptError(f"{place}: a block of type {block.type} cannot be read here: this server takes text")
+            expected = "expected text, or an image in a user's message outside tool results"
+            raise PromptError(f"{place}: {expected}, found a block of type {block.type}")
 
 
 def _document(block: DocumentBlock, place: str) -> str:

@@ -53,7 +53,7 @@ class Settings:
     api_key: str | None = None
     allowed_hosts: tuple[str, ...] = ("*",)
     allowed_origins: tuple[str, ...] = ()
-    max_body_bytes: int = 10_000_000
+    max_body_bytes: int = 32_000_000
     keep_alive: float = 5.0
 
 
@@ -146,8 +146,8 @@ class _Endpoints:
         return await self._respond(http, body, task, writer)
 
     async def count_tokens(self, body: MessagesRequest) -> dict[str, int]:
-        prompt = await run_in_threadpool(self._service.encode, body.task(self._service.options))
-        return {"input_tokens": len(prompt)}
+        prompt = await run_in_threadpool(self._service.prepare, body.task(self._service.options))
+        return {"input_tokens": len(prompt.tokens)}
 
     async def models(self, http: HttpRequest) -> dict[str, Any]:
         name = self._service.name
@@ -172,7 +172,9 @@ class _Endpoints:
 
     def _model(self, http: HttpRequest) -> dict[str, Any]:
         """Return the model object of `/v1/models`. Clients of Anthropic's API get more fields."""
+        kinds = {"input_modalities": self._service.modalities, "output_modalities": ["text"]}
         found = {"id": self._service.name, "object": "model", "created": 0, "owned_by": "mlx-mtp"}
+        found["architecture"] = kinds
         if not is_anthropic(http.url.path, http.headers):
             return found
         dates = {"created_at": "1970-01-01T00:00:00Z", "lifecycle": "active"}

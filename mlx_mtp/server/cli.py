@@ -105,9 +105,9 @@ def _add_limit_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--max-body-size",
         type=_size,
-        default=10_000_000,
+        default=32_000_000,
         metavar="SIZE",
-        help="Largest body of a request (default: 10MB).",
+        help="Largest body of a request (default: 32MB).",
     )
     add(
         "--max-prompt-tokens",

@@ -5,12 +5,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, Discriminator, InstanceOf, Tag, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from mlx_mtp.errors import PromptError
 from mlx_mtp.text.conversation import SYSTEM_ROLES, Messages, read_object, second_result, system_message
 
-from .field_types import RequestPart
+from .field_types import RequestPart, type_of
+from .request_media import AudioPart, ImagePart, Medium
 
 
 class TextPart(RequestPart):
@@ -44,13 +46,33 @@ class ThoughtPart(RequestPart):
         return content_text(self.thinking) or content_text(self.text) or content_text(self.reasoning)
 
 
-AnyPart: TypeAlias = TextPart | RefusalPart | ThoughtPart | str
-# The content of an earlier answer may have thoughts.
-AnswerContent: TypeAlias = str | list[AnyPart]
+_MEDIA = (ImagePart, AudioPart, Medium)
+
+
+def _part_tag(part: Any) -> str:
+    if isinstance(part, Medium):
+        return "Medium"
+    kind = type_of(part)
+    if kind in ("image_url", "input_image"):
+        return "ImagePart"
+    return "AudioPart" if kind == "input_audio" else "TextualPart"
+
+
+# Errors of a picture or sound should not name the types of other parts, so the type of a part decides its model. Only
+# the server's own code makes a Medium.
+AnyPart: TypeAlias = Annotated[
+    Annotated[TextPart | RefusalPart | ThoughtPart | str, Tag("TextualPart")]
+    | Annotated[ImagePart, Tag("ImagePart")]
+    | Annotated[AudioPart, Tag("AudioPart")]
+    | Annotated[SkipJsonSchema[InstanceOf[Medium]], Tag("Medium")],
+    Discriminator(_part_tag),
+]
+# The content of an earlier answer may have thoughts, and that of the user may have media.
+AnyContent: TypeAlias = str | list[AnyPart]
 
 
 def content_text(content: str | Sequence[AnyPart] | None) -> str:
-    """Return the text of a message, without thoughts."""
+    """Return the text of a message, without thoughts and media."""
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(_part_text(part) for part in content)
@@ -59,20 +81,41 @@ def content_text(content: str | Sequence[AnyPart] | None) -> str:
 def _part_text(part: AnyPart) -> str:
     if isinstance(part, str):
         return part
-    if isinstance(part, ThoughtPart):
+    if isinstance(part, ThoughtPart | ImagePart | AudioPart | Medium):
         return ""
     return part.refusal if isinstance(part, RefusalPart) else part.text
 
 
-def _thoughts(content: AnswerContent | None) -> str:
+def with_places(content: AnyContent | None, message: str) -> AnyContent | None:
+    """Return the content with its media as `Medium`. `message` is the place of the message in the request."""
+    if not isinstance(content, list):
+        return content
+    return [
+        part.medium(f"{message}.content[{number}]") if isinstance(part, ImagePart | AudioPart) else part
+        for number, part in enumerate(content)
+    ]
+
+
+def _template_content(content: AnyContent | None, message: str) -> str | list[dict[str, Any]]:
+    """Return the content for `Model.prepare`: its text, or its parts in order if there are media among them."""
+    parts = with_places(content, message)
+    if not isinstance(parts, list) or not any(isinstance(part, Medium) for part in parts):
+        return content_text(content)
+    return [part.part if isinstance(part, Medium) else {"type": "text", "text": _part_text(part)} for part in parts]
+
+
+def _thoughts(content: AnyContent | None) -> str:
     parts = content if isinstance(content, list) else []
     return "\n".join(filter(None, (part.thought for part in parts if isinstance(part, ThoughtPart))))
 
 
-def check_thoughts(role: str, content: AnswerContent | None) -> None:
-    """Check the role of a message with thoughts. Raises ValueError if it is not the assistant's."""
-    if role != "assistant" and isinstance(content, list) and any(isinstance(part, ThoughtPart) for part in content):
-        raise ValueError(f"a message of role {role} cannot hold a thought")
+def check_parts(role: str, content: AnyContent | None) -> None:
+    """Check the role of a message with thoughts or media. Raises ValueError if the role cannot have them."""
+    for number, part in enumerate(content if isinstance(content, list) else []):
+        if role != "assistant" and isinstance(part, ThoughtPart):
+            raise ValueError(f"a message of role {role} cannot hold a thought")
+        if role != "user" and isinstance(part, _MEDIA):
+            raise ValueError(f"content[{number}]: expected text, as only user messages have media, found role {role}")
 
 
 def _json_text(value: Any) -> Any:
@@ -111,7 +154,7 @@ class Message(RequestPart):
     """Message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: AnswerContent | None = None
+    content: AnyContent | None = None
     refusal: str | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
@@ -128,7 +171,7 @@ class Message(RequestPart):
             if self.role not in ("assistant", "tool", "function"):
                 raise ValueError(f"a message of role {self.role} needs content")
             self.content = self.refusal or ""
-        check_thoughts(self.role, self.content)
+        check_parts(self.role, self.content)
         if self.reasoning_content is None:
             thoughts = _thoughts(self.content) or None
             self.reasoning_content = self.reasoning if isinstance(self.reasoning, str) else thoughts
@@ -173,8 +216,8 @@ class WaitingCalls:
 def chat_messages(messages: Iterable[Message]) -> Messages:
     """Convert messages to the form that chat templates take.
 
-    The content becomes text, the arguments of tool calls become objects, and each tool result gets the name of its
-    tool. Arguments that are not a JSON object stay text.
+    The content becomes text, or a list of parts if it has media. The arguments of tool calls become objects, and each
+    tool result gets the name of its tool. Arguments that are not a JSON object stay text.
 
     Gemma has one system text, before all turns. It consists of all system and developer messages, in their order and
     with blank lines between them.
@@ -192,12 +235,12 @@ def chat_messages(messages: Iterable[Message]) -> Messages:
         name = message.name
         if message.tool_call_id is not None:
             name = calls.take(message.tool_call_id, f"messages[{index}].tool_call_id", "no call before has it")
-        converted.append(_template_message(message, name))
+        converted.append(_template_message(message, name, f"messages[{index}]"))
     return system_message(system) + converted
 
 
-def _template_message(message: Message, name: str | None) -> dict[str, Any]:
-    found: dict[str, Any] = {"role": message.role, "content": content_text(message.content)}
+def _template_message(message: Message, name: str | None, place: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"role": message.role, "content": _template_content(message.content, place)}
     if message.reasoning_content is not None:
         found["reasoning_content"] = message.reasoning_content
     if message.tool_calls:

@@ -160,7 +160,7 @@ def _names(name: str, info: FieldInfo) -> Iterable[str]:
 
 @dataclass(frozen=True)
 class Task:
-    """One generation: a prompt as `Model.encode` takes it, tools, and generation options.
+    """One generation: a prompt as `Model.prepare` takes it, tools, and generation options.
 
     `template_options` are switches of the chat template. `prefill` is the beginning of an answer to messages. The
     generation continues after it. `not_enforced` are the keywords of the request's schemas that the server does not

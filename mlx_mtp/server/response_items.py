@@ -9,7 +9,16 @@ from pydantic_core import PydanticCustomError
 from mlx_mtp.errors import PromptError
 
 from .field_types import RequestPart, type_of
-from .openai_messages import AnswerContent, CalledFunction, Content, Message, ToolCall, check_thoughts, content_text
+from .openai_messages import (
+    AnyContent,
+    CalledFunction,
+    Content,
+    Message,
+    ToolCall,
+    check_parts,
+    content_text,
+    with_places,
+)
 
 
 class MessageItem(RequestPart):
@@ -17,11 +26,11 @@ class MessageItem(RequestPart):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: AnswerContent = ""
+    content: AnyContent = ""
 
     @model_validator(mode="after")
     def _check(self) -> "MessageItem":
-        check_thoughts(self.role, self.content)
+        check_parts(self.role, self.content)
         return self
 
 
@@ -135,7 +144,7 @@ def item_messages(items: Sequence[Item], instructions: str | None) -> list[Messa
     if instructions is not None:
         messages.append(Message(role="system", content=instructions))
     thought: str | None = None
-    for item in items:
+    for index, item in enumerate(items):
         if isinstance(item, ReasoningItem):
             thought = (thought or "") + "".join(part.text for part in item.content) or None
         elif isinstance(item, FunctionCallItem):
@@ -145,7 +154,8 @@ def item_messages(items: Sequence[Item], instructions: str | None) -> list[Messa
             messages.append(Message(role="tool", content=content_text(item.output), tool_call_id=item.call_id))
         elif isinstance(item, MessageItem):
             own = thought if item.role == "assistant" else None
-            messages.append(Message(role=item.role, content=item.content, reasoning_content=own))
+            content = with_places(item.content, f"input[{index}]")
+            messages.append(Message(role=item.role, content=content, reasoning_content=own))
             thought = None
     if not messages:
         raise PromptError("input is empty: expected some text or items")

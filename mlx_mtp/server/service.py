@@ -12,7 +12,16 @@ from typing import Any
 import mlx.core as mx
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from mlx_mtp.errors import BusyError, ClosedError, ContextLengthError, MTPError, OptionError, PromptError
+from mlx_mtp.decoding.prompt_media import PreparedPrompt
+from mlx_mtp.errors import (
+    BusyError,
+    ClosedError,
+    ConfigError,
+    ContextLengthError,
+    MTPError,
+    OptionError,
+    PromptError,
+)
 from mlx_mtp.model import Model
 from mlx_mtp.options import GenerationOptions
 from mlx_mtp.responses import GenerationResponse
@@ -202,19 +211,29 @@ class Service:
         """Largest number of tokens in a prompt."""
         return min(self.max_prompt_tokens or self.model.max_context, self.model.max_context)
 
-    def encode(self, task: Task) -> list[int]:
-        """Return the tokens of a task's prompt. Raises PromptError as `Model.encode` does."""
-        tokens = self.model.encode(
+    @property
+    def modalities(self) -> list[str]:
+        """The kinds of content that requests may have: text, and the media that the checkpoint reads."""
+        try:
+            kinds = self.model.parts.media.kinds
+        # The checkpoint's media parts cannot be used, and a request with media says why.
+        except ConfigError:
+            kinds = ()
+        return ["text", *(kind for kind in kinds if kind != "video")]
+
+    def prepare(self, task: Task) -> PreparedPrompt:
+        """Return the tokens and media of a task's prompt. Raises PromptError as `Model.prepare` does."""
+        prompt = self.model.prepare(
             task.prompt,
             enable_thinking=task.options.enable_thinking,
             tools=task.tools,
             template_options=task.template_options,
         )
-        return [*tokens, *encode_text(self.model.tokenizer, task.prefill)]
+        return prompt.with_tokens(encode_text(self.model.tokenizer, task.prefill))
 
-    def _prompt(self, task: Task) -> list[int]:
-        tokens = self.encode(task)
-        most = self.max_prompt_tokens
-        if most is not None and len(tokens) > most:
-            raise ContextLengthError(f"the prompt has {len(tokens)} tokens, but at most {most} are taken here")
-        return tokens
+    def _prompt(self, task: Task) -> PreparedPrompt:
+        prompt = self.prepare(task)
+        found, most = len(prompt.tokens), self.max_prompt_tokens
+        if most is not None and found > most:
+            raise ContextLengthError(f"the prompt has {found} tokens, but at most {most} are taken here")
+        return prompt

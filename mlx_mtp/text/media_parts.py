@@ -41,7 +41,8 @@ def take_media(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str,
     """Return the messages without the data of their media, and the media in order.
 
     A part of type `image`, `audio` or `video` has its data under the name of the type, `path` or `url`. The parts
-    `image_url`, `input_image` and `input_audio` of OpenAI's API are read too.
+    `image_url`, `input_image` and `input_audio` of OpenAI's API are read too. Errors name the place of a part: its
+    field `place`, or else where it is in the messages.
 
     Raises PromptError if a medium is in a message of another role than user, or has no data.
     """
@@ -54,10 +55,11 @@ def take_media(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str,
             continue
         parts = []
         for number, part in enumerate(content):
-            kind, place = _kind(part), f"messages[{index}].content[{number}]"
+            kind = _kind(part)
             if kind is None:
                 parts.append(part)
                 continue
+            place = part.get("place") or f"messages[{index}].content[{number}]"
             if message.get("role") != "user":
                 raise PromptError(f"{place}: media must be in a user's message, found role {message.get('role')!r}")
             media.append(_media_part(kind, part, place))

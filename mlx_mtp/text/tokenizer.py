@@ -392,6 +392,7 @@ def prepare(
         _check_roles(items)
         _check_marks(media, items)
         messages, parts = take_media(items)
+        _check_kinds(media, parts)
         text = render_chat(
             tokenizer, messages, enable_thinking=enable_thinking, tools=tools, template_options=template_options
         )
@@ -414,6 +415,15 @@ def _check_marks(media: MediaEncoder, prompt: str | Sequence[Mapping[str, Any]])
     if found is not None and media.kinds:
         place, mark = found
         raise PromptError(f"{place}: {mark} stands for media and cannot be in a text: give media as parts of a message")
+
+
+def _check_kinds(media: MediaEncoder, parts: Sequence[MediaPart]) -> None:
+    """Check that the checkpoint reads the kinds of these media, which the chat template may not know either."""
+    for part in parts:
+        if part.kind not in media.kinds:
+            known = ", ".join(("text", *media.kinds))
+            hint = "" if media.kinds else " (mlx-mtp convert --modalities text left out all media, if it made this)"
+            raise PromptError(f"{part.place}: found {part.kind}, but this checkpoint reads only {known}{hint}")
 
 
 def _with_embeddings(tokenizer: "TokenizerWrapper", tokens: list[int], vocab_size: int) -> list[int]:

@@ -1,16 +1,23 @@
 """The chat page in headless Chromium, with its display of drafts."""
 
+import base64
+import json
 import time
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+import soundfile
+from PIL import Image
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
+from support.pictures import encoded
 from support.serving import process
 
 PROMPT = "def read_config(path):"
@@ -161,6 +168,76 @@ def test_the_key_is_asked_for(chromium: Chrome) -> None:
         page.until(page.is_ready)
         assert "def read_config" in page.text(".message.assistant")
         assert not page.driver.find_element(By.ID, "key-form").is_displayed()
+
+
+# This hands files to the page as a paste or a drop does, and keeps the bodies of its requests.
+HAND_OVER = """
+const [event, selector, files] = arguments, transfer = new DataTransfer();
+for (const [name, type, text] of files)
+  transfer.items.add(new File([Uint8Array.from(atob(text), letter => letter.charCodeAt(0))], name, {type}));
+window.bodies ??= [];
+window.realFetch ??= window.fetch;
+window.fetch = (url, options) => { if (options?.body) bodies.push(options.body); return realFetch(url, options); };
+const made = event === "paste" ? new ClipboardEvent(event, {clipboardData: transfer, bubbles: true, cancelable: true})
+  : new DragEvent(event, {dataTransfer: transfer, bubbles: true, cancelable: true});
+document.querySelector(selector).dispatchEvent(made);
+return made.defaultPrevented;
+"""
+
+
+def hand_over(page: Page, event: str, selector: str, *files: tuple[str, str, bytes]) -> None:
+    given = [(name, kind, base64.b64encode(data).decode()) for name, kind, data in files]
+    assert page.driver.execute_script(HAND_OVER, event, selector, given)
+
+
+def test_pictures_and_sounds_are_attached(
+    chromium: Chrome, tiny_media: Callable[[str], Path], tmp_path: Path, url: str
+) -> None:
+    chromium.get_log("browser")  # type: ignore[no-untyped-call]
+    picture = encoded(Image.new("RGB", (30, 20), "red"), "PNG")
+    stream = BytesIO()
+    soundfile.write(stream, np.sin(np.arange(4000) / 6), 16_000, format="WAV")
+    sound = stream.getvalue()
+    with process("--model", str(tiny_media("12b")), "--temp", "0") as (address, _):
+        page = Page(chromium, address)
+        page.until(lambda: page.driver.find_element(By.ID, "attach").is_displayed())
+        page.fill("#max-tokens", "8")
+        hand_over(page, "paste", "#prompt", ("red.png", "image/png", picture))
+        page.until(lambda: page.all("#attached img") != [])
+        hand_over(page, "drop", "#messages", ("a.wav", "audio/wav", sound), ("b.pdf", "application/pdf", b"%PDF"))
+        page.until(lambda: page.text("#status") == "b.pdf: the model does not read such files")
+        page.until(lambda: len(page.all("#attached li")) == 2)
+        # The other way is the button, which opens this field.
+        file = tmp_path / "other.png"
+        file.write_bytes(picture)
+        page.driver.find_element(By.ID, "files").send_keys(str(file))
+        page.until(lambda: len(page.all("#attached li")) == 3)
+        page.driver.find_element(By.CSS_SELECTOR, "#attached [aria-label='Remove other.png']").click()
+        names = [found.get_attribute("alt") for found in page.driver.find_elements(By.CSS_SELECTOR, "#attached img")]
+        assert names == ["red.png"]
+        page.ask("What is this?")
+        page.until(page.is_ready)
+        assert page.all("#attached li") == []
+        shown = page.driver.find_element(By.CSS_SELECTOR, ".message.user img")
+        assert page.driver.execute_script("return arguments[0].naturalWidth", shown) == 30
+        assert "♪ a.wav" in page.text(".message.user")
+        assert page.text(".message.user").endswith("What is this?")
+        (body,) = page.driver.execute_script("return bodies")
+        (message,) = json.loads(body)["messages"]
+        assert message["content"] == [
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(picture).decode()}"}},
+            {"type": "input_audio", "input_audio": {"data": base64.b64encode(sound).decode()}},
+            {"type": "text", "text": "What is this?"},
+        ]
+        assert int(page.text("#prompt-tokens")) > 200
+        assert page.all(".error") == []
+        assert page.errors() == []
+    # The demo pair reads only text.
+    page = Page(chromium, url)
+    page.until(lambda: page.driver.title == "demo · mlx-mtp")
+    assert not page.driver.find_element(By.ID, "attach").is_displayed()
+    hand_over(page, "drop", "#messages", ("red.png", "image/png", picture))
+    page.until(lambda: page.text("#status") == "red.png: the model does not read such files")
 
 
 def test_a_narrow_window(page: Page) -> None:

@@ -148,10 +148,11 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(tiny_pair: TinyPair) -> None:
         for count in (1, 2):
             user.expect(">>> ")
             user.type("hello\r")
-            # The output has the typed line, and then at least a few characters of the answer.
-            user.expect(r"hello\r\n(.|\n){40}")
-            user.type(CTRL_C)
-            user.expect(">>> ")
+            # The output has the typed line, and then at least a few characters of the answer. The second answer depends
+            # on the length of the first, and may end by itself.
+            if ">>> " not in user.expect(r"hello\r\n((.|\n){40}|(.|\n)*>>> )")[0]:
+                user.type(CTRL_C)
+                user.expect(">>> ")
             user.type("/stats\r")
             prompts.append(int(user.expect(r"Last answer\r\nPrompt: (\d+) tokens")[1]))
             user.expect(f"All answers: {count}\r\n")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 from numpy.typing import NDArray
+from PIL import Image
 from support.tiny import VARIANTS, make_drafter
 from support.tiny_media import MEDIA_IDS, make_media_target
 from transformers.models.gemma4.image_processing_pil_gemma4 import convert_image_to_patches, pad_along_first_dim
@@ -20,6 +22,7 @@ from mlx_mtp.decoding.prompt_media import PreparedPrompt
 from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.media.audio import read_audio
 from mlx_mtp.media.images import read_image
+from mlx_mtp.media.video import read_video
 
 # The logits are about 5.
 TOLERANCE = 3e-4
@@ -64,7 +67,10 @@ def picture(height: int, width: int, seed: int) -> NDArray[np.uint8]:
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[:height, :width] / 40
     waves = np.sin(rows[..., None] * [1, 2, 3] + columns[..., None] * [3, 1, 2] + seed)
-    return np.clip(128 + 80 * waves + rng.normal(0, 20, (height, width, 3)), 0, 255).astype(np.uint8)
+    pixels: NDArray[np.uint8] = np.clip(128 + 80 * waves + rng.normal(0, 20, (height, width, 3)), 0, 255).astype(
+        np.uint8
+    )
+    return pixels
 
 
 def sound(samples: int, seed: int) -> tuple[NDArray[np.float32], int]:
@@ -98,6 +104,9 @@ def reference_inputs(case: Case, parts: Sequence[dict[str, Any]]) -> dict[str, A
     size, per_token = (48, 1) if case.variant == "12b" else (16, 9)
     inputs: dict[str, Any] = {}
     pictures = [read_image(part["image"], budget=BUDGET).pixels for part in parts if part["type"] == "image"]
+    for part in parts:
+        if part["type"] == "video":
+            pictures += [frame.pixels for frame in read_video(part["video"]).frames]
     if pictures:
         patches, positions = [], []
         for pixels in pictures:
@@ -123,8 +132,12 @@ def reference_inputs(case: Case, parts: Sequence[dict[str, Any]]) -> dict[str, A
 
 
 def reference_logits(case: Case, tokens: list[int], inputs: dict[str, Any]) -> NDArray[np.float32]:
-    """Return transformers' logits after all tokens."""
+    """Return transformers' logits after all tokens.
+
+    This version of transformers cannot read a video. Its frames are pictures, so they stand here as pictures.
+    """
     ids = torch.tensor([tokens])
+    ids[ids == MEDIA_IDS["video_token_id"]] = MEDIA_IDS["image_token_id"]
     kinds = (ids == MEDIA_IDS["image_token_id"]).int() + 3 * (ids == MEDIA_IDS["audio_token_id"]).int()
     if case.variant == "12b":
         # The forward of transformers' class for 12B lets pictures see both ways in full layers too, and ignores the
@@ -192,3 +205,15 @@ def test_greedy_text(case: Case, name: str) -> None:
                 reuse_prompt=False,
             )
             assert result.tokens == expected
+
+
+def test_video(case: Case, tmp_path: Path) -> None:
+    for number in range(3):
+        Image.fromarray(picture(200, 300, number)).save(tmp_path / f"{number}.png")
+    parts = [{"type": "video", "video": tmp_path, "fps": 0.5}]
+    prompt = case.model.prepare(messages(parts))
+    inputs = reference_inputs(case, parts)
+    expected = reference_logits(case, prompt.tokens, inputs)
+    assert np.abs(logits_after(case, prompt, 64) - expected).max() < TOLERANCE
+    text = case.model.generate(prompt, max_tokens=10, num_draft_tokens=2, ignore_eos=True).tokens
+    assert text == reference_text(case, prompt.tokens, inputs)[:10]

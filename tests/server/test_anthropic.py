@@ -420,14 +420,14 @@ def test_a_stream_says_that_it_lives(served: Served) -> None:
     assert kinds[-1] == "message_stop"
 
 
-IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aa"}}
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aaaa"}}
 PDF = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "aa"}}
 BEGUN = [USER, {"role": "assistant", "content": "It is"}]
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages: "),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role: "),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "'messages[0].content[0].text'"),
-    ({"messages": [{"role": "user", "content": [text("x"), IMAGE]}]}, "messages[0].content[1]: a block of type image "),
+    ({"messages": [{"role": "user", "content": [text("x"), IMAGE]}]}, "messages[0].content[1]: found image, but "),
     ({"messages": [{"role": "user", "content": [PDF]}]}, "messages[0].content[0]: a document of type base64 "),
     ({"messages": [{"role": "system", "content": "x"}]}, "messages: there must be one of the user"),
     ({"messages": [USER, {"role": "user", "content": [result("t9")]}]}, "messages[1].content[0].tool_use_id is 't9': "),
@@ -518,10 +518,9 @@ def test_models(served: Served, client: anthropic.Anthropic) -> None:
     assert found == client.models.retrieve("pair")
     assert (found.id, found.display_name, found.max_input_tokens) == ("pair", "pair", 20_000)
     others = httpx.get(f"{served.v1}/models", headers={"x-api-key": KEY}).json()
-    assert others == {
-        "object": "list",
-        "data": [{"id": "pair", "object": "model", "created": 0, "owned_by": "mlx-mtp"}],
-    }
+    own = {"id": "pair", "object": "model", "created": 0, "owned_by": "mlx-mtp"}
+    kinds = {"input_modalities": ["text"], "output_modalities": ["text"]}
+    assert others == {"object": "list", "data": [own | {"architecture": kinds}]}
 
 
 class Conversation:

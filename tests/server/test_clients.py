@@ -60,7 +60,7 @@ class SaysInTurn:
     def stream_generate(
         self, prompt: Any, options: GenerationOptions, *, on_prefill: Any
     ) -> Iterator[GenerationResponse]:
-        self.prompts.append(self._model.tokenizer.decode(prompt))
+        self.prompts.append(self._model.tokenizer.decode(prompt.tokens))
         return ScriptedModel(self._model, self.texts.pop(0)).stream_generate(prompt, options, on_prefill=on_prefill)
 
 

@@ -78,7 +78,7 @@ def test_200_at_once(tiny: Served, tiny_pair: Callable[[str], Path], monkeypatch
     entry = model.prompt_cache.entries[0].nbytes
     assert 30 * entry > 1_000_000
     service.model.prompt_cache.limit = 10 * entry
-    submit, encode = service.submit, service.encode
+    submit, prepare = service.submit, service.prepare
 
     def and_note(task: Any) -> Any:
         asked.append(task.prompt)
@@ -86,10 +86,10 @@ def test_200_at_once(tiny: Served, tiny_pair: Callable[[str], Path], monkeypatch
 
     def and_note_too(task: Any) -> Any:
         ran.append(task.prompt)
-        return encode(task)
+        return prepare(task)
 
     monkeypatch.setattr(service, "submit", and_note)
-    monkeypatch.setattr(service, "encode", and_note_too)
+    monkeypatch.setattr(service, "prepare", and_note_too)
 
     async def ask_all(prompts: list[str]) -> list[str]:
         limits = httpx.Limits(max_connections=200)

@@ -39,8 +39,9 @@ class CompletionChunk(Completion):
     choices: list[CompletionChunkChoice]  # type: ignore[assignment]
 
 
-# Fields that this server adds to the client's models: other servers add thoughts, and OpenAI itself sends `store`.
-ADDED = {"reasoning_content", "store"}
+# Fields that this server adds to the client's models: other servers add thoughts and the modalities of a model, and
+# OpenAI itself sends `store`.
+ADDED = {"architecture", "reasoning_content", "store"}
 
 
 class AnswerError(Exception):

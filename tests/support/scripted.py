@@ -29,7 +29,8 @@ class ScriptedModel:
         self, prompt: Any, options: GenerationOptions, *, on_prefill: Any
     ) -> Iterator[GenerationResponse]:
         """Yield the given text token by token, and a stop token."""
-        on_prefill(len(prompt), len(prompt))
+        count = len(prompt.tokens)
+        on_prefill(count, count)
         text = TextStream(self._model.tokenizer, self._model.parts.guides.channel, options.stop_strings)
         stop = self._model.tokenizer.convert_tokens_to_ids("<turn|>")
         for index, token in enumerate([*self._tokens, stop]):
@@ -39,7 +40,7 @@ class ScriptedModel:
                 text=piece.text,
                 token=token,
                 from_draft=False,
-                prompt_tokens=len(prompt),
+                prompt_tokens=count,
                 prompt_tps=1.0,
                 generation_tokens=index + 1,
                 generation_tps=1.0,

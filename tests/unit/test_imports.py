@@ -23,7 +23,7 @@ LAYERS = (
     ("model",),
     ("generation", "prompt_files"),
     ("loaded_model",),
-    ("guides", "responses"),
+    ("guides", "responses", "media_reader"),
     ("options",),
     ("grammars",),
     ("text", "memory_plan"),

@@ -221,7 +221,7 @@ def test_no_media(is_null: bool, tmp_path: Path) -> None:
         config[name] = None
         if not is_null:
             del config[name]
-    assert media_config(tmp_path, config) == MediaConfig(1536, None, None, MediaIds())
+    assert media_config(tmp_path, config) == MediaConfig(1536, False, None, None, MediaIds())
 
 
 @pytest.mark.parametrize("name", MEDIA)
