@@ -6,7 +6,6 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -15,7 +14,6 @@ from mlx_mtp.checkpoints.config import DrafterConfig, LayerType, TargetConfig, T
 from mlx_mtp.checkpoints.layouts import drafter_names, is_media, target_names
 from mlx_mtp.checkpoints.media_config import VisionConfig, read_media_config
 from mlx_mtp.checkpoints.tensors import DTYPES, FLOAT_TYPES, read_checkpoint
-from mlx_mtp.checkpoints.weights import count_bytes
 from mlx_mtp.decoding.prefill import chunk_size
 from mlx_mtp.gemma4.disk_table import KEPT_BYTES
 from mlx_mtp.gemma4.fused_attention import fuses_all_prefill
@@ -27,8 +25,6 @@ from .errors import ConfigError, MemoryLimitError, OptionError
 
 # The number of copies of a round's logits that exist at the same time: warped, sorted, compared.
 _LOGITS = 6
-# The same for the largest activations of a layer of the vision tower.
-_VISION_ACTIVATIONS = 8
 _UNITS = {"": 1e9, "GB": 1e9, "MB": 1e6, "GIB": 2.0**30, "MIB": 2.0**20, "B": 1.0}
 # MLX counts bytes in 64 bits.
 _LARGEST_SIZE = 2**63
@@ -204,7 +200,8 @@ def _target_weights(config: TargetConfig) -> _TargetWeights:
 def _media_bytes(config: TargetConfig, size: int) -> int:
     """Return the bytes that the first picture or sound adds: the weights, and the work of the largest picture.
 
-    A checkpoint without media parts, or with parts that are not supported, adds nothing.
+    A checkpoint without media parts, or with parts that are not supported, adds nothing. Some conversions keep the
+    description of parts without their tensors.
     """
     try:
         media = read_media_config(config)
@@ -213,7 +210,7 @@ def _media_bytes(config: TargetConfig, size: int) -> int:
     if media.vision is None and media.audio is None:
         return 0
     weights = sum(tensor.nbytes for key, tensor in read_checkpoint(config.path.parent).items() if is_media(key))
-    return weights + (_picture_bytes(media.vision, size) if isinstance(media.vision, VisionConfig) else 0)
+    return weights + (_picture_bytes(media.vision, size) if weights and isinstance(media.vision, VisionConfig) else 0)
 
 
 def _picture_bytes(vision: VisionConfig, size: int) -> int:

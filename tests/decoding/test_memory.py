@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,12 +16,10 @@ from support.tiny import make_drafter, make_target, random_tokens
 import mlx_mtp
 from mlx_mtp import command_line as cli
 from mlx_mtp import generate
-from mlx_mtp.checkpoints.config import read_target_config
 from mlx_mtp.convert.cli import main as convert
 from mlx_mtp.decoding import prefill
 from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4.kv_cache import rows_in_buffers
-from mlx_mtp.gemma4.media_towers import load_media
 from mlx_mtp.memory_plan import memory_size, parse_bytes
 
 TinyPair = Callable[[str], Path]
@@ -183,38 +180,6 @@ def test_quantized_kv_and_mapped_embeddings_are_planned(tmp_path: Path, bits: in
     # The limit for rows in memory is above the size of this whole table.
     assert mapped.per_layer_embeddings == plain.per_layer_embeddings
     assert mlx_mtp.plan_memory(folder, per_layer_embeddings="resident") == plain
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("bits", ["16", "4"])
-def test_media_parts_are_planned_apart(tiny_media: TinyPair, tmp_path: Path, variant: str, bits: str) -> None:
-    """The peak and the limit do not count them, because a text needs none of them."""
-    folder = tiny_media(variant)
-    if bits == "4":
-        assert not convert(["--hf-path", str(folder), "--mlx-path", str(tmp_path / "out"), "-q", "--drafter", "none"])
-        folder = tmp_path / "out"
-    plan = mlx_mtp.plan_memory(folder, "none")
-    towers = load_media(read_target_config(folder))
-    loaded = sum(array.nbytes for part in (towers.vision, towers.audio) if part for _, array in _flat(part))
-    # 2520 patches, 2 or 4 heads, 96 or 160 values between the projections. 12B has no tower.
-    work = {
-        "e2b": 4 * 2520**2 * 4 + 8 * 2520 * 96 * 4,
-        "12b": 0,
-    }.get(variant, 2 * 2520**2 * 4 + 8 * 2520 * 160 * 4)
-    assert plan.media == loaded + work
-    assert plan.peak == sum(bytes_ for name, bytes_ in plan.rows() if name != "peak")
-    assert "more, if a prompt has media" in str(plan)
-    model = mlx_mtp.load(folder, "none", memory_limit=plan.peak)
-    assert model.max_context == 4096
-
-
-def test_media_parts_that_cannot_be_read_are_not_planned(tiny_media: TinyPair, tmp_path: Path) -> None:
-    shutil.copytree(tiny_media("e2b"), tmp_path / "target")
-    path = tmp_path / "target" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"vision_config": {}}))
-    plan = mlx_mtp.plan_memory(tmp_path / "target", "none")
-    assert plan.media == 0
-    assert "media" not in str(plan)
 
 
 # Command lines
