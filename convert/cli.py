@@ -88,8 +88,8 @@ def _add_weight_options(parser: argparse.ArgumentParser) -> None:
         "--q-group-size",
         type=int,
         metavar="SIZE",
-        help=f"Weights per group, of {choices(AFFINE_GROUP_SIZES)}. It must divide all weights; by default, weights "
-        "that it does not divide get smaller groups, or stay unquantized.",
+        help=f"Weights per group, of {choices(AFFINE_GROUP_SIZES)}. It must divide all weights of the text decoder; by "
+        "default, weights that it does not divide get smaller groups, or stay unquantized.",
     )
     add(
         "--q-mode",

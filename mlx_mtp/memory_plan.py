@@ -200,7 +200,8 @@ def _target_weights(config: TargetConfig) -> _TargetWeights:
 def _media_bytes(config: TargetConfig, size: int) -> int:
     """Return the bytes that the first picture or sound adds: the weights, and the work of the largest picture.
 
-    A checkpoint without media parts, or with parts that are not supported, adds nothing.
+    A checkpoint without media parts, or with parts that are not supported, adds nothing. Some conversions keep the
+    description of parts without their tensors.
     """
     try:
         media = read_media_config(config)
@@ -209,7 +210,7 @@ def _media_bytes(config: TargetConfig, size: int) -> int:
     if media.vision is None and media.audio is None:
         return 0
     weights = sum(tensor.nbytes for key, tensor in read_checkpoint(config.path.parent).items() if is_media(key))
-    return weights + (_picture_bytes(media.vision, size) if isinstance(media.vision, VisionConfig) else 0)
+    return weights + (_picture_bytes(media.vision, size) if weights and isinstance(media.vision, VisionConfig) else 0)
 
 
 def _picture_bytes(vision: VisionConfig, size: int) -> int:
