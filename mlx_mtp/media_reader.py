@@ -9,7 +9,9 @@ from itertools import groupby
 import mlx.core as mx
 
 from mlx_mtp.checkpoints.config import TargetConfig, read_json
+from mlx_mtp.checkpoints.layouts import audio_names, vision_names
 from mlx_mtp.checkpoints.media_config import MediaConfig, UnifiedAudioConfig, read_media_config
+from mlx_mtp.checkpoints.tensors import read_checkpoint
 from mlx_mtp.decoding.prompt_media import MediaSpan
 from mlx_mtp.gemma4.media_towers import MediaTowers
 from mlx_mtp.media.audio import Clip, read_audio
@@ -68,8 +70,14 @@ class MediaReader:
 
     @cached_property
     def _marks(self) -> dict[MediaKind, tuple[int, int, int]]:
-        """The tokens before, at and after the soft tokens of each kind of media that the checkpoint reads."""
-        ids = self.config.ids
+        """The tokens before, at and after the soft tokens of each kind of media that the checkpoint reads.
+
+        mlx-lm leaves out the tensors of media parts, and not their config.
+        """
+        ids, vision, audio = self.config.ids, self.config.vision, self.config.audio
+        keys = read_checkpoint(self._target.path.parent)
+        sees = vision is not None and any(vision_names(key, vision) for key in keys)
+        hears = audio is not None and any(audio_names(key, audio) for key in keys)
         named: dict[MediaKind, tuple[int | None, ...]] = {
             "image": (ids.image_start, ids.image, ids.image_end),
             "video": (ids.image_start, ids.video, ids.image_end),
@@ -77,7 +85,8 @@ class MediaReader:
         }
         found: dict[MediaKind, tuple[int, int, int]] = {}
         for kind, (before, token, after) in named.items():
-            if before is not None and token is not None and after is not None:
+            has_part = hears if kind == "audio" else sees
+            if has_part and before is not None and token is not None and after is not None:
                 found[kind] = before, token, after
         return found
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from support.distributions import chi_square
 from support.tiny import make_drafter
 
@@ -302,6 +303,18 @@ def test_a_checkpoint_of_text_reads_marks_as_text(tiny_pair: Callable[[str], Pat
     with mlx_mtp.load(tiny_pair("31b") / "target", None) as model:
         assert model.encode([user("see <|image|>")])
         with pytest.raises(PromptError, match=r"found image, but this checkpoint reads only text"):
+            model.prepare([user(image(0))])
+
+
+def test_parts_without_tensors_are_not_there(tiny_media: Callable[[str], Path], tmp_path: Path) -> None:
+    """mlx-lm's conversions have the config of the parts, and not their tensors."""
+    folder = shutil.copytree(tiny_media("e2b"), tmp_path / "target")
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if "vision" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with mlx_mtp.load(folder, None) as model:
+        assert model.prepare([user({"type": "audio", "audio": clip()})]).media.spans
+        with pytest.raises(PromptError, match="found image, but this checkpoint reads only text, audio"):
             model.prepare([user(image(0))])
 
 
