@@ -124,7 +124,7 @@ class _Chat:
 
     def attach(self, kind: str, path: str) -> None:
         """Add a file to the next message. Raises PromptError if it cannot be read, or if the model cannot use it."""
-        part = {"type": kind, "path": path}
+        part = {"type": kind, "path": path, "place": f"/{kind}"}
         found = self.model.prepare([{"role": "user", "content": [part]}]).media.spans
         self.media.append(part)
         print(f"added {path}, {sum(span.count for span in found)} tokens; now type a message", file=sys.stderr)
@@ -303,6 +303,15 @@ def _dropped(line: str) -> tuple[tuple[str, str] | None, str]:
     return (kind, path), text.read().strip()
 
 
+def _unquoted(path: str) -> str:
+    """Return a path without the quotes and backslashes of a shell, if there is no file with them in its name."""
+    with suppress(ValueError):
+        words = shlex.split(path)
+        if len(words) == 1 and not os.path.exists(path):
+            return words[0]
+    return path
+
+
 def _attach(kind: str, path: str, chat: _Chat) -> None:
     try:
         chat.attach(kind, path)
@@ -314,7 +323,7 @@ def _obey(command: str, chat: _Chat) -> None:
     name, _, path = command.partition(" ")
     if name[1:] in _MEDIA:
         if path:
-            _attach(name[1:], read_escaped(path.strip()), chat)
+            _attach(name[1:], _unquoted(read_escaped(path.strip())), chat)
         else:
             print(f"{name} needs a file", file=sys.stderr)
     elif command == "/reset":

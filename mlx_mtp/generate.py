@@ -212,16 +212,21 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 def _media_parts(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the media of the options as parts of a message."""
-    pictures = [{"type": "image", "path": file, "max_soft_tokens": args.image_tokens} for file in args.image]
-    sounds = [{"type": "audio", "path": file} for file in args.audio]
-    return [*pictures, *sounds, *({"type": "video", "path": path} for path in args.video)]
+    parts = [
+        {"type": kind, "path": path, "place": f"--{kind}"}
+        for kind in ("image", "audio", "video")
+        for path in getattr(args, kind)
+    ]
+    return [part | {"max_soft_tokens": args.image_tokens} if part["type"] == "image" else part for part in parts]
 
 
 def _check_media(args: argparse.Namespace) -> None:
     """Check the options of media. Raises OptionError if one cannot be used, or if a file is absent."""
+    if args.image_tokens is not None and not args.image:
+        raise OptionError("--image-tokens: there is no --image")
     for name in ("image", "audio", "video"):
         for path in getattr(args, name):
-            if not os.path.exists(path):
+            if not os.path.exists(path) and "://" not in path:
                 raise OptionError(f"--{name}: {path}: no such file")
             if args.ignore_chat_template or args.prompt_cache is not None:
                 other = "--ignore-chat-template" if args.ignore_chat_template else "--prompt-cache"

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -19,6 +20,8 @@ from mlx_mtp.errors import MediaError
 # A medium in a file, or the bytes of such a file.
 FileData = str | Path | bytes
 
+# The beginning of an address, such as "https://".
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 # The number of characters of a path that errors show. Other text that was given for a path may be megabytes long.
 _SHOWN = 300
 
@@ -44,7 +47,9 @@ def open_source(data: object, name: str) -> BinaryIO:
         return BytesIO(data)
     if not isinstance(data, str | Path):
         raise MediaError(f"{name}: expected a path or bytes, found {type(data).__name__}")
-    if str(data).startswith(("http://", "https://")):
+    if not str(data):
+        raise MediaError(f"{name}: expected a path, found an empty text")
+    if _ADDRESS.match(str(data)):
         raise MediaError(f"{name}: expected a file or data, found an address: nothing is fetched")
     if "\0" in str(data):
         raise MediaError(f"{name!r}: expected a path, found text with a null character")

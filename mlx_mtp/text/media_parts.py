@@ -44,28 +44,38 @@ def take_media(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str,
     `image_url`, `input_image` and `input_audio` of OpenAI's API are read too. Errors name the place of a part: its
     field `place`, or else where it is in the messages.
 
-    Raises PromptError if a medium is in a message of another role than user, or has no data.
+    Raises PromptError if a medium is in a message of another role than user, or has no data, and if a user's message
+    has parts of other types.
     """
     stripped: list[Mapping[str, Any]] = []
     media: list[MediaPart] = []
     for index, message in enumerate(messages):
-        content = message.get("content")
-        if not isinstance(content, list | tuple) or not any(map(_kind, content)):
-            stripped.append(message)
-            continue
-        parts = []
-        for number, part in enumerate(content):
-            kind = _kind(part)
-            if kind is None:
-                parts.append(part)
-                continue
-            place = part.get("place") or f"messages[{index}].content[{number}]"
-            if message.get("role") != "user":
-                raise PromptError(f"{place}: media must be in a user's message, found role {message.get('role')!r}")
-            media.append(_media_part(kind, part, place))
-            parts.append({"type": kind})
-        stripped.append({**message, "content": parts})
+        content, where = message.get("content"), f"messages[{index}].content"
+        is_user = message.get("role") == "user"
+        if isinstance(content, list | tuple) and (is_user or any(map(_kind, content))):
+            taken = [_taken(part, f"{where}[{number}]", message["role"]) for number, part in enumerate(content)]
+            media += [medium for _, medium in taken if medium is not None]
+            message = {**message, "content": [part for part, _ in taken]}
+        elif is_user and not isinstance(content, str | None):
+            raise PromptError(f"{where}: expected text or a list of parts, found {type(content).__name__}")
+        stripped.append(message)
     return stripped, media
+
+
+def _taken(part: Any, place: str, role: str) -> tuple[dict[str, Any], MediaPart | None]:
+    """Return a part of a message for the chat template, and its medium if it is one."""
+    kind = _kind(part)
+    if kind is not None:
+        place = part.get("place") or place
+        if role != "user":
+            raise PromptError(f"{place}: media must be in a user's message, found role {role!r}")
+        return {"type": kind}, _media_part(kind, part, place)
+    is_text = isinstance(part, Mapping) and part.get("type") in ("text", "input_text")
+    text = part.get("text") if is_text else part
+    if not isinstance(text, str):
+        types = ", ".join(("text", *_OWN_TYPES, *_OPENAI_TYPES))
+        raise PromptError(f"{place}: expected text, or a part whose type is one of {types}, found {part!r}"[:300])
+    return {"type": "text", "text": text}, None
 
 
 def find_mark(prompt: str | Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:

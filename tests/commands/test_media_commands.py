@@ -74,17 +74,23 @@ def test_generate_with_a_video(tiny_media: TinyMedia, files: Path, name: str) ->
     ("args", "message"),
     [
         (["--image", "absent.png"], "error: --image: absent.png: no such file"),
+        (["--image-tokens", "70"], "error: --image-tokens: there is no --image"),
+        (
+            ["--image", "HTTPS://example.org/cat.png"],
+            "error: --image: HTTPS://example.org/cat.png: expected a file or data, found an address: nothing is "
+            "fetched",
+        ),
         (
             ["--image", "cat.jpg", "--ignore-chat-template"],
             "error: --image: media need a whole turn of the chat template: leave out --ignore-chat-template",
         ),
         (
             ["--audio", "bird.wav"],
-            "error: messages[0].content[0]: found audio, but this checkpoint reads only text, image, video",
+            "error: --audio: found audio, but this checkpoint reads only text, image, video",
         ),
         (
             ["--image", "bird.wav"],
-            "error: messages[0].content[0]: bird.wav: format: expected one of PNG, JPEG, WEBP, GIF, BMP, TIFF, found "
+            "error: --image: bird.wav: format: expected one of PNG, JPEG, WEBP, GIF, BMP, TIFF, found "
             "other or damaged data",
         ),
     ],
@@ -103,7 +109,7 @@ def test_chat(tiny_media: TinyMedia, files: Path) -> None:
     # Terminals write the path of a dropped file with quotes or backslashes.
     dropped = str(files / "cat.jpg").replace(" ", "\\ ")
     lines = (
-        f"/image {files / 'cat.jpg'}",
+        f"/image '{files / 'cat.jpg'}'",
         "what is it?",
         "/reset",
         f"{dropped} what is it?",
@@ -131,7 +137,7 @@ def test_chat(tiny_media: TinyMedia, files: Path) -> None:
     added = [line for line in result.stderr.splitlines() if line.startswith("added ")]
     assert added[0] == added[1] == f"added {files / 'cat.jpg'}, 264 tokens; now type a message"
     assert added[2].startswith(f"added {files / 'bird.wav'}, 13 tokens")
-    assert "error: messages[0].content[0]: absent.png: no such file; nothing is added" in result.stderr
+    assert "error: /image: absent.png: no such file; nothing is added" in result.stderr
     assert "/image needs a file" in result.stderr
 
 

@@ -268,12 +268,24 @@ def test_processor_config_has_the_default_budget(tiny_media: Callable[[str], Pat
         ([{"type": "image_url", "image_url": {"url": "x", "detail": "best"}}], r"detail: expected one of low, auto"),
         ([{"type": "audio", "audio": clip(100)}], r"expected at least 161 samples"),
         ([{"type": "audio", "audio": clip(500_000)}], r"expected at most 30 seconds"),
+        (
+            [{"type": "Image", "image": b"GIF"}],
+            r"content\[0\]: expected text, or a part whose type is one of text, image",
+        ),
+        ([5], r"content\[0\]: expected text, or a part whose type is one of .*found 5"),
+        ([{"type": "image", "image": ""}], r"content\[0\]: expected a path, found an empty text"),
         (["see <|image|>"], r"messages\[0\]: <\|image\|> stands for media"),
     ],
 )
 def test_refused_parts(models: Callable[[str], mlx_mtp.Model], parts: list[Any], message: str) -> None:
     with pytest.raises(PromptError, match=message):
         models("e2b").prepare([user(*parts)])
+
+
+def test_content_of_another_type(models: Callable[[str], mlx_mtp.Model]) -> None:
+    """A picture in it would be lost."""
+    with pytest.raises(PromptError, match=r"messages\[0\]\.content: expected text or a list of parts, found generator"):
+        models("e2b").prepare([{"role": "user", "content": (part for part in [image(0)])}])
 
 
 def test_refused_uses(models: Callable[[str], mlx_mtp.Model], tmp_path: Path) -> None:
