@@ -207,7 +207,7 @@ def test_what_fails_is_said_and_the_next_is_served(served: Served, monkeypatch: 
     before = value(failed)
     for stream in (False, True):
         with monkeypatch.context() as patch:
-            patch.setattr(served.service, "encode", fail)
+            patch.setattr(served.service, "prepare", fail)
             answer = httpx.post(f"{served.v1}/completions", json=body("x", stream=stream))
         assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
         assert "secret" not in answer.text
