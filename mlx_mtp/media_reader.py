@@ -19,7 +19,7 @@ from mlx_mtp.media.images import DEFAULT_BUDGET, Picture, read_image
 from mlx_mtp.media.video import DEFAULT_FPS, read_video
 from mlx_mtp.text.media_parts import MediaKind, MediaPart
 
-from .errors import ConfigError, ContextLengthError
+from .errors import ConfigError, ContextLengthError, WeightsError
 
 # The features of the last media are kept up to this size. A picture of 280 soft tokens takes 0.9 to 3 MB.
 _KEPT_BYTES = 128_000_000
@@ -92,10 +92,10 @@ class MediaReader:
 
     @cached_property
     def placeholders(self) -> frozenset[int]:
-        """The ids of soft tokens. There are none if the media parts of the checkpoint cannot be used."""
+        """The ids of soft tokens. There are none if the media parts cannot be used, or if their files are gone."""
         try:
             return frozenset(token for _, token, _ in self._marks.values())
-        except ConfigError:
+        except (ConfigError, WeightsError):
             return frozenset()
 
     @property

@@ -330,6 +330,14 @@ def test_parts_without_tensors_are_not_there(tiny_media: Callable[[str], Path], 
             model.prepare([user(image(0))])
 
 
+@pytest.mark.parametrize("gone", ["model.safetensors", "config.json"])
+def test_token_ids_need_no_files(tiny_media: Callable[[str], Path], tmp_path: Path, gone: str) -> None:
+    folder = shutil.copytree(tiny_media("31b"), tmp_path / "target")
+    with mlx_mtp.load(folder, None) as model:
+        (folder / gone).unlink()
+        assert model.generate([2, 100, 200], max_tokens=2, num_draft_tokens=0, ignore_eos=True).tokens
+
+
 def test_a_broken_picture_is_named(models: Callable[[str], mlx_mtp.Model], tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(MediaError, match=r"messages\[0\]\.content\[0\]: .*broken\.png: "):
