@@ -12,6 +12,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from PIL import Image
+from support.quiet_torch import quiet_torch
 from support.tiny import VARIANTS, make_drafter
 from support.tiny_media import MEDIA_IDS, make_media_target
 from transformers.models.gemma4.image_processing_pil_gemma4 import convert_image_to_patches, pad_along_first_dim
@@ -42,14 +43,8 @@ class Case:
 
 @pytest.fixture(scope="module", autouse=True)
 def _quiet() -> Iterator[None]:
-    """One thread is fastest for models this small. Without this, transformers logs a config per load."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    with torch.no_grad():
+    with quiet_torch():
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

@@ -14,6 +14,7 @@ import torch
 import transformers
 from mlx.utils import tree_flatten, tree_unflatten
 from numpy.typing import NDArray
+from support.quiet_torch import quiet_torch
 from support.tiny import VARIANTS, WINDOW, load_drafter, load_target, make_drafter, make_target, random_tokens
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 
@@ -53,14 +54,8 @@ class Pair:
 
 @pytest.fixture(scope="module", autouse=True)
 def _quiet() -> Iterator[None]:
-    """One thread is fastest for models this small. Without this, transformers logs a config per load."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    with torch.no_grad():
+    with quiet_torch():
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from numpy.typing import NDArray
+from support.quiet_torch import quiet_torch
 from support.tiny import VARIANTS
 from support.tiny_media import make_media_target, random_mel, random_pixels, random_samples
 from transformers.models.gemma4.image_processing_pil_gemma4 import convert_image_to_patches, pad_along_first_dim
@@ -44,14 +45,8 @@ class Media:
 
 @pytest.fixture(scope="module", autouse=True)
 def _quiet() -> Iterator[None]:
-    """One thread is fastest for models this small. Without this, transformers logs a config per load."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    with torch.no_grad():
+    with quiet_torch():
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
