@@ -1,13 +1,25 @@
 """Choice between copied draft tokens, draft tokens of the drafter, and plain decoding."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from .copy_index import CopyIndex, CopyStatistics
 from .draft_length import COPY_LENGTHS, Choice, Costs, DraftPolicy
 from .report import RoundReport
 
-# A copy must promise this factor in tokens per second over the drafter's best round and over plain decoding.
-COPY_GAIN = 1.3
+
+class CopyGain(NamedTuple):
+    """The tokens per second that a copy must promise, over those of the drafter's best round and of plain decoding.
+
+    `after_loss` counts while the copies of a text have taken more time than the tokens would have taken without them.
+    `scripts/measure.py copies` shows what other values gain and lose.
+    """
+
+    usual: float
+    after_loss: float
+
+
+COPY_GAIN = CopyGain(usual=1.4, after_loss=1.7)
 
 
 class CopyPolicy(DraftPolicy):
@@ -15,11 +27,10 @@ class CopyPolicy(DraftPolicy):
 
     The chances of a copy come from the length of its match, and from the earlier tokens of this text: each of them
     tells whether a copy would have been right, whatever drafted it. So a copy needs no trials. The same costs and the
-    same text give the same choices. Costs without those of copies copy nothing. A copy must promise `gain` times the
-    tokens per second.
+    same text give the same choices. Costs without those of copies copy nothing.
     """
 
-    def __init__(self, chooser: DraftPolicy, costs: Costs, gain: float = COPY_GAIN) -> None:
+    def __init__(self, chooser: DraftPolicy, costs: Costs, gain: CopyGain = COPY_GAIN) -> None:
         super().__init__(chooser.k)
         self._gain = gain
         self.chooser = chooser
@@ -27,6 +38,8 @@ class CopyPolicy(DraftPolicy):
         self._index = CopyIndex()
         self._earlier: CopyIndex | None = None
         self._statistics = CopyStatistics()
+        # The time that the copies of this text have saved. It is negative if they have lost time.
+        self._saved = 0.0
 
     @property
     def copy_index(self) -> CopyIndex:
@@ -65,6 +78,9 @@ class CopyPolicy(DraftPolicy):
 
     def update(self, report: RoundReport, seconds: float | None) -> None:
         """Record the result of a round. Its tokens are trials of a copy, whatever drafted them."""
+        speed = self.chooser.tokens_per_second()
+        if report.copied and speed is not None:
+            self._saved += len(report.tokens) / speed - self._costs.copied[report.drafted]
         for token in report.tokens:
             if self._index.match:
                 self._statistics.add(self._index.match, is_right=self._index.copy(1) == [token])
@@ -91,4 +107,5 @@ class CopyPolicy(DraftPolicy):
         expected = self._statistics.expected_tokens(match, self._lengths)
         rates = {k: tokens / self._costs.copied[k] for k, tokens in zip(self._lengths, expected, strict=True)}
         best = max(self._lengths, key=rates.__getitem__)
-        return best if rates[best] > self._gain * least else 0
+        gain = self._gain.after_loss if self._saved < 0 else self._gain.usual
+        return best if rates[best] > gain * least else 0

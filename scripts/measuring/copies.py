@@ -6,24 +6,25 @@ The policies are the real ones. Each decodes the same texts: changes of source f
 quotes from its documentation, and code and prose from scratch. The costs of rounds are published for Apple's chips, and
 interpolated. The drafter is simulated: it is right with a given chance, which is higher for tokens that the text had
 before. The figures are the tokens per second over plain decoding, without copies and with copies by margin, and the
-worst ratio of a text to itself without copies. Texts with an even number are for the choice of the margin: each line
-below the table has their mean and worst ratio. The table has the texts with an odd number.
+worst ratio of a text to itself without copies. A margin has two values: the second counts after a loss. Texts with an
+even number are for the choice of the margin: the lines below the table have the mean ratio of their changes and quotes,
+and the worst ratio of their new code and prose. The table has the texts with an odd number.
 """
 
 import argparse
 import pydoc_data.topics
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from statistics import mean
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 import mlx_mtp
 from mlx_mtp.bench.prompts import QUESTIONS
 from mlx_mtp.decoding.copy_index import CopyIndex
-from mlx_mtp.decoding.copy_policy import COPY_GAIN, CopyPolicy
+from mlx_mtp.decoding.copy_policy import COPY_GAIN, CopyGain, CopyPolicy
 from mlx_mtp.decoding.draft_length import LARGEST_COPY, MAX_DRAFT_TOKENS, CostCurve, Costs, DraftLength, DraftPolicy
 from mlx_mtp.decoding.report import RoundReport
 
@@ -43,7 +44,18 @@ CURVES = {
 }
 # The costs of a draft step and of the rest of drafting, over a pass of one row.
 DRAFT, OVERHEAD = 0.05, 0.04
-GAINS = (1.0, 1.1, 1.2, 1.3, 1.5)
+GAINS = (
+    CopyGain(1.0, 1.0),
+    CopyGain(1.2, 1.2),
+    CopyGain(1.3, 1.3),
+    CopyGain(1.4, 1.4),
+    COPY_GAIN,
+    CopyGain(1.4, 2.0),
+    CopyGain(1.5, 1.7),
+    CopyGain(1.7, 1.7),
+)
+# Texts that repeat little. They have little to gain, so they must lose little.
+NEW_TEXT = ("code", "prose")
 _ROUND_TOKENS = LARGEST_COPY + 1
 
 
@@ -67,25 +79,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     found = [(text, luck(text, args)) for text in texts(args)]
     print(f"{len(found)} texts, {sum(len(text.answer) for text, _ in found)} tokens of answers")
+    print(f"in use: a margin of {COPY_GAIN.usual}, and {COPY_GAIN.after_loss} after a loss")
+    gains = " ".join(f"{gain.usual}/{gain.after_loss}" for gain in GAINS)
     for name, rows in CURVES.items():
         costs = costs_of(rows)
-        print(f"\n{name}\n    kind without {cells(GAINS)}   worst ratio")
-        even: dict[float, list[float]] = {gain: [] for gain in GAINS}
+        print(f"\n{name}\n    kind without {gains}  worst ratio")
+        # Speeds over those without copies: a row for each text, a column for each margin.
+        changed: list[NDArray[np.float64]] = []
+        new: list[NDArray[np.float64]] = []
         for kind in dict.fromkeys(text.kind for text, _ in found):
             of_kind = [each for each in found if each[0].kind == kind]
             without = np.array([speed(*each, costs) for each in of_kind])
-            ratios = {gain: np.array([speed(*each, costs, gain) for each in of_kind]) / without for gain in GAINS}
-            for gain, values in ratios.items():
-                even[gain] += values[::2].tolist()
-            odd = {gain: values[1::2] for gain, values in ratios.items()}
-            means = [float(np.mean(values * without[1::2])) for values in odd.values()]
-            print(f"{kind:>8} {without[1::2].mean():7.2f} {cells(means)}  {cells([v.min() for v in odd.values()])}")
-        print(f"    mean ratio   {cells([mean(values) for values in even.values()])}")
-        print(f"    worst ratio  {cells([min(values) for values in even.values()])}   in use: {COPY_GAIN}", flush=True)
+            ratios = np.array([[speed(*each, costs, gain) for gain in GAINS] for each in of_kind]) / without[:, None]
+            (new if kind in NEW_TEXT else changed).append(ratios[::2])
+            odd, speeds = ratios[1::2], without[1::2]
+            means = (odd * speeds[:, None]).mean(axis=0)
+            print(f"{kind:>8} {speeds.mean():7.2f} {cells(means)}  {cells(odd.min(axis=0))}")
+        print(f"    mean of changes {cells(np.concatenate(changed).mean(axis=0))}")
+        print(f"    worst new text  {cells(np.concatenate(new).min(axis=0))}", flush=True)
 
 
-def cells(values: Sequence[float]) -> str:
-    return " ".join(f"{value:6.3f}" for value in values)
+def cells(values: Iterable[float]) -> str:
+    return " ".join(f"{value:7.3f}" for value in values)
 
 
 def costs_of(rows: dict[int, float]) -> Costs:
@@ -125,7 +140,7 @@ def texts(args: argparse.Namespace) -> Iterator[Text]:
             yield Text(kind, prompt, answer)
 
 
-def speed(text: Text, draws: list[list[bool]], costs: Costs, gain: float | None = None) -> float:
+def speed(text: Text, draws: list[list[bool]], costs: Costs, gain: CopyGain | None = None) -> float:
     """Return the simulated tokens per second over plain decoding, with copies if there is a margin."""
     total = 0.0
     for right in draws:

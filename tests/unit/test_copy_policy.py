@@ -4,6 +4,7 @@ import pytest
 from support.curves import COPIED, COSTS, PLAIN
 
 from mlx_mtp.decoding.calibration import choosing_policy
+from mlx_mtp.decoding.copy_policy import CopyGain, CopyPolicy
 from mlx_mtp.decoding.draft_length import Choice, Costs, DraftLength, DraftPolicy
 from mlx_mtp.decoding.report import RoundReport
 
@@ -85,6 +86,19 @@ def test_a_copy_must_win_over_the_best_round_and_not_over_a_trial() -> None:
     policy = choosing_policy(dear, copies=True)
     policy.start([*TEXT, *TEXT[:40]])
     assert not any(choice.copied for choice in write(policy, [*TEXT[40:], *TEXT, *TEXT, *TEXT, *TEXT]))
+
+
+def test_after_a_loss_a_copy_must_promise_more() -> None:
+    has_copied = {}
+    for after_loss in (1.0, 100.0):
+        policy = CopyPolicy(DraftLength(WITH_COPIES), WITH_COPIES, CopyGain(usual=1.0, after_loss=after_loss))
+        policy.start([*TEXT, *TEXT[:40]])
+        first = policy.choose()
+        assert first.copied
+        # All copied tokens are wrong. Then the text goes on as before, and its matches are long again.
+        policy.update(RoundReport([7], first.k, 0, None, 1, copied=True), None)
+        has_copied[after_loss] = any(choice.copied for choice in write(policy, TEXT))
+    assert has_copied == {1.0: True, 100.0: False}
 
 
 def test_costs_of_an_exact_model_copy_at_most_seven_tokens() -> None:
