@@ -255,7 +255,7 @@ def _plan_target(config: TargetConfig, options: Options) -> FolderPlan:
     texts = {
         "config.json": json.dumps(fields, indent=4, sort_keys=True),
         INDEX_NAME: index_text(shards),
-        "README.md": _model_card(options, source),
+        "README.md": _model_card(options, source, has_pictures="image" in media),
     }
     copies = _copies(source, _GENERATION_CONFIG, *(_PROCESSOR_FILES if media else ()))
     return FolderPlan(shards, texts, tokenizer | copies)
@@ -559,14 +559,14 @@ def _license(readme: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _model_card(options: Options, source: Path) -> str:
+def _model_card(options: Options, source: Path, *, has_pictures: bool) -> str:
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(
         base_model=None if Path(options.hf_path).exists() else options.hf_path,
         library_name="mlx",
         license=_license(source / "README.md"),
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if has_pictures else "text-generation",
         tags=["mlx"],
     )
     name = options.upload_repo or options.mlx_path.name

@@ -12,13 +12,14 @@ import mlx.core as mx
 
 from mlx_mtp.checkpoints.config import DrafterConfig, LayerType, TargetConfig, TextConfig
 from mlx_mtp.checkpoints.layouts import drafter_names, is_media, target_names
-from mlx_mtp.checkpoints.media_config import VisionConfig, read_media_config
+from mlx_mtp.checkpoints.media_config import AudioConfig, UnifiedVisionConfig, VisionConfig, read_media_config
 from mlx_mtp.checkpoints.tensors import DTYPES, FLOAT_TYPES, read_checkpoint
 from mlx_mtp.decoding.prefill import chunk_size
 from mlx_mtp.gemma4.disk_table import KEPT_BYTES
 from mlx_mtp.gemma4.fused_attention import fuses_all_prefill
 from mlx_mtp.gemma4.kv_cache import KVQuantization, check_group_size, rows_in_buffers, spare_slots
 from mlx_mtp.gemma4.layers import SCORE_BYTES
+from mlx_mtp.media.audio import MEL_BINS, MEL_STEP, MOST_SAMPLES
 from mlx_mtp.media.images import BUDGETS
 
 from .errors import ConfigError, MemoryLimitError, OptionError
@@ -198,7 +199,7 @@ def _target_weights(config: TargetConfig) -> _TargetWeights:
 
 
 def _media_bytes(config: TargetConfig, size: int) -> int:
-    """Return the bytes that the first picture or sound adds: the weights, and the work of the largest picture.
+    """Return the bytes that the first picture or sound adds: the weights, and the work of the largest one.
 
     A checkpoint without media parts, or with parts that are not supported, adds nothing. Some conversions keep the
     description of parts without their tensors.
@@ -210,17 +211,37 @@ def _media_bytes(config: TargetConfig, size: int) -> int:
     if media.vision is None and media.audio is None:
         return 0
     weights = sum(tensor.nbytes for key, tensor in read_checkpoint(config.path.parent).items() if is_media(key))
-    return weights + (_picture_bytes(media.vision, size) if weights and isinstance(media.vision, VisionConfig) else 0)
+    if not weights:
+        return 0
+    picture = _picture_bytes(media.vision, size) if media.vision is not None else 0
+    sound = _sound_bytes(media.audio, size) if isinstance(media.audio, AudioConfig) else 0
+    return weights + max(picture, sound)
 
 
-def _picture_bytes(vision: VisionConfig, size: int) -> int:
-    """Return the temporary bytes of the vision tower for the largest picture. Values have `size` bytes each."""
+def _sound_bytes(audio: AudioConfig, size: int) -> int:
+    """Return the temporary bytes of the audio tower for the longest sound. Values have `size` bytes each."""
+    # The first convolution halves both sides. MLX allocates some arrays of its output, and more if they change type.
+    # The number of arrays was measured.
+    output = MOST_SAMPLES // MEL_STEP // 2 * (MEL_BINS // 2) * audio.conv_channels[0]
+    return (8 if size == mx.float32.size else 10) * output * mx.float32.size
+
+
+def _picture_bytes(vision: VisionConfig | UnifiedVisionConfig, size: int) -> int:
+    """Return the temporary bytes of a vision model for the largest picture. Values have `size` bytes each."""
+    if isinstance(vision, UnifiedVisionConfig):
+        # The embedder has some arrays with the size of the pixels, and some of its width. Their numbers were measured.
+        values = 6.5 * 3 * vision.patch_size**2 + 9.5 * vision.embed_dim
+        return int(max(BUDGETS) * values * mx.float32.size)
     patches = max(BUDGETS) * vision.pooling_kernel_size**2
-    # The CPU has no fused attention, so all scores of a part of the rows exist at the same time, in float32.
+    # The CPU has no fused attention, so all scores of a part of the rows exist at the same time.
     is_cpu = mx.default_device() == mx.Device(mx.cpu)
-    scores = min(SCORE_BYTES, vision.num_attention_heads * patches**2 * 4) if is_cpu else 0
-    pixels = 3 * vision.patch_size**2 * 4
-    return scores + patches * (3 * vision.intermediate_size * size + pixels)
+    scores = min(SCORE_BYTES // mx.float32.size, vision.num_attention_heads * patches**2) * size if is_cpu else 0
+    # MLX allocates ahead: all values up to the attention of a layer exist at the same time, and all values between it
+    # and that of the next layer. Norms and rotations are in float32. The numbers of such values were measured.
+    attention = scores + patches * vision.hidden_size * (8 * size + 10 * mx.float32.size)
+    feed_forward = patches * (4 * vision.intermediate_size * size + 12 * vision.hidden_size * mx.float32.size)
+    pixels = patches * 3 * vision.patch_size**2 * mx.float32.size
+    return max(attention, feed_forward) + pixels
 
 
 def _work(

@@ -44,10 +44,14 @@ class PreparedPrompt:
 
 
 class PromptMedia:
-    """The media of one prompt, in order. A prompt of text has none."""
+    """The media of one prompt, in order. A prompt of text has none.
 
-    def __init__(self, spans: Sequence[MediaSpan] = ()) -> None:
+    `reader` is the object that has read the media. Their features are of use to its model only.
+    """
+
+    def __init__(self, spans: Sequence[MediaSpan] = (), reader: object = None) -> None:
         self.spans = tuple(spans)
+        self.reader = reader
 
     def keys(self, tokens: list[int]) -> list[int]:
         """Return the tokens of a text, with the content of the media in place of their placeholders.

@@ -42,9 +42,8 @@ def attend_in_parts(queries: mx.array, keys: mx.array, values: mx.array) -> mx.a
     for row in range(0, length, at_once):
         part = queries[:, :, row : row + at_once]
         parts.append(mx.fast.scaled_dot_product_attention(part, keys, values, scale=1.0))
-        if at_once < length:
-            # Otherwise MLX allocates the scores of several parts ahead.
-            mx.eval(parts[-1])
+        # Otherwise MLX allocates ahead: the scores of several parts, or those of one together with the next values.
+        mx.eval(parts[-1])
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 

@@ -28,9 +28,9 @@ RAW_FRAME = 640
 
 # A log-mel frame takes 320 samples (20 ms) every 160, and one sample more must exist. The sound begins in the middle of
 # the first frame.
-_WINDOW, _STEP = 320, 160
+_WINDOW, MEL_STEP = 320, 160
 _FFT_LENGTH = 512
-_MEL_BINS = 128
+MEL_BINS = 128
 # What is added to the energies before the logarithm.
 _FLOOR = 1e-3
 # The number of samples per channel that are decoded at a time.
@@ -47,7 +47,7 @@ class Clip:
     @property
     def mel_tokens(self) -> int:
         """Return the number of soft tokens of the audio tower, which halves the number of log-mel frames twice."""
-        frames = (len(self.samples) - LEAST_SAMPLES) // _STEP + 1
+        frames = (len(self.samples) - LEAST_SAMPLES) // MEL_STEP + 1
         return -(-frames // 4)
 
     @property
@@ -93,8 +93,8 @@ def log_mel(samples: Samples) -> NDArray[np.float32]:
     """
     padded = np.pad(samples, (_WINDOW // 2, 0))
     if len(padded) <= _WINDOW:
-        return np.zeros((0, _MEL_BINS), np.float32)
-    frames = np.lib.stride_tricks.sliding_window_view(padded, _WINDOW + 1)[::_STEP, :-1]
+        return np.zeros((0, MEL_BINS), np.float32)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, _WINDOW + 1)[::MEL_STEP, :-1]
     energies = np.abs(np.fft.rfft(frames * _hann(), n=_FFT_LENGTH)) @ _mel_filters()
     return np.log(energies + _FLOOR).astype(np.float32)
 
@@ -109,7 +109,7 @@ def _hann() -> NDArray[np.float32]:
 def _mel_filters() -> NDArray[np.float64]:
     """Return triangles over the frequencies [257, 128], equally wide on the HTK mel scale from 0 to 8000 Hz."""
     highest = RATE / 2
-    mels = np.linspace(0, 2595 * np.log10(1 + highest / 700), _MEL_BINS + 2)
+    mels = np.linspace(0, 2595 * np.log10(1 + highest / 700), MEL_BINS + 2)
     corners = 700 * (10 ** (mels / 2595) - 1)
     frequencies = np.linspace(0, highest, _FFT_LENGTH // 2 + 1)[:, None]
     widths = np.diff(corners)

@@ -1,6 +1,7 @@
 """From a picture to patches: decoding, upright, on white, and resized to the budget of soft tokens."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def read_image(data: "ImageData", *, budget: int = DEFAULT_BUDGET, place: str = 
     """
     name = source_name(data, place, "image")
     if budget not in BUDGETS:
-        raise MediaError(f"{name}: budget: expected one of {', '.join(map(str, BUDGETS))}, found {budget!r}")
+        raise MediaError(f"{name}: max_soft_tokens: expected one of {', '.join(map(str, BUDGETS))}, found {budget!r}")
     with decoding(name), _opened(data, name) as image:
         check_size(image.width, image.height, name)
         _check_single(image, name)
@@ -83,7 +84,8 @@ def open_image(file: BinaryIO, formats: Sequence[str], name: str) -> "Image.Imag
         raise MediaError(f"{name}: format: expected one of {expected}, found other or damaged data") from None
     # Pillow's own limit is higher, and Python can be told to raise the warning, which is for smaller pictures.
     except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
-        raise MediaError(f"{name}: size: expected at most {MOST_PIXELS} pixels, found more: {error}") from None
+        found = next(iter(re.findall(r"\d+", str(error))), "more")
+        raise MediaError(f"{name}: size: expected 1 to {MOST_PIXELS} pixels, found {found}") from None
     return image
 
 

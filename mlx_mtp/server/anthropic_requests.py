@@ -466,5 +466,5 @@ def _document(block: DocumentBlock, place: str) -> str:
     elif source.type == "content" and source.content is not None:
         text = source.content if isinstance(source.content, str) else "\n".join(part.text for part in source.content)
     else:
-        raise PromptError(f"{place}: a document of type {source.type} cannot be read here: this server takes text")
+        raise PromptError(f"{place}: expected a document of type text or content, found {source.type}")
     return "\n".join(filter(None, [block.title, block.context, text]))

@@ -1,6 +1,7 @@
 """Error responses in the form of OpenAI's API."""
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 from fastapi import FastAPI
@@ -126,11 +127,15 @@ def _plain(error: Mapping[str, Any]) -> str:
 def _path(error: Mapping[str, Any], body: Any) -> list[str | int]:
     """Return the path of an error in the body.
 
-    The path omits the parts of pydantic's location that only name a type of a union.
+    The path omits the parts of pydantic's location that only name a type of a union. If an object has a field with the
+    name of its type, the type comes first in the location.
     """
     path: list[str | int] = []
     is_last_there = False
-    for part in error["loc"][1:]:
+    location = error["loc"][1:]
+    for part, after in zip_longest(location, location[1:]):
+        if isinstance(body, dict) and body.get("type") == part == after:
+            continue
         is_last_there = (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int))
         if is_last_there:
             body = body[part]

@@ -49,24 +49,31 @@ class ThoughtPart(RequestPart):
 _MEDIA = (ImagePart, AudioPart, Medium)
 
 
-def _part_tag(part: Any) -> str:
-    if isinstance(part, Medium):
-        return "Medium"
+def _part_tag(part: Any) -> str | None:
+    if isinstance(part, str):
+        return "string"
     kind = type_of(part)
-    if kind in ("image_url", "input_image"):
-        return "ImagePart"
-    return "AudioPart" if kind == "input_audio" else "TextualPart"
+    return kind if kind is None or isinstance(kind, str) else repr(kind)
 
 
-# Errors of a picture or sound should not name the types of other parts, so the type of a part decides its model. Only
-# the server's own code makes a Medium.
-AnyPart: TypeAlias = Annotated[
-    Annotated[TextPart | RefusalPart | ThoughtPart | str, Tag("TextualPart")]
-    | Annotated[ImagePart, Tag("ImagePart")]
-    | Annotated[AudioPart, Tag("AudioPart")]
-    | Annotated[SkipJsonSchema[InstanceOf[Medium]], Tag("Medium")],
-    Discriminator(_part_tag),
-]
+# The type of a part decides its model, so that an error names no fields of other parts. Only the server makes a Medium.
+AnyPart: TypeAlias = (
+    Annotated[
+        Annotated[TextPart, Tag("text")]
+        | Annotated[TextPart, Tag("input_text")]
+        | Annotated[TextPart, Tag("output_text")]
+        | Annotated[ImagePart, Tag("image_url")]
+        | Annotated[ImagePart, Tag("input_image")]
+        | Annotated[AudioPart, Tag("input_audio")]
+        | Annotated[RefusalPart, Tag("refusal")]
+        | Annotated[ThoughtPart, Tag("thinking")]
+        | Annotated[ThoughtPart, Tag("reasoning")]
+        | Annotated[ThoughtPart, Tag("redacted_thinking")]
+        | Annotated[str, Tag("string")],
+        Discriminator(_part_tag),
+    ]
+    | SkipJsonSchema[InstanceOf[Medium]]
+)
 # The content of an earlier answer may have thoughts, and that of the user may have media.
 AnyContent: TypeAlias = str | list[AnyPart]
 

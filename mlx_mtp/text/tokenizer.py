@@ -386,6 +386,8 @@ def prepare(
     embedding. Raises MediaError if a medium cannot be read.
     """
     if isinstance(prompt, PreparedPrompt):
+        if prompt.media.spans and prompt.media.reader is not media:
+            raise PromptError("the prompt has media that another model has read: prepare it with this model")
         return prompt
     if isinstance(prompt, str):
         _check_marks(media, prompt)
@@ -405,7 +407,7 @@ def prepare(
             tokens, spans = media.encode(split_at_media(text, parts), parts, partial(encode_text, tokenizer))
         else:
             tokens = encode_text(tokenizer, text)
-        return PreparedPrompt(_with_embeddings(tokenizer, tokens, vocab_size), PromptMedia(spans))
+        return PreparedPrompt(_with_embeddings(tokenizer, tokens, vocab_size), PromptMedia(spans, media))
     for token in items:
         is_id = isinstance(token, int | np.integer) and not isinstance(token, bool)
         if not is_id or not 0 <= token < vocab_size:
@@ -428,8 +430,8 @@ def _check_kinds(media: MediaEncoder, parts: Sequence[MediaPart]) -> None:
     for part in parts:
         if part.kind not in media.kinds:
             known = ", ".join(("text", *media.kinds))
-            hint = "" if media.kinds else " (mlx-mtp convert --modalities text left out all media, if it made this)"
-            raise PromptError(f"{part.place}: found {part.kind}, but this checkpoint reads only {known}{hint}")
+            hint = "the model has no other parts, or mlx-mtp convert --modalities left them out"
+            raise PromptError(f"{part.place}: found {part.kind}, but this checkpoint reads only {known} ({hint})")
 
 
 def _with_embeddings(tokenizer: "TokenizerWrapper", tokens: list[int], vocab_size: int) -> list[int]:

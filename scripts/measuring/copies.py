@@ -44,16 +44,7 @@ CURVES = {
 }
 # The costs of a draft step and of the rest of drafting, over a pass of one row.
 DRAFT, OVERHEAD = 0.05, 0.04
-GAINS = (
-    CopyGain(1.0, 1.0),
-    CopyGain(1.2, 1.2),
-    CopyGain(1.3, 1.3),
-    CopyGain(1.4, 1.4),
-    COPY_GAIN,
-    CopyGain(1.4, 2.0),
-    CopyGain(1.5, 1.7),
-    CopyGain(1.7, 1.7),
-)
+GAINS = (CopyGain(1.0, 1.0), CopyGain(1.2, 1.2), CopyGain(1.4, 1.4), COPY_GAIN, CopyGain(1.7, 1.7))
 # Texts that repeat little. They have little to gain, so they must lose little.
 NEW_TEXT = ("code", "prose")
 _ROUND_TOKENS = LARGEST_COPY + 1

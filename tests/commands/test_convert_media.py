@@ -122,17 +122,29 @@ def test_mlx_lm_loads_the_result(tiny_media: TinyMedia, tmp_path: Path) -> None:
     assert top == mx.argmax(theirs).item()
 
 
+def test_a_text_takes_the_memory_of_a_folder_without_media(tiny_media: TinyMedia, tmp_path: Path) -> None:
+    folders = [converted(tiny_media("e2b"), tmp_path / name, kept) for name, kept in (("a", None), ("b", ("text",)))]
+    media = sum(array.nbytes for array in media_tensors(folders[0]).values())
+    options = ("--drafter", "none", "-p", "hello", "-m", "4", "--json")
+    results = [run("generate", "--model", folder, *options) for folder in folders]
+    peaks = [json.loads(result.stdout.splitlines()[-1])["peak_memory_gb"] * 1e9 for result in results]
+    assert abs(peaks[0] - peaks[1]) < 0.2 * media
+
+
 @pytest.mark.parametrize("modalities", [("text",), ("text", "image")])
 def test_modalities(tiny_media: TinyMedia, tmp_path: Path, modalities: tuple[str, ...]) -> None:
     output = converted(tiny_media("e2b"), tmp_path / "out", modalities)
     names = arrays(output)
     assert any("vision" in name for name in names) == ("image" in modalities)
     assert not any("audio" in name for name in names)
+    tag = "image-text-to-text" if "image" in modalities else "text-generation"
+    assert f"pipeline_tag: {tag}\n" in (output / "README.md").read_text()
     sound = {"type": "audio", "audio": (np.zeros(16_000, np.float32), 16_000)}
     with mlx_mtp.load(output, None) as model:
         assert model.generate([{"role": "user", "content": "hello"}], max_tokens=2, num_draft_tokens=0).tokens
-        known = "text, image, video" if "image" in modalities else r"text \(mlx-mtp convert --modalities text left out"
-        with pytest.raises(mlx_mtp.PromptError, match=f"found audio, but this checkpoint reads only {known}"):
+        known = "text, image, video" if "image" in modalities else "text"
+        message = rf"this checkpoint reads only {known} \(.* --modalities left them out"
+        with pytest.raises(mlx_mtp.PromptError, match=message):
             model.prepare([{"role": "user", "content": [sound]}])
 
 
@@ -156,8 +168,8 @@ def test_the_plan_tells_what_media_add(tiny_media: TinyMedia, tiny_pair: Callabl
     assert plan.peak == text.peak
     assert text.media == 0
     weights = sum(array.nbytes for name, array in arrays(tiny_media("31b")).items() if "vision" in name)
-    # 10080 patches, whose scores are computed in parts of at most 0.5 GB.
-    assert plan.media - weights == pytest.approx(0.54e9 + 10080 * (3 * 160 * 4 + 3072), rel=0.01)
+    # 10080 patches, 144 wide and in float32. Their scores are computed in parts of at most 0.5 GB.
+    assert plan.media - weights == pytest.approx(0.54e9 + 10080 * (18 * 144 * 4 + 3072), rel=0.01)
     assert "more, if a prompt has media" in str(plan)
     assert "media" not in str(text)
 

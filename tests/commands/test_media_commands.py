@@ -86,7 +86,8 @@ def test_generate_with_a_video(tiny_media: TinyMedia, files: Path, name: str) ->
         ),
         (
             ["--audio", "bird.wav"],
-            "error: --audio: found audio, but this checkpoint reads only text, image, video",
+            "error: --audio: found audio, but this checkpoint reads only text, image, video (the model has no other "
+            "parts, or mlx-mtp convert --modalities left them out)",
         ),
         (
             ["--image", "bird.wav"],

@@ -261,7 +261,7 @@ def test_processor_config_has_the_default_budget(tiny_media: Callable[[str], Pat
         (["hi", {"type": "image", "path": "no.png"}], r"messages\[0\]\.content\[1\]: no\.png: "),
         ([{"type": "image"}], r"messages\[0\]\.content\[0\]: expected exactly one of the fields image, path, url"),
         ([{"type": "image", "image": b"GIF", "path": "x"}], r"expected exactly one of the fields image, path, url"),
-        ([image(0) | {"max_soft_tokens": 100}], r"budget: expected one of 70, 140, 280, 560, 1120, found 100"),
+        ([image(0) | {"max_soft_tokens": 100}], r"max_soft_tokens: expected one of 70, 140, 280, 560, 1120, found 100"),
         ([{"type": "image", "url": "https://example.org/a.png"}], r"found an address: nothing is fetched"),
         ([{"type": "image", "url": "data:image/png;base64,????"}], r"not base64"),
         ([{"type": "image_url", "image_url": {"url": ""}}], r"image_url: expected the data of a medium"),
@@ -298,6 +298,8 @@ def test_refused_uses(models: Callable[[str], mlx_mtp.Model], tmp_path: Path) ->
         model.prepare("a <image|> b")
     with pytest.raises(PromptError, match=r"the prompt holds token \d+, the place of a medium"):
         model.generate(model.encode([user(image(0))]))
+    with pytest.raises(PromptError, match=r"the prompt has media that another model has read"):
+        models("e2b").generate(model.prepare([user(image(0))]))
     with pytest.raises(PromptError, match="a prompt with media cannot be saved"):
         model.save_prompt([user(image(0))], tmp_path / "prompt.safetensors")
     with pytest.raises(ContextLengthError):

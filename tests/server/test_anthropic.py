@@ -428,7 +428,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role: "),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "'messages[0].content[0].text'"),
     ({"messages": [{"role": "user", "content": [text("x"), IMAGE]}]}, "messages[0].content[1]: found image, but "),
-    ({"messages": [{"role": "user", "content": [PDF]}]}, "messages[0].content[0]: a document of type base64 "),
+    (
+        {"messages": [{"role": "user", "content": [PDF]}]},
+        "messages[0].content[0]: expected a document of type text or content, found base64",
+    ),
     ({"messages": [{"role": "system", "content": "x"}]}, "messages: there must be one of the user"),
     ({"messages": [USER, {"role": "user", "content": [result("t9")]}]}, "messages[1].content[0].tool_use_id is 't9': "),
     (

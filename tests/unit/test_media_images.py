@@ -224,7 +224,7 @@ REFUSED: dict[str, tuple[object, str]] = {
     "empty image": (Image.new("RGB", (0, 9)), "size: expected 1 to 64000000 pixels, found 0 x 9 = 0"),
     "large": (bomb(9000, 9000), "image: size: expected 1 to 64000000 pixels, found 9000 x 9000 = 81000000"),
     "larger": (bomb(10_000, 10_000), "image: size: expected 1 to 64000000 pixels, found 10000 x 10000"),
-    "bomb": (bomb(40_000, 25_000), "image: size: expected at most 64000000 pixels, found more: .*1000000000"),
+    "bomb": (bomb(40_000, 25_000), "image: size: expected 1 to 64000000 pixels, found 1000000000$"),
     "animated GIF": (frames("GIF"), "frames: expected one picture, found an animation or several pages"),
     "animated WebP": (frames("WEBP"), "frames: expected one picture"),
     "animated PNG": (frames("PNG"), "frames: expected one picture"),
@@ -252,7 +252,7 @@ def test_refused(what: str) -> None:
 
 @pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
 def test_a_large_picture_is_refused_when_warnings_are_errors() -> None:
-    with pytest.raises(MediaError, match=r"expected at most 64000000 pixels, found more: .*100000000"):
+    with pytest.raises(MediaError, match=r"expected 1 to 64000000 pixels, found 100000000$"):
         read_image(bomb(10_000, 10_000))
 
 
@@ -269,7 +269,7 @@ def test_large_pictures_are_refused_before_they_are_decoded(monkeypatch: pytest.
 
 @pytest.mark.parametrize("budget", [0, 100, 281, -70, "280", None])
 def test_budgets_outside_the_list_are_refused(budget: int) -> None:
-    with pytest.raises(MediaError, match=r"^image: budget: expected one of 70, 140, 280, 560, 1120, found "):
+    with pytest.raises(MediaError, match=r"^image: max_soft_tokens: expected one of 70, 140, 280, 560, 1120, found "):
         read_image(noise(9, 9), budget=budget)
 
 
