@@ -112,8 +112,10 @@ def texts(args: argparse.Namespace) -> Iterator[Text]:
         order = [pieces[i] for i in rng.permutation(len(pieces))]
         taken = 0
         for piece in order:
+            if taken == args.files:
+                break
             tokens = tokenizer.encode(piece, add_special_tokens=False)
-            if len(tokens) < needed or taken == args.files:
+            if len(tokens) < needed:
                 continue
             start = int(rng.integers(len(tokens) - needed + 1))
             if kind in QUESTIONS:
