@@ -14,7 +14,7 @@ from mlx_mtp.errors import OptionError
 from mlx_mtp.gemma4.disk_table import PerLayerRows
 from mlx_mtp.gemma4.drafter import Allow, Draft, Drafter, DraftInputs
 from mlx_mtp.gemma4.kv_cache import Cache
-from mlx_mtp.gemma4.target import Target
+from mlx_mtp.gemma4.target import Target, TargetOutput
 
 from .rules import TokenRules
 from .state import RoundState
@@ -42,6 +42,18 @@ class Verified(NamedTuple):
 
     report: mx.array
     logprobs: mx.array
+
+
+class PackedRound(NamedTuple):
+    """A round whose verify pass is shared with other streams (see packed.py): its draft, and the masks of a guide.
+
+    `reads` counts the host reads so far. `is_copied` tells whether the draft tokens were copied from the text.
+    """
+
+    draft: Draft
+    masks: mx.array | None
+    reads: int
+    is_copied: bool
 
 
 class Steps(NamedTuple):
@@ -72,19 +84,40 @@ def round_steps(parts: RoundParts, layout: Cache, k: int, text: mx.array | None 
         state: RoundState, draft: Draft, masks: mx.array | None, per_layer_rows: PerLayerRows | None
     ) -> tuple[RoundState, Verified]:
         cache = layout.over(state.kv)
-        tokens = mx.concatenate([state.bonus, draft.tokens], axis=1) if k else state.bonus
+        tokens = tokens_to_verify(state, draft)
         output = parts.target(tokens, cache, k + 1, per_layer_rows=per_layer_rows)
-        logits = output.logits.squeeze(0)
-        accepted, choices = parts.rules.accept(state, draft, logits, masks, text)
-        report = mx.where(mx.arange(k + 1) <= accepted, choices, -1) if k else choices
-        logprobs = token_logprobs(parts, logits, choices)
-        kv = cache.kv._replace(offset=cache.offset + accepted + 1)
-        return choose_row(state._replace(kv=kv), output.hidden, choices, accepted), Verified(report, logprobs)
+        return end_round(parts, state._replace(kv=cache.kv), draft, output, masks, text)
 
     def whole(state: RoundState) -> tuple[RoundState, Verified]:
         return verify(state, draft(state), None, None)
 
     return Steps(draft, verify, whole)
+
+
+def tokens_to_verify(state: RoundState, draft: Draft) -> mx.array:
+    """Return the bonus token and the draft tokens, int32 [1, k + 1]."""
+    return mx.concatenate([state.bonus, draft.tokens], axis=1) if draft.tokens.size else state.bonus
+
+
+def end_round(
+    parts: RoundParts,
+    state: RoundState,
+    draft: Draft,
+    output: TargetOutput,
+    masks: mx.array | None,
+    text: mx.array | None,
+) -> tuple[RoundState, Verified]:
+    """Accept draft tokens by the output of the verify pass, and return the next state and the report.
+
+    The K/V of `state` have the rows of the pass, and its offset is that before the pass.
+    """
+    k = draft.tokens.shape[1]
+    logits = output.logits.squeeze(0)
+    accepted, choices = parts.rules.accept(state, draft, logits, masks, text)
+    report = mx.where(mx.arange(k + 1) <= accepted, choices, -1) if k else choices
+    logprobs = token_logprobs(parts, logits, choices)
+    kv = state.kv._replace(offset=state.kv.offset + accepted + 1)
+    return choose_row(state._replace(kv=kv), output.hidden, choices, accepted), Verified(report, logprobs)
 
 
 def draft_tokens(parts: RoundParts, layout: Cache, state: RoundState, k: int, allow: Allow | None = None) -> Draft:

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_mtp.errors import ContextLengthError, OptionError, PromptError
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.kv_cache import Cache, KVQuantization, KVState
-from mlx_mtp.gemma4.target import Target
+from mlx_mtp.gemma4.target import Target, TargetOutput
 
 from .compiled import CompiledRounds
 from .constraints import Guide
@@ -20,7 +20,17 @@ from .prefill import Progress, PromptReader
 from .prompt_cache import CacheEntry, KVFormat, ReusedPrefix
 from .prompt_media import PromptMedia
 from .report import RoundReport
-from .round import RoundParts, Steps, Verified, choose_row, draft_tokens, round_steps, token_logprobs
+from .round import (
+    PackedRound,
+    RoundParts,
+    Steps,
+    Verified,
+    choose_row,
+    draft_tokens,
+    end_round,
+    round_steps,
+    token_logprobs,
+)
 from .rules import LogitsProcessor, TokenRules
 from .sampling import Sampling
 from .state import RoundState
@@ -182,17 +192,46 @@ class Stream:
 
         Raises OptionError if there are draft tokens but no drafter.
         """
-        assert k < self.cache.max_block, "more draft tokens than the stream was made for"
         reads = self.host.reads
+        k, copied, masks = self._begin_round(k, copied)
+        verified = self._advance_copied(copied, masks) if copied else self._advance(k)
+        mx.async_eval(verified, self.state)
+        self._note_dispatch(k, verified, self.host.reads - reads, copied=bool(copied))
+
+    def _begin_round(self, k: int, copied: list[int] | None) -> tuple[int, list[int] | None, mx.array | None]:
+        """Make room for a round. Return its number of draft tokens, the copied ones, and the masks for them."""
+        assert k < self.cache.max_block, "more draft tokens than the stream was made for"
         masks = None
         if copied is not None:
             copied, masks = self.host.cut(copied[:k])
             k = len(copied)
         self.cache.reserve(k + 1)
-        verified = self._advance_copied(copied, masks) if copied else self._advance(k)
-        mx.async_eval(verified, self.state)
-        self._in_flight.append(_InFlight(k, verified, bool(self._in_flight), self.host.reads - reads, bool(copied)))
+        return k, copied, masks
+
+    def _note_dispatch(self, k: int, verified: Verified, reads: int, *, copied: bool) -> None:
+        self._in_flight.append(_InFlight(k, verified, bool(self._in_flight), reads, copied))
         self.cache.in_flight += k + 1
+
+    def begin_packed(self, k: int, copied: list[int] | None = None) -> PackedRound:
+        """Draft the tokens of a round whose verify pass `dispatch_packed` shares with other streams."""
+        reads = self.host.reads
+        k, copied, masks = self._begin_round(k, copied)
+        if copied:
+            draft = self.parts.rules.copied_draft(copied)
+        else:
+            draft, masks = self.host.draft(self.parts, self.cache, self.state, self._steps(k), k)
+        return PackedRound(draft, masks, self.host.reads - reads, is_copied=bool(copied))
+
+    def end_packed(self, packed: PackedRound, kv: KVState, output: TargetOutput) -> mx.array:
+        """Accept draft tokens by the output of a shared pass, which has written its rows to `kv`.
+
+        Nothing is evaluated. Return the report of the round. `finish` reads it.
+        """
+        state = self._state._replace(kv=kv)
+        text = self.host.text(self.tokens)
+        self.state, verified = end_round(self.parts, state, packed.draft, output, packed.masks, text)
+        self._note_dispatch(packed.draft.tokens.shape[1], verified, packed.reads, copied=packed.is_copied)
+        return verified.report
 
     def finish(self, stop_ids: frozenset[int] = frozenset()) -> RoundReport:
         """Wait for the report of the first round in flight, and emit its tokens.

@@ -12,8 +12,9 @@ sees therefore depend on its position alone, and not on the number of rows in a 
 never quantized.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
+from itertools import accumulate
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -74,6 +75,9 @@ class View(NamedTuple):
     values: KVRows
     mask: mx.array
 
+
+# The view of a pass, or the views of the streams of a packed pass.
+Views = View | list[View]
 
 # These are keys and values by layer.
 Buffers = dict[int, tuple[KVRows, KVRows]]
@@ -301,7 +305,9 @@ class Pass:
         self.length = length
         self.offset = cache.offset
         self._views: dict[int, View] = {}
-        queries = (self.offset + cache.row_numbers[:length])[:, None]
+        # The position of each row, int32 [length].
+        self.positions = self.offset + cache.row_numbers[:length]
+        queries = self.positions[:, None]
         self._full_mask = cache.row_numbers[None, : cache.visible] <= queries
         # A block that fits the spare slots is read back from the ring. A longer block (prefill) would overwrite keys
         # that its own first rows still need. It therefore attends to the old ring plus its own rows.
@@ -354,6 +360,34 @@ class Pass:
         new = mx.put_along_axis(old, slots, kept, axis=2)
         buffers[layer] = new
         return new if self._fits else mx.concatenate([old, rows], axis=2)
+
+
+class PackedPass:
+    """One forward pass over the rows of several streams, one stream after the other.
+
+    Each stream has a pass and a cache of its own. `offset` is the position of each row, int32 [rows].
+    """
+
+    def __init__(self, passes: Sequence[Pass]) -> None:
+        self._passes = passes
+        self._ends = list(accumulate(each.length for each in passes))[:-1]
+        self.offset = mx.concatenate([each.positions for each in passes])
+
+    def write(self, layer: int, keys: mx.array, values: mx.array) -> list[View]:
+        """Store the new rows of a layer, and return the views that the layer attends to, one for each stream.
+
+        `keys` and `values` are [1, kv_heads, rows, head_dim] each.
+        """
+        split = zip(self._passes, self.split(keys, 2), self.split(values, 2), strict=True)
+        return [each.write(layer, new_keys, new_values) for each, new_keys, new_values in split]
+
+    def read(self, layer: int) -> list[View]:
+        """Return the views of an earlier layer in this pass, for the layers that share its K/V."""
+        return [each.read(layer) for each in self._passes]
+
+    def split(self, rows: mx.array, axis: int) -> list[mx.array]:
+        """Return the rows of each stream, which are along `axis`."""
+        return list(mx.split(rows, self._ends, axis=axis))
 
 
 def spare_slots(max_block: int) -> int:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from copy import copy
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ import mlx.nn as nn
 
 from mlx_mtp.checkpoints.config import LayerConfig, RopeConfig, TextConfig
 
-from .kv_cache import KVRows, Quantized, View
+from .kv_cache import KVRows, Quantized, View, Views
 
 # These are fields of mlx.nn.QuantizedLinear.
 _QUANTIZATION = ("group_size", "bits", "mode")
@@ -59,8 +60,15 @@ class Rope:
         self.dims = head_dim
 
     def __call__(self, x: mx.array, offset: mx.array) -> mx.array:
-        """Rotate x [1, heads, length, head_dim]. Row 0 is at position `offset`."""
-        return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self.periods)
+        """Rotate x [1, heads, length, head_dim].
+
+        Row 0 is at position `offset`, int32 []. If `offset` is int32 [length], each row has its own position.
+        """
+        has_positions = offset.ndim == 1
+        # Each row with a position of its own is a batch for MLX.
+        x = x.transpose(2, 1, 0, 3) if has_positions else x
+        x = mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self.periods)
+        return x.transpose(2, 1, 0, 3) if has_positions else x
 
 
 class MLP(nn.Module):
@@ -145,18 +153,30 @@ class Attention(nn.Module):
                 del self[name]
 
     def project(self, x: mx.array, offset: mx.array) -> Projected:
-        """Project x [1, length, hidden_size] to queries, keys and values. Row 0 is at position `offset`."""
+        """Project x [1, length, hidden_size] to queries, keys and values. `Rope` explains `offset`."""
+        # A kernel takes one position.
+        rotate = norm_and_rotate if offset.ndim else self.norm_and_rotate
         if "qkv_proj" in self:
-            return self.norm_and_rotate(self, self.qkv_proj(x), offset)
+            return rotate(self, self.qkv_proj(x), offset)
         if "k_proj" not in self:
-            return self.norm_and_rotate(self, self.q_proj(x), offset)
+            return rotate(self, self.q_proj(x), offset)
         queries = self.rope(self.q_norm(self.split_heads(self.q_proj(x))), offset)
         keys = self.split_heads(self.k_proj(x))
         values = keys if self.v_proj is None else self.split_heads(self.v_proj(x))
         return Projected(queries, self.rope(self.k_norm(keys), offset), mx.fast.rms_norm(values, None, self.eps))
 
-    def __call__(self, queries: mx.array, view: View) -> mx.array:
-        """Return the attention output [1, length, hidden_size] of queries over the K/V of the view."""
+    def __call__(self, queries: mx.array, views: Views) -> mx.array:
+        """Return the attention output [1, length, hidden_size] of queries over the K/V of the views."""
+        if isinstance(views, View):
+            out = self._attend(queries, views)
+        else:
+            ends = list(accumulate(view.mask.shape[0] for view in views))[:-1]
+            parts = zip(mx.split(queries, ends, axis=2), views, strict=True)
+            out = mx.concatenate([self._attend(some, view) for some, view in parts], axis=2)
+        return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
+
+    def _attend(self, queries: mx.array, view: View) -> mx.array:
+        """Return the attention output of queries [1, heads, rows, head_dim], in their shape."""
         rows = queries.shape[2]
         is_chunk = rows > LONGEST_PASS
         is_fused = isinstance(view.keys, mx.array) and (self.fused_prefill if is_chunk else bool(self.fused_rows))
@@ -172,8 +192,7 @@ class Attention(nn.Module):
             if is_chunk and at_once < rows:
                 # Otherwise MLX allocates the scores of several parts ahead.
                 mx.eval(parts[-1])
-        out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
-        return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
     def split_heads(self, x: mx.array) -> mx.array:
         """Change the shape from [1, length, heads * head_dim] to [1, heads, length, head_dim]."""
@@ -181,7 +200,10 @@ class Attention(nn.Module):
 
 
 def norm_and_rotate(attention: "Attention", projected: mx.array, offset: mx.array) -> Projected:
-    """Norm and rotate all heads together. `projected` [1, length, width] is the output of the only projection."""
+    """Norm and rotate all heads together.
+
+    `projected` [1, length, width] is the output of the only projection. `Rope` explains `offset`.
+    """
     if "qkv_proj" not in attention:
         return Projected(attention.rope(attention.q_norm(attention.split_heads(projected)), offset))
     normed = mx.fast.rms_norm(attention.split_heads(projected), None, attention.eps)
@@ -327,14 +349,14 @@ class DecoderLayer(nn.Module):
             self.post_per_layer_input_norm = norm()
 
     def project(self, normed: mx.array, offset: mx.array) -> Projected:
-        """Project the normed residual stream to queries, keys and values. Row 0 is at position `offset`."""
+        """Project the normed residual stream to queries, keys and values. `Rope` explains `offset`."""
         return self.self_attn.project(normed, offset)
 
     def __call__(
         self,
         h: mx.array,
         queries: mx.array,
-        view: View,
+        views: Views,
         following: nn.RMSNorm,
         per_layer_input: mx.array | None = None,
     ) -> Residual:
@@ -344,7 +366,7 @@ class DecoderLayer(nn.Module):
         """
         add_norm = self.add_norm
         h, normed = add_norm(
-            self.self_attn(queries, view), self.post_attention_layernorm, h, following=self.pre_feedforward_layernorm
+            self.self_attn(queries, views), self.post_attention_layernorm, h, following=self.pre_feedforward_layernorm
         )
         update = self._feed_forward(h, normed)
         if per_layer_input is None:

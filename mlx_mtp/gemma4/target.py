@@ -4,7 +4,7 @@ It covers E2B, E4B, 12B, 26B-A4B and 31B, and does not depend on drafting. Param
 below `language_model.model.`.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx_mtp.checkpoints.config import TextConfig
 
 from .disk_table import MappedEmbedding, PerLayerRows
-from .kv_cache import Cache
+from .kv_cache import Cache, PackedPass, Pass, View
 from .layers import DecoderLayer, norms_after
 
 # The token at rows that stand for media. Its row of the per-layer table counts, as in transformers.
@@ -152,12 +152,36 @@ class Target(nn.Module):
         h = self.embed(tokens) if media is None else media.put(self.embed(tokens))
         per_layer = self._per_layer_inputs(tokens, h, per_layer_rows)
         step = cache.start(length, None if media is None else media.last_seen)
+        return self._run(h, per_layer, step, logit_rows, last_rows)
+
+    def packed(self, tokens: mx.array, caches: Sequence[Cache], lengths: Sequence[int]) -> list[TargetOutput]:
+        """Run the passes of several streams as one pass, and return the output of each.
+
+        `tokens` [1, rows] has `lengths[i]` tokens of stream i, one stream after the other. Each stream has its own
+        cache, in which the pass writes as `__call__` does. Hidden states and logits are computed for all rows. The pass
+        waits for the tokens if the per-layer table is mapped.
+        """
+        h = self.embed(tokens)
+        per_layer = self._per_layer_inputs(tokens, h, None)
+        step = PackedPass([cache.start(length) for cache, length in zip(caches, lengths, strict=True)])
+        rows = tokens.shape[1]
+        hidden, logits = (step.split(each, 1) for each in self._run(h, per_layer, step, rows, rows))
+        return list(map(TargetOutput, hidden, logits))
+
+    def _run(
+        self, h: mx.array, per_layer: mx.array | None, step: Pass | PackedPass, logit_rows: int, last_rows: int
+    ) -> TargetOutput:
+        """Run all layers over embeddings h [1, length, hidden_size], and compute the last rows only, see `__call__`.
+
+        A packed pass computes all rows.
+        """
+        length = h.shape[1]
         offset, last_own = step.offset, max(config.kv_layer for config in self.config.layers)
         norms = norms_after(self.layers, self.norm)
         normed = self.layers[0].input_layernorm(h)
         for index, (layer, config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
             queries, keys, values = layer.project(normed, offset)
-            view = step.read(config.kv_layer) if keys is None or values is None else step.write(index, keys, values)
+            views = step.read(config.kv_layer) if keys is None or values is None else step.write(index, keys, values)
             if index == last_own and last_rows < length:
                 # From here on, no row needs the hidden states of another row. It needs only K/V, which are all written.
                 if not last_rows:
@@ -165,9 +189,9 @@ class Target(nn.Module):
                     break
                 queries, h, offset = queries[:, :, -last_rows:], h[:, -last_rows:], offset + (length - last_rows)
                 per_layer = None if per_layer is None else per_layer[:, -last_rows:]
-            if h.shape[1] < length:
-                view = view._replace(mask=view.mask[-last_rows:])
-            h, normed = layer(h, queries, view, norms[index], None if per_layer is None else per_layer[:, :, index])
+            if h.shape[1] < length and isinstance(views, View):
+                views = views._replace(mask=views.mask[-last_rows:])
+            h, normed = layer(h, queries, views, norms[index], None if per_layer is None else per_layer[:, :, index])
         # The norm after the last layer is the final norm.
         return TargetOutput(normed, self.head(normed[:, normed.shape[1] - logit_rows :]))
 
