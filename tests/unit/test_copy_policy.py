@@ -101,6 +101,14 @@ def test_after_a_loss_a_copy_must_promise_more() -> None:
     assert has_copied == {1.0: True, 100.0: False}
 
 
+def test_a_copy_whose_cost_is_being_measured_counts_as_no_loss() -> None:
+    policy = choosing_policy(COSTS, copies=True)
+    policy.start([*TEXT, *TEXT[:40]])
+    policy.update(RoundReport([7], 2, 0, None, 1, copied=True), None)
+    policy.use(WITH_COPIES)
+    assert any(choice.copied for choice in write(policy, TEXT))
+
+
 def test_costs_of_an_exact_model_copy_at_most_seven_tokens() -> None:
     policy = choosing_policy(COSTS._replace(copied=COPIED[:8]), copies=True)
     policy.start([*TEXT, *TEXT[:40]])
