@@ -77,10 +77,10 @@ def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="mlx_mtp.chat",
         description="Chat with Gemma 4: the drafter proposes, the target verifies. Reads a message per line of stdin. "
-        "Arrow keys edit the line and recall earlier lines, Ctrl-C stops the answer, and Ctrl-D ends the chat. /image "
-        "and /audio add a file to the next message, as a file does that is dropped on the line. /reset forgets the "
-        "conversation, /stats shows speed and acceptance, and /help lists the commands. Thoughts are not kept in the "
-        "conversation.",
+        "Arrow keys edit the line and recall earlier lines, Ctrl-C stops the answer, and Ctrl-D ends the chat. "
+        "/image, /audio and /video add a file to the next message, as a file does that is dropped on the line. /reset "
+        "forgets the conversation, /stats shows speed and acceptance, and /help lists the commands. Thoughts are not "
+        "kept in the conversation.",
     )
     add_model_options(parser)
     parser.add_argument("--system-prompt", type=text_argument, help="System prompt of the conversation.")

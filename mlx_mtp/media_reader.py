@@ -143,7 +143,7 @@ class MediaReader:
             budget = self._image_budget if part.max_soft_tokens is None else part.max_soft_tokens
             yield self._soft_picture("image", read_image(part.data, budget=budget, place=part.place))
         else:
-            video = read_video(part.data, fps=part.fps or DEFAULT_FPS, place=part.place)
+            video = read_video(part.data, fps=DEFAULT_FPS if part.fps is None else part.fps, place=part.place)
             for number, (frame, seconds) in enumerate(zip(video.frames, video.times, strict=True)):
                 minutes, rest = divmod(int(seconds), 60)
                 yield f"{' ' if number else ''}{minutes:02d}:{rest:02d} "

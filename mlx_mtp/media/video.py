@@ -49,7 +49,7 @@ def read_video(data: FileData, *, fps: float = DEFAULT_FPS, place: str = "") -> 
     be read or has no frames, and as `read_image` does for its frames.
     """
     name = source_name(data, place, "video")
-    if not 0 < fps < math.inf:
+    if not isinstance(fps, int | float) or not 0 < fps < math.inf:
         raise MediaError(f"{name}: fps: expected a positive number, found {fps!r}")
     if isinstance(data, str | Path) and os.path.isdir(data):
         return _video(_folder_frames(Path(data), fps, place, name))

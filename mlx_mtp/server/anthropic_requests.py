@@ -20,7 +20,7 @@ from mlx_mtp.options import GenerationOptions
 from .field_types import RequestPart, type_of
 from .openai_messages import AnyContent, CalledFunction, Message, ToolCall, WaitingCalls
 from .openai_requests import ChatRequest, Request, Task
-from .request_media import Base64Data, ImageUrlData, Medium, check_image_type
+from .request_media import Base64Data, ImageUrlData, MediaInContent, Medium, check_image_type
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ Block: TypeAlias = Annotated[
 ]
 
 
-class Turn(RequestPart):
+class Turn(MediaInContent):
     """Message of a conversation."""
 
     role: Literal["user", "assistant", "system"]

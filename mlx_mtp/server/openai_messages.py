@@ -12,7 +12,7 @@ from mlx_mtp.errors import PromptError
 from mlx_mtp.text.conversation import SYSTEM_ROLES, Messages, read_object, second_result, system_message
 
 from .field_types import RequestPart, type_of
-from .request_media import AudioPart, ImagePart, Medium
+from .request_media import AudioPart, ImagePart, MediaInContent, Medium
 
 
 class TextPart(RequestPart):
@@ -50,8 +50,6 @@ _MEDIA = (ImagePart, AudioPart, Medium)
 
 
 def _part_tag(part: Any) -> str | None:
-    if isinstance(part, str):
-        return "string"
     kind = type_of(part)
     return kind if kind is None or isinstance(kind, str) else repr(kind)
 
@@ -68,10 +66,10 @@ AnyPart: TypeAlias = (
         | Annotated[RefusalPart, Tag("refusal")]
         | Annotated[ThoughtPart, Tag("thinking")]
         | Annotated[ThoughtPart, Tag("reasoning")]
-        | Annotated[ThoughtPart, Tag("redacted_thinking")]
-        | Annotated[str, Tag("string")],
+        | Annotated[ThoughtPart, Tag("redacted_thinking")],
         Discriminator(_part_tag),
     ]
+    | str
     | SkipJsonSchema[InstanceOf[Medium]]
 )
 # The content of an earlier answer may have thoughts, and that of the user may have media.
@@ -157,7 +155,7 @@ class ToolCall(RequestPart):
         return {"id": data.get("id"), "function": {"name": custom.get("name"), "arguments": custom.get("input")}}
 
 
-class Message(RequestPart):
+class Message(MediaInContent):
     """Message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]

@@ -67,6 +67,12 @@ def _image_url_bytes(url: Any) -> Any:
     return base64_bytes(text)
 
 
+def _refuse_loose_media(value: Any) -> None:
+    """Return None for an empty value. Raises PydanticCustomError for others."""
+    if value:
+        raise _refusal("expected media as parts of the content")
+
+
 def check_image_type(media_type: str) -> str:
     """Return the media type. Raises PydanticCustomError if it is not that of a picture."""
     if not media_type.lower().startswith("image/"):
@@ -78,6 +84,17 @@ def check_image_type(media_type: str) -> str:
 Base64Data = Annotated[bytes, BeforeValidator(base64_bytes, json_schema_input_type=str)]
 ImageUrlData = Annotated[bytes, BeforeValidator(_image_url_bytes, json_schema_input_type=str)]
 Detail: TypeAlias = Literal["low", "auto", "high", "original"]
+
+
+_LooseMedia = Annotated[None, BeforeValidator(_refuse_loose_media, json_schema_input_type=None)]
+
+
+class MediaInContent(RequestPart):
+    """Message without fields of other APIs for media, which must not be lost in silence."""
+
+    image: _LooseMedia = None
+    images: _LooseMedia = None
+    videos: _LooseMedia = None
 
 
 class ImageUrl(RequestPart):

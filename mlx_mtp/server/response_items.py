@@ -19,9 +19,10 @@ from .openai_messages import (
     content_text,
     with_places,
 )
+from .request_media import MediaInContent
 
 
-class MessageItem(RequestPart):
+class MessageItem(MediaInContent):
     """Input item: a message."""
 
     type: Literal["message"] = "message"

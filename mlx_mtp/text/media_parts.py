@@ -17,6 +17,8 @@ _ANY_MARK = re.compile("|".join(map(re.escape, _MARKS)))
 # The types of parts, with the names of their data. The first name is this package's, which Hugging Face has too.
 _OWN_TYPES: dict[str, MediaKind] = {"image": "image", "audio": "audio", "video": "video"}
 _DATA_NAMES = ("path", "url")
+# The options of a part, by its kind.
+_OPTIONS: dict[MediaKind, tuple[str, ...]] = {"image": ("max_soft_tokens",), "audio": (), "video": ("fps",)}
 # OpenAI's types of parts.
 _OPENAI_TYPES: dict[str, MediaKind] = {"image_url": "image", "input_image": "image", "input_audio": "audio"}
 # Soft tokens of a picture for the values of OpenAI's field `detail`.
@@ -102,7 +104,7 @@ def split_at_media(text: str, media: Sequence[MediaPart]) -> list[str]:
     found = [PLACEHOLDERS[mark] for mark in re.findall("|".join(map(re.escape, PLACEHOLDERS)), text)]
     wanted = [part.kind for part in media]
     if found != wanted:
-        raise PromptError(f"the chat template wrote places for {found} where the messages have {wanted}")
+        raise PromptError(f"the rendered messages have places for {found}, but their media are {wanted}")
     return texts
 
 
@@ -115,6 +117,11 @@ def _kind(part: Any) -> MediaKind | None:
 def _media_part(kind: MediaKind, part: Mapping[str, Any], place: str) -> MediaPart:
     if part["type"] in _OPENAI_TYPES:
         return _openai_part(kind, part, place)
+    known = ("type", "place", kind, *_DATA_NAMES, *_OPTIONS[kind])
+    # Datasets write null for the fields that other parts have.
+    unknown = [name for name, value in part.items() if name not in known and value is not None]
+    if unknown:
+        raise PromptError(f"{place}: expected the fields {', '.join(known)}, found {unknown[0]!r}")
     names = [name for name in (kind, *_DATA_NAMES) if part.get(name) is not None]
     if len(names) != 1:
         expected = ", ".join((kind, *_DATA_NAMES))

@@ -403,8 +403,12 @@ def prepare(
             tokenizer, messages, enable_thinking=enable_thinking, tools=tools, template_options=template_options
         )
         spans: list[MediaSpan] = []
+        texts = split_at_media(text, parts) if parts else [text]
+        for each in texts:
+            # The template may have made a mark of several texts.
+            _check_marks(media, each)
         if parts:
-            tokens, spans = media.encode(split_at_media(text, parts), parts, partial(encode_text, tokenizer))
+            tokens, spans = media.encode(texts, parts, partial(encode_text, tokenizer))
         else:
             tokens = encode_text(tokenizer, text)
         return PreparedPrompt(_with_embeddings(tokenizer, tokens, vocab_size), PromptMedia(spans, media))

@@ -275,6 +275,15 @@ def test_processor_config_has_the_default_budget(tiny_media: Callable[[str], Pat
         ([5], r"content\[0\]: expected text, or a part whose type is one of .*found 5"),
         ([{"type": "image", "image": ""}], r"content\[0\]: expected a path, found an empty text"),
         (["see <|image|>"], r"messages\[0\]: <\|image\|> stands for media"),
+        (["see <|im", "age|>"], r"the prompt: <\|image\|> stands for media"),
+        ([image(0), "<|ima", "ge>"], r"the prompt: <\|image> stands for media"),
+        ([image(0) | {"max_soft_token": 70}], r"content\[0\]: expected the fields type, .* found 'max_soft_token'"),
+        (
+            [{"type": "audio", "audio": clip(), "max_soft_tokens": 70}],
+            r"expected the fields .* found 'max_soft_tokens'",
+        ),
+        ([{"type": "video", "video": b"GIF", "fps": "a"}], r"fps: expected a positive number, found 'a'"),
+        ([{"type": "video", "video": b"GIF", "fps": 0}], r"fps: expected a positive number, found 0"),
     ],
 )
 def test_refused_parts(models: Callable[[str], mlx_mtp.Model], parts: list[Any], message: str) -> None:

@@ -308,6 +308,17 @@ def test_parts_of_unknown_types(served: Served, path: str, name: str) -> None:
     assert error["message"].endswith("found 'video_url'")
 
 
+@pytest.mark.parametrize("path", ["chat/completions", "responses", "messages"])
+@pytest.mark.parametrize("field", ["image", "images", "videos"])
+def test_media_beside_the_content_are_not_lost(served: Served, path: str, field: str) -> None:
+    name = "input" if path == "responses" else "messages"
+    body = {name: [{"role": "user", "content": "x", field: ["aGk="]}], "max_tokens": 4}
+    answer = post(f"{served.v1}/{path}", json=body)
+    assert answer.status_code == 400
+    assert f"{name}[0].{field}: expected media as parts of the content" in answer.json()["error"]["message"]
+    assert post(f"{served.v1}/{path}", json={**body, name: [{"role": "user", "content": "x", field: []}]}).is_success
+
+
 def test_results_of_calls_have_no_media(served: Served) -> None:
     output = {"type": "function_call_output", "call_id": "c", "output": [INPUT_IMAGE]}
     assert refused(served, "responses", {"input": [output]})["param"] == "input[0].output[0].type"
