@@ -1,10 +1,11 @@
 """From a sound to frames: decoding, mixed to one channel, resampled to 16 kHz, and cut into the frames of a network."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,8 @@ _FFT_LENGTH = 512
 MEL_BINS = 128
 # What is added to the energies before the logarithm.
 _FLOOR = 1e-3
+# Programs that record to a pipe write such a size or a larger one into the header.
+_UNKNOWN_SIZE = 0x7F000000
 # The number of samples per channel that are decoded at a time.
 _BLOCK = 1 << 16
 
@@ -122,16 +125,30 @@ def _mel_filters() -> NDArray[np.float64]:
 def _decoded(data: object, name: str) -> tuple[Samples, int]:
     """Decode a file. Returns its samples, mixed to one channel, and its rate.
 
-    A file that was cut off gives the samples that it still has, unless its decoder notices.
+    An MP3 that was cut off gives the samples that it still has, because its length is written nowhere.
     """
     soundfile = require("soundfile", "soundfile", "media", name)
     try:
-        with open_source(data, name) as file, soundfile.SoundFile(file) as sound:
-            _check_length(sound.frames, sound.samplerate, name)
-            return np.concatenate([np.zeros(0, np.float32), *_mixed_blocks(sound)]), sound.samplerate
+        with open_source(data, name) as file:
+            _check_whole(file, name)
+            with soundfile.SoundFile(file) as sound:
+                _check_length(sound.frames, sound.samplerate, name)
+                return np.concatenate([np.zeros(0, np.float32), *_mixed_blocks(sound)]), sound.samplerate
     except soundfile.LibsndfileError as error:
         expected = "a sound in a format of libsndfile, such as WAV, FLAC, Ogg or MP3"
         raise MediaError(f"{name}: expected {expected}, found other or damaged data: {error.error_string}") from None
+
+
+def _check_whole(file: BinaryIO, name: str) -> None:
+    """Raise MediaError if a WAV or AIFF file is shorter than its header says. The decoder would read what is there."""
+    head = file.read(12)
+    order: dict[bytes, Literal["little", "big"]] = {b"RIFF": "little", b"FORM": "big"}
+    size = int.from_bytes(head[4:8], order[head[:4]]) + 8 if head[:4] in order else 0
+    found = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    # Some programs leave out the byte after data of an odd size.
+    if found + 1 < size < _UNKNOWN_SIZE:
+        raise MediaError(f"{name}: expected {size} bytes, as its header says, found {found}: the file is truncated")
 
 
 def _mixed_blocks(sound: Any) -> Iterator[Samples]:

@@ -188,7 +188,15 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "another type": (3, "expected a path or bytes, found int"),
     "truncated FLAC": (encoded(noise(20_000), RATE, "FLAC")[:5000], "expected a sound in a format .* lost sync"),
     "truncated Ogg": (encoded(noise(20_000), RATE, "OGG")[:2000], "expected a sound in a format of libsndfile"),
-    "truncated header": (encoded(SILENCE, RATE, "WAV")[:30], "expected a sound in a format of libsndfile"),
+    "truncated WAV": (encoded(noise(20_000), RATE, "WAV")[:5000], "expected 40044 bytes, .* found 5000: .* truncated"),
+    "truncated AIFF": (
+        encoded(noise(20_000), RATE, "AIFF")[:5000],
+        "expected 400.. bytes, .* found 5000: the file is truncated",
+    ),
+    "truncated header": (
+        encoded(SILENCE, RATE, "WAV")[:30],
+        "expected 16044 bytes, .* found 30: the file is truncated",
+    ),
     "short": ((SILENCE[:160], RATE), "length: expected at least 161 samples at 16 kHz, found 160"),
     "short at 48 kHz": ((SILENCE[:480], 48_000), "length: expected at least 161 samples at 16 kHz, found 160"),
     "empty": ((SILENCE[:0], RATE), "length: expected at least 161 samples at 16 kHz, found 0"),
