@@ -104,7 +104,7 @@ def split_at_media(text: str, media: Sequence[MediaPart]) -> list[str]:
     found = [PLACEHOLDERS[mark] for mark in re.findall("|".join(map(re.escape, PLACEHOLDERS)), text)]
     wanted = [part.kind for part in media]
     if found != wanted:
-        raise PromptError(f"the rendered messages have places for {found}, but their media are {wanted}")
+        raise PromptError(f"the chat template wrote places for {found} where the messages have {wanted}")
     return texts
 
 
