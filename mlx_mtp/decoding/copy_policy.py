@@ -78,10 +78,11 @@ class CopyPolicy(DraftPolicy):
 
     def update(self, report: RoundReport, seconds: float | None) -> None:
         """Record the result of a round. Its tokens are trials of a copy, whatever drafted them."""
-        speed = self.chooser.tokens_per_second()
         # The first copies are only there to measure their costs.
-        if report.copied and speed is not None and report.drafted < len(self._costs.copied):
-            self._saved += len(report.tokens) / speed - self._costs.copied[report.drafted]
+        if report.copied and report.drafted < len(self._costs.copied):
+            speed = self.chooser.tokens_per_second()
+            if speed is not None:
+                self._saved += len(report.tokens) / speed - self._costs.copied[report.drafted]
         for token in report.tokens:
             if self._index.match:
                 self._statistics.add(self._index.match, is_right=self._index.copy(1) == [token])

@@ -213,7 +213,7 @@ class Stream:
         self.cache.in_flight += k + 1
 
     def begin_packed(self, k: int, copied: list[int] | None = None) -> PackedRound:
-        """Draft the tokens of a round whose verify pass `dispatch_packed` shares with other streams."""
+        """Draft the tokens of a round whose verify pass is shared with other streams (see packed.py)."""
         reads = self.host.reads
         k, copied, masks = self._begin_round(k, copied)
         if copied:

@@ -80,6 +80,28 @@ def test_the_peak_is_the_planned_one(tmp_path: Path, variant: str, length: int) 
     assert peak == pytest.approx(planned, rel=0.1)
 
 
+def media_peak(folder: Path, budget: int) -> int:
+    """Return the peak of a process that reads a picture of `budget` tokens, or else a sound of 30 seconds, in bytes."""
+    code = (
+        "import sys, numpy as np, mlx.core as mx\n"
+        "from pathlib import Path\n"
+        "from mlx_mtp.checkpoints.config import read_target_config\n"
+        "from mlx_mtp.gemma4.media_towers import load_media\n"
+        "from mlx_mtp.media.audio import read_audio\n"
+        "from mlx_mtp.media.images import read_image\n"
+        "towers = load_media(read_target_config(Path(sys.argv[1])))\n"
+        "model = towers.vision or towers.audio\n"
+        "if towers.vision:\n"
+        "    values = read_image(np.zeros((700, 1000, 3), np.uint8), budget=int(sys.argv[2])).values\n"
+        "else:\n"
+        "    values = read_audio((np.zeros(480_000, np.float32), 16_000)).log_mel()\n"
+        "mx.eval(model.parameters(), model(mx.array(values)))\n"
+        "print(mx.get_peak_memory())\n"
+    )
+    command = [sys.executable, "-c", code, str(folder), str(budget)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 @pytest.mark.parametrize("intermediate_size", [96, 2000])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_largest_picture_takes_the_planned_memory(
@@ -91,21 +113,9 @@ def test_the_largest_picture_takes_the_planned_memory(
     source = make_media_target(tmp_path / "source", "e2b", vision=vision)
     options = ["--drafter", "none", "--modalities", "text,image", "--dtype", dtype]
     assert convert(["--hf-path", str(source), "--mlx-path", str(tmp_path / "out"), *options]) == 0
-    code = (
-        "import sys, numpy as np, mlx.core as mx\n"
-        "from pathlib import Path\n"
-        "from mlx_mtp.checkpoints.config import read_target_config\n"
-        "from mlx_mtp.gemma4.media_towers import load_media\n"
-        "from mlx_mtp.media.images import read_image\n"
-        "picture = read_image(np.zeros((700, 1000, 3), np.uint8), budget=280)\n"
-        "vision = load_media(read_target_config(Path(sys.argv[1]))).vision\n"
-        "mx.eval(vision.parameters(), vision(mx.array(picture.values)))\n"
-        "print(mx.get_peak_memory())\n"
+    assert media_peak(tmp_path / "out", 280) == pytest.approx(
+        mlx_mtp.plan_memory(tmp_path / "out", drafter="none").media, rel=0.1
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "out")]
-    peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    plan = mlx_mtp.plan_memory(tmp_path / "out", drafter="none")
-    assert peak == pytest.approx(plan.media, rel=0.1)
 
 
 def test_other_media_take_the_planned_memory(tmp_path: Path) -> None:
@@ -114,26 +124,8 @@ def test_other_media_take_the_planned_memory(tmp_path: Path) -> None:
     source = make_media_target(tmp_path / "e2b", "e2b")
     options = ["--drafter", "none", "--modalities", "text,audio"]
     assert convert(["--hf-path", str(source), "--mlx-path", str(tmp_path / "hears"), *options]) == 0
-    code = (
-        "import sys, numpy as np, mlx.core as mx\n"
-        "from pathlib import Path\n"
-        "from mlx_mtp.checkpoints.config import read_target_config\n"
-        "from mlx_mtp.gemma4.media_towers import load_media\n"
-        "from mlx_mtp.media.audio import read_audio\n"
-        "from mlx_mtp.media.images import read_image\n"
-        "towers = load_media(read_target_config(Path(sys.argv[1])))\n"
-        "model = towers.vision or towers.audio\n"
-        "if towers.vision:\n"
-        "    values = read_image(np.zeros((700, 1000, 3), np.uint8), budget=1120).values\n"
-        "else:\n"
-        "    values = read_audio((np.zeros(480_000, np.float32), 16_000)).log_mel()\n"
-        "mx.eval(model.parameters(), model(mx.array(values)))\n"
-        "print(mx.get_peak_memory())\n"
-    )
     for folder in (unified, tmp_path / "hears"):
-        command = [sys.executable, "-c", code, str(folder)]
-        peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        assert peak == pytest.approx(mlx_mtp.plan_memory(folder, drafter="none").media, rel=0.1)
+        assert media_peak(folder, 1120) == pytest.approx(mlx_mtp.plan_memory(folder, drafter="none").media, rel=0.1)
 
 
 def test_a_limit_is_checked_before_loading_and_says_what_would_fit(tiny_pair: TinyPair) -> None:

@@ -16,7 +16,7 @@ from mlx_mtp.decoding.draft_length import Choice
 from mlx_mtp.decoding.packed import packed_round
 from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.errors import OptionError
-from mlx_mtp.gemma4.kv_cache import KVQuantization
+from mlx_mtp.gemma4.kv_cache import Cache, KVQuantization
 
 PROMPTS = [SHORT, LONG, random_tokens(3, seed=7), random_tokens(90, seed=8)]
 SAMPLINGS = [
@@ -115,3 +115,27 @@ def test_mapped_tables(tmp_path: Path, tiny_pair: Any) -> None:
         for _ in range(5):
             reports = packed_round(together, [Choice(0, ahead=False)] * 3)
             assert [report.tokens for report in reports] == [stream.round(0).tokens for stream in alone]
+
+
+@pytest.mark.in_place
+@pytest.mark.parametrize("ks", [(0, 0, 0), (3, 2, 0)])
+def test_a_round_copies_no_buffer(tiny_models: Models, ks: tuple[int, ...]) -> None:
+    """The peak of a round does not grow with the buffers of the streams."""
+    target, drafter = tiny_models("31b")
+    choices = [Choice(k, ahead=False) for k in ks]
+    peaks, sizes = [], []
+    for capacity in (1024, 32 * 1024):
+        streams = [Stream(target, drafter, max_draft_tokens=3) for _ in ks]
+        for stream, prompt in zip(streams, PROMPTS, strict=False):
+            stream.cache = Cache(target.config, target.dtype, max_block=4, capacity=capacity)
+            stream.prefill(prompt, 64)
+        for _ in range(3):
+            packed_round(streams, choices)
+        active = mx.get_active_memory()
+        mx.reset_peak_memory()
+        for _ in range(5):
+            packed_round(streams, choices)
+        peaks.append(mx.get_peak_memory() - active)
+        sizes.append(sum(buffer.nbytes for stream in streams for buffer in stream.cache.arrays()))
+    assert sizes[1] > sizes[0] + 50e6
+    assert peaks[1] < peaks[0] + 1e6
