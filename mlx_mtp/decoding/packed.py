@@ -13,7 +13,7 @@ from mlx_mtp.gemma4.target import Target
 
 from .draft_length import Choice
 from .report import RoundReport
-from .round import PackedRound, tokens_to_verify
+from .round import Drafted, tokens_to_verify
 from .stream import Stream
 
 
@@ -27,20 +27,20 @@ def packed_round(
 
     Raises OptionError if there are draft tokens but no drafter.
     """
-    rounds = [stream.begin_packed(each.k, each.copied) for stream, each in zip(streams, choices, strict=True)]
-    reports = _verify(streams[0].parts.target, streams, rounds)
+    drafts = [stream.draft(each.k, each.copied or []) for stream, each in zip(streams, choices, strict=True)]
+    reports = _verify(streams[0].parts.target, streams, drafts)
     mx.eval(reports, [stream.state for stream in streams])
     return [stream.finish(stop_ids) for stream in streams]
 
 
-def _verify(target: Target, streams: Sequence[Stream], rounds: Sequence[PackedRound]) -> list[mx.array]:
+def _verify(target: Target, streams: Sequence[Stream], drafts: Sequence[Drafted]) -> list[mx.array]:
     """Verify all drafts in one pass and replace the states. Return the reports. Nothing is evaluated.
 
     This is a separate function because its caches must not exist when the round is evaluated. They would force MLX to
     copy buffers.
     """
     caches = [stream.cache.over(stream.state.kv) for stream in streams]
-    tokens = [tokens_to_verify(stream.state, each.draft) for stream, each in zip(streams, rounds, strict=True)]
+    tokens = [tokens_to_verify(stream.state, each.draft) for stream, each in zip(streams, drafts, strict=True)]
     outputs = target.packed(mx.concatenate(tokens, axis=1), caches, [each.shape[1] for each in tokens])
-    ended = zip(streams, rounds, caches, outputs, strict=True)
-    return [stream.end_packed(each, cache.kv, output) for stream, each, cache, output in ended]
+    verified = zip(streams, drafts, caches, outputs, strict=True)
+    return [stream.accept(drafted, cache.kv, output) for stream, drafted, cache, output in verified]

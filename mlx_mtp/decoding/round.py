@@ -44,16 +44,17 @@ class Verified(NamedTuple):
     logprobs: mx.array
 
 
-class PackedRound(NamedTuple):
-    """A round whose verify pass is shared with other streams (see packed.py): its draft, and the masks of a guide.
+class Drafted(NamedTuple):
+    """A round before its verify pass: its draft, and the masks of a guide.
 
-    `reads` counts the host reads so far. `is_copied` tells whether the draft tokens were copied from the text.
+    `copied` are the draft tokens if they were copied from the text, otherwise an empty list. `reads` counts the host
+    reads so far.
     """
 
     draft: Draft
     masks: mx.array | None
+    copied: list[int]
     reads: int
-    is_copied: bool
 
 
 class Steps(NamedTuple):

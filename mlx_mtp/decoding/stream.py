@@ -21,7 +21,7 @@ from .prompt_cache import CacheEntry, KVFormat, ReusedPrefix
 from .prompt_media import PromptMedia
 from .report import RoundReport
 from .round import (
-    PackedRound,
+    Drafted,
     RoundParts,
     Steps,
     Verified,
@@ -193,44 +193,36 @@ class Stream:
         Raises OptionError if there are draft tokens but no drafter.
         """
         reads = self.host.reads
-        k, copied, masks = self._begin_round(k, copied)
-        verified = self._advance_copied(copied, masks) if copied else self._advance(k)
+        k, is_copied, verified = self._advance(k, copied or [])
         mx.async_eval(verified, self.state)
-        self._note_dispatch(k, verified, self.host.reads - reads, copied=bool(copied))
+        self._note_dispatch(k, verified, self.host.reads - reads, copied=is_copied)
 
-    def _begin_round(self, k: int, copied: list[int] | None) -> tuple[int, list[int] | None, mx.array | None]:
-        """Make room for a round. Return its number of draft tokens, the copied ones, and the masks for them."""
-        assert k < self.cache.max_block, "more draft tokens than the stream was made for"
+    def draft(self, k: int, copied: list[int]) -> Drafted:
+        """Make room for a round, and draft its tokens, or take the copied ones that the guide allows.
+
+        Raises OptionError if there are draft tokens but no drafter.
+        """
+        reads = self.host.reads
         masks = None
-        if copied is not None:
+        if copied:
             copied, masks = self.host.cut(copied[:k])
             k = len(copied)
-        self.cache.reserve(k + 1)
-        return k, copied, masks
-
-    def _note_dispatch(self, k: int, verified: Verified, reads: int, *, copied: bool) -> None:
-        self._in_flight.append(_InFlight(k, verified, bool(self._in_flight), reads, copied))
-        self.cache.in_flight += k + 1
-
-    def begin_packed(self, k: int, copied: list[int] | None = None) -> PackedRound:
-        """Draft the tokens of a round whose verify pass is shared with other streams (see packed.py)."""
-        reads = self.host.reads
-        k, copied, masks = self._begin_round(k, copied)
+        self._reserve(k)
         if copied:
             draft = self.parts.rules.copied_draft(copied)
         else:
             draft, masks = self.host.draft(self.parts, self.cache, self.state, self._steps(k), k)
-        return PackedRound(draft, masks, self.host.reads - reads, is_copied=bool(copied))
+        return Drafted(draft, masks, copied, self.host.reads - reads)
 
-    def end_packed(self, packed: PackedRound, kv: KVState, output: TargetOutput) -> mx.array:
-        """Accept draft tokens by the output of a shared pass, which has written its rows to `kv`.
+    def accept(self, drafted: Drafted, kv: KVState, output: TargetOutput) -> mx.array:
+        """Accept draft tokens by the output of a pass over several streams, which has written its rows to `kv`.
 
         Nothing is evaluated. Return the report of the round. `finish` reads it.
         """
         state = self._state._replace(kv=kv)
         text = self.host.text(self.tokens)
-        self.state, verified = end_round(self.parts, state, packed.draft, output, packed.masks, text)
-        self._note_dispatch(packed.draft.tokens.shape[1], verified, packed.reads, copied=packed.is_copied)
+        self.state, verified = end_round(self.parts, state, drafted.draft, output, drafted.masks, text)
+        self._note_dispatch(drafted.draft.tokens.shape[1], verified, drafted.reads, copied=bool(drafted.copied))
         return verified.report
 
     def finish(self, stop_ids: frozenset[int] = frozenset()) -> RoundReport:
@@ -268,23 +260,32 @@ class Stream:
         self.cache.in_flight = 0
         self.cache.set_length(self.cache.length)
 
-    def _advance(self, k: int) -> Verified:
-        """Run a round of k draft tokens and replace the state. Only the host's part is evaluated."""
-        steps = self._steps(k)
-        if self.host.guide is None and self.parts.target.mapped is None:
-            self.state, verified = steps.whole(self.state)
-            return verified
-        draft, masks = self.host.draft(self.parts, self.cache, self.state, steps, k)
-        per_layer_rows = self.host.per_layer_rows(self.parts.target, self.tokens[-1], draft)
-        self.state, verified = steps.verify(self.state, draft, masks, per_layer_rows)
-        return verified
+    def _advance(self, k: int, copied: list[int]) -> tuple[int, bool, Verified]:
+        """Run a round and replace the state. Only the host's part is evaluated.
 
-    def _advance_copied(self, copied: list[int], masks: mx.array | None) -> Verified:
-        """Run a round with these draft tokens, whose rows have these masks, and replace the state."""
-        per_layer_rows = self.parts.target.read_per_layer_rows([self.tokens[-1], *copied])
-        draft = self.parts.rules.copied_draft(copied)
-        self.state, verified = self._steps(len(copied)).verify(self.state, draft, masks, per_layer_rows)
-        return verified
+        Return its number of draft tokens, whether they are copied, and its report.
+        """
+        target = self.parts.target
+        if not copied and self.host.guide is None and target.mapped is None:
+            self._reserve(k)
+            self.state, verified = self._steps(k).whole(self.state)
+            return k, False, verified
+        draft, masks, copied, _ = self.draft(k, copied)
+        if copied:
+            per_layer_rows = target.read_per_layer_rows([self.tokens[-1], *copied])
+        else:
+            per_layer_rows = self.host.per_layer_rows(target, self.tokens[-1], draft)
+        k = draft.tokens.shape[1]
+        self.state, verified = self._steps(k).verify(self.state, draft, masks, per_layer_rows)
+        return k, bool(copied), verified
+
+    def _note_dispatch(self, k: int, verified: Verified, reads: int, *, copied: bool) -> None:
+        self._in_flight.append(_InFlight(k, verified, bool(self._in_flight), reads, copied))
+        self.cache.in_flight += k + 1
+
+    def _reserve(self, k: int) -> None:
+        assert k < self.cache.max_block, "more draft tokens than the stream was made for"
+        self.cache.reserve(k + 1)
 
     def _steps(self, k: int) -> Steps:
         if self._rounds is None:
