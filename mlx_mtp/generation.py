@@ -1,16 +1,18 @@
-"""One generation of a loaded model, from the tokens of a prompt to the responses."""
+"""One generation of a loaded model, from the tokens of a prompt to its responses."""
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 
 import mlx.core as mx
 
 from mlx_mtp.decoding.calibration import choosing_policy
-from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, DraftPolicy
+from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, Choice, DraftPolicy
 from mlx_mtp.decoding.exact import check_exact
 from mlx_mtp.decoding.prefill import Progress
 from mlx_mtp.decoding.prompt_media import PromptMedia
+from mlx_mtp.decoding.report import RoundReport
 from mlx_mtp.decoding.rules import LogitsProcessor
-from mlx_mtp.decoding.stream import Stream, decode, token_budget
+from mlx_mtp.decoding.stream import Stream
+from mlx_mtp.decoding.text_loop import Decoding, token_budget
 from mlx_mtp.gemma4.device_checks import check_quantized_attention
 from mlx_mtp.gemma4.kv_cache import KVQuantization
 from mlx_mtp.text.answer import TextStream
@@ -19,74 +21,154 @@ from mlx_mtp.text.tokenizer import open_thought
 from .errors import OptionError
 from .loaded_model import LoadedModel
 from .options import GenerationOptions
-from .responses import GenerationResponse, respond
+from .responses import GenerationResponse, Responder
 
 # The number of prompt tokens between two snapshots. Other prompts can resume from a snapshot.
 SNAPSHOT_EVERY = 2048
 
 
-def begin(
-    model: LoadedModel,
-    prompt: list[int],
-    options: GenerationOptions,
-    on_prefill: Progress | None,
-    check: Callable[[], None],
-    media: PromptMedia,
-) -> Generator[GenerationResponse, None, None]:
-    """Check the prompt and all options, and return the generator of responses.
+class Generation:
+    """One generation of a model, which its caller moves on step by step.
 
-    `media` are the media in the prompt.
-    `on_prefill` is called between chunks of the prompt. `check` is called there as well, and during the measurement of
-    rounds. If one of them raises, the generation ends.
+    Making it checks the prompt and all options. Then call `read_chunk` while `is_reading` is true, and run rounds until
+    `is_ended` is true: `round` runs one alone, and `choose` and `take` stand around a round of several generations.
+    Each step returns the responses of its tokens. Call `close` at the end, also after a failure.
+
+    `media` are the media in the prompt. `on_prefill` is called between chunks of the prompt. `check` is called there as
+    well, and during the measurement of rounds. If one of them raises, close the generation.
 
     Raises PromptError if the prompt cannot be used, and OptionError if an option cannot be used.
     """
-    parts = model.parts
-    budget = token_budget(prompt, options.max_tokens, model.max_context)
-    eos = frozenset(parts.tokenizer.eos_token_ids)
-    stop_ids = frozenset[int]() if options.ignore_eos else eos
-    processors = list(options.logits_processors)
-    if options.min_tokens:
-        processors.append(_no_stop_before(len(prompt) + options.min_tokens, eos))
-    channel = parts.guides.channel
-    thought = None if channel is None else open_thought(parts.tokenizer, channel, prompt)
-    _check_kv(model, options.kv_quantization)
-    policy = _draft_policy(model, options, len(prompt), check)
-    # An exact model reads every prompt, because the rounding of sums depends on how it is read.
-    reuses = options.reuse_prompt and not model.exact
-    stream = Stream(
-        parts.target,
-        parts.drafter,
-        max_draft_tokens=MAX_DRAFT_TOKENS if model.exact else options.longest_draft,
-        sampling=options.sampling.within(model.max_context),
-        processors=processors,
-        guide=parts.guides.guide(options, thought, stop_ids),
-        logprobs=options.logprobs,
-        rounds=parts.rounds,
-        exact=model.exact,
-        snapshot_every=SNAPSHOT_EVERY if reuses else None,
-        kv_quantization=options.kv_quantization,
-        media=media,
-    )
-    rounds = decode(
-        stream,
-        prompt,
-        max_tokens=budget,
-        num_draft_tokens=policy,
-        stop_ids=stop_ids,
-        prefill_step_size=options.prefill_step_size,
-        on_prefill=checked(on_prefill, check),
-    )
-    responses = respond(
-        stream,
-        rounds,
-        TextStream(parts.tokenizer, channel, options.stop_strings, thought),
-        stop_ids=stop_ids,
-        prompt_tokens=len(prompt),
-        budget=budget,
-        counts_rows=bool(options.logits_processors),
-    )
-    return _reusing(model, stream, policy, prompt, responses) if reuses else responses
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        prompt: list[int],
+        options: GenerationOptions,
+        on_prefill: Progress | None,
+        check: Callable[[], None],
+        media: PromptMedia,
+    ) -> None:
+        parts = model.parts
+        budget = token_budget(prompt, options.max_tokens, model.max_context)
+        eos = frozenset(parts.tokenizer.eos_token_ids)
+        stop_ids = frozenset[int]() if options.ignore_eos else eos
+        processors = list(options.logits_processors)
+        if options.min_tokens:
+            processors.append(_no_stop_before(len(prompt) + options.min_tokens, eos))
+        channel = parts.guides.channel
+        thought = None if channel is None else open_thought(parts.tokenizer, channel, prompt)
+        _check_kv(model, options.kv_quantization)
+        policy = _draft_policy(model, options, len(prompt), check)
+        # An exact model reads every prompt, because the rounding of sums depends on how it is read.
+        self._reuses = options.reuse_prompt and not model.exact
+        self.stream = Stream(
+            parts.target,
+            parts.drafter,
+            max_draft_tokens=MAX_DRAFT_TOKENS if model.exact else options.longest_draft,
+            sampling=options.sampling.within(model.max_context),
+            processors=processors,
+            guide=parts.guides.guide(options, thought, stop_ids),
+            logprobs=options.logprobs,
+            rounds=parts.rounds,
+            exact=model.exact,
+            snapshot_every=SNAPSHOT_EVERY if self._reuses else None,
+            kv_quantization=options.kv_quantization,
+            media=media,
+        )
+        self.decoding = Decoding(
+            self.stream,
+            prompt,
+            max_tokens=budget,
+            policy=policy,
+            stop_ids=stop_ids,
+            prefill_step_size=options.prefill_step_size,
+            on_prefill=checked(on_prefill, check),
+        )
+        self._responder = Responder(
+            TextStream(parts.tokenizer, channel, options.stop_strings, thought),
+            stop_ids=stop_ids,
+            prompt_tokens=len(prompt),
+            budget=budget,
+            counts_rows=bool(options.logits_processors),
+        )
+        self._model = model
+        self._has_begun = self._is_closed = False
+
+    @property
+    def is_reading(self) -> bool:
+        """True until the whole prompt is read."""
+        return self.decoding.is_reading
+
+    @property
+    def is_ended(self) -> bool:
+        """True after the last token."""
+        return self._responder.is_ended
+
+    def read_chunk(self) -> Iterator[GenerationResponse]:
+        """Read the next chunk of the prompt. After the last one, yield the response of the first token."""
+        if not self._has_begun:
+            self._begin()
+        report = self.decoding.read_chunk()
+        if report is not None:
+            yield from self._responder.add(report)
+
+    def round(self) -> Iterator[GenerationResponse]:
+        """Run the next round alone."""
+        yield from self._responder.add(self.decoding.round())
+
+    def settle(self) -> Iterator[GenerationResponse]:
+        """Finish the round in flight, if there is one. The next round may then be one of several generations."""
+        report = self.decoding.settle()
+        if report is not None:
+            yield from self._responder.add(report)
+
+    def choose(self) -> Choice:
+        """Choose the next round, which runs together with those of other generations."""
+        return self.decoding.choose()
+
+    def take(self, report: RoundReport) -> Iterator[GenerationResponse]:
+        """Record a round that ran together with those of other generations."""
+        self.decoding.take(report)
+        yield from self._responder.add(report)
+
+    def close(self) -> None:
+        """End the generation, and put its K/V into the prompt cache. A second call does nothing."""
+        if self._is_closed or not self._has_begun:
+            return
+        self._is_closed = True
+        self.decoding.end()
+        if not self._reuses:
+            return
+        entry = self.stream.cache_entry()
+        if entry is not None and not self._model.is_closed:
+            # After a failure or Ctrl-C, the last pass may not be evaluated yet.
+            mx.eval(list(entry.arrays()))
+            entry.copy_index = self.decoding.policy.copy_index
+            self._model.prompt_cache.put(entry)
+
+    def _begin(self) -> None:
+        """Start from the K/V of an earlier prompt, if the prompt cache has one, and from the copy index of its text."""
+        self._has_begun = True
+        stream, decoding = self.stream, self.decoding
+        if self._reuses:
+            reused = self._model.prompt_cache.take(stream.media.keys(decoding.prompt), stream.kv_format)
+            if reused is not None:
+                stream.resume(reused)
+                if reused.entry.copy_index is not None:
+                    decoding.policy.resume(reused.entry.copy_index)
+        self._responder.start(stream.cache.length, stream.parts.target.mapped)
+
+
+def responses(generation: Generation) -> Generator[GenerationResponse, None, None]:
+    """Run a generation alone, and yield its responses."""
+    try:
+        while generation.is_reading:
+            yield from generation.read_chunk()
+        while not generation.is_ended:
+            yield from generation.round()
+    finally:
+        generation.close()
 
 
 def checked(on_progress: Progress | None, check: Callable[[], None]) -> Progress:
@@ -160,32 +242,3 @@ def _check_kv(model: LoadedModel, kv: KVQuantization | None) -> None:
         if model.exact:
             check_exact(parts.target, kv)
         parts.checked.add(kv)
-
-
-def _reusing(
-    model: LoadedModel,
-    stream: Stream,
-    policy: DraftPolicy,
-    prompt: list[int],
-    responses: Generator[GenerationResponse, None, None],
-) -> Generator[GenerationResponse, None, None]:
-    """Yield the responses of a stream that uses the prompt cache.
-
-    The stream starts from the K/V of an earlier prompt, and puts its own K/V into the prompt cache. The policy starts
-    from the index of the earlier text, if there is one.
-    """
-    reused = model.prompt_cache.take(stream.media.keys(prompt), stream.kv_format)
-    if reused is not None:
-        stream.resume(reused)
-        if reused.entry.copy_index is not None:
-            policy.resume(reused.entry.copy_index)
-        del reused
-    try:
-        yield from responses
-    finally:
-        entry = stream.cache_entry()
-        if entry is not None and not model.is_closed:
-            # After a failure or Ctrl-C, the last pass may not be evaluated yet.
-            mx.eval(list(entry.arrays()))
-            entry.copy_index = policy.copy_index
-            model.prompt_cache.put(entry)

@@ -12,13 +12,13 @@ from mlx_mtp.decoding.draft_length import Costs
 from mlx_mtp.decoding.prefill import Progress
 from mlx_mtp.decoding.prompt_media import PreparedPrompt
 from mlx_mtp.decoding.sampling import Sampling
-from mlx_mtp.decoding.stream import token_budget
+from mlx_mtp.decoding.text_loop import token_budget
 from mlx_mtp.text.tokenizer import Prompt, prepare
 from mlx_mtp.threads.job_thread import Job
 
 from .decoding import prompt_cache
 from .errors import OptionError, PromptError
-from .generation import begin, checked
+from .generation import Generation, checked, responses
 from .loaded_model import LoadedModel
 from .options import DEFAULT_KV_GROUP_SIZE, GenerationOptions, OptionChanges
 from .prompt_files import load_entry, read_ahead
@@ -105,7 +105,7 @@ class Model(LoadedModel):
         """
         with self.life:
             chosen = replace(options or GenerationOptions(), **changes)
-            return self.life.guard(self._begin(prompt, chosen, on_prefill, self.life.check))
+            return self.life.guard(responses(self._begin(prompt, chosen, on_prefill, self.life.check)))
 
     async def astream_generate(
         self,
@@ -135,7 +135,7 @@ class Model(LoadedModel):
             with self.life:
                 chosen = replace(options or GenerationOptions(), **changes)
                 report = None if on_prefill is None else job.on_loop(on_prefill)
-                return self.life.guard(self._begin(prompt, chosen, report, check))
+                return self.life.guard(responses(self._begin(prompt, chosen, report, check)))
 
         job = self.life.worker().submit(start)
         try:
@@ -246,6 +246,6 @@ class Model(LoadedModel):
 
     def _begin(
         self, prompt: Prompt, chosen: GenerationOptions, on_prefill: Progress | None, check: Callable[[], None]
-    ) -> Generator[GenerationResponse, None, None]:
+    ) -> Generation:
         prepared = self.prepare(prompt, enable_thinking=chosen.enable_thinking)
-        return begin(self, prepared.tokens, chosen, on_prefill, check, prepared.media)
+        return Generation(self, prepared.tokens, chosen, on_prefill, check, prepared.media)

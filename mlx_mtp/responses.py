@@ -1,14 +1,14 @@
 """The responses of a generation: one per token, with text, thought and statistics."""
 
 import time
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import mlx.core as mx
 
 from mlx_mtp.decoding.report import Logprobs, RoundReport, Stats
-from mlx_mtp.decoding.stream import Stream
+from mlx_mtp.gemma4.disk_table import EmbeddingStats, MappedEmbedding
 from mlx_mtp.text.answer import TextStream
 
 
@@ -67,73 +67,80 @@ def whole(responses: Sequence[GenerationResponse]) -> GenerationResult:
     return GenerationResult(text, thought, [r.token for r in responses], responses[-1])
 
 
-@dataclass
-class _Clock:
-    """The speed of prefill and of decoding, in tokens per second."""
+class Responder:
+    """The responses of one generation, made from the reports of its rounds.
 
-    prompt_tokens: int
-    started: float = field(default_factory=time.perf_counter)
-    first_token: float = 0.0
-
-    def prompt_tps(self) -> float:
-        """Return the speed of prefill."""
-        return self.prompt_tokens / (self.first_token - self.started)
-
-    def generation_tps(self, tokens: int) -> float:
-        """Return the speed of the tokens after the first, which belongs to prefill; 0.0 if there are none."""
-        return (tokens - 1) / (time.perf_counter() - self.first_token) if tokens > 1 else 0.0
-
-
-def respond(
-    stream: Stream,
-    rounds: Iterable[RoundReport],
-    text: TextStream,
-    *,
-    stop_ids: frozenset[int],
-    prompt_tokens: int,
-    budget: int,
-    counts_rows: bool,
-) -> Generator[GenerationResponse, None, None]:
-    """Yield a response for each token of the rounds of a stream, until a stop or `budget` tokens.
-
-    `counts_rows` says whether the statistics count the rows that logits processors see.
+    `text` makes readable text of the tokens. The text ends after one of `stop_ids`, at a stop string, or after `budget`
+    tokens. `counts_rows` says whether the statistics count the rows that logits processors see.
     """
-    stats = Stats()
-    generated = 0
-    cached = stream.cache.length
-    clock = _Clock(prompt_tokens - cached)
-    mapped = stream.parts.target.mapped
-    before = None if mapped is None else mapped.stats
-    for result in rounds:
-        if mapped is not None and before is not None:
-            stats.embeddings = mapped.stats.since(before)
-        if generated:
-            stats.add(result.drafted, result.accepted, result.host_reads, ahead=result.ahead, copied=result.copied)
+
+    def __init__(
+        self, text: TextStream, *, stop_ids: frozenset[int], prompt_tokens: int, budget: int, counts_rows: bool
+    ) -> None:
+        self.stats = Stats()
+        self.is_ended = False
+        self._text = text
+        self._stop_ids = stop_ids
+        self._prompt_tokens = prompt_tokens
+        self._budget = budget
+        self._counts_rows = counts_rows
+        self._generated = 0
+        self._cached = 0
+        self._started = self._first_token = 0.0
+        self._mapped: MappedEmbedding | None = None
+        self._rows_before = EmbeddingStats()
+
+    def start(self, cached: int, mapped: MappedEmbedding | None) -> None:
+        """Start the clock of the prefill. The first `cached` tokens of the prompt need not be read.
+
+        `mapped` is the table whose rows the statistics count, if there is one.
+        """
+        self._cached, self._mapped = cached, mapped
+        if mapped is not None:
+            self._rows_before = mapped.stats
+        self._started = time.perf_counter()
+
+    def add(self, report: RoundReport) -> Iterator[GenerationResponse]:
+        """Yield a response for each token of a round. The first report is that of the prefill."""
+        if self._mapped is not None:
+            self.stats.embeddings = self._mapped.stats.since(self._rows_before)
+        if self._generated:
+            self.stats.add(report.drafted, report.accepted, report.host_reads, ahead=report.ahead, copied=report.copied)
         else:
-            clock.first_token = time.perf_counter()
-        stats.processed_rows += result.drafted + 1 if counts_rows else 0
-        for position, token in enumerate(result.tokens):
-            generated += 1
-            is_stop = token in stop_ids
-            is_last = is_stop or generated == budget
-            piece = text.add(None if is_stop else token, is_last=is_last)
-            yield GenerationResponse(
-                text=piece.text,
-                token=token,
-                from_draft=position < result.accepted,
-                prompt_tokens=prompt_tokens,
-                prompt_tps=clock.prompt_tps(),
-                generation_tokens=generated,
-                generation_tps=clock.generation_tps(generated),
-                peak_memory=mx.get_peak_memory() / 1e9,
-                finish_reason="stop" if is_stop or piece.stopped else "length" if is_last else None,
-                stats=stats,
-                logprobs=None if result.logprobs is None else result.logprobs[position],
-                thought=piece.thought,
-                in_thought=piece.in_thought,
-                cached_tokens=cached,
-                stop_string=piece.stopped,
-                from_copy=result.copied and position < result.accepted,
-            )
-            if piece.stopped:
+            self._first_token = time.perf_counter()
+        self.stats.processed_rows += report.drafted + 1 if self._counts_rows else 0
+        for position in range(len(report.tokens)):
+            yield self._response(report, position)
+            if self.is_ended:
                 return
+
+    def _response(self, report: RoundReport, position: int) -> GenerationResponse:
+        token = report.tokens[position]
+        self._generated += 1
+        is_stop = token in self._stop_ids
+        is_last = is_stop or self._generated == self._budget
+        piece = self._text.add(None if is_stop else token, is_last=is_last)
+        self.is_ended = is_last or piece.stopped is not None
+        return GenerationResponse(
+            text=piece.text,
+            token=token,
+            from_draft=position < report.accepted,
+            prompt_tokens=self._prompt_tokens,
+            prompt_tps=(self._prompt_tokens - self._cached) / (self._first_token - self._started),
+            generation_tokens=self._generated,
+            generation_tps=self._generation_tps(),
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason="stop" if is_stop or piece.stopped else "length" if is_last else None,
+            stats=self.stats,
+            logprobs=None if report.logprobs is None else report.logprobs[position],
+            thought=piece.thought,
+            in_thought=piece.in_thought,
+            cached_tokens=self._cached,
+            stop_string=piece.stopped,
+            from_copy=report.copied and position < report.accepted,
+        )
+
+    def _generation_tps(self) -> float:
+        """Return the speed of the tokens after the first, which belongs to prefill; 0.0 if there are none."""
+        tokens = self._generated
+        return (tokens - 1) / (time.perf_counter() - self._first_token) if tokens > 1 else 0.0

@@ -11,7 +11,8 @@ from mlx_mtp.decoding.report import Stats
 from mlx_mtp.decoding.rules import TokenRules
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.state import RoundState
-from mlx_mtp.decoding.stream import Stream, decode
+from mlx_mtp.decoding.stream import Stream
+from mlx_mtp.decoding.text_loop import decode
 from mlx_mtp.gemma4.drafter import Draft
 from mlx_mtp.gemma4.target import Target
 from mlx_mtp.model import Model

@@ -103,6 +103,11 @@ class DraftPolicy:
         return Choice(self.k, self.ahead)
 
     @property
+    def untimed(self) -> "DraftPolicy":
+        """The policy for rounds that cannot be timed, because they run together with those of other texts."""
+        return self
+
+    @property
     def copy_index(self) -> CopyIndex | None:
         """The index of the text, or None if the policy does not copy from it."""
         return None

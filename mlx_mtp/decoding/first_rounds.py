@@ -175,6 +175,11 @@ class MeasuringPolicy(DraftPolicy):
         self._lock: MeasuringLock | None = None
 
     @property
+    def untimed(self) -> DraftPolicy:
+        """The policy for rounds that cannot be timed: they do not belong to the measurement."""
+        return self.chooser
+
+    @property
     def copy_index(self) -> CopyIndex | None:
         """The index of the text, or None if `chooser` does not copy from it."""
         return self.chooser.copy_index

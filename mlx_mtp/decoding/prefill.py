@@ -40,30 +40,30 @@ class PromptReader:
         cache.restore(entry.full, snapshot.rings, length, snapshot.written)
         self._snapshots = [earlier for earlier in entry.snapshots if earlier.position <= length]
 
-    def read(
+    def read_chunk(
         self, cache: Cache, prompt: list[int], step_size: int, on_progress: Progress | None = None
-    ) -> tuple[mx.array, mx.array]:
-        """Read the part of the prompt after the cache's length, at least one token, in chunks of at most `step_size`.
+    ) -> tuple[mx.array, mx.array] | None:
+        """Read the next chunk of the prompt, at most `step_size` tokens after the cache's length.
 
-        Return the logits [1, vocab] and the hidden state [1, 1, hidden_size] of its last token.
+        After the last chunk, return the logits [1, vocab] and the hidden state [1, 1, hidden_size] of the last token of
+        the prompt. Return None before.
         """
-        while (start := cache.length) < len(prompt):
-            target = self._target
-            # Quantized K/V always have scores.
-            is_fused = target.fuses_prefill and cache.quantization is None
-            kv_rows = cache.rows_for(step_size)
-            size = chunk_size(target.config, kv_rows, target.dtype.size, step_size, is_fused=is_fused)
-            end = self._media.end_of_chunk(start, min(len(prompt), start + cache.longest_pass(size)))
-            self._is_reading = True
-            logits, hidden = self._read_chunk(cache, prompt, end)
-            cache.set_length(end)
-            self._is_reading = False
-            every = self._snapshot_every
-            if every is not None and (end == len(prompt) or end // every > start // every):
-                self._snapshots.append(Snapshot(end, cache.written, cache.buffers("sliding_attention")))
-            if on_progress is not None:
-                on_progress(end, len(prompt))
-        return logits, hidden
+        start, target = cache.length, self._target
+        # Quantized K/V always have scores.
+        is_fused = target.fuses_prefill and cache.quantization is None
+        kv_rows = cache.rows_for(step_size)
+        size = chunk_size(target.config, kv_rows, target.dtype.size, step_size, is_fused=is_fused)
+        end = self._media.end_of_chunk(start, min(len(prompt), start + cache.longest_pass(size)))
+        self._is_reading = True
+        logits, hidden = self._read_chunk(cache, prompt, end)
+        cache.set_length(end)
+        self._is_reading = False
+        every = self._snapshot_every
+        if every is not None and (end == len(prompt) or end // every > start // every):
+            self._snapshots.append(Snapshot(end, cache.written, cache.buffers("sliding_attention")))
+        if on_progress is not None:
+            on_progress(end, len(prompt))
+        return (logits, hidden) if end == len(prompt) else None
 
     def _read_chunk(self, cache: Cache, prompt: list[int], end: int) -> tuple[mx.array, mx.array]:
         """Read the prompt up to `end`, and return the logits and the hidden state after its last token.

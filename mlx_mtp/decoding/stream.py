@@ -1,20 +1,18 @@
-"""The stream of rounds of one text, and the decode loop."""
+"""The stream of rounds of one text."""
 
-import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_mtp.errors import ContextLengthError, OptionError, PromptError
+from mlx_mtp.errors import OptionError
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.kv_cache import Cache, KVQuantization, KVState
 from mlx_mtp.gemma4.target import Target, TargetOutput
 
 from .compiled import CompiledRounds
 from .constraints import Guide
-from .draft_length import DraftPolicy
 from .host import Host
 from .prefill import Progress, PromptReader
 from .prompt_cache import CacheEntry, KVFormat, ReusedPrefix
@@ -145,9 +143,29 @@ class Stream:
         After `resume`, only the rest of the prompt is read. If `on_progress` raises an exception, the prefill stops
         between two chunks.
         """
-        logits = self.read(prompt, step_size, on_progress)
-        window = [-1] * self._state.window.size + prompt
-        self._state = self._state._replace(window=mx.array(window[len(prompt) :], mx.int32))
+        return self.choose_first(self.read(prompt, step_size, on_progress))
+
+    def read(self, prompt: list[int], step_size: int, on_progress: Progress | None = None) -> mx.array:
+        """Read the prompt and choose nothing. Return the logits after its last token, [1, vocab]."""
+        while (logits := self.read_chunk(prompt, step_size, on_progress)) is None:
+            pass
+        return logits
+
+    def read_chunk(self, prompt: list[int], step_size: int, on_progress: Progress | None = None) -> mx.array | None:
+        """Read the next chunk of the prompt. Return the logits after the last token, [1, vocab], or None before."""
+        if len(self.tokens) < len(prompt):
+            self.tokens = list(prompt)
+        last = self._reader.read_chunk(self.cache, prompt, step_size, on_progress)
+        if last is None:
+            return None
+        logits, hidden = last
+        self._state = self._state._replace(hidden=hidden)
+        return logits
+
+    def choose_first(self, logits: mx.array) -> RoundReport:
+        """Choose the first token after the prompt from the logits after its last token, [1, vocab]."""
+        window = [-1] * self._state.window.size + self.tokens
+        self._state = self._state._replace(window=mx.array(window[len(self.tokens) :], mx.int32))
         masks = self.host.first_mask(self._state.bonus)
         no_draft = draft_tokens(self.parts, self.cache, self.state, 0)
         chosen = self.parts.rules.accept(
@@ -159,13 +177,6 @@ class Stream:
         tokens = self.host.wait_for(chosen)
         self._append(tokens)
         return RoundReport(tokens, 0, 0, self.host.logprobs(logprobs, self.parts.logprobs, 1), self.host.reads)
-
-    def read(self, prompt: list[int], step_size: int, on_progress: Progress | None = None) -> mx.array:
-        """Read the prompt and choose nothing. Return the logits after its last token, [1, vocab]."""
-        self.tokens = list(prompt)
-        logits, hidden = self._reader.read(self.cache, prompt, step_size, on_progress)
-        self._state = self._state._replace(hidden=hidden)
-        return logits
 
     def round(self, k: int, stop_ids: frozenset[int] = frozenset(), *, copied: list[int] | None = None) -> RoundReport:
         """Draft k tokens, verify them in one pass, and emit the accepted tokens and one more token.
@@ -321,72 +332,3 @@ def up_to_stop(tokens: list[int], stop_ids: frozenset[int]) -> list[int]:
     """Return the tokens up to the first stop token, or all tokens if there is none."""
     stop = next((index for index, token in enumerate(tokens) if token in stop_ids), len(tokens))
     return tokens[: stop + 1]
-
-
-def token_budget(prompt: list[int], max_tokens: int, max_context: int) -> int:
-    """Return the largest number of tokens that may follow a prompt.
-
-    This is `max_tokens`, or the rest of the context if that is smaller.
-
-    Raises PromptError if the prompt is empty. Raises ContextLengthError if the prompt leaves no room.
-    """
-    if not prompt:
-        raise PromptError("the prompt is empty: expected at least one token")
-    if len(prompt) >= max_context:
-        raise ContextLengthError(
-            f"the prompt has {len(prompt)} tokens, but the context holds {max_context} with the answer"
-        )
-    return min(max_tokens, max_context - len(prompt))
-
-
-def decode(
-    stream: Stream,
-    prompt: list[int],
-    *,
-    max_tokens: int,
-    num_draft_tokens: int | DraftPolicy,
-    stop_ids: frozenset[int],
-    prefill_step_size: int,
-    on_prefill: Progress | None = None,
-) -> Generator[RoundReport, None, None]:
-    """Decode from a prompt of token ids, and yield the result of each round.
-
-    `num_draft_tokens` is the number of draft tokens in a round, or a policy that chooses it. The first item is
-    the result of prefill (drafted = accepted = 0). The loop ends after a stop token, which is emitted, or after
-    `max_tokens` tokens (see `token_budget`).
-    """
-    policy = DraftPolicy(num_draft_tokens) if isinstance(num_draft_tokens, int) else num_draft_tokens
-    try:
-        first = stream.prefill(prompt, prefill_step_size, on_prefill)
-        policy.start(stream.tokens)
-        yield first
-        last, remaining = first.tokens[-1], max_tokens - 1
-        reported = time.perf_counter()
-        while remaining and last not in stop_ids:
-            resumed = time.perf_counter()
-            _dispatch(stream, policy, remaining)
-            report = stream.finish(stop_ids)
-            before, reported = reported, time.perf_counter()
-            # The caller may take longer than the round. The time then says nothing about the round.
-            is_slow = resumed - before > reported - resumed
-            policy.update(report, None if is_slow else reported - before)
-            yield report
-            last, remaining = report.tokens[-1], remaining - len(report.tokens)
-    finally:
-        stream.discard()
-        policy.end()
-
-
-def _dispatch(stream: Stream, policy: DraftPolicy, remaining: int) -> None:
-    """Dispatch the next round of a text that may emit `remaining` more tokens, and maybe the round after it.
-
-    A round yields up to k + 1 tokens. It never drafts more tokens than may still be emitted.
-    """
-    if not stream.in_flight:
-        choice = policy.choose()
-        stream.dispatch(min(choice.k, remaining - 1, stream.longest_draft()), choice.copied)
-    (k,) = stream.in_flight
-    following = policy.choose(in_flight=1)
-    # Whatever is accepted of the round in flight, the round after it is the same.
-    if following.ahead and following.k < remaining - (k + 1) and can_go_ahead(stream, following.k):
-        stream.dispatch(following.k)

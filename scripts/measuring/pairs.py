@@ -9,7 +9,8 @@ from numpy.typing import ArrayLike
 import mlx_mtp
 from mlx_mtp.decoding.draft_length import DraftPolicy
 from mlx_mtp.decoding.report import RoundReport, Stats
-from mlx_mtp.decoding.stream import Stream, decode
+from mlx_mtp.decoding.stream import Stream
+from mlx_mtp.decoding.text_loop import decode
 
 from . import held_out
 

@@ -22,7 +22,8 @@ import mlx_mtp
 from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.constraints import Channel, Guide
 from mlx_mtp.decoding.report import Stats
-from mlx_mtp.decoding.stream import Stream, decode
+from mlx_mtp.decoding.stream import Stream
+from mlx_mtp.decoding.text_loop import decode
 from mlx_mtp.errors import DraftError
 from mlx_mtp.gemma4.drafter import Draft, Drafter, DraftInputs, GivenDrafter
 from mlx_mtp.gemma4.kv_cache import Cache

@@ -19,7 +19,8 @@ import mlx_mtp
 from mlx_mtp import generate
 from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.exact import check_exact, make_exact
-from mlx_mtp.decoding.stream import Stream, decode
+from mlx_mtp.decoding.stream import Stream
+from mlx_mtp.decoding.text_loop import decode
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.kv_cache import CAPACITY_STEP, Cache, KVQuantization, KVRows, Quantized, View
 from mlx_mtp.gemma4.layers import Attention, attend

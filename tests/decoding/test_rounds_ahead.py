@@ -17,7 +17,8 @@ from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.draft_length import Costs, DraftLength, DraftPolicy
 from mlx_mtp.decoding.report import RoundReport
 from mlx_mtp.decoding.sampling import Sampling
-from mlx_mtp.decoding.stream import Stream, can_go_ahead, decode
+from mlx_mtp.decoding.stream import Stream, can_go_ahead
+from mlx_mtp.decoding.text_loop import decode
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.kv_cache import Cache, KVQuantization
 from mlx_mtp.gemma4.target import Target

@@ -13,7 +13,8 @@ from support.streams import LONG, SHORT, Models, Scripted, assert_same_state
 from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.report import Stats
 from mlx_mtp.decoding.sampling import Sampling
-from mlx_mtp.decoding.stream import Stream, decode
+from mlx_mtp.decoding.stream import Stream
+from mlx_mtp.decoding.text_loop import decode
 from mlx_mtp.errors import OptionError
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.kv_cache import Cache, KVState

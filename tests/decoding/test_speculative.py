@@ -22,7 +22,8 @@ from mlx_mtp.decoding.constraints import Guide
 from mlx_mtp.decoding.host import Host
 from mlx_mtp.decoding.report import Stats
 from mlx_mtp.decoding.sampling import Sampling
-from mlx_mtp.decoding.stream import Stream, decode, token_budget
+from mlx_mtp.decoding.stream import Stream
+from mlx_mtp.decoding.text_loop import decode, token_budget
 from mlx_mtp.errors import OptionError, PromptError
 from mlx_mtp.gemma4.device_checks import check_products
 from mlx_mtp.gemma4.drafter import Drafter, DraftInputs

@@ -18,7 +18,8 @@ from support.tiny import FIRST_TEXT_ID, VOCAB_SIZE, load_drafter, load_target, r
 import mlx_mtp
 from mlx_mtp.bench.operations import operations, round_outputs
 from mlx_mtp.decoding.sampling import AcceptanceRule
-from mlx_mtp.decoding.stream import Stream, decode
+from mlx_mtp.decoding.stream import Stream
+from mlx_mtp.decoding.text_loop import decode
 from mlx_mtp.gemma4.draft_vocab import prune
 from mlx_mtp.gemma4.drafter import Draft, Drafter
 

@@ -19,7 +19,8 @@ from support.tiny import VARIANTS, WINDOW, load_drafter, load_target, make_draft
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 
 from mlx_mtp.checkpoints.config import LayerType
-from mlx_mtp.decoding.stream import Stream, decode
+from mlx_mtp.decoding.stream import Stream
+from mlx_mtp.decoding.text_loop import decode
 from mlx_mtp.gemma4.drafter import Draft, DraftContext, Drafter, DraftInputs
 from mlx_mtp.gemma4.kv_cache import Cache, ring_positions
 from mlx_mtp.gemma4.target import Target

@@ -440,6 +440,6 @@ def test_modalities(served: Served, tiny_media: Callable[[str], Path]) -> None:
         assert of(texts.v1)["input_modalities"] == ["text"]
         error = refused(texts, "chat/completions", {"messages": [{"role": "user", "content": [IMAGE_URL]}]})
         assert error["message"] == (
-            "messages[0].content[0]: found image, but this checkpoint reads only text (the model has no other parts, or "
-            "mlx-mtp convert --modalities left them out)"
+            "messages[0].content[0]: found image, but this checkpoint reads only text (the model has no other parts, "
+            "or mlx-mtp convert --modalities left them out)"
         )
