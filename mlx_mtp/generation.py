@@ -105,6 +105,15 @@ class Generation:
         """True after the last token."""
         return self._responder.is_ended
 
+    @property
+    def unread(self) -> int:
+        """The number of tokens of the prompt that are not read yet."""
+        return self.decoding.unread
+
+    def pause(self) -> None:
+        """Let other work run before the next step. The time of the next round is not a measurement then."""
+        self.decoding.pause()
+
     def read_chunk(self) -> Iterator[GenerationResponse]:
         """Read the next chunk of the prompt. After the last one, yield the response of the first token."""
         if not self._has_begun:

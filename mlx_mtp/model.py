@@ -16,6 +16,7 @@ from mlx_mtp.decoding.text_loop import token_budget
 from mlx_mtp.text.tokenizer import Prompt, prepare
 from mlx_mtp.threads.job_thread import Job
 
+from .batch import DEFAULT_CONCURRENCY, together
 from .decoding import prompt_cache
 from .errors import OptionError, PromptError
 from .generation import Generation, checked, responses
@@ -107,6 +108,30 @@ class Model(LoadedModel):
             chosen = replace(options or GenerationOptions(), **changes)
             return self.life.guard(responses(self._begin(prompt, chosen, on_prefill, self.life.check)))
 
+    def stream_generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        options: GenerationOptions | Sequence[GenerationOptions] | None = None,
+        *,
+        concurrency: int = DEFAULT_CONCURRENCY,
+        **changes: Unpack[OptionChanges],
+    ) -> Generator[tuple[int, GenerationResponse], None, None]:
+        """Return a generator that decodes prompts together, and yields pairs of a prompt's index and a response.
+
+        The weights are read once for the rounds of all texts, so that they take less time together than one after the
+        other. Each text is what `stream_generate` would make of it: it does not depend on its neighbours, up to the
+        rounding of sums over more rows. `options` are those of all prompts, or a list with those of each. `changes` are
+        made to all. At most `concurrency` texts decode at the same time; the next prompt follows when one has ended. An
+        exact model decodes one after the other.
+
+        This call checks all prompts and options. If a generation fails later, all end, and its error is raised.
+
+        Raises PromptError, OptionError and ClosedError as `stream_generate` does, and OptionError if `options` is a
+        list of another length or `concurrency` is less than 1.
+        """
+        with self.life:
+            return self.life.guard(self._stream_batch(prompts, options, concurrency, changes))
+
     async def astream_generate(
         self,
         prompt: Prompt,
@@ -149,6 +174,20 @@ class Model(LoadedModel):
     ) -> GenerationResult:
         """Decode a prompt as `stream_generate` does, and return the whole result at the end."""
         return whole(list(self.stream_generate(prompt, options, **changes)))
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        options: GenerationOptions | Sequence[GenerationOptions] | None = None,
+        *,
+        concurrency: int = DEFAULT_CONCURRENCY,
+        **changes: Unpack[OptionChanges],
+    ) -> list[GenerationResult]:
+        """Decode several prompts together as `stream_generate_batch` does, and return their results in order."""
+        responses: list[list[GenerationResponse]] = [[] for _ in prompts]
+        for index, response in self.stream_generate_batch(prompts, options, concurrency=concurrency, **changes):
+            responses[index].append(response)
+        return [whole(each) for each in responses]
 
     async def agenerate(
         self, prompt: Prompt, options: GenerationOptions | None = None, **changes: Unpack[OptionChanges]
@@ -243,6 +282,31 @@ class Model(LoadedModel):
             kv = GenerationOptions(kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=0).kv_quantization
             costs = self.parts.costs
             return costs.read(sampling or Sampling(), kv, remeasure=remeasure, on_progress=on_progress)
+
+    def _stream_batch(
+        self,
+        prompts: Sequence[Prompt],
+        options: GenerationOptions | Sequence[GenerationOptions] | None,
+        concurrency: int,
+        changes: OptionChanges,
+    ) -> Generator[tuple[int, GenerationResponse], None, None]:
+        """Check prompts and options, and return the generator of `stream_generate_batch`."""
+        if isinstance(prompts, str | bytes):
+            raise PromptError(f"prompts must be a list of prompts, found {type(prompts).__name__}")
+        given = GenerationOptions() if options is None else options
+        chosen = [given] * len(prompts) if isinstance(given, GenerationOptions) else list(given)
+        if len(chosen) != len(prompts):
+            raise OptionError(f"there are {len(prompts)} prompts, but options for {len(chosen)}")
+        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
+            raise OptionError(f"concurrency must be an integer of at least 1, found {concurrency!r}")
+        chosen = [replace(each, **changes) for each in chosen]
+        waiting: list[Generation] = []
+        for index, (prompt, each) in enumerate(zip(prompts, chosen, strict=True)):
+            try:
+                waiting.append(self._begin(prompt, each, None, self.life.check))
+            except (PromptError, OptionError) as error:
+                raise type(error)(f"prompts[{index}]: {error}") from None
+        return together(waiting, 1 if self.exact else concurrency)
 
     def _begin(
         self, prompt: Prompt, chosen: GenerationOptions, on_prefill: Progress | None, check: Callable[[], None]

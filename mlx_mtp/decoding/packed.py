@@ -5,11 +5,13 @@ rows together. Each stream writes its own K/V cache and attends to it alone, and
 So a text does not depend on its neighbours, up to the rounding of sums over more rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import mlx.core as mx
 
-from mlx_mtp.gemma4.target import Target
+from mlx_mtp.gemma4.kv_cache import KVState
+from mlx_mtp.gemma4.target import TargetOutput
 
 from .draft_length import Choice
 from .report import RoundReport
@@ -18,29 +20,89 @@ from .stream import Stream
 
 
 def packed_round(
-    streams: Sequence[Stream], choices: Sequence[Choice], stop_ids: frozenset[int] = frozenset()
-) -> list[RoundReport]:
+    streams: Sequence[Stream], choices: Sequence[Choice], stop_ids: Sequence[frozenset[int]]
+) -> list[RoundReport | Exception]:
     """Run one round of each stream, and return their reports. See `Stream.round`.
 
-    Choice i has the number of draft tokens of stream i, and the tokens if they are copied. All streams have the same
-    target, which is not exact, and none has a round in flight. After a stop token, a stream must not continue.
+    Choice i has the number of draft tokens of stream i, and the tokens if they are copied. After a token of
+    `stop_ids[i]`, stream i must not continue. All streams have the same target, which is not exact, and none has a
+    round in flight.
 
-    Raises OptionError if there are draft tokens but no drafter.
+    If the host's part in a stream's round raises an exception, it takes the place of the report. The stream must not
+    continue. The other streams have their round. Raises what the pass over all rows raises.
     """
-    drafts = [stream.draft(each.k, each.copied or []) for stream, each in zip(streams, choices, strict=True)]
-    reports = _verify(streams[0].parts.target, streams, drafts)
-    mx.eval(reports, [stream.state for stream in streams])
-    return [stream.finish(stop_ids) for stream in streams]
+    rounds = [_Round(*each) for each in zip(streams, choices, stop_ids, strict=True)]
+    for each in rounds:
+        each.run(each.draft)
+    _verify([each for each in rounds if each.error is None])
+    for each in rounds:
+        each.run(each.finish)
+    return [each.result for each in rounds]
 
 
-def _verify(target: Target, streams: Sequence[Stream], drafts: Sequence[Drafted]) -> list[mx.array]:
-    """Verify all drafts in one pass and replace the states. Return the reports. Nothing is evaluated.
+class _Round:
+    """The round of one stream in a packed pass. After an exception, it takes no further step."""
 
-    This is a separate function because its caches must not exist when the round is evaluated. They would force MLX to
-    copy buffers.
+    def __init__(self, stream: Stream, choice: Choice, stop_ids: frozenset[int]) -> None:
+        self.stream = stream
+        self._choice = choice
+        self._stop_ids = stop_ids
+        self.error: Exception | None = None
+        self._drafted: Drafted | None = None
+        self._report: RoundReport | None = None
+
+    def run(self, step: Callable[[], None]) -> None:
+        """Take a step, unless a step before it has failed."""
+        if self.error is None:
+            try:
+                step()
+            except Exception as error:
+                self.error = error
+
+    def draft(self) -> None:
+        """Draft the tokens, or take the copied ones."""
+        self._drafted = self.stream.draft(self._choice.k, self._choice.copied or [])
+
+    def accept(self, kv: KVState, output: TargetOutput, reports: list[mx.array]) -> None:
+        """Accept draft tokens by the output of the pass, and add the report to `reports`."""
+        reports.append(self.stream.accept(self.drafted, kv, output))
+
+    def finish(self) -> None:
+        """Read the report."""
+        self._report = self.stream.finish(self._stop_ids)
+
+    @property
+    def drafted(self) -> Drafted:
+        """The draft."""
+        assert self._drafted is not None
+        return self._drafted
+
+    @property
+    def result(self) -> RoundReport | Exception:
+        """The report, or the exception in its place."""
+        result = self.error or self._report
+        assert result is not None
+        return result
+
+
+def _verify(rounds: Sequence[_Round]) -> None:
+    """Verify all drafts in one pass, and replace the states.
+
+    The caches of the pass are in a function of their own, because they must not exist when the round is evaluated. They
+    would force MLX to copy buffers.
     """
-    caches = [stream.cache.over(stream.state.kv) for stream in streams]
-    tokens = [tokens_to_verify(stream.state, each.draft) for stream, each in zip(streams, drafts, strict=True)]
+    if rounds:
+        reports = _accept(rounds)
+        mx.eval(reports, [each.stream.state for each in rounds if each.error is None])
+
+
+def _accept(rounds: Sequence[_Round]) -> list[mx.array]:
+    """Run the pass, accept draft tokens and replace the states. Return the reports. Nothing is evaluated."""
+    caches = [each.stream.cache.over(each.stream.state.kv) for each in rounds]
+    tokens = [tokens_to_verify(each.stream.state, each.drafted.draft) for each in rounds]
+    target = rounds[0].stream.parts.target
     outputs = target.packed(mx.concatenate(tokens, axis=1), caches, [each.shape[1] for each in tokens])
-    verified = zip(streams, drafts, caches, outputs, strict=True)
-    return [stream.accept(drafted, cache.kv, output) for stream, drafted, cache, output in verified]
+    reports: list[mx.array] = []
+    for each, cache, output in zip(rounds, caches, outputs, strict=True):
+        each.run(partial(each.accept, cache.kv, output, reports))
+    return reports

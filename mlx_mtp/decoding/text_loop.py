@@ -76,9 +76,12 @@ class Decoding:
         self._count(report)
         return report
 
+    def pause(self) -> None:
+        """Let other work run before the next round, whose time then says nothing about it."""
+        self._reported = None
+
     def settle(self) -> RoundReport | None:
         """Finish the round in flight, if there is one, and dispatch no other. Return its report."""
-        self._reported = None
         if not self.stream.in_flight:
             return None
         report = self.stream.finish(self.stop_ids)

@@ -13,7 +13,8 @@ import mlx_mtp
 from mlx_mtp import Sampling
 from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.draft_length import Choice
-from mlx_mtp.decoding.packed import packed_round
+from mlx_mtp.decoding.packed import packed_round as round_of_all
+from mlx_mtp.decoding.report import RoundReport
 from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.errors import OptionError
 from mlx_mtp.gemma4.kv_cache import Cache, KVQuantization
@@ -43,6 +44,18 @@ def started(models: Any, count: int) -> list[Stream]:
         streams.append(Stream(target, drafter, max_draft_tokens=8, rounds=compiled, **OPTIONS[index % len(OPTIONS)]))
         streams[-1].prefill(PROMPTS[index % len(PROMPTS)], 64)
     return streams
+
+
+def packed_round(
+    streams: list[Stream], choices: list[Choice], stop_ids: frozenset[int] = frozenset()
+) -> list[RoundReport]:
+    """Run a round in which no stream fails."""
+    reports = []
+    for result in round_of_all(streams, choices, [stop_ids] * len(streams)):
+        if isinstance(result, Exception):
+            raise result
+        reports.append(result)
+    return reports
 
 
 def random_choices(streams: list[Stream], rng: np.random.Generator) -> list[Choice]:

@@ -21,6 +21,7 @@ LAYERS = (
     ("command_line", "training"),
     ("loading",),
     ("model",),
+    ("batch",),
     ("generation", "prompt_files"),
     ("loaded_model",),
     ("guides", "responses", "media_reader"),

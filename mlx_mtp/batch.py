@@ -1,0 +1,138 @@
+"""Generations that decode together: turns of prompts and rounds, and the rounds of all texts in one pass."""
+
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import NamedTuple
+
+from mlx_mtp.decoding.packed import packed_round
+
+from .generation import Generation
+from .responses import GenerationResponse
+
+# While texts decode, this share of the time belongs to their rounds. The rest belongs to the prompts of other texts.
+ROUND_SHARE = 0.5
+# Every such chunk belongs to the prompt that has waited longest, and the others to the shortest prompts.
+_OLDEST_EVERY = 4
+# The largest number of texts that decode at the same time, unless the caller sets another one.
+DEFAULT_CONCURRENCY = 8
+
+
+class Step(NamedTuple):
+    """The result of a turn for one generation: its new responses, and the error that ended it, if there is one."""
+
+    generation: Generation
+    responses: list[GenerationResponse]
+    error: Exception | None = None
+
+
+class Batch:
+    """Generations of one model that decode together. They join and leave between turns.
+
+    A turn is one chunk of one prompt, or one round of all texts that decode. The clock decides the order of turns and
+    nothing else: each text is what it would be alone. A generation that fails ends alone.
+    """
+
+    def __init__(self, generations: Iterable[Generation] = ()) -> None:
+        self.generations = list(generations)
+        self._chunks = 0
+        # The seconds of rounds that are due before the next chunk.
+        self._due = 0.0
+
+    def add(self, generation: Generation) -> None:
+        """Let a generation take part from the next turn on."""
+        self.generations.append(generation)
+
+    def remove(self, generation: Generation) -> None:
+        """Close a generation before its end."""
+        self.generations.remove(generation)
+        generation.close()
+
+    def close(self) -> None:
+        """Close all generations."""
+        while self.generations:
+            self.remove(self.generations[-1])
+
+    def turn(self) -> list[Step]:
+        """Read a chunk of a prompt, or run a round of all texts that decode. Close the generations that end."""
+        reading = [each for each in self.generations if each.is_reading]
+        decoding = [each for each in self.generations if not each.is_reading]
+        began = time.perf_counter()
+        if reading and (not decoding or self._due <= 0):
+            for each in decoding:
+                each.pause()
+            following = self._next_prompt(reading)
+            steps = [self._step(following, following.read_chunk)]
+            if decoding:
+                self._due = (time.perf_counter() - began) * ROUND_SHARE / (1 - ROUND_SHARE)
+        else:
+            steps = self._round(decoding)
+            self._due -= time.perf_counter() - began
+        return steps
+
+    def _next_prompt(self, reading: list[Generation]) -> Generation:
+        """Return the generation whose prompt has its next chunk now."""
+        self._chunks += 1
+        if not self._chunks % _OLDEST_EVERY:
+            return reading[0]
+        return min(reading, key=lambda each: each.unread)
+
+    def _round(self, decoding: list[Generation]) -> list[Step]:
+        """Run a round of all texts that decode."""
+        if len(decoding) == 1:
+            return [self._step(decoding[0], decoding[0].round)]
+        ahead = [each for each in decoding if each.stream.in_flight]
+        if ahead:
+            return [self._step(each, each.settle) for each in ahead]
+        results = packed_round(
+            [each.stream for each in decoding],
+            [each.choose() for each in decoding],
+            [each.decoding.stop_ids for each in decoding],
+        )
+        return [
+            self._ended(each, [], result)
+            if isinstance(result, Exception)
+            else self._step(each, partial(each.take, result))
+            for each, result in zip(decoding, results, strict=True)
+        ]
+
+    def _step(self, generation: Generation, step: Callable[[], Iterator[GenerationResponse]]) -> Step:
+        """Run a step of one generation."""
+        responses: list[GenerationResponse] = []
+        try:
+            responses.extend(step())
+        except Exception as error:
+            return self._ended(generation, responses, error)
+        return self._ended(generation, responses) if generation.is_ended else Step(generation, responses)
+
+    def _ended(
+        self, generation: Generation, responses: list[GenerationResponse], error: Exception | None = None
+    ) -> Step:
+        """Close a generation after its last step."""
+        try:
+            self.remove(generation)
+        except Exception as failure:
+            error = error or failure
+        return Step(generation, responses, error)
+
+
+def together(waiting: Sequence[Generation], concurrency: int) -> Generator[tuple[int, GenerationResponse], None, None]:
+    """Run generations, at most `concurrency` at the same time. Yield pairs of a generation's index and a response.
+
+    If one fails, all end, and its error is raised.
+    """
+    indices = {id(each): index for index, each in enumerate(waiting)}
+    following = iter(waiting)
+    batch = Batch(islice(following, concurrency))
+    try:
+        while batch.generations:
+            for generation, responses, error in batch.turn():
+                for response in responses:
+                    yield indices[id(generation)], response
+                if error is not None:
+                    raise error
+            for each in islice(following, concurrency - len(batch.generations)):
+                batch.add(each)
+    finally:
+        batch.close()

@@ -1,0 +1,248 @@
+"""Generations that decode together: each text is what it is alone, and they share the time."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from support.tiny import VARIANTS, WINDOW, random_tokens
+
+import mlx_mtp
+from mlx_mtp import GenerationOptions, Sampling
+from mlx_mtp.batch import Batch, Step
+from mlx_mtp.generation import Generation
+
+TinyPair = Callable[[str], Path]
+TEXTS = 9
+
+
+@pytest.fixture(scope="module")
+def model(tiny_pair: TinyPair) -> mlx_mtp.Model:
+    return mlx_mtp.load(tiny_pair("e2b") / "target")
+
+
+def penalize_repeats(tokens: mx.array, logits: mx.array) -> mx.array:
+    """Make the last token less likely."""
+    return logits.at[:, tokens[-1]].add(-2.0)
+
+
+# The text of each of these does not depend on the number of draft tokens.
+SAMPLINGS = [
+    Sampling(),
+    Sampling(temperature=0.8, acceptance="coupled", seed=4),
+    Sampling(repetition_penalty=1.3, presence_penalty=0.2),
+    Sampling(temperature=1.0, top_k=40, acceptance="coupled", xtc_probability=0.3, xtc_threshold=0.05, seed=8),
+]
+EXTRAS: list[dict[str, Any]] = [
+    {},
+    {"logprobs": 2},
+    {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 30},
+    {"regex": "[a-z ]{5,40}"},
+    {"logits_processors": [penalize_repeats]},
+    {"min_tokens": 8},
+    {"stop": ["e", "th"]},
+    {"enable_thinking": True, "thinking_budget": 4},
+    {"copy_drafts": "off"},
+    {"ignore_eos": True, "reuse_prompt": False},
+]
+
+
+def random_case(rng: np.random.Generator) -> tuple[list[int], GenerationOptions]:
+    """Return a prompt, and options of any kind."""
+    prompt = random_tokens(int(rng.integers(2, 4 * WINDOW)), seed=int(rng.integers(1000)))
+    # With draft lengths that are set, sampling by blocks is the same text as well.
+    lengths = rng.choice(np.array(["auto", 0, 1, 3, 8], dtype=object))
+    sampling = SAMPLINGS[rng.integers(len(SAMPLINGS))]
+    if lengths != "auto" and rng.random() < 0.3:
+        sampling = Sampling(temperature=1.0, seed=3)
+    changes = EXTRAS[rng.integers(len(EXTRAS))]
+    most = max(8, int(rng.integers(30)))
+    return prompt, GenerationOptions(max_tokens=most, num_draft_tokens=lengths, sampling=sampling, **changes)
+
+
+def seen(result: mlx_mtp.GenerationResult) -> tuple[Any, ...]:
+    """Return what must not depend on other texts."""
+    last = result.last
+    figures = last.finish_reason, last.stop_string, last.prompt_tokens, last.generation_tokens, last.logprobs
+    return result.tokens, result.text, result.thought, figures
+
+
+@pytest.mark.parametrize(("variant", "bits"), [*((variant, None) for variant in VARIANTS), ("e2b", 4)])
+def test_each_text_is_what_it_is_alone(variant: str, bits: int | None, tiny_pair: TinyPair) -> None:
+    """Texts of any options join and leave, in batches of two to five. Activations are float32."""
+    model = mlx_mtp.load(tiny_pair(variant) / "target")
+    if bits is not None:
+        assert model.drafter is not None
+        for module in (model.target, model.drafter):
+            nn.quantize(module, group_size=64, bits=bits)
+    rng = np.random.default_rng(VARIANTS.index(variant) + (bits or 0))
+    cases = [random_case(rng) for _ in range(TEXTS)]
+    alone = [seen(model.generate(prompt, options)) for prompt, options in cases]
+    prompts, options = zip(*cases, strict=True)
+    for concurrency in (2, 5):
+        results = model.generate_batch(prompts, options, concurrency=concurrency)
+        assert list(map(seen, results)) == alone
+
+
+def test_responses_come_round_by_round(model: mlx_mtp.Model) -> None:
+    """The texts advance together, and a text that ends makes room for the next one."""
+    prompts = [random_tokens(9, seed=seed) for seed in range(4)]
+    order = [
+        index
+        for index, _ in model.stream_generate_batch(
+            prompts, concurrency=2, max_tokens=6, num_draft_tokens=0, ignore_eos=True
+        )
+    ]
+    assert sorted(order) == [0] * 6 + [1] * 6 + [2] * 6 + [3] * 6
+    assert set(order[:10]) == {0, 1}
+    assert order[-1] in (2, 3)
+
+
+def test_a_closed_batch_keeps_the_prompts(model: mlx_mtp.Model) -> None:
+    """All texts end when the generator is closed, and their K/V are there for the next ones."""
+    prompts = [random_tokens(30, seed=seed) for seed in (21, 22)]
+    responses = model.stream_generate_batch(prompts, max_tokens=40, ignore_eos=True)
+    assert len(list(islice(responses, 6))) == 6
+    responses.close()
+    assert [model.generate(prompt, max_tokens=1).last.cached_tokens for prompt in prompts] == [29, 29]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changes", "error", "message"),
+    [
+        ("one text", {}, mlx_mtp.PromptError, "prompts must be a list of prompts, found str"),
+        ([[2, 9], []], {}, mlx_mtp.PromptError, r"prompts\[1\]: the prompt is empty"),
+        ([[2, 9]], {"num_draft_tokens": -1}, mlx_mtp.OptionError, "num_draft_tokens must be an integer of at least 0"),
+        ([[2, 9]], {"logprobs": 10**6}, mlx_mtp.OptionError, r"prompts\[0\]: logprobs is 1000000"),
+        ([[2, 9]], {"concurrency": 0}, mlx_mtp.OptionError, "concurrency must be an integer of at least 1, found 0"),
+        ([[2, 9]], {"options": []}, mlx_mtp.OptionError, "there are 1 prompts, but options for 0"),
+    ],
+)
+def test_bad_batches_are_refused_at_once(
+    model: mlx_mtp.Model, prompts: Any, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        model.stream_generate_batch(prompts, **changes)
+
+
+def test_no_prompts_are_no_results(model: mlx_mtp.Model) -> None:
+    assert model.generate_batch([]) == []
+
+
+def fail_after(count: int) -> Callable[[mx.array, mx.array], mx.array]:
+    """Return a processor that raises an exception at its n-th call."""
+    calls = iter(range(count))
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        if next(calls, None) is None:
+            raise RuntimeError("the processor failed")
+        return logits
+
+    return process
+
+
+def run(batch: Batch) -> Iterator[Step]:
+    """Yield the steps of all turns."""
+    while batch.generations:
+        yield from batch.turn()
+
+
+def generation(model: mlx_mtp.Model, prompt: list[int], **changes: Any) -> Generation:
+    prepared = model.prepare(prompt)
+    return Generation(model, prepared.tokens, GenerationOptions(**changes), None, lambda: None, prepared.media)
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_a_failure_ends_one_text_only(model: mlx_mtp.Model, k: int) -> None:
+    """A processor raises in the middle of a round of three texts."""
+    prompts = [random_tokens(20, seed=seed) for seed in (31, 32, 33)]
+    options: dict[str, Any] = {"max_tokens": 12, "num_draft_tokens": k, "ignore_eos": True}
+    texts = [generation(model, prompt, **options) for prompt in prompts]
+    texts[1] = generation(model, prompts[1], logits_processors=[fail_after(2 * k + 3)], **options)
+    tokens: dict[int, list[int]] = {id(each): [] for each in texts}
+    errors = []
+    for step in run(Batch(texts)):
+        tokens[id(step.generation)] += [response.token for response in step.responses]
+        if step.error is not None:
+            errors.append((step.generation is texts[1], str(step.error)))
+    assert errors == [(True, "the processor failed")]
+    for text, prompt in zip(texts, prompts, strict=True):
+        alone = model.generate(prompt, **options).tokens
+        assert tokens[id(text)] == (alone if text is not texts[1] else alone[: len(tokens[id(text)])])
+    assert 0 < len(tokens[id(texts[1])]) < 12
+
+
+def test_a_failure_of_the_library_call_is_raised(model: mlx_mtp.Model) -> None:
+    options = [GenerationOptions(max_tokens=9), GenerationOptions(max_tokens=9, logits_processors=[fail_after(4)])]
+    with pytest.raises(RuntimeError, match="the processor failed"):
+        model.generate_batch([random_tokens(20, seed=seed) for seed in (1, 2)], options)
+
+
+def test_an_exact_model_decodes_one_after_the_other(tiny_pair: TinyPair) -> None:
+    model = mlx_mtp.load(tiny_pair("12b") / "target", exact=True)
+    prompts = [random_tokens(9, seed=seed) for seed in (1, 2)]
+    order = [index for index, _ in model.stream_generate_batch(prompts, max_tokens=4, ignore_eos=True)]
+    assert order == [0] * 4 + [1] * 4
+
+
+class Scripted:
+    """A generation of known lengths, for which a clock runs instead of a device."""
+
+    def __init__(self, name: str, chunks: int, log: list[str], clock: SimpleNamespace) -> None:
+        self.name = name
+        self.unread = chunks
+        self.left = 40
+        self.stream = SimpleNamespace(in_flight=[])
+        self.decoding = SimpleNamespace(stop_ids=frozenset())
+        self._log = log
+        self._clock = clock
+
+    @property
+    def is_reading(self) -> bool:
+        return self.unread > 0
+
+    @property
+    def is_ended(self) -> bool:
+        return not self.left
+
+    def read_chunk(self) -> Iterator[Any]:
+        self._log.append(self.name)
+        self._clock.now += 1.0
+        self.unread -= 1
+        return iter(())
+
+    def round(self) -> Iterator[Any]:
+        self._log.append(self.name.upper())
+        self._clock.now += 0.25
+        self.left -= 1
+        return iter(())
+
+    def pause(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def scripted_turns(monkeypatch: pytest.MonkeyPatch, turns: int, **chunks: int) -> str:
+    """Return the names of the turns: small letters for chunks, which take a second, capitals for rounds of 1/4 s."""
+    clock, log = SimpleNamespace(now=0.0), list[str]()
+    monkeypatch.setattr("time.perf_counter", lambda: clock.now)
+    batch = Batch(Scripted(name, count, log, clock) for name, count in chunks.items())  # type: ignore[misc]
+    for _ in range(turns):
+        batch.turn()
+    return "".join(log)
+
+
+def test_rounds_keep_half_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each chunk of a prompt, the running text has rounds for as long as the chunk took."""
+    assert scripted_turns(monkeypatch, 13, a=1, b=9) == "abAAAAbAAAAbA"
+
+
+def test_short_prompts_come_first_and_long_ones_are_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fourth chunk belongs to the prompt that has waited longest."""
+    assert scripted_turns(monkeypatch, 3, a=9, b=3, c=5) == "bbb"
+    assert scripted_turns(monkeypatch, 8, a=9, c=7) == "cccaccca"
