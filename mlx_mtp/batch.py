@@ -89,6 +89,7 @@ class Batch:
             [each.stream for each in decoding],
             [each.choose() for each in decoding],
             [each.decoding.stop_ids for each in decoding],
+            decoding[0].compiled,
         )
         return [
             self._ended(each, [], result)

@@ -92,6 +92,7 @@ class Generation:
             budget=budget,
             counts_rows=bool(options.logits_processors),
         )
+        self.compiled = parts.rounds
         self._model = model
         self._has_begun = self._is_closed = False
 

@@ -2,11 +2,14 @@
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from mlx_mtp.gemma4.kv_cache import Cache, KVQuantization
+from mlx_mtp.gemma4.layers import Projected
+from mlx_mtp.gemma4.target import Between, Target
 
 from .round import RoundParts, Steps, round_steps
 
@@ -39,6 +42,9 @@ class _StepsByShape(threading.local):
 
     def __init__(self) -> None:
         self.found: dict[Shape, Steps | None] = {}
+        # The parts of a packed pass between attentions, by layer, and the numbers of rows that occurred.
+        self.between: list[Callable[..., Any]] = []
+        self.rows: set[int] = set()
 
 
 class CompiledRounds:
@@ -74,6 +80,28 @@ class CompiledRounds:
         # A new shape may never occur again, so its first round is not compiled. For example, rounds near the end of a
         # text draft fewer tokens.
         return steps or round_steps(parts, layout, k)
+
+    def between(self, target: Target, rows: int) -> Between | None:
+        """Return the compiled parts of a packed pass of this number of rows between its attentions.
+
+        Return None for a number of rows that occurs for the first time, unless `always` is set.
+        """
+        found = self._steps
+        is_new = rows not in found.rows and not self.always
+        found.rows.add(rows)
+        if is_new:
+            return None
+        if not found.between:
+            found.between = [mx.compile(partial(target.between_attentions, i)) for i in range(len(target.layers))]
+        functions = found.between
+
+        def between(
+            index: int, h: mx.array, attended: mx.array, per_layer: mx.array | None, offset: mx.array
+        ) -> tuple[mx.array, Projected | None]:
+            following: tuple[mx.array, Projected | None] = functions[index](h, attended, per_layer, offset)
+            return following
+
+        return between
 
     def _compile(self, parts: RoundParts, layout: Cache, k: int, shape: Shape) -> Steps:
         # The graph must not hold the buffers of the stream that it was traced with.

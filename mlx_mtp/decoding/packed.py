@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx_mtp.gemma4.kv_cache import KVState
 from mlx_mtp.gemma4.target import TargetOutput
 
+from .compiled import CompiledRounds
 from .draft_length import Choice
 from .report import RoundReport
 from .round import Drafted, tokens_to_verify
@@ -20,13 +21,16 @@ from .stream import Stream
 
 
 def packed_round(
-    streams: Sequence[Stream], choices: Sequence[Choice], stop_ids: Sequence[frozenset[int]]
+    streams: Sequence[Stream],
+    choices: Sequence[Choice],
+    stop_ids: Sequence[frozenset[int]],
+    compiled: CompiledRounds | None = None,
 ) -> list[RoundReport | Exception]:
     """Run one round of each stream, and return their reports. See `Stream.round`.
 
     Choice i has the number of draft tokens of stream i, and the tokens if they are copied. After a token of
     `stop_ids[i]`, stream i must not continue. All streams have the same target, which is not exact, and none has a
-    round in flight.
+    round in flight. If `compiled` is given, the parts of the pass between its attentions are compiled.
 
     If the host's part in a stream's round raises an exception, it takes the place of the report. The stream must not
     continue. The other streams have their round. Raises what the pass over all rows raises.
@@ -34,7 +38,7 @@ def packed_round(
     rounds = [_Round(*each) for each in zip(streams, choices, stop_ids, strict=True)]
     for each in rounds:
         each.run(each.draft)
-    _verify([each for each in rounds if each.error is None])
+    _verify([each for each in rounds if each.error is None], compiled)
     for each in rounds:
         each.run(each.finish)
     return [each.result for each in rounds]
@@ -85,23 +89,25 @@ class _Round:
         return result
 
 
-def _verify(rounds: Sequence[_Round]) -> None:
+def _verify(rounds: Sequence[_Round], compiled: CompiledRounds | None) -> None:
     """Verify all drafts in one pass, and replace the states.
 
     The caches of the pass are in a function of their own, because they must not exist when the round is evaluated. They
     would force MLX to copy buffers.
     """
     if rounds:
-        reports = _accept(rounds)
+        reports = _accept(rounds, compiled)
         mx.eval(reports, [each.stream.state for each in rounds if each.error is None])
 
 
-def _accept(rounds: Sequence[_Round]) -> list[mx.array]:
+def _accept(rounds: Sequence[_Round], compiled: CompiledRounds | None) -> list[mx.array]:
     """Run the pass, accept draft tokens and replace the states. Return the reports. Nothing is evaluated."""
     caches = [each.stream.cache.over(each.stream.state.kv) for each in rounds]
     tokens = [tokens_to_verify(each.stream.state, each.drafted.draft) for each in rounds]
     target = rounds[0].stream.parts.target
-    outputs = target.packed(mx.concatenate(tokens, axis=1), caches, [each.shape[1] for each in tokens])
+    lengths = [each.shape[1] for each in tokens]
+    between = None if compiled is None else compiled.between(target, sum(lengths))
+    outputs = target.packed(mx.concatenate(tokens, axis=1), caches, lengths, between)
     reports: list[mx.array] = []
     for each, cache, output in zip(rounds, caches, outputs, strict=True):
         each.run(partial(each.accept, cache.kv, output, reports))

@@ -192,7 +192,8 @@ class Drafter(nn.Module):
             layers, self.config.text.layers, norms_after(layers, self.model.norm), strict=True
         ):
             queries = layer.project(normed, context.position).queries
-            h, normed = layer(h, queries, context.views[config.layer_type], following)
+            attended = layer.attend(queries, context.views[config.layer_type])
+            h, normed = layer(h, attended, following)
         # The norm after the last layer is the final norm.
         return DraftStep(normed, self.post_projection(normed))
 

@@ -165,15 +165,19 @@ class Attention(nn.Module):
         values = keys if self.v_proj is None else self.split_heads(self.v_proj(x))
         return Projected(queries, self.rope(self.k_norm(keys), offset), mx.fast.rms_norm(values, None, self.eps))
 
-    def __call__(self, queries: mx.array, views: Views) -> mx.array:
-        """Return the attention output [1, length, hidden_size] of queries over the K/V of the views."""
+    def attend(self, queries: mx.array, views: Views) -> mx.array:
+        """Return what queries find in the K/V of the views, [1, length, heads * head_dim], for `__call__`."""
         if isinstance(views, View):
-            out = self._attend(queries, views)
-        else:
-            ends = list(accumulate(view.mask.shape[0] for view in views))[:-1]
-            parts = zip(mx.split(queries, ends, axis=2), views, strict=True)
-            out = mx.concatenate([self._attend(some, view) for some, view in parts], axis=2)
-        return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
+            return self._attend(queries, views).transpose(0, 2, 1, 3).flatten(-2)
+        ends = list(accumulate(view.mask.shape[0] for view in views))[:-1]
+        parts = zip(mx.split(queries, ends, axis=2), views, strict=True)
+        # To join the rows of the streams is a copy. If the heads are moved before it, the last step is none.
+        rows = [self._attend(some, view).transpose(0, 2, 1, 3) for some, view in parts]
+        return mx.concatenate(rows, axis=1).flatten(-2)
+
+    def __call__(self, attended: mx.array) -> mx.array:
+        """Return the attention output [1, length, hidden_size], from the result of `attend`."""
+        return self.o_proj(attended)
 
     def _attend(self, queries: mx.array, view: View) -> mx.array:
         """Return the attention output of queries [1, heads, rows, head_dim], in their shape."""
@@ -352,21 +356,20 @@ class DecoderLayer(nn.Module):
         """Project the normed residual stream to queries, keys and values. `Rope` explains `offset`."""
         return self.self_attn.project(normed, offset)
 
+    def attend(self, queries: mx.array, views: Views) -> mx.array:
+        """Return what queries of `project` find in the K/V of the views, [1, length, heads * head_dim]."""
+        return self.self_attn.attend(queries, views)
+
     def __call__(
-        self,
-        h: mx.array,
-        queries: mx.array,
-        views: Views,
-        following: nn.RMSNorm,
-        per_layer_input: mx.array | None = None,
+        self, h: mx.array, attended: mx.array, following: nn.RMSNorm, per_layer_input: mx.array | None = None
     ) -> Residual:
         """Return the residual stream after this layer, and its norm by `following`, the next norm of the model.
 
-        `queries` come from `project`.
+        `attended` comes from `attend`.
         """
         add_norm = self.add_norm
         h, normed = add_norm(
-            self.self_attn(queries, views), self.post_attention_layernorm, h, following=self.pre_feedforward_layernorm
+            self.self_attn(attended), self.post_attention_layernorm, h, following=self.pre_feedforward_layernorm
         )
         update = self._feed_forward(h, normed)
         if per_layer_input is None:

@@ -14,7 +14,7 @@ from mlx_mtp.checkpoints.config import TextConfig
 
 from .disk_table import MappedEmbedding, PerLayerRows
 from .kv_cache import Cache, PackedPass, Pass, View
-from .layers import DecoderLayer, norms_after
+from .layers import DecoderLayer, Projected, norms_after
 
 # The token at rows that stand for media. Its row of the per-layer table counts, as in transformers.
 PAD = 0
@@ -69,6 +69,15 @@ def table_rows(table: nn.Module, tokens: mx.array, factor: float | None = None) 
     """Return the rows of an embedding for tokens [...], multiplied by `factor`, [..., size]."""
     rows: mx.array = table(tokens)
     return rows if factor is None else rows * factor
+
+
+class Between(Protocol):
+    """A function that runs the layers between two attentions (see `Target.between_attentions`)."""
+
+    def __call__(
+        self, index: int, h: mx.array, attended: mx.array, per_layer: mx.array | None, offset: mx.array
+    ) -> tuple[mx.array, Projected | None]:
+        """Return the new residual stream, and the queries, keys and values of the next layer."""
 
 
 class Target(nn.Module):
@@ -154,46 +163,70 @@ class Target(nn.Module):
         step = cache.start(length, None if media is None else media.last_seen)
         return self._run(h, per_layer, step, logit_rows, last_rows)
 
-    def packed(self, tokens: mx.array, caches: Sequence[Cache], lengths: Sequence[int]) -> list[TargetOutput]:
+    def packed(
+        self, tokens: mx.array, caches: Sequence[Cache], lengths: Sequence[int], between: Between | None = None
+    ) -> list[TargetOutput]:
         """Run the passes of several streams as one pass, and return the output of each.
 
         `tokens` [1, rows] has `lengths[i]` tokens of stream i, one stream after the other. Each stream has its own
         cache, in which the pass writes as `__call__` does. Hidden states and logits are computed for all rows. The pass
-        waits for the tokens if the per-layer table is mapped.
+        waits for the tokens if the per-layer table is mapped. `between` may be a compiled form of `between_attentions`.
         """
         h = self.embed(tokens)
         per_layer = self._per_layer_inputs(tokens, h, None)
         step = PackedPass([cache.start(length) for cache, length in zip(caches, lengths, strict=True)])
         rows = tokens.shape[1]
-        hidden, logits = (step.split(each, 1) for each in self._run(h, per_layer, step, rows, rows))
+        hidden, logits = (step.split(each, 1) for each in self._run(h, per_layer, step, rows, rows, between))
         return list(map(TargetOutput, hidden, logits))
 
     def _run(
-        self, h: mx.array, per_layer: mx.array | None, step: Pass | PackedPass, logit_rows: int, last_rows: int
+        self,
+        h: mx.array,
+        per_layer: mx.array | None,
+        step: Pass | PackedPass,
+        logit_rows: int,
+        last_rows: int,
+        between: Between | None = None,
     ) -> TargetOutput:
         """Run all layers over embeddings h [1, length, hidden_size], and compute the last rows only, see `__call__`.
 
         A packed pass computes all rows.
         """
-        length = h.shape[1]
+        length, between = h.shape[1], between or self.between_attentions
         offset, last_own = step.offset, max(config.kv_layer for config in self.config.layers)
-        norms = norms_after(self.layers, self.norm)
-        normed = self.layers[0].input_layernorm(h)
+        projected: Projected | None = self.layers[0].project(self.layers[0].input_layernorm(h), offset)
         for index, (layer, config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
-            queries, keys, values = layer.project(normed, offset)
+            assert projected is not None
+            queries, keys, values = projected
             views = step.read(config.kv_layer) if keys is None or values is None else step.write(index, keys, values)
             if index == last_own and last_rows < length:
                 # From here on, no row needs the hidden states of another row. It needs only K/V, which are all written.
                 if not last_rows:
-                    normed = h[:, :0]
+                    h = h[:, :0]
                     break
                 queries, h, offset = queries[:, :, -last_rows:], h[:, -last_rows:], offset + (length - last_rows)
                 per_layer = None if per_layer is None else per_layer[:, -last_rows:]
             if h.shape[1] < length and isinstance(views, View):
                 views = views._replace(mask=views.mask[-last_rows:])
-            h, normed = layer(h, queries, views, norms[index], None if per_layer is None else per_layer[:, :, index])
-        # The norm after the last layer is the final norm.
-        return TargetOutput(normed, self.head(normed[:, normed.shape[1] - logit_rows :]))
+            attended = layer.attend(queries, views)
+            h, projected = between(index, h, attended, None if per_layer is None else per_layer[:, :, index], offset)
+        return TargetOutput(h, self.head(h[:, h.shape[1] - logit_rows :]))
+
+    def between_attentions(
+        self, index: int, h: mx.array, attended: mx.array, per_layer: mx.array | None, offset: mx.array
+    ) -> tuple[mx.array, Projected | None]:
+        """Run the layers from the attention of layer `index` to that of the next layer.
+
+        `h` [1, length, hidden_size] is the residual stream, `attended` the result of `DecoderLayer.attend`,
+        `per_layer` [1, length, size] the per-layer input, and `Rope` explains `offset`. Return the new residual stream
+        and the queries, keys and values of the next layer. After the last layer, return the final hidden states and
+        None.
+        """
+        h, normed = self.layers[index](h, attended, norms_after(self.layers, self.norm)[index], per_layer)
+        if index + 1 == len(self.layers):
+            # The norm after the last layer is the final norm.
+            return normed, None
+        return h, self.layers[index + 1].project(normed, offset)
 
     def head(self, hidden: mx.array) -> mx.array:
         """Return the logits [1, rows, vocab], before the soft cap, of hidden states [1, rows, hidden_size]."""

@@ -201,19 +201,19 @@ def test_a_pass_over_quantized_rows_against_numpy(tiny_models: Models, monkeypat
     """Every attention over quantized K/V equals numpy's attention over the dequantized rows."""
     target, _ = tiny_models("e2b")
     compared: list[int] = []
-    call = Attention.__call__
+    attend = Attention.attend
 
     def compare(attention: Attention, queries: mx.array, view: View) -> mx.array:
-        found = call(attention, queries, view)
+        found = attend(attention, queries, view)
         if isinstance(view.keys, Quantized):
             rows = dequantized(view.keys), dequantized(view.values)
             expected = mx.array(reference(np.array(queries), *rows, np.array(view.mask)), mx.float32)
-            expected = attention.o_proj(expected.transpose(0, 2, 1, 3).flatten(-2))
+            expected = expected.transpose(0, 2, 1, 3).flatten(-2)
             np.testing.assert_allclose(found, expected, atol=1e-4)
             compared.append(queries.shape[2])
         return found
 
-    monkeypatch.setattr(Attention, "__call__", compare)
+    monkeypatch.setattr(Attention, "attend", compare)
     run(target, None, 0, FOUR, max_tokens=3, step=40)
     # Two layers own their K/V, and another layer shares it. There are two chunks of prefill and two rounds. The first
     # chunk ends at the last layer that owns K/V. The second chunk continues from there with its last row only.

@@ -47,11 +47,14 @@ def started(models: Any, count: int) -> list[Stream]:
 
 
 def packed_round(
-    streams: list[Stream], choices: list[Choice], stop_ids: frozenset[int] = frozenset()
+    streams: list[Stream],
+    choices: list[Choice],
+    stop_ids: frozenset[int] = frozenset(),
+    compiled: CompiledRounds | None = None,
 ) -> list[RoundReport]:
     """Run a round in which no stream fails."""
     reports = []
-    for result in round_of_all(streams, choices, [stop_ids] * len(streams)):
+    for result in round_of_all(streams, choices, [stop_ids] * len(streams), compiled):
         if isinstance(result, Exception):
             raise result
         reports.append(result)
@@ -70,13 +73,17 @@ def random_choices(streams: list[Stream], rng: np.random.Generator) -> list[Choi
 
 @pytest.mark.parametrize(("variant", "count"), [*((variant, 5) for variant in VARIANTS), ("e2b", 2)])
 def test_each_stream_is_what_it_is_alone(tiny_models: Models, variant: str, count: int) -> None:
-    """The same rounds give the same tokens, log probabilities and bits. Streams leave one after the other."""
+    """The same rounds give the same tokens, log probabilities and bits. Streams leave one after the other.
+
+    Half of the passes are compiled.
+    """
+    compiled = CompiledRounds(always=True)
     together, alone = (started(tiny_models(variant), count) for _ in range(2))
     rng = np.random.default_rng(count)
     for number in range(18):
         first = number // 8 if count > 2 else 0
         choices = random_choices(together[first:], rng)
-        reports = packed_round(together[first:], choices)
+        reports = packed_round(together[first:], choices, compiled=compiled if number % 2 else None)
         for stream, choice, report in zip(alone[first:], choices, reports, strict=True):
             assert stream.round(choice.k, copied=choice.copied) == report
     for ours, theirs in zip(together, alone, strict=True):
