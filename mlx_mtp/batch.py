@@ -36,6 +36,8 @@ class Batch:
 
     def __init__(self, generations: Iterable[Generation] = ()) -> None:
         self.generations = list(generations)
+        # It is called after each round with the number of rows of each text.
+        self.on_round: Callable[[list[int]], object] | None = None
         self._chunks = 0
         # The seconds of rounds that are due before the next chunk.
         self._due = 0.0
@@ -45,9 +47,10 @@ class Batch:
         self.generations.append(generation)
 
     def remove(self, generation: Generation) -> None:
-        """Close a generation before its end."""
-        self.generations.remove(generation)
-        generation.close()
+        """Close a generation, unless it has ended."""
+        if generation in self.generations:
+            self.generations.remove(generation)
+            generation.close()
 
     def close(self) -> None:
         """Close all generations."""
@@ -69,6 +72,8 @@ class Batch:
         else:
             steps = self._round(decoding)
             self._due -= time.perf_counter() - began
+            if self.on_round is not None:
+                self.on_round([each.decoding.drafted + 1 for each in decoding])
         return steps
 
     def _next_prompt(self, reading: list[Generation]) -> Generation:

@@ -93,7 +93,7 @@ class Generation:
             counts_rows=bool(options.logits_processors),
         )
         self.compiled = parts.rounds
-        self._model = model
+        self.model = model
         self._has_begun = self._is_closed = False
 
     @property
@@ -151,18 +151,18 @@ class Generation:
         if not self._reuses:
             return
         entry = self.stream.cache_entry()
-        if entry is not None and not self._model.is_closed:
+        if entry is not None and not self.model.is_closed:
             # After a failure or Ctrl-C, the last pass may not be evaluated yet.
             mx.eval(list(entry.arrays()))
             entry.copy_index = self.decoding.policy.copy_index
-            self._model.prompt_cache.put(entry)
+            self.model.prompt_cache.put(entry)
 
     def _begin(self) -> None:
         """Start from the K/V of an earlier prompt, if the prompt cache has one, and from the copy index of its text."""
         self._has_begun = True
         stream, decoding = self.stream, self.decoding
         if self._reuses:
-            reused = self._model.prompt_cache.take(stream.media.keys(decoding.prompt), stream.kv_format)
+            reused = self.model.prompt_cache.take(stream.media.keys(decoding.prompt), stream.kv_format)
             if reused is not None:
                 stream.resume(reused)
                 if reused.entry.copy_index is not None:

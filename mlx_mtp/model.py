@@ -1,6 +1,6 @@
 """The public class `Model`: a loaded target and drafter that generate text from prompts."""
 
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from mlx_mtp.decoding.prompt_media import PreparedPrompt
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.text_loop import token_budget
 from mlx_mtp.text.tokenizer import Prompt, prepare
-from mlx_mtp.threads.job_thread import Job
+from mlx_mtp.threads.job_thread import Job, Worker
 
 from .batch import DEFAULT_CONCURRENCY, together
 from .decoding import prompt_cache
@@ -24,6 +24,7 @@ from .loaded_model import LoadedModel
 from .options import DEFAULT_KV_GROUP_SIZE, GenerationOptions, OptionChanges
 from .prompt_files import load_entry, read_ahead
 from .responses import GenerationResponse, GenerationResult, whole
+from .scheduler import Scheduler
 
 
 class Model(LoadedModel):
@@ -106,7 +107,7 @@ class Model(LoadedModel):
         """
         with self.life:
             chosen = replace(options or GenerationOptions(), **changes)
-            return self.life.guard(responses(self._begin(prompt, chosen, on_prefill, self.life.check)))
+            return self.life.guard(responses(self.begin(prompt, chosen, on_prefill, self.life.check)))
 
     def stream_generate_batch(
         self,
@@ -142,17 +143,17 @@ class Model(LoadedModel):
     ) -> AsyncGenerator[GenerationResponse, None]:
         """Yield one response per token, as `stream_generate` does, for callers on an event loop.
 
-        The model computes on a thread of its own. Several generations run one after the other, in the order in which
-        their first items were requested. `on_prefill` is called on the event loop, so it may update a user interface.
-        If it raises, the generation ends and the exception is raised here. The generation also ends if the iterator is
-        closed (`aclose` or `contextlib.aclosing`), or if the task that waits for it is cancelled. It ends within a
-        round, or between two chunks of the prompt.
+        The model computes on a thread of its own. Generations that run at the same time decode together, as with
+        `stream_generate_batch`: at most 8, in the order in which their first items were requested. `on_prefill` is
+        called on the event loop, so it may update a user interface. If it raises, the generation ends and the exception
+        is raised here. The generation also ends if the iterator is closed (`aclose` or `contextlib.aclosing`), or if
+        the task that waits for it is cancelled. It ends within a round, or between two chunks of the prompt.
 
         Raises the errors of `stream_generate` when the first item is requested, and ClosedError if the model is closed
         during the generation.
         """
 
-        def start(job: Job[GenerationResponse]) -> Iterator[GenerationResponse]:
+        def start(job: Job[GenerationResponse]) -> Generation:
             def check() -> None:
                 self.life.check()
                 job.check()
@@ -160,9 +161,9 @@ class Model(LoadedModel):
             with self.life:
                 chosen = replace(options or GenerationOptions(), **changes)
                 report = None if on_prefill is None else job.on_loop(on_prefill)
-                return self.life.guard(responses(self._begin(prompt, chosen, report, check)))
+                return self.begin(prompt, chosen, report, check)
 
-        job = self.life.worker().submit(start)
+        job: Job[GenerationResponse] = self.worker().submit(start)
         try:
             async for response in job:
                 yield response
@@ -283,6 +284,26 @@ class Model(LoadedModel):
             costs = self.parts.costs
             return costs.read(sampling or Sampling(), kv, remeasure=remeasure, on_progress=on_progress)
 
+    def _most_together(self, concurrency: int) -> int:
+        """Return the largest number of texts that decode together. Those of an exact model decode alone."""
+        return 1 if self.exact else concurrency
+
+    def begin(
+        self, prompt: Prompt, options: GenerationOptions, on_prefill: Progress | None, check: Callable[[], None]
+    ) -> Generation:
+        """Return the generation of a prompt. Nothing is read yet. `Generation` explains the parameters.
+
+        Raises PromptError and OptionError as `stream_generate` does, and ClosedError if the model is closed.
+        """
+        with self.life:
+            prepared = self.prepare(prompt, enable_thinking=options.enable_thinking)
+            return Generation(self, prepared.tokens, options, on_prefill, check, prepared.media)
+
+    def worker(self) -> Worker:
+        """Return the thread of the asynchronous generations. Raises ClosedError if the model is closed."""
+        schedule = Scheduler(self._most_together(DEFAULT_CONCURRENCY))
+        return self.life.worker(lambda: Worker("mlx-mtp", schedule=schedule))
+
     def _stream_batch(
         self,
         prompts: Sequence[Prompt],
@@ -303,13 +324,7 @@ class Model(LoadedModel):
         waiting: list[Generation] = []
         for index, (prompt, each) in enumerate(zip(prompts, chosen, strict=True)):
             try:
-                waiting.append(self._begin(prompt, each, None, self.life.check))
+                waiting.append(self.begin(prompt, each, None, self.life.check))
             except (PromptError, OptionError) as error:
                 raise type(error)(f"prompts[{index}]: {error}") from None
-        return together(waiting, 1 if self.exact else concurrency)
-
-    def _begin(
-        self, prompt: Prompt, chosen: GenerationOptions, on_prefill: Progress | None, check: Callable[[], None]
-    ) -> Generation:
-        prepared = self.prepare(prompt, enable_thinking=chosen.enable_thinking)
-        return Generation(self, prepared.tokens, chosen, on_prefill, check, prepared.media)
+        return together(waiting, self._most_together(concurrency))

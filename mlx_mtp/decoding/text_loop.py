@@ -38,6 +38,8 @@ class Decoding:
         self.policy = policy
         self.stop_ids = stop_ids
         self.is_reading = True
+        # The number of draft tokens of the last round.
+        self.drafted = 0
         self.is_ended = False
         self._step_size = prefill_step_size
         self._on_prefill = on_prefill
@@ -114,6 +116,7 @@ class Decoding:
         self.policy.end()
 
     def _count(self, report: RoundReport) -> None:
+        self.drafted = report.drafted
         self._remaining -= len(report.tokens)
         self.is_ended = not self._remaining or report.tokens[-1] in self.stop_ids
 

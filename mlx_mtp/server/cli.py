@@ -15,6 +15,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from mlx_mtp.batch import DEFAULT_CONCURRENCY
 from mlx_mtp.command_line import (
     add_kv_options,
     add_model_options,
@@ -31,6 +32,7 @@ from mlx_mtp.loading import DEMO_PAIR
 from mlx_mtp.memory_plan import parse_bytes
 from mlx_mtp.model import Model
 from mlx_mtp.options import GenerationOptions
+from mlx_mtp.scheduler import Scheduler
 from mlx_mtp.shell import Parser, exit_status
 from mlx_mtp.threads.job_thread import Worker
 
@@ -49,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
     parser = Parser(
         prog="mlx_mtp.server",
-        description="Serve Gemma 4 with its drafter over OpenAI's and Anthropic's APIs, one request after the other. "
+        description="Serve Gemma 4 with its drafter over OpenAI's and Anthropic's APIs, several requests at once. "
         "The address is the only line on stdout. docs/server.md describes the API.",
     )
     add_model_options(parser, default="the demo pair in the package")
@@ -95,6 +97,16 @@ def _add_access_options(parser: argparse.ArgumentParser) -> None:
 def _add_limit_options(parser: argparse.ArgumentParser) -> None:
     """Add the limits of the queue, the requests, the memory and the shutdown, and the level of the log."""
     add = parser.add_argument_group("limits").add_argument
+    add(
+        "--decode-concurrency",
+        "--max-num-seqs",
+        "--parallel",
+        type=int,
+        default=DEFAULT_CONCURRENCY,
+        metavar="N",
+        help="Largest number of requests that are answered at the same time, in shared passes over the weights. With "
+        "1, and with --exact, one request is answered after the other (default: %(default)s).",
+    )
     add(
         "--max-queue",
         type=int,
@@ -170,7 +182,10 @@ def _run(args: argparse.Namespace) -> int:
     if logging.lastResort is not None:
         logging.getLogger("mlx_mtp").removeHandler(logging.lastResort)
     listener = _bind(args.host, args.port)
-    worker = Worker("mlx-mtp-model", args.max_queue)
+    if args.exact:
+        args.decode_concurrency = 1
+    scheduler = Scheduler(args.decode_concurrency)
+    worker = Worker("mlx-mtp-model", args.max_queue, scheduler, scheduler.concurrency)
     try:
         # Load on the thread that generates, because MLX's streams belong to threads.
         model, options = worker.run(lambda: _load(args, options))
@@ -178,7 +193,7 @@ def _run(args: argparse.Namespace) -> int:
         # The thread cannot be interrupted, and there is nothing to save.
         os._exit(130)
     try:
-        _serve(args, model, options, worker, listener)
+        _serve(args, model, options, worker, scheduler, listener)
     finally:
         worker.close()
     return 0
@@ -201,7 +216,13 @@ def _options(args: argparse.Namespace) -> GenerationOptions:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name, least in (("max_queue", 0), ("max_body_size", 1), ("shutdown_timeout", 0), ("max_prompt_tokens", 1)):
+    for name, least in (
+        ("decode_concurrency", 1),
+        ("max_queue", 0),
+        ("max_body_size", 1),
+        ("shutdown_timeout", 0),
+        ("max_prompt_tokens", 1),
+    ):
         value = getattr(args, name)
         if value is not None and not least <= value < math.inf:
             raise OptionError(f"--{name.replace('_', '-')} must be at least {least}, found {value}")
@@ -246,7 +267,12 @@ def _load(args: argparse.Namespace, options: GenerationOptions) -> tuple[Model, 
 
 
 def _serve(
-    args: argparse.Namespace, model: Model, options: GenerationOptions, worker: Worker, listener: socket.socket
+    args: argparse.Namespace,
+    model: Model,
+    options: GenerationOptions,
+    worker: Worker,
+    scheduler: Scheduler,
+    listener: socket.socket,
 ) -> None:
     from .app import Settings, create_app
     from .http_entry import local_hosts
@@ -255,7 +281,7 @@ def _serve(
 
     name = args.served_model_name or (args.model if args.model and not Path(args.model).is_dir() else None)
     name = name or Path(args.model or DEMO_PAIR).resolve().name
-    service = Service(model, worker, name, options, args.max_prompt_tokens)
+    service = Service(model, worker, scheduler, name, options, args.max_prompt_tokens)
     hosts = (*local_hosts(args.host), *args.allowed_hosts) if _is_local(args.host) else args.allowed_hosts or ("*",)
     settings = Settings(args.api_key, hosts, args.allowed_origins, args.max_body_size)
     app = create_app(service, settings)

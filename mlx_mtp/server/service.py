@@ -4,14 +4,14 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from mlx_mtp.decoding.prefill import Progress
 from mlx_mtp.decoding.prompt_media import PreparedPrompt
 from mlx_mtp.errors import (
     BusyError,
@@ -22,9 +22,11 @@ from mlx_mtp.errors import (
     OptionError,
     PromptError,
 )
+from mlx_mtp.generation import Generation
 from mlx_mtp.model import Model
 from mlx_mtp.options import GenerationOptions
 from mlx_mtp.responses import GenerationResponse
+from mlx_mtp.scheduler import Scheduler
 from mlx_mtp.text.tokenizer import encode_text
 from mlx_mtp.threads.job_thread import CancelledJob, Job, Worker
 
@@ -35,6 +37,8 @@ logger = logging.getLogger(__name__)
 # The server tells a client to wait _FIRST_RETRY seconds if no generation has ended yet, and at most _MOST_RETRY.
 _FIRST_RETRY = 1
 _MOST_RETRY = 60
+# The bounds of the histogram of rows per pass.
+_ROWS = (1, 2, 4, 8, 16, 32, 64)
 _FIELDS = field_names(*ENDPOINTS)
 
 
@@ -93,7 +97,7 @@ GenerationJob = Job[GenerationResponse | Prefill]
 class Metrics:
     """Prometheus metrics of one server, for `/metrics`."""
 
-    def __init__(self, worker: Worker, model: Model) -> None:
+    def __init__(self, worker: Worker, scheduler: Scheduler, model: Model) -> None:
         self.registry = CollectorRegistry()
 
         def add(kind: Any, name: str, text: str, **options: Any) -> Any:
@@ -112,6 +116,9 @@ class Metrics:
             Counter, "unreadable_tool_calls", "Tool calls whose arguments were passed on as the model wrote them."
         )
         self.first_token = add(Histogram, "time_to_first_token_seconds", "Seconds from the request to its first token.")
+        self.token = add(Histogram, "time_per_token_seconds", "Mean seconds per token of a generation after its first.")
+        self.rows = add(Histogram, "rows_per_pass", "Rows of a verify pass, of all texts.", buckets=_ROWS)
+        self.parked = add(Gauge, "texts_without_drafts", "Texts without draft tokens in the last pass.")
         self.duration = add(Histogram, "generation_seconds", "Seconds from the start of a generation to its end.")
         self.tokens_per_second = add(Gauge, "tokens_per_second", "Tokens per second of the last generation.")
         self.acceptance_length = add(Gauge, "acceptance_length", "Tokens per round of the last generation.")
@@ -123,10 +130,16 @@ class Metrics:
             ("prompt_cache_bytes", "Memory of the prompt cache.", lambda: model.prompt_cache.nbytes),
         ):
             add(Gauge, name, text).set_function(value)
+        scheduler.batch.on_round = self.note_round
 
     def text(self) -> bytes:
         """Return the metrics in the text format of Prometheus."""
         return generate_latest(self.registry)
+
+    def note_round(self, rows: list[int]) -> None:
+        """Record the rows of each text in a round."""
+        self.rows.observe(sum(rows))
+        self.parked.set(rows.count(1))
 
     def count(self, last: GenerationResponse | None, end: str) -> None:
         """Add the counts of a generation. `last` is its last response, None if there is no response."""
@@ -151,11 +164,13 @@ class Metrics:
 class Service:
     """A model on its worker's thread.
 
-    `options` are the default options of requests. Prompts of more than `max_prompt_tokens` tokens are refused.
+    `scheduler` is the schedule of the worker. `options` are the default options of requests. Prompts of more than
+    `max_prompt_tokens` tokens are refused.
     """
 
     model: Model
     worker: Worker
+    scheduler: Scheduler
     name: str
     options: GenerationOptions
     max_prompt_tokens: int | None = None
@@ -164,47 +179,26 @@ class Service:
     _seconds: float | None = None
 
     def __post_init__(self) -> None:
-        self.metrics = Metrics(self.worker, self.model)
+        self.metrics = Metrics(self.worker, self.scheduler, self.model)
 
     def submit(self, task: Task) -> GenerationJob:
-        """Queue a generation. The worker encodes its prompt and checks its options when its turn comes.
+        """Queue a generation. The worker encodes its prompt and checks its options between two turns.
 
         Raises BusyError if too many generations wait.
         """
-        asked = time.monotonic()
-
-        def start(job: GenerationJob) -> Iterator[GenerationResponse | Prefill]:
-            return self._run(task, job, asked)
-
-        return self.worker.submit(start)
+        return self.worker.submit(_Request(self, task).start)
 
     def retry_after(self) -> int:
         """Return the seconds until the queue may have room: the mean time of a generation, rounded up."""
-        return _FIRST_RETRY if self._seconds is None else min(_MOST_RETRY, max(1, math.ceil(self._seconds)))
+        if self._seconds is None:
+            return _FIRST_RETRY
+        return min(_MOST_RETRY, max(1, math.ceil(self._seconds / self.scheduler.concurrency)))
 
-    def _run(self, task: Task, job: GenerationJob, asked: float) -> Iterator[GenerationResponse | Prefill]:
-        began, end, last = time.monotonic(), "cancelled", None
-        try:
-            responses = self.model.stream_generate(
-                self._prompt(task), task.options, on_prefill=lambda done, total: job.put(Prefill(done, total))
-            )
-            with closing(responses):
-                for response in responses:
-                    if last is None:
-                        self.metrics.first_token.observe(time.monotonic() - asked)
-                    last = response
-                    yield response
-            end = last.finish_reason or "stop" if last is not None else "stop"
-        except CancelledJob:
-            raise
-        except Exception:
-            end = "error"
-            raise
-        finally:
-            seconds = time.monotonic() - began
-            self._seconds = seconds if self._seconds is None else 0.8 * self._seconds + 0.2 * seconds
-            self.metrics.duration.observe(seconds)
-            self.metrics.count(last, end)
+    def note(self, seconds: float, last: GenerationResponse | None, end: str) -> None:
+        """Record the end of a generation, which took so many seconds. `last` is its last response, if there is one."""
+        self._seconds = seconds if self._seconds is None else 0.8 * self._seconds + 0.2 * seconds
+        self.metrics.duration.observe(seconds)
+        self.metrics.count(last, end)
 
     @property
     def max_input_tokens(self) -> int:
@@ -231,9 +225,49 @@ class Service:
         )
         return prompt.with_tokens(encode_text(self.model.tokenizer, task.prefill))
 
-    def _prompt(self, task: Task) -> PreparedPrompt:
+    def generation(self, task: Task, on_prefill: Progress, check: Callable[[], None]) -> Generation:
+        """Return the generation of a task. Raises PromptError and OptionError as `Model.stream_generate` does."""
         prompt = self.prepare(task)
         found, most = len(prompt.tokens), self.max_prompt_tokens
         if most is not None and found > most:
             raise ContextLengthError(f"the prompt has {found} tokens, but at most {most} are taken here")
-        return prompt
+        return self.model.begin(prompt, task.options, on_prefill, check)
+
+
+class _Request:
+    """One generation of a service from its request to its end, for the metrics."""
+
+    def __init__(self, service: Service, task: Task) -> None:
+        self._service = service
+        self._task = task
+        self._asked = time.monotonic()
+        self._began = self._first = self._asked
+        self._last: GenerationResponse | None = None
+
+    def start(self, job: GenerationJob) -> Generation:
+        """Make the generation, and watch the items of its job."""
+        job.on_item, job.on_end = self._on_item, self._on_end
+        self._began = time.monotonic()
+
+        def check() -> None:
+            self._service.model.life.check()
+            job.check()
+
+        return self._service.generation(self._task, lambda done, total: job.put(Prefill(done, total)), check)
+
+    def _on_item(self, item: GenerationResponse | Prefill) -> None:
+        if isinstance(item, Prefill):
+            return
+        if self._last is None:
+            self._first = time.monotonic()
+            self._service.metrics.first_token.observe(self._first - self._asked)
+        self._last = item
+
+    def _on_end(self, error: BaseException | None) -> None:
+        end = "error" if isinstance(error, Exception) and not isinstance(error, CancelledJob) else "cancelled"
+        if error is None and self._last is not None and self._last.finish_reason is not None:
+            end = self._last.finish_reason
+        now = time.monotonic()
+        if self._last is not None and self._last.generation_tokens > 1:
+            self._service.metrics.token.observe((now - self._first) / (self._last.generation_tokens - 1))
+        self._service.note(now - self._began, self._last, end)

@@ -1,17 +1,18 @@
-"""A thread that runs iterators one after the other, for callers on an asyncio event loop.
+"""A thread that runs jobs, for callers on an asyncio event loop.
 
-MLX's streams belong to threads, and a model decodes one text at a time. Callers on an event loop give their work to
-this thread, and get the items back on the loop.
+MLX's streams belong to threads. Callers on an event loop give their work to this thread, and get the items back on the
+loop. A `Schedule` decides the order of the work.
 """
 
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from functools import partial
-from queue import SimpleQueue
-from typing import Any, Generic, ParamSpec, TypeVar
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 import mlx.core as mx
 
@@ -32,14 +33,16 @@ class _End:
 
 
 class Job(Generic[T]):
-    """The items of one iterator of a `Worker`, as an asynchronous iterator on the loop that submitted it.
+    """The items of one piece of a `Worker`'s work, as an asynchronous iterator on the loop that submitted it.
 
-    An exception of the iterator is raised on that loop. `cancel` ends the job before it begins, at its next item, or at
-    its next `check`.
+    `start` makes the work on the worker's thread: whatever the worker's schedule runs, such as an iterator of items. An
+    exception of the work is raised on the loop. `cancel` ends the job before it begins, at its next item, or at its
+    next `check`. `on_item` and `on_end` are called on the worker's thread with each item, and with the exception that
+    ended a job that has begun, or None.
     """
 
-    def __init__(self, start: "Callable[[Job[T]], Iterator[T]]") -> None:
-        self._start: Callable[[Job[T]], Iterator[T]] | None = start
+    def __init__(self, start: "Callable[[Job[T]], Any]") -> None:
+        self._start: Callable[[Job[T]], Any] | None = start
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[T | _End] = asyncio.Queue()
         self._is_over = False
@@ -47,6 +50,8 @@ class Job(Generic[T]):
         self.started = threading.Event()
         self.done = threading.Event()
         self._cancelled = threading.Event()
+        self.on_item: Callable[[T], object] | None = None
+        self.on_end: Callable[[BaseException | None], object] | None = None
 
     def check(self) -> None:
         """Raise CancelledJob if the job is cancelled. Only the worker's thread calls it."""
@@ -54,8 +59,10 @@ class Job(Generic[T]):
             raise CancelledJob
 
     def put(self, item: T) -> None:
-        """Hand over an extra item. Only the worker's thread calls it. Raises CancelledJob if the job is cancelled."""
+        """Hand over an item. Only the worker's thread calls it. Raises CancelledJob if the job is cancelled."""
         self.check()
+        if self.on_item is not None:
+            self.on_item(item)
         self._put(item)
 
     def on_loop(self, function: Callable[P, object]) -> Callable[P, None]:
@@ -86,9 +93,14 @@ class Job(Generic[T]):
         self._cancelled.set()
 
     @property
+    def is_cancelled(self) -> bool:
+        """True after `cancel`."""
+        return self._cancelled.is_set()
+
+    @property
     def is_waiting(self) -> bool:
-        """True if the job has not begun and is not cancelled."""
-        return not (self.started.is_set() or self._cancelled.is_set())
+        """True if the job has not begun, and has neither failed nor been cancelled before."""
+        return not (self.started.is_set() or self.done.is_set() or self._cancelled.is_set())
 
     @property
     def is_running(self) -> bool:
@@ -115,31 +127,31 @@ class Job(Generic[T]):
     async def __anext__(self) -> T:
         return await self.next()
 
-    def run(self) -> None:
-        """Run the iterator and hand over its items. Only the worker's thread calls it."""
-        end = _End()
-        self.started.set()
+    def make(self) -> Any:
+        """Make the work, and return it. If that fails, or the job is cancelled, end the job and return None.
+
+        Only the worker's thread calls it.
+        """
         # The job must not keep alive what `start` holds, such as a model, after its end.
         start, self._start = self._start, None
         try:
             self.check()
             assert start is not None
-            items = start(self)
-            del start
-            try:
-                for item in items:
-                    self.put(item)
-            finally:
-                # A generator's own clean-up must run on this thread as well.
-                if (close := getattr(items, "close", None)) is not None:
-                    close()
-        except CancelledJob:
-            pass
+            return start(self)
         except BaseException as error:
-            end = _End(error)
-        finally:
-            self.done.set()
-            self._put(end)
+            self.end(error)
+            return None
+
+    def end(self, error: BaseException | None = None) -> None:
+        """End the job. Only the worker's thread calls it. The reader of the items gets the error, if there is one."""
+        if self.done.is_set():
+            return
+        self.done.set()
+        if self.on_end is not None:
+            self.on_end(error)
+        # The end must not keep alive what they hold.
+        self.on_item = self.on_end = None
+        self._put(_End(None if isinstance(error, CancelledJob) else error))
 
     def _put(self, item: T | _End) -> None:
         self._call_on_loop(partial(self._receive, item))
@@ -158,27 +170,93 @@ class Job(Generic[T]):
             self._cancelled.set()
 
 
-_Queue = SimpleQueue[Callable[[], None] | None]
+class Schedule(Protocol):
+    """The order in which a worker's thread runs its jobs. Only this thread calls it."""
+
+    @property
+    def has_work(self) -> bool:
+        """True if a turn has something to do."""
+
+    def add(self, job: Job[Any]) -> None:
+        """Take in a job."""
+
+    def turn(self) -> None:
+        """Do the next piece of work. The thread takes in new jobs between two turns."""
+
+    def close(self) -> None:
+        """End all jobs."""
+
+
+class OneByOne:
+    """A schedule of jobs whose work is an iterator of items. They run one after the other."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[Job[Any]] = deque()
+
+    @property
+    def has_work(self) -> bool:
+        """True if a job waits."""
+        return bool(self._jobs)
+
+    def add(self, job: Job[Any]) -> None:
+        """Let a job wait for its turn."""
+        self._jobs.append(job)
+
+    def turn(self) -> None:
+        """Run a job from its start to its end."""
+        job = self._jobs.popleft()
+        job.started.set()
+        items = job.make()
+        if items is None:
+            return
+        end: BaseException | None = None
+        try:
+            try:
+                for item in items:
+                    job.put(item)
+            finally:
+                # A generator's own clean-up must run on this thread as well.
+                if (close := getattr(items, "close", None)) is not None:
+                    close()
+        except BaseException as error:
+            end = error
+        job.end(end)
+
+    def close(self) -> None:
+        """End the jobs that wait."""
+        while self._jobs:
+            self._jobs.popleft().end()
+
+
+_Queue = SimpleQueue[Job[Any] | Callable[[], None] | None]
 
 
 class Worker:
-    """A thread that runs jobs in the order in which they were submitted.
+    """A thread that runs jobs.
 
     The thread ends with `close`, when the worker is garbage-collected, or with the program.
     """
 
-    def __init__(self, name: str, max_waiting: int | None = None) -> None:
-        """Start the thread. `max_waiting` is the largest number of jobs that may wait; None means no limit."""
+    def __init__(
+        self, name: str, max_waiting: int | None = None, schedule: Schedule | None = None, concurrency: int = 1
+    ) -> None:
+        """Start the thread.
+
+        `max_waiting` is the largest number of jobs that may wait; None means no limit. `schedule` is the order of the
+        jobs, by default `OneByOne`. It runs at most `concurrency` jobs at the same time.
+        """
         self._queue: _Queue = SimpleQueue()
-        self._max_waiting = max_waiting
+        self._most = None if max_waiting is None else max_waiting + concurrency
         self._jobs: list[Job[Any]] = []
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=_work, args=[self._queue], name=name, daemon=True)
+        self._thread = threading.Thread(
+            target=_work, args=[self._queue, schedule or OneByOne()], name=name, daemon=True
+        )
         self._thread.start()
         self._end = weakref.finalize(self, _end, self._queue, self._thread, self._jobs)
 
-    def submit(self, start: Callable[[Job[T]], Iterator[T]]) -> Job[T]:
-        """Queue an iterator, which `start` makes on the thread. The caller must be on a running event loop.
+    def submit(self, start: Callable[[Job[T]], Any]) -> Job[T]:
+        """Queue a job, whose work `start` makes on the thread. The caller must be on a running event loop.
 
         Raises BusyError if too many jobs wait, and ClosedError after `close`.
         """
@@ -186,15 +264,14 @@ class Worker:
         with self._lock:
             self._check_open()
             self._jobs[:] = [other for other in self._jobs if other.is_waiting or other.is_running]
-            # One job may run in addition to the jobs that wait.
-            if self._max_waiting is not None and len(self._jobs) > self._max_waiting:
+            if self._most is not None and len(self._jobs) >= self._most:
                 raise BusyError(f"{len(self._jobs)} generations run or wait, as many as may at once")
             self._jobs.append(job)
-            self._queue.put(job.run)
+            self._queue.put(job)
         return job
 
     def run(self, function: Callable[[], R]) -> R:
-        """Run a function on the thread after all earlier jobs, and wait for it. Raises ClosedError after `close`."""
+        """Run a function on the thread between two turns, and wait for it. Raises ClosedError after `close`."""
         future: Future[R] = Future()
 
         def call() -> None:
@@ -216,7 +293,7 @@ class Worker:
 
     @property
     def running(self) -> int:
-        """Number of jobs that have begun and not ended: 0 or 1."""
+        """Number of jobs that have begun and not ended."""
         with self._lock:
             return sum(job.is_running for job in self._jobs)
 
@@ -247,15 +324,35 @@ class Worker:
             raise ClosedError("nothing can be generated: it is closed")
 
 
-def _work(queue: _Queue) -> None:
+def _work(queue: _Queue, schedule: Schedule) -> None:
     try:
-        while (task := queue.get()) is not None:
-            task()
-            # The last task must not stay alive while the thread waits for the next task.
-            del task
+        while _take_in(queue, schedule):
+            if schedule.has_work:
+                schedule.turn()
+        schedule.close()
     finally:
         # MLX may abort the program at its end if a thread ends without this call.
         mx.clear_streams()
+
+
+def _take_in(queue: _Queue, schedule: Schedule) -> bool:
+    """Hand new jobs to the schedule, and run functions. Wait for them if there is no other work.
+
+    Return False at the end of the thread.
+    """
+    while True:
+        try:
+            task = queue.get(block=not schedule.has_work)
+        except Empty:
+            return True
+        if task is None:
+            return False
+        if isinstance(task, Job):
+            schedule.add(task)
+        else:
+            task()
+        # The task must not stay alive while the thread waits for the next one.
+        del task
 
 
 def _end(queue: _Queue, thread: threading.Thread, jobs: list[Job[Any]]) -> None:

@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from inspect import GEN_RUNNING, getgeneratorstate
 from typing import Any, Self
 
@@ -77,12 +77,12 @@ class Lifetime:
             with self._lock:
                 items.close()
 
-    def worker(self) -> Worker:
-        """Return a thread for jobs that use the model. Raises ClosedError after `end`."""
+    def worker(self, make: Callable[[], Worker]) -> Worker:
+        """Return the thread for jobs that use the model, which `make` starts once. Raises ClosedError after `end`."""
         with self._worker_lock:
             self.check()
             if self._worker is None:
-                self._worker = Worker("mlx-mtp")
+                self._worker = make()
             return self._worker
 
     def end(self) -> bool:

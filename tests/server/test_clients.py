@@ -16,11 +16,11 @@ from pydantic import BaseModel, Field
 from pydantic_ai import Agent, NativeOutput, PromptedOutput, ToolOutput
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
-from support.scripted import ScriptedModel, load_demo_pair
+from support.scripted import ScriptedGeneration, ScriptedModel, load_demo_pair
 from support.serving import Served, serve
 from support.tool_syntax import render
 
-from mlx_mtp import GenerationOptions, GenerationResponse, Model
+from mlx_mtp import GenerationOptions, Model
 
 QUESTION = "def read_config(path):"
 
@@ -57,11 +57,9 @@ class SaysInTurn:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def stream_generate(
-        self, prompt: Any, options: GenerationOptions, *, on_prefill: Any
-    ) -> Iterator[GenerationResponse]:
+    def begin(self, prompt: Any, *others: Any) -> ScriptedGeneration:
         self.prompts.append(self._model.tokenizer.decode(prompt.tokens))
-        return ScriptedModel(self._model, self.texts.pop(0)).stream_generate(prompt, options, on_prefill=on_prefill)
+        return ScriptedModel(self._model, self.texts.pop(0)).begin(prompt, *others)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,10 +19,12 @@ import httpx2
 import mlx.core as mx
 import openai
 import pytest
-from support.serving import Served, process, serve, value
+from support.serving import Served, eventually, process, serve, value
 
 import mlx_mtp
 from mlx_mtp import DEMO_PAIR, GenerationOptions, Model
+from mlx_mtp.decoding.report import RoundReport
+from mlx_mtp.responses import Responder
 from mlx_mtp.server import cli as server
 
 K = 2
@@ -45,13 +46,6 @@ def served() -> Iterator[Served]:
 
 def body(prompt: str, **options: Any) -> dict[str, Any]:
     return {"prompt": prompt, "max_tokens": 4, "temperature": 0} | options
-
-
-def eventually(holds: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "never"
-        time.sleep(0.01)
 
 
 def is_idle(served: Served) -> bool:
@@ -157,8 +151,12 @@ def test_streams_say_that_they_live(served: Served) -> None:
     with httpx.stream("POST", f"{served.v1}/completions", json=long, timeout=60) as answer:
         lines = list(answer.iter_lines())
     assert sum(re.fullmatch(r": prefill \d+/1200", line) is not None for line in lines) == 3
+
+
+def test_a_stream_that_waits_says_that_it_lives() -> None:
     endless = body("x = ", max_tokens=ENDLESS, ignore_eos=True, stream=True)
-    with httpx.stream("POST", f"{served.v1}/completions", json=endless, timeout=60) as busy:
+    alone = serve(load, GenerationOptions(num_draft_tokens=K), keep_alive=0.05, concurrency=1)
+    with alone as served, httpx.stream("POST", f"{served.v1}/completions", json=endless, timeout=60) as busy:
         # The iterator must stay referenced, because a lost iterator closes the connection.
         busy_lines = busy.iter_lines()
         next(busy_lines)
@@ -170,7 +168,7 @@ def test_streams_say_that_they_live(served: Served) -> None:
 
 
 def test_a_full_queue_is_said() -> None:
-    with serve(load, GenerationOptions(num_draft_tokens=K), max_waiting=1) as served:
+    with serve(load, GenerationOptions(num_draft_tokens=K), max_waiting=1, concurrency=1) as served:
         endless = body("x = ", max_tokens=ENDLESS, ignore_eos=True, stream=True)
         url = f"{served.v1}/completions"
         with httpx.stream("POST", url, json=endless, timeout=60) as busy:
@@ -216,15 +214,15 @@ def test_what_fails_is_said_and_the_next_is_served(served: Served, monkeypatch: 
 
 
 def test_what_fails_later_is_said_in_the_stream(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    generate = Model.stream_generate
+    add = Responder.add
 
-    def fail_after_two(self: Model, *args: Any, **options: Any) -> Iterator[Any]:
-        for index, response in enumerate(generate(self, *args, **options)):
-            if index == 2:
+    def fail_after_two(self: Responder, report: RoundReport) -> Iterator[Any]:
+        for response in add(self, report):
+            if response.generation_tokens > 2:
                 raise RuntimeError("a secret of the machine")
             yield response
 
-    monkeypatch.setattr(Model, "stream_generate", fail_after_two)
+    monkeypatch.setattr(Responder, "add", fail_after_two)
     with openai.OpenAI(base_url=served.v1, api_key="any", max_retries=0) as client:
         chunks = client.completions.create(model="pair", prompt="def f(", stream=True, max_tokens=8)
         assert [next(chunks).choices[0].text for _ in range(2)]

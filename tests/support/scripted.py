@@ -25,9 +25,11 @@ class ScriptedModel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def stream_generate(
-        self, prompt: Any, options: GenerationOptions, *, on_prefill: Any
-    ) -> Iterator[GenerationResponse]:
+    def begin(self, prompt: Any, options: GenerationOptions, on_prefill: Any, check: Any) -> "ScriptedGeneration":
+        """Return a generation that writes the given text."""
+        return ScriptedGeneration(self, self._responses(prompt, options, on_prefill))
+
+    def _responses(self, prompt: Any, options: GenerationOptions, on_prefill: Any) -> Iterator[GenerationResponse]:
         """Yield the given text token by token, and a stop token."""
         count = len(prompt.tokens)
         on_prefill(count, count)
@@ -51,3 +53,21 @@ class ScriptedModel:
                 in_thought=piece.in_thought,
                 logprobs=self._logprobs,
             )
+
+
+class ScriptedGeneration:
+    """A generation with known responses. All of them come with its first chunk."""
+
+    is_reading, is_ended, unread = True, False, 1
+
+    def __init__(self, model: ScriptedModel, responses: Iterator[GenerationResponse]) -> None:
+        self.model = model
+        self._responses = responses
+
+    def read_chunk(self) -> Iterator[GenerationResponse]:
+        """Yield all responses."""
+        yield from self._responses
+        self.is_reading, self.is_ended = False, True
+
+    def close(self) -> None:
+        """Do nothing."""

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from support.checked_answers import Checked
 
 from mlx_mtp import GenerationOptions, Model
+from mlx_mtp.scheduler import Scheduler
 from mlx_mtp.server.app import Settings, create_app
 from mlx_mtp.server.service import Service
 from mlx_mtp.threads.job_thread import Worker
@@ -45,12 +47,14 @@ def serve(
     name: str = "pair",
     max_waiting: int = 32,
     max_prompt_tokens: int | None = None,
+    concurrency: int = 8,
     **settings: Any,
 ) -> Iterator[Served]:
     """Serve a model in a thread of this process. The worker loads it, and `Checked` checks the answers."""
-    worker = Worker("model", max_waiting)
+    scheduler = Scheduler(concurrency)
+    worker = Worker("model", max_waiting, scheduler, concurrency)
     model = worker.run(load)
-    service = Service(model, worker, name, options or GenerationOptions(), max_prompt_tokens)
+    service = Service(model, worker, scheduler, name, options or GenerationOptions(), max_prompt_tokens)
     app = create_app(service, Settings(**settings))
     server = uvicorn.Server(uvicorn.Config(Checked(app), port=0, log_level="warning", timeout_graceful_shutdown=1))
     started = threading.Event()
@@ -93,3 +97,11 @@ def process(*arguments: str, env: dict[str, str] | None = None) -> Iterator[tupl
             yield url, server
         finally:
             server.kill()
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait until a condition holds, for some seconds at most."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "never"
+        time.sleep(0.01)

@@ -21,6 +21,7 @@ LAYERS = (
     ("command_line", "training"),
     ("loading",),
     ("model",),
+    ("scheduler",),
     ("batch",),
     ("generation", "prompt_files"),
     ("loaded_model",),

@@ -283,7 +283,7 @@ def test_what_a_job_holds_is_let_go_of(worker: Worker) -> None:
     gone = weakref.ref(big)
 
     async def main(held: Big) -> Job[Big]:
-        job = worker.submit(lambda job: iter([held]))
+        job: Job[Any] = worker.submit(lambda job: iter([held]))
         await items(job)
         return job
 

@@ -1,0 +1,133 @@
+"""The server with several requests at the same time: their answers are those of single requests."""
+
+import asyncio
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from support.scripted import load_demo_pair
+from support.serving import Served, eventually, serve
+
+from mlx_mtp import GenerationOptions
+from mlx_mtp.server import cli as server
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"a": {"enum": ["x", "y"]}, "b": {"type": "boolean"}},
+    "required": ["a"],
+}
+SCHEMA |= {"additionalProperties": False}
+# Requests of every kind, whose text does not depend on the number of draft tokens.
+REQUESTS: list[tuple[str, dict[str, Any]]] = [
+    ("completions", {"prompt": "def main(", "logprobs": 2}),
+    ("completions", {"prompt": "import os\n" * 40, "stop": ["\n\n"]}),
+    ("completions", {"prompt": "x = ", "temperature": 1.0, "acceptance": "coupled", "seed": 5}),
+    ("completions", {"prompt": "x = ", "repetition_penalty": 1.3, "num_draft_tokens": 0}),
+    ("chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "logit_bias": {"300": 5}}),
+    (
+        "chat/completions",
+        {
+            "messages": [{"role": "user", "content": "Hi"}],
+            "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}},
+        },
+    ),
+    ("completions", {"prompt": "class A:", "temperature": 0.9, "seed": 3, "num_draft_tokens": 3}),
+    ("completions", {"prompt": "while True", "num_draft_tokens": 8, "ignore_eos": True}),
+]
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with serve(load_demo_pair, GenerationOptions(max_tokens=24), concurrency=4) as found:
+        yield found
+
+
+def metrics(served: Served) -> dict[str, float]:
+    families = text_string_to_metric_families(httpx.get(f"{served.url}/metrics").text)
+    return {sample.name: sample.value for family in families for sample in family.samples if not sample.labels}
+
+
+def test_answers_are_those_of_single_requests(served: Served) -> None:
+    """Eight requests at once, of which four run together, have the answers that they have alone."""
+
+    async def ask(client: httpx.AsyncClient, path: str, fields: dict[str, Any]) -> Any:
+        answer = await client.post(f"{served.v1}/{path}", json={"temperature": 0} | fields)
+        assert answer.status_code == 200, answer.text
+        body = answer.json()
+        return body["choices"], body["usage"]["completion_tokens"]
+
+    async def main() -> tuple[list[Any], list[Any]]:
+        async with httpx.AsyncClient(timeout=60) as client:
+            alone = [await ask(client, *each) for each in REQUESTS]
+            return alone, await asyncio.gather(*(ask(client, *each) for each in REQUESTS))
+
+    alone, together = asyncio.run(main())
+    assert together == alone
+    found = metrics(served)
+    assert found["mlx_mtp_rows_per_pass_sum"] > found["mlx_mtp_rows_per_pass_count"]
+    assert found["mlx_mtp_time_per_token_seconds_count"] == 2 * len(REQUESTS)
+
+
+def test_a_request_need_not_wait_for_the_end_of_others(served: Served) -> None:
+    """Three endless streams run. A fourth request is answered meanwhile, and clients that leave end their own text."""
+    endless = {"prompt": "x = ", "max_tokens": 3900, "ignore_eos": True, "stream": True}
+    with ExitStack() as stack:
+        streams = [
+            stack.enter_context(httpx.stream("POST", f"{served.v1}/completions", json=endless, timeout=60))
+            for _ in range(3)
+        ]
+        lines = [stream.iter_lines() for stream in streams]
+        for each in lines:
+            assert any(line.startswith("data: ") for line in each)
+        for path, fields in REQUESTS[:2]:
+            assert httpx.post(f"{served.v1}/{path}", json=fields, timeout=60).status_code == 200
+        health = httpx.get(f"{served.url}/health").json()
+        assert (health["running"], health["waiting"]) == (3, 0)
+        streams[0].close()
+        eventually(lambda: served.service.worker.running == 2)
+        # The others go on.
+        for each in lines[1:]:
+            assert any(line.startswith("data: ") for line in each)
+    eventually(lambda: served.service.worker.running == 0)
+
+
+def test_a_long_prompt_does_not_stop_a_running_text(served: Served) -> None:
+    """A text goes on while a prompt of many chunks is read. Signs of life tell how far the prompt is."""
+    endless = {"prompt": "x = ", "max_tokens": 3900, "ignore_eos": True, "stream": True}
+    prompt = {"prompt": "y = 1\n" * 500, "max_tokens": 2, "stream": True}
+    tokens = 0
+    at_chunk: list[int] = []
+    url = f"{served.v1}/completions"
+
+    async def main() -> None:
+        nonlocal tokens
+
+        async def read(client: httpx.AsyncClient) -> None:
+            async with client.stream("POST", url, json=prompt) as stream:
+                async for line in stream.aiter_lines():
+                    if re.match(r": prefill \d+/\d+", line):
+                        at_chunk.append(tokens)
+
+        async with httpx.AsyncClient(timeout=60) as client, client.stream("POST", url, json=endless) as running:
+            reader: asyncio.Task[None] | None = None
+            async for line in running.aiter_lines():
+                tokens += line.startswith("data: ")
+                if tokens == 5 and reader is None:
+                    reader = asyncio.create_task(read(client))
+                if reader is not None and reader.done():
+                    await reader
+                    break
+
+    asyncio.run(main())
+    assert len(at_chunk) >= 3
+    # Between two chunks, the running text has at least one round.
+    assert at_chunk[0] < at_chunk[1] < at_chunk[2]
+
+
+def test_the_concurrency_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:
+    assert server.main(["--port", "0", "--decode-concurrency", "0"]) == 1
+    assert "--decode-concurrency must be at least 1, found 0" in capsys.readouterr().err
