@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.kv_cache import Cache, KVQuantization
-from mlx_mtp.gemma4.layers import Projected
-from mlx_mtp.gemma4.target import Between, Target
+from mlx_mtp.gemma4.layers import Between, Projected
+from mlx_mtp.gemma4.target import Target
 
 from .round import RoundParts, Steps, round_steps
 
@@ -42,9 +43,10 @@ class _StepsByShape(threading.local):
 
     def __init__(self) -> None:
         self.found: dict[Shape, Steps | None] = {}
-        # The parts of a packed pass between attentions, by layer, and the numbers of rows that occurred.
-        self.between: list[Callable[..., Any]] = []
-        self.rows: set[int] = set()
+        # The parts of packed passes between attentions, by network and layer.
+        self.between: dict[tuple[type, int], Callable[..., Any]] = {}
+        # The numbers of rows of packed passes that occurred, by network.
+        self.rows: set[tuple[type, int]] = set()
 
 
 class CompiledRounds:
@@ -81,24 +83,24 @@ class CompiledRounds:
         # text draft fewer tokens.
         return steps or round_steps(parts, layout, k)
 
-    def between(self, target: Target, rows: int) -> Between | None:
+    def between(self, network: Target | Drafter, rows: int) -> Between | None:
         """Return the compiled parts of a packed pass of this number of rows between its attentions.
 
         Return None for a number of rows that occurs for the first time, unless `always` is set.
         """
-        found = self._steps
-        is_new = rows not in found.rows and not self.always
-        found.rows.add(rows)
+        found, kind = self._steps, type(network)
+        is_new = (kind, rows) not in found.rows and not self.always
+        found.rows.add((kind, rows))
         if is_new:
             return None
-        if not found.between:
-            found.between = [mx.compile(partial(target.between_attentions, i)) for i in range(len(target.layers))]
-        functions = found.between
 
         def between(
             index: int, h: mx.array, attended: mx.array, per_layer: mx.array | None, offset: mx.array
         ) -> tuple[mx.array, Projected | None]:
-            following: tuple[mx.array, Projected | None] = functions[index](h, attended, per_layer, offset)
+            if (kind, index) not in found.between:
+                found.between[kind, index] = mx.compile(partial(network.between_attentions, index))
+            following: tuple[mx.array, Projected | None]
+            following = found.between[kind, index](h, attended, per_layer, offset)
             return following
 
         return between

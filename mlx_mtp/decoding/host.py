@@ -60,13 +60,21 @@ class Host:
 
         The masks are bool [k + 1, vocab], one for each row to verify. They are None if all tokens are allowed.
         """
-        if self.guide is None:
+        masks = self.masks(k)
+        if masks is None:
             return steps.draft(state), None
-        masks = RowMasks(self.guide, k + 1)
         draft = draft_tokens(parts, layout, state, k, masks)
-        masks(draft.tokens[:, -1:] if k else state.bonus)
+        return draft, self.stack(masks, draft, state)
+
+    def masks(self, k: int) -> RowMasks | None:
+        """Return the guide's masks for a round of k draft tokens, or None without a guide."""
+        return None if self.guide is None else RowMasks(self.guide, k + 1)
+
+    def stack(self, masks: RowMasks, draft: Draft, state: RoundState) -> mx.array | None:
+        """Return the masks of all rows to verify, bool [k + 1, vocab]. They are None if all tokens are allowed."""
+        masks(draft.tokens[:, -1:] if draft.tokens.size else state.bonus)
         self.reads += masks.host_reads
-        return draft, masks.stack()
+        return masks.stack()
 
     def cut(self, copied: list[int]) -> tuple[list[int], mx.array | None]:
         """Return the copied tokens before the first token that the guide forbids, and the masks as `draft` does.

@@ -10,13 +10,15 @@ from functools import partial
 
 import mlx.core as mx
 
+from mlx_mtp.gemma4.drafter import Draft, DraftInputs
 from mlx_mtp.gemma4.kv_cache import KVState
 from mlx_mtp.gemma4.target import TargetOutput
 
 from .compiled import CompiledRounds
+from .constraints import RowMasks
 from .draft_length import Choice
 from .report import RoundReport
-from .round import Drafted, tokens_to_verify
+from .round import Drafted, needed_drafter, tokens_to_verify
 from .stream import Stream
 
 
@@ -36,8 +38,7 @@ def packed_round(
     continue. The other streams have their round. Raises what the pass over all rows raises.
     """
     rounds = [_Round(*each) for each in zip(streams, choices, stop_ids, strict=True)]
-    for each in rounds:
-        each.run(each.draft)
+    _draft(rounds, compiled)
     _verify([each for each in rounds if each.error is None], compiled)
     for each in rounds:
         each.run(each.finish)
@@ -52,6 +53,7 @@ class _Round:
         self._choice = choice
         self._stop_ids = stop_ids
         self.error: Exception | None = None
+        self._masks: RowMasks | None = None
         self._drafted: Drafted | None = None
         self._report: RoundReport | None = None
 
@@ -63,9 +65,31 @@ class _Round:
             except Exception as error:
                 self.error = error
 
+    @property
+    def uses_drafter(self) -> bool:
+        """Whether the drafter drafts for this round."""
+        return bool(self._choice.k) and not self._choice.copied
+
     def draft(self) -> None:
         """Draft the tokens, or take the copied ones."""
         self._drafted = self.stream.draft(self._choice.k, self._choice.copied or [])
+
+    def prepare(self, inputs: list[DraftInputs]) -> None:
+        """Add the inputs of the drafter for this round."""
+        given, self._masks = self.stream.draft_inputs(self._choice.k)
+        inputs.append(given._replace(allow=None if self._masks is None else self._allow))
+
+    def take(self, draft: Draft) -> None:
+        """Take a draft that was made together with those of other streams."""
+        self._drafted = self.stream.drafted(draft, self._masks)
+
+    def _allow(self, token: mx.array) -> mx.array | None:
+        """Return the mask of the guide after a token. After an exception, there is none: the stream is dropped."""
+        found: list[mx.array | None] = [None]
+        if self._masks is not None:
+            masks = self._masks
+            self.run(lambda: found.append(masks(token)))
+        return found[-1]
 
     def accept(self, kv: KVState, output: TargetOutput, reports: list[mx.array]) -> None:
         """Accept draft tokens by the output of the pass, and add the report to `reports`."""
@@ -87,6 +111,27 @@ class _Round:
         result = self.error or self._report
         assert result is not None
         return result
+
+
+def _draft(rounds: Sequence[_Round], compiled: CompiledRounds | None) -> None:
+    """Draft the tokens of all rounds. The drafter runs once a step for all that still draft."""
+    together = [each for each in rounds if each.uses_drafter]
+    if len(together) < 2:
+        together = []
+    for each in rounds:
+        if each not in together:
+            each.run(each.draft)
+    inputs: list[DraftInputs] = []
+    for each in together:
+        each.run(partial(each.prepare, inputs))
+    together = [each for each in together if each.error is None]
+    if not together:
+        return
+    parts = together[0].stream.parts
+    drafter = needed_drafter(parts, inputs[0].k)
+    between = None if compiled is None else compiled.between(drafter, len(inputs))
+    for each, draft in zip(together, drafter.draft_together(parts.target, inputs, between), strict=True):
+        each.run(partial(each.take, draft))
 
 
 def _verify(rounds: Sequence[_Round], compiled: CompiledRounds | None) -> None:

@@ -131,11 +131,23 @@ def draft_tokens(parts: RoundParts, layout: Cache, state: RoundState, k: int, al
     """
     if not k:
         return Draft(mx.zeros((1, 0), mx.int32))
+    return needed_drafter(parts, k).draft(parts.target, draft_inputs(parts, layout, state, k, allow))
+
+
+def draft_inputs(parts: RoundParts, layout: Cache, state: RoundState, k: int, allow: Allow | None) -> DraftInputs:
+    """Return the inputs of the drafter for `draft_tokens`. They hold K/V views.
+
+    Raises OptionError if there is no drafter.
+    """
+    context = needed_drafter(parts, k).draft_context(layout.over(state.kv))
+    return DraftInputs(state.bonus, state.hidden, context, k, parts.rules.drafter_choice(state, k), allow)
+
+
+def needed_drafter(parts: RoundParts, k: int) -> Drafter:
+    """Return the drafter of a round of k draft tokens. Raises OptionError if there is none."""
     if parts.drafter is None:
         raise OptionError(f"{k} draft tokens asked for without a drafter")
-    context = parts.drafter.draft_context(layout.over(state.kv))
-    choose = parts.rules.drafter_choice(state, k)
-    return parts.drafter.draft(parts.target, DraftInputs(state.bonus, state.hidden, context, k, choose, allow))
+    return parts.drafter
 
 
 def choose_row(state: RoundState, hidden: mx.array, choices: mx.array, row: mx.array) -> RoundState:

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_mtp.errors import OptionError
-from mlx_mtp.gemma4.drafter import Drafter
+from mlx_mtp.gemma4.drafter import Draft, Drafter, DraftInputs
 from mlx_mtp.gemma4.kv_cache import Cache, KVQuantization, KVState
 from mlx_mtp.gemma4.target import Target, TargetOutput
 
 from .compiled import CompiledRounds
-from .constraints import Guide
+from .constraints import Guide, RowMasks
 from .host import Host
 from .prefill import Progress, PromptReader
 from .prompt_cache import CacheEntry, KVFormat, ReusedPrefix
@@ -24,6 +24,7 @@ from .round import (
     Steps,
     Verified,
     choose_row,
+    draft_inputs,
     draft_tokens,
     end_round,
     round_steps,
@@ -224,6 +225,23 @@ class Stream:
         else:
             draft, masks = self.host.draft(self.parts, self.cache, self.state, self._steps(k), k)
         return Drafted(draft, masks, copied, self.host.reads - reads)
+
+    def draft_inputs(self, k: int) -> tuple[DraftInputs, RowMasks | None]:
+        """Make room for a round whose k tokens are drafted together with those of other streams.
+
+        Return the inputs of the drafter, and the masks of a guide, for `drafted`. The inputs hold K/V views.
+
+        Raises OptionError if there is no drafter.
+        """
+        self._reserve(k)
+        masks = self.host.masks(k)
+        return draft_inputs(self.parts, self.cache, self.state, k, masks), masks
+
+    def drafted(self, draft: Draft, masks: RowMasks | None) -> Drafted:
+        """Return a draft that was made together with those of other streams."""
+        reads = self.host.reads
+        rows = None if masks is None else self.host.stack(masks, draft, self.state)
+        return Drafted(draft, rows, [], self.host.reads - reads)
 
     def accept(self, drafted: Drafted, kv: KVState, output: TargetOutput) -> mx.array:
         """Accept draft tokens by the output of a pass over several streams, which has written its rows to `kv`.

@@ -5,7 +5,7 @@ pre_projection -> layers -> head. The layers have queries only. They attend to t
 position. post_projection gives the hidden state for the next step.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -13,8 +13,8 @@ import mlx.nn as nn
 
 from mlx_mtp.checkpoints.config import DrafterConfig, LayerType
 
-from .kv_cache import Cache, View
-from .layers import DecoderLayer, norms_after
+from .kv_cache import Cache, View, Views
+from .layers import Between, DecoderLayer, Projected, between_attentions
 from .target import TableRows, Target, allowed_tokens, table_rows
 
 # This logit is below any other logit, and its probability is zero next to any other.
@@ -37,10 +37,11 @@ class Draft(NamedTuple):
 class DraftContext(NamedTuple):
     """The inputs that all draft steps of a round share.
 
-    `views` holds the target's K/V per layer type. `position` is int32 [].
+    `views` holds the target's K/V per layer type. `position` is int32 []. In steps of several streams, `views` holds
+    a list with the K/V of each, and `position` is int32 [streams].
     """
 
-    views: dict[LayerType, View]
+    views: Mapping[LayerType, Views]
     position: mx.array
 
 
@@ -117,12 +118,11 @@ class _CentroidHead(nn.Module):
         self.centroids = nn.Linear(config.text.hidden_size, config.num_centroids, bias=False)
         self.token_ordering = mx.zeros((config.text.vocab_size,), mx.int32)
 
-    def candidates(self, state: mx.array, allowed: mx.array | None) -> mx.array:
-        """Return the candidate ids, [candidates], for a state [1, 1, hidden_size].
+    def candidates(self, scores: mx.array, allowed: mx.array | None) -> mx.array:
+        """Return the candidate ids, [candidates], from the scores of the centroids, [centroids].
 
         If `allowed` is given, clusters with an allowed token come first. Some candidates are then allowed.
         """
-        scores = self.centroids(state)[0, 0]
         if allowed is not None:
             has_allowed = allowed[0][self.token_ordering].reshape(scores.size, -1).any(axis=-1)
             scores = mx.where(has_allowed, scores, -mx.inf)
@@ -175,27 +175,33 @@ class Drafter(nn.Module):
         `draft_position` "last", the position is one less.
         """
         position = cache.offset if self.config.draft_position == "bonus" else cache.offset - 1
-        views: dict[LayerType, View] = {
+        views: dict[LayerType, Views] = {
             layer_type: cache.draft_view(layer_type) for layer_type in ("sliding_attention", "full_attention")
         }
         return DraftContext(views, position)
 
-    def __call__(self, embedding: mx.array, hidden: mx.array, context: DraftContext) -> DraftStep:
+    def __call__(
+        self, embedding: mx.array, hidden: mx.array, context: DraftContext, between: Between | None = None
+    ) -> DraftStep:
         """Run one draft step from a token's scaled embedding and a hidden state.
 
-        Both are [1, 1, backbone_hidden_size].
+        Both are [1, 1, backbone_hidden_size], or [1, streams, backbone_hidden_size] in a step of several streams.
+        `between` may be a compiled form of `between_attentions`.
         """
         h = self.pre_projection(mx.concatenate([embedding, hidden], axis=-1))
-        layers = self.model.layers
-        normed = layers[0].input_layernorm(h)
-        for layer, config, following in zip(
-            layers, self.config.text.layers, norms_after(layers, self.model.norm), strict=True
-        ):
-            queries = layer.project(normed, context.position).queries
-            attended = layer.attend(queries, context.views[config.layer_type])
-            h, normed = layer(h, attended, following)
-        # The norm after the last layer is the final norm.
-        return DraftStep(normed, self.post_projection(normed))
+        layers, between = self.model.layers, between or self.between_attentions
+        projected: Projected | None = layers[0].project(layers[0].input_layernorm(h), context.position)
+        for index, (layer, config) in enumerate(zip(layers, self.config.text.layers, strict=True)):
+            assert projected is not None
+            attended = layer.attend(projected.queries, context.views[config.layer_type])
+            h, projected = between(index, h, attended, None, context.position)
+        return DraftStep(h, self.post_projection(h))
+
+    def between_attentions(
+        self, index: int, h: mx.array, attended: mx.array, per_layer: mx.array | None, offset: mx.array
+    ) -> tuple[mx.array, Projected | None]:
+        """Run the layers between two attentions, see `layers.between_attentions`."""
+        return between_attentions(self.model.layers, self.model.norm, index, h, attended, per_layer, offset)
 
     def candidates(self, state: mx.array, allowed: mx.array | None = None) -> Candidates:
         """Return the candidates of the head for a state [1, 1, hidden_size].
@@ -204,15 +210,28 @@ class Drafter(nn.Module):
         the tokens of the best centroids. Suppressed tokens, and tokens that are not `allowed`, bool [1, vocab], have
         the logit -inf. If `allowed` is given, it must exclude the suppressed tokens too.
         """
+        return self._candidates(state, self._scores(state), allowed)
+
+    def _scores(self, states: mx.array) -> mx.array:
+        """Return the logits of a dense head, or the scores of the centroids, [streams, ...], for all states at once.
+
+        `states` are [1, streams, hidden_size].
+        """
+        head = self.masked_embedding
+        scores: mx.array = self.model.embed_tokens.as_linear(states) if head is None else head.centroids(states)
+        return scores.squeeze(0)
+
+    def _candidates(self, state: mx.array, scores: mx.array, allowed: mx.array | None) -> Candidates:
+        """Return the candidates for a state, from its scores [1, ...]."""
         is_guided = allowed is not None
         allowed = allowed if is_guided else self._unsuppressed
         if self.masked_embedding is None:
-            logits = self.model.embed_tokens.as_linear(state).squeeze(0)
+            logits = scores
             if self.draft_vocab_ids is not None:
                 return self._pruned(logits, allowed)
             return Candidates(None, logits if allowed is None else mx.where(allowed, logits, -mx.inf))
         # Suppressed tokens alone do not restrict the clusters, unless all tokens of a cluster are suppressed.
-        ids = self.masked_embedding.candidates(state, allowed if is_guided or self._has_dead_cluster else None)
+        ids = self.masked_embedding.candidates(scores[0], allowed if is_guided or self._has_dead_cluster else None)
         # This call gathers the rows of the ids, and dequantizes no other rows.
         logits = state.squeeze(0) @ self.table_rows(self.model.embed_tokens, ids).T
         return Candidates(ids[None], logits if allowed is None else mx.where(allowed[:, ids], logits, -mx.inf))
@@ -229,26 +248,84 @@ class Drafter(nn.Module):
 
     def draft(self, target: Target, inputs: DraftInputs) -> Draft:
         """Draft k tokens after the last token, from the hidden state that produced it."""
-        token, hidden, context, k, choose, allow = inputs
-        tokens, ids, log_probabilities = [mx.zeros((1, 0), mx.int32)], [], []
-        for index in range(k):
-            step = self(target.embed(token), hidden, context)
-            candidates = self.candidates(step.state, None if allow is None else allow(token))
-            choice, distribution = choose(index, candidates)
-            if candidates.ids is None:
-                token = choice.view(mx.int32)
-            else:
-                token = mx.take_along_axis(candidates.ids, choice, axis=-1).astype(mx.int32)
-                ids.append(candidates.ids)
-            if distribution is not None:
-                log_probabilities.append(distribution)
-            hidden = step.hidden
-            tokens.append(token)
+        draft = _OpenDraft(inputs)
+        for _ in range(inputs.k):
+            step = self(target.embed(draft.token), draft.hidden, inputs.context)
+            draft.add(self.candidates(step.state, draft.allowed()), step.hidden)
+        return draft.close()
+
+    def draft_together(
+        self, target: Target, inputs: Sequence[DraftInputs], between: Between | None = None
+    ) -> list[Draft]:
+        """Draft for several streams, as `draft` does for one. Each step is one for all streams that still draft.
+
+        `between` may be a compiled form of `between_attentions` for steps of all streams.
+        """
+        drafts = [_OpenDraft(each) for each in inputs]
+        for index in range(max(each.k for each in inputs)):
+            going = [each for each in drafts if index < each.inputs.k]
+            tokens, hidden = mx.concatenate([each.token for each in going], axis=1), [each.hidden for each in going]
+            step = self(
+                target.embed(tokens),
+                mx.concatenate(hidden, axis=1),
+                _context_of([each.inputs.context for each in going]),
+                between if len(going) == len(drafts) else None,
+            )
+            if any(each.inputs.allow is not None for each in going):
+                # The guides read their tokens one after the other. Now they wait once for all of them.
+                mx.eval(tokens)
+            scores = self._scores(step.state)
+            for row, each in enumerate(going):
+                one = slice(row, row + 1)
+                candidates = self._candidates(step.state[:, one], scores[one], each.allowed())
+                each.add(candidates, step.hidden[:, one])
+        return [each.close() for each in drafts]
+
+
+class _OpenDraft:
+    """The draft of one stream while it is made: its last token, and the hidden state that produced it."""
+
+    def __init__(self, inputs: DraftInputs) -> None:
+        self.inputs = inputs
+        self.token = inputs.token
+        self.hidden = inputs.hidden
+        self._tokens = [mx.zeros((1, 0), mx.int32)]
+        self._ids: list[mx.array] = []
+        self._log_probabilities: list[mx.array] = []
+
+    def allowed(self) -> mx.array | None:
+        """Return the mask of a guide for the next token."""
+        return None if self.inputs.allow is None else self.inputs.allow(self.token)
+
+    def add(self, candidates: Candidates, hidden: mx.array) -> None:
+        """Choose the next token."""
+        choice, distribution = self.inputs.choose(len(self._tokens) - 1, candidates)
+        if candidates.ids is None:
+            self.token = choice.view(mx.int32)
+        else:
+            self.token = mx.take_along_axis(candidates.ids, choice, axis=-1).astype(mx.int32)
+            self._ids.append(candidates.ids)
+        if distribution is not None:
+            self._log_probabilities.append(distribution)
+        self.hidden = hidden
+        self._tokens.append(self.token)
+
+    def close(self) -> Draft:
+        """Return the draft."""
         return Draft(
-            mx.concatenate(tokens, axis=1),
-            mx.concatenate(ids) if ids else None,
-            mx.concatenate(log_probabilities) if log_probabilities else None,
+            mx.concatenate(self._tokens, axis=1),
+            mx.concatenate(self._ids) if self._ids else None,
+            mx.concatenate(self._log_probabilities) if self._log_probabilities else None,
         )
+
+
+def _context_of(contexts: Sequence[DraftContext]) -> DraftContext:
+    """Return the context of the steps of several streams."""
+    views: dict[LayerType, Views] = {}
+    for layer_type in contexts[0].views:
+        of_type = [context.views[layer_type] for context in contexts]
+        views[layer_type] = [view for view in of_type if isinstance(view, View)]
+    return DraftContext(views, mx.stack([context.position for context in contexts]))
 
 
 def ask_for_each(inputs: DraftInputs, draft: Draft) -> None:
@@ -283,3 +360,9 @@ class GivenDrafter(Drafter):
         draft = self.give(inputs.token, inputs.k)
         ask_for_each(inputs, draft)
         return draft
+
+    def draft_together(
+        self, target: Target, inputs: Sequence[DraftInputs], between: Between | None = None
+    ) -> list[Draft]:
+        """Return the drafts that the function gives."""
+        return [self.draft(target, each) for each in inputs]

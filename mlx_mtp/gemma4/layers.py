@@ -386,9 +386,34 @@ class DecoderLayer(nn.Module):
         return self.add_norm(sparse, self.post_feedforward_layernorm_2, self.post_feedforward_layernorm_1(dense)).h
 
 
-def norms_after(layers: list[DecoderLayer], final: nn.RMSNorm) -> list[nn.RMSNorm]:
-    """Return the norm that follows each layer: the first of the next layer, or the final norm."""
-    return [*(layer.input_layernorm for layer in layers[1:]), final]
+class Between(Protocol):
+    """A function that runs the layers between two attentions (see `between_attentions`)."""
+
+    def __call__(
+        self, index: int, h: mx.array, attended: mx.array, per_layer: mx.array | None, offset: mx.array
+    ) -> tuple[mx.array, Projected | None]:
+        """Return the new residual stream, and the queries, keys and values of the next layer."""
+
+
+def between_attentions(
+    layers: list[DecoderLayer],
+    final: nn.RMSNorm,
+    index: int,
+    h: mx.array,
+    attended: mx.array,
+    per_layer: mx.array | None,
+    offset: mx.array,
+) -> tuple[mx.array, Projected | None]:
+    """Run the layers of a network from the attention of layer `index` to that of the next layer.
+
+    `h` [1, length, hidden_size] is the residual stream, `attended` the result of `DecoderLayer.attend`, `per_layer`
+    [1, length, size] the per-layer input, and `Rope` explains `offset`. Return the new residual stream and the queries,
+    keys and values of the next layer. After the last layer, return the hidden states after the norm `final`, and None.
+    """
+    following = layers[index + 1] if index + 1 < len(layers) else None
+    norm = final if following is None else following.input_layernorm
+    h, normed = layers[index](h, attended, norm, per_layer)
+    return (normed, None) if following is None else (h, following.project(normed, offset))
 
 
 def fuse_projections(layers: list[DecoderLayer]) -> None:

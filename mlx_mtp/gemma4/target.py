@@ -14,7 +14,7 @@ from mlx_mtp.checkpoints.config import TextConfig
 
 from .disk_table import MappedEmbedding, PerLayerRows
 from .kv_cache import Cache, PackedPass, Pass, View
-from .layers import DecoderLayer, Projected, norms_after
+from .layers import Between, DecoderLayer, Projected, between_attentions
 
 # The token at rows that stand for media. Its row of the per-layer table counts, as in transformers.
 PAD = 0
@@ -69,15 +69,6 @@ def table_rows(table: nn.Module, tokens: mx.array, factor: float | None = None) 
     """Return the rows of an embedding for tokens [...], multiplied by `factor`, [..., size]."""
     rows: mx.array = table(tokens)
     return rows if factor is None else rows * factor
-
-
-class Between(Protocol):
-    """A function that runs the layers between two attentions (see `Target.between_attentions`)."""
-
-    def __call__(
-        self, index: int, h: mx.array, attended: mx.array, per_layer: mx.array | None, offset: mx.array
-    ) -> tuple[mx.array, Projected | None]:
-        """Return the new residual stream, and the queries, keys and values of the next layer."""
 
 
 class Target(nn.Module):
@@ -215,18 +206,8 @@ class Target(nn.Module):
     def between_attentions(
         self, index: int, h: mx.array, attended: mx.array, per_layer: mx.array | None, offset: mx.array
     ) -> tuple[mx.array, Projected | None]:
-        """Run the layers from the attention of layer `index` to that of the next layer.
-
-        `h` [1, length, hidden_size] is the residual stream, `attended` the result of `DecoderLayer.attend`,
-        `per_layer` [1, length, size] the per-layer input, and `Rope` explains `offset`. Return the new residual stream
-        and the queries, keys and values of the next layer. After the last layer, return the final hidden states and
-        None.
-        """
-        h, normed = self.layers[index](h, attended, norms_after(self.layers, self.norm)[index], per_layer)
-        if index + 1 == len(self.layers):
-            # The norm after the last layer is the final norm.
-            return normed, None
-        return h, self.layers[index + 1].project(normed, offset)
+        """Run the layers between two attentions, see `layers.between_attentions`."""
+        return between_attentions(self.layers, self.norm, index, h, attended, per_layer, offset)
 
     def head(self, hidden: mx.array) -> mx.array:
         """Return the logits [1, rows, vocab], before the soft cap, of hidden states [1, rows, hidden_size]."""

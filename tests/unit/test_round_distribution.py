@@ -59,7 +59,7 @@ class TableDrafter(Drafter):
     def draft_context(self, cache: Cache) -> DraftContext:
         return DraftContext({}, cache.offset)
 
-    def __call__(self, embedding: mx.array, hidden: mx.array, context: DraftContext) -> DraftStep:
+    def __call__(self, embedding: mx.array, hidden: mx.array, context: DraftContext, _between: Any = None) -> DraftStep:
         return DraftStep(embedding, mx.zeros_like(hidden))
 
     def candidates(self, state: mx.array, allowed: mx.array | None = None) -> Candidates:
