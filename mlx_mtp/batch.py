@@ -6,7 +6,9 @@ from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
+from mlx_mtp.decoding.draft_length import Choice
 from mlx_mtp.decoding.packed import packed_round
+from mlx_mtp.decoding.shared_lengths import SharedLengths, shared_costs
 
 from .generation import Generation
 from .responses import GenerationResponse
@@ -38,6 +40,7 @@ class Batch:
         self.generations = list(generations)
         # It is called after each round with the number of rows of each text.
         self.on_round: Callable[[list[int]], object] | None = None
+        self._lengths = SharedLengths()
         self._chunks = 0
         # The seconds of rounds that are due before the next chunk.
         self._due = 0.0
@@ -92,7 +95,7 @@ class Batch:
             return [self._step(each, each.settle) for each in ahead]
         results = packed_round(
             [each.stream for each in decoding],
-            [each.choose() for each in decoding],
+            self._choices(decoding),
             [each.decoding.stop_ids for each in decoding],
             decoding[0].compiled,
         )
@@ -102,6 +105,14 @@ class Batch:
             else self._step(each, partial(each.take, result))
             for each, result in zip(decoding, results, strict=True)
         ]
+
+    def _choices(self, decoding: list[Generation]) -> list[Choice]:
+        """Choose the next round of each text."""
+        options = {id(each): each.option() for each in decoding}
+        costs = next((option.costs for option in options.values() if option.costs is not None), None)
+        if costs is None:
+            return [option.choice for option in options.values()]
+        return list(self._lengths.choose(shared_costs(costs), options).values())
 
     def _step(self, generation: Generation, step: Callable[[], Iterator[GenerationResponse]]) -> Step:
         """Run a step of one generation."""

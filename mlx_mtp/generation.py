@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 import mlx.core as mx
 
 from mlx_mtp.decoding.calibration import choosing_policy
-from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, Choice, DraftPolicy
+from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, DraftPolicy, Option
 from mlx_mtp.decoding.exact import check_exact
 from mlx_mtp.decoding.prefill import Progress
 from mlx_mtp.decoding.prompt_media import PromptMedia
@@ -31,11 +31,12 @@ class Generation:
     """One generation of a model, which its caller moves on step by step.
 
     Making it checks the prompt and all options. Then call `read_chunk` while `is_reading` is true, and run rounds until
-    `is_ended` is true: `round` runs one alone, and `choose` and `take` stand around a round of several generations.
+    `is_ended` is true: `round` runs one alone, and `option` and `take` stand around a round of several generations.
     Each step returns the responses of its tokens. Call `close` at the end, also after a failure.
 
     `media` are the media in the prompt. `on_prefill` is called between chunks of the prompt. `check` is called there as
-    well, and during the measurement of rounds. If one of them raises, close the generation.
+    well, and during the measurement of rounds. If one of them raises, close the generation. If the text is not
+    `is_seeded`, nobody expects the same text again, and its draft lengths may depend on other texts.
 
     Raises PromptError if the prompt cannot be used, and OptionError if an option cannot be used.
     """
@@ -48,6 +49,8 @@ class Generation:
         on_prefill: Progress | None,
         check: Callable[[], None],
         media: PromptMedia,
+        *,
+        is_seeded: bool = True,
     ) -> None:
         parts = model.parts
         budget = token_budget(prompt, options.max_tokens, model.max_context)
@@ -84,6 +87,7 @@ class Generation:
             stop_ids=stop_ids,
             prefill_step_size=options.prefill_step_size,
             on_prefill=checked(on_prefill, check),
+            keeps_lengths=is_seeded and options.sampling.depends_on_lengths,
         )
         self._responder = Responder(
             TextStream(parts.tokenizer, channel, options.stop_strings, thought),
@@ -133,9 +137,9 @@ class Generation:
         if report is not None:
             yield from self._responder.add(report)
 
-    def choose(self) -> Choice:
-        """Choose the next round, which runs together with those of other generations."""
-        return self.decoding.choose()
+    def option(self) -> Option:
+        """Return the next round that this text can have together with those of others."""
+        return self.decoding.option()
 
     def take(self, report: RoundReport) -> Iterator[GenerationResponse]:
         """Record a round that ran together with those of other generations."""

@@ -289,7 +289,13 @@ class Model(LoadedModel):
         return 1 if self.exact else concurrency
 
     def begin(
-        self, prompt: Prompt, options: GenerationOptions, on_prefill: Progress | None, check: Callable[[], None]
+        self,
+        prompt: Prompt,
+        options: GenerationOptions,
+        on_prefill: Progress | None,
+        check: Callable[[], None],
+        *,
+        is_seeded: bool = True,
     ) -> Generation:
         """Return the generation of a prompt. Nothing is read yet. `Generation` explains the parameters.
 
@@ -297,7 +303,7 @@ class Model(LoadedModel):
         """
         with self.life:
             prepared = self.prepare(prompt, enable_thinking=options.enable_thinking)
-            return Generation(self, prepared.tokens, options, on_prefill, check, prepared.media)
+            return Generation(self, prepared.tokens, options, on_prefill, check, prepared.media, is_seeded=is_seeded)
 
     def worker(self) -> Worker:
         """Return the thread of the asynchronous generations. Raises ClosedError if the model is closed."""

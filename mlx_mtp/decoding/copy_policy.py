@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .copy_index import CopyIndex, CopyStatistics
-from .draft_length import COPY_LENGTHS, Choice, Costs, DraftPolicy
+from .draft_length import COPY_LENGTHS, Choice, Costs, DraftPolicy, Option
 from .report import RoundReport
 
 
@@ -71,6 +71,17 @@ class CopyPolicy(DraftPolicy):
             return choice._replace(ahead=False)
         return Choice(count, False, self._index.copy(count))
 
+    def option(self, most: int) -> Option:
+        """Return the option of the chooser, or the copy that would be chosen alone.
+
+        The tokens of a copy count as far as it must promise more than the other rounds.
+        """
+        option, count = self.chooser.option(most), min(self._copied_count(), most)
+        if not count:
+            return option
+        (expected,) = self._statistics.expected_tokens(self._index.match, [count])
+        return option._replace(choice=Choice(count, False, self._index.copy(count)), copied=expected / self._least_gain)
+
     def use(self, costs: Costs) -> None:
         """Choose by these costs from now on."""
         self._set_costs(costs)
@@ -109,5 +120,8 @@ class CopyPolicy(DraftPolicy):
         expected = self._statistics.expected_tokens(match, self._lengths)
         rates = {k: tokens / self._costs.copied[k] for k, tokens in zip(self._lengths, expected, strict=True)}
         best = max(self._lengths, key=rates.__getitem__)
-        gain = self._gain.after_loss if self._saved < 0 else self._gain.usual
-        return best if rates[best] > gain * least else 0
+        return best if rates[best] > self._least_gain * least else 0
+
+    @property
+    def _least_gain(self) -> float:
+        return self._gain.after_loss if self._saved < 0 else self._gain.usual

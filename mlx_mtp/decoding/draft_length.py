@@ -4,6 +4,8 @@ The choice depends on the cost of rounds and on the acceptance so far.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 from typing import Any, NamedTuple
 
 from .copy_index import CopyIndex
@@ -91,6 +93,27 @@ class Choice(NamedTuple):
     copied: list[int] | None = None
 
 
+class Option(NamedTuple):
+    """The rounds that a text can have.
+
+    `choice` is the choice of its own policy. `expected[k]` is the expected number of tokens of a round of k draft
+    tokens, for the numbers that its policy leaves open; it is empty if the choice is fixed. `copied` is the expected
+    number of tokens if the choice copies draft tokens. `costs` are those by which the policy chooses.
+    """
+
+    choice: Choice
+    expected: tuple[float, ...] = ()
+    copied: float = 0.0
+    costs: Costs | None = None
+
+    def tokens(self, k: int) -> float:
+        """Return the expected number of tokens of a round of k draft tokens."""
+        if self.choice.copied and k == self.choice.k:
+            return self.copied
+        # Nothing is known about the drafts of a fixed number of tokens. All texts must have them anyway.
+        return self.expected[k] if k < len(self.expected) else 1.0
+
+
 class DraftPolicy:
     """A policy that chooses the rounds of one text. Here, the number of draft tokens is always the same."""
 
@@ -101,6 +124,11 @@ class DraftPolicy:
     def choose(self, in_flight: int = 0) -> Choice:
         """Choose the next round, while `in_flight` rounds are not reported yet."""
         return Choice(self.k, self.ahead)
+
+    def option(self, most: int) -> Option:
+        """Return the next round of this text among others, with at most `most` draft tokens."""
+        choice = self.choose()
+        return Option(choice._replace(k=min(choice.k, most)))
 
     @property
     def untimed(self) -> "DraftPolicy":
@@ -163,6 +191,11 @@ class DraftLength(DraftPolicy):
     def choose(self, in_flight: int = 0) -> Choice:
         """Choose the next round. The reports of rounds in flight do not count yet."""
         return Choice(self.k, self.costs.is_ahead(self.k))
+
+    def option(self, most: int) -> Option:
+        """Return the draft lengths among which several texts choose together."""
+        expected = tuple(self._expected_tokens()[: most + 1])
+        return super().option(most)._replace(expected=expected, costs=self.costs)
 
     def use(self, costs: Costs) -> None:
         """Choose by these costs from now on. The counts of accepted draft tokens stay."""
@@ -233,12 +266,11 @@ class DraftLength(DraftPolicy):
 
     def _rates(self) -> list[float]:
         """Return the expected tokens per second for each number of draft tokens."""
-        rates, tokens, reach = [1 / self.costs.round(0)], 1.0, 1.0
-        for k, share in enumerate(self.acceptance(), start=1):
-            reach *= share
-            tokens += reach
-            rates.append(tokens / self.costs.round(k))
-        return rates
+        return [tokens / self.costs.round(k) for k, tokens in enumerate(self._expected_tokens())]
+
+    def _expected_tokens(self) -> list[float]:
+        """Return the expected tokens of a round for each number of draft tokens."""
+        return list(accumulate(accumulate(self.acceptance(), mul), initial=1.0))
 
     def _best(self) -> int:
         """Return the best k by the current estimates.

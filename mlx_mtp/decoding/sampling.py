@@ -102,6 +102,11 @@ class Sampling:
         """True if the temperature is 0."""
         return self.temperature == 0
 
+    @property
+    def depends_on_lengths(self) -> bool:
+        """True if the tokens of a seed depend on the draft lengths. Their distribution never does."""
+        return not self.is_greedy and self.acceptance == "block"
+
     def within(self, max_context: int) -> "Sampling":
         """Return a copy for texts of at most `max_context` tokens.
 

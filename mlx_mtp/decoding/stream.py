@@ -200,7 +200,7 @@ class Stream:
         `copied` are tokens of the text to use as draft tokens. The first k of them count, before the first one that the
         guide forbids. If they are absent, the drafter drafts.
 
-        A second round may be dispatched ahead of the report of the first if `can_go_ahead` is true.
+        A second round may be dispatched ahead of the report of the first if `can_go_ahead` allows it.
 
         Raises OptionError if there are draft tokens but no drafter.
         """
@@ -335,15 +335,15 @@ class Stream:
         self.host.note(tokens)
 
 
-def can_go_ahead(stream: Stream, k: int) -> bool:
-    """Return whether a round of k draft tokens can be dispatched ahead of the report of the round in flight.
+def can_go_ahead(stream: Stream, k: int, following: int) -> bool:
+    """Return whether a round of `following` draft tokens can be dispatched ahead of the report of a round of k.
 
     The host has no part in it. Its shape is the same for every number of draft tokens that are accepted now, so that
     its K/V rows, and with them its bits, are those of a round that waits.
     """
     if stream.host.has_part or stream.parts.target.mapped is not None:
         return False
-    return stream.cache.is_uniform(2, stream.cache.in_flight + k + 1)
+    return stream.cache.is_uniform(2, k + 1 + following + 1)
 
 
 def up_to_stop(tokens: list[int], stop_ids: frozenset[int]) -> list[int]:

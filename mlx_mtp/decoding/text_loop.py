@@ -5,7 +5,7 @@ from collections.abc import Generator
 
 from mlx_mtp.errors import ContextLengthError, PromptError
 
-from .draft_length import Choice, DraftPolicy
+from .draft_length import Choice, DraftPolicy, Option
 from .prefill import Progress
 from .report import RoundReport
 from .stream import Stream, can_go_ahead
@@ -15,11 +15,12 @@ class Decoding:
     """The decoding of one text, which its caller moves on step by step.
 
     Call `read_chunk` while `is_reading` is true. Then run rounds until `is_ended` is true: `round` runs one, and so do
-    `choose` and `take` around a round that the caller runs for several texts. Call `end` at the end of it all, also
+    `option` and `take` around a round that the caller runs for several texts. Call `end` at the end of it all, also
     after a failure.
 
-    `policy` chooses the rounds. The text ends after a stop token, which is emitted, or after `max_tokens` tokens (see
-    `token_budget`).
+    `policy` chooses the rounds. With `keeps_lengths`, it does so beside other texts as well, because the text depends
+    on its draft lengths. Otherwise all texts choose together, see `SharedLengths`. The text ends after a stop token,
+    which is emitted, or after `max_tokens` tokens (see `token_budget`).
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Decoding:
         stop_ids: frozenset[int],
         prefill_step_size: int,
         on_prefill: Progress | None = None,
+        keeps_lengths: bool = False,
     ) -> None:
         self.stream = stream
         self.prompt = prompt
@@ -44,6 +46,9 @@ class Decoding:
         self._step_size = prefill_step_size
         self._on_prefill = on_prefill
         self._remaining = max_tokens
+        self._keeps_lengths = keeps_lengths
+        # The next round, if it was chosen before the report of the last one.
+        self._planned: Choice | None = None
         # The time of the last report. It is None if other work ran since then.
         self._reported: float | None = None
 
@@ -90,10 +95,11 @@ class Decoding:
         self.take(report)
         return report
 
-    def choose(self) -> Choice:
-        """Choose a round that runs together with those of other texts. None may be in flight."""
-        choice = self.policy.untimed.choose()
-        return choice._replace(k=min(choice.k, self.most_drafts))
+    def option(self) -> Option:
+        """Return the next round that this text can have together with those of other texts. None may be in flight."""
+        if self._keeps_lengths:
+            return Option(self._choose_as_alone())
+        return self.policy.untimed.option(self.most_drafts)
 
     def take(self, report: RoundReport) -> None:
         """Record a round that ran together with those of other texts."""
@@ -124,13 +130,29 @@ class Decoding:
         """Dispatch the next round, and maybe the round after it."""
         stream = self.stream
         if not stream.in_flight:
-            choice = self.policy.choose()
+            choice, self._planned = self._planned or self.policy.choose(), None
             stream.dispatch(min(choice.k, self.most_drafts), choice.copied)
         (k,) = stream.in_flight
-        following = self.policy.choose(in_flight=1)
-        # Whatever is accepted of the round in flight, the round after it is the same.
-        if following.ahead and following.k < self._remaining - (k + 1) and can_go_ahead(stream, following.k):
+        following = self._following(self.policy, k)
+        if following is not None:
             stream.dispatch(following.k)
+
+    def _following(self, policy: DraftPolicy, k: int) -> Choice | None:
+        """Return the round that may be dispatched ahead of the report of a round of k draft tokens, or None.
+
+        Whatever is accepted of the round in flight, the round after it is the same.
+        """
+        following = policy.choose(in_flight=1)
+        has_room = following.k < self._remaining - (k + 1)
+        return following if following.ahead and has_room and can_go_ahead(self.stream, k, following.k) else None
+
+    def _choose_as_alone(self) -> Choice:
+        """Choose the next round as it would be alone, where a round ahead is chosen before the report of the last."""
+        policy = self.policy.untimed
+        choice = self._planned or policy.choose()
+        choice = choice._replace(k=min(choice.k, self.most_drafts))
+        self._planned = self._following(policy, choice.k)
+        return choice
 
 
 def decode(

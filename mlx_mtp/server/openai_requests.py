@@ -163,8 +163,8 @@ class Task:
     """One generation: a prompt as `Model.prepare` takes it, tools, and generation options.
 
     `template_options` are switches of the chat template. `prefill` is the beginning of an answer to messages. The
-    generation continues after it. `not_enforced` are the keywords of the request's schemas that the server does not
-    enforce, as `PLACE: KEYWORD`.
+    generation continues after it. `is_seeded` says whether the client gave a seed. `not_enforced` are the keywords of
+    the request's schemas that the server does not enforce, as `PLACE: KEYWORD`.
     """
 
     prompt: str | Sequence[int] | Messages
@@ -172,6 +172,7 @@ class Task:
     tools: Sequence[Mapping[str, Any]] | None = None
     template_options: Mapping[str, Any] = field(default_factory=dict)
     prefill: str = ""
+    is_seeded: bool = False
     not_enforced: tuple[str, ...] = ()
 
 
@@ -236,7 +237,14 @@ class ConversationRequest(Request):
         # The switch for thinking is an option of the generation.
         template_options = self.chat_template_kwargs.model_extra or {}
         prompt = chat_messages(messages)
-        return Task(prompt, options, rules.tools, template_options, not_enforced=rules.not_enforced)
+        return Task(
+            prompt,
+            options,
+            rules.tools,
+            template_options,
+            is_seeded=self.seed is not None,
+            not_enforced=rules.not_enforced,
+        )
 
     def _thinks(self) -> bool | None:
         """Return whether to think, by the first switch that is set, or None if no switch is set."""
@@ -304,7 +312,7 @@ class CompletionRequest(Request):
     def task(self, default: GenerationOptions) -> Task:
         """Convert the request to a task. Raises OptionError and PromptError for unsupported values."""
         options = self.generation_options(default, max_tokens=self.max_tokens, logprobs=self.logprobs)
-        return Task(self._one_prompt(), options)
+        return Task(self._one_prompt(), options, is_seeded=self.seed is not None)
 
     def _one_prompt(self) -> str | list[int]:
         if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):

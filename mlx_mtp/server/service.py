@@ -231,7 +231,7 @@ class Service:
         found, most = len(prompt.tokens), self.max_prompt_tokens
         if most is not None and found > most:
             raise ContextLengthError(f"the prompt has {found} tokens, but at most {most} are taken here")
-        return self.model.begin(prompt, task.options, on_prefill, check)
+        return self.model.begin(prompt, task.options, on_prefill, check, is_seeded=task.is_seeded)
 
 
 class _Request:

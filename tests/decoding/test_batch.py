@@ -31,12 +31,14 @@ def penalize_repeats(tokens: mx.array, logits: mx.array) -> mx.array:
     return logits.at[:, tokens[-1]].add(-2.0)
 
 
-# The text of each of these does not depend on the number of draft tokens.
+# A text that is sampled by blocks depends on its draft lengths, which are then those that it has alone.
 SAMPLINGS = [
     Sampling(),
     Sampling(temperature=0.8, acceptance="coupled", seed=4),
     Sampling(repetition_penalty=1.3, presence_penalty=0.2),
     Sampling(temperature=1.0, top_k=40, acceptance="coupled", xtc_probability=0.3, xtc_threshold=0.05, seed=8),
+    Sampling(temperature=1.0, seed=3),
+    Sampling(temperature=0.7, top_p=0.9, seed=5),
 ]
 EXTRAS: list[dict[str, Any]] = [
     {},
@@ -55,11 +57,8 @@ EXTRAS: list[dict[str, Any]] = [
 def random_case(rng: np.random.Generator) -> tuple[list[int], GenerationOptions]:
     """Return a prompt, and options of any kind."""
     prompt = random_tokens(int(rng.integers(2, 4 * WINDOW)), seed=int(rng.integers(1000)))
-    # With draft lengths that are set, sampling by blocks is the same text as well.
     lengths = rng.choice(np.array(["auto", 0, 1, 3, 8], dtype=object))
     sampling = SAMPLINGS[rng.integers(len(SAMPLINGS))]
-    if lengths != "auto" and rng.random() < 0.3:
-        sampling = Sampling(temperature=1.0, seed=3)
     changes = EXTRAS[rng.integers(len(EXTRAS))]
     most = max(8, int(rng.integers(30)))
     return prompt, GenerationOptions(max_tokens=most, num_draft_tokens=lengths, sampling=sampling, **changes)
@@ -87,6 +86,15 @@ def test_each_text_is_what_it_is_alone(variant: str, bits: int | None, tiny_pair
     for concurrency in (2, 5):
         results = model.generate_batch(prompts, options, concurrency=concurrency)
         assert list(map(seen, results)) == alone
+
+
+def test_a_seed_gives_the_same_text_beside_others(model: mlx_mtp.Model) -> None:
+    """Sampling by blocks with automatic draft lengths, whose rounds are dispatched ahead if the text is alone."""
+    prompts = [random_tokens(12, seed=seed) for seed in range(3)]
+    options = GenerationOptions(max_tokens=40, sampling=Sampling(temperature=1.0, seed=9), ignore_eos=True)
+    alone = [model.generate(prompt, options) for prompt in prompts]
+    assert all(result.last.stats.rounds_ahead > 3 for result in alone)
+    assert [seen(result) for result in model.generate_batch(prompts, options)] == list(map(seen, alone))
 
 
 def test_responses_come_round_by_round(model: mlx_mtp.Model) -> None:

@@ -215,7 +215,7 @@ def test_a_round_ahead_copies_a_buffer_at_most_once(tiny_models: Models, k: int)
     mx.reset_peak_memory()
     stream.dispatch(k)
     for _ in range(6):
-        assert can_go_ahead(stream, k)
+        assert can_go_ahead(stream, k, k)
         stream.dispatch(k)
         stream.finish()
     stream.finish()

@@ -57,9 +57,9 @@ class SaysInTurn:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def begin(self, prompt: Any, *others: Any) -> ScriptedGeneration:
+    def begin(self, prompt: Any, *others: Any, **options: Any) -> ScriptedGeneration:
         self.prompts.append(self._model.tokenizer.decode(prompt.tokens))
-        return ScriptedModel(self._model, self.texts.pop(0)).begin(prompt, *others)
+        return ScriptedModel(self._model, self.texts.pop(0)).begin(prompt, *others, **options)
 
 
 @pytest.fixture(scope="module")

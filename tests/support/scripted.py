@@ -25,7 +25,9 @@ class ScriptedModel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def begin(self, prompt: Any, options: GenerationOptions, on_prefill: Any, check: Any) -> "ScriptedGeneration":
+    def begin(
+        self, prompt: Any, options: GenerationOptions, on_prefill: Any, *_: Any, **__: Any
+    ) -> "ScriptedGeneration":
         """Return a generation that writes the given text."""
         return ScriptedGeneration(self, self._responses(prompt, options, on_prefill))
 

@@ -1,0 +1,179 @@
+"""Draft lengths of texts that share their passes: one number of draft tokens for those that draft, none for the others.
+
+A pass of all texts costs more with each row. So a text drafts only if its tokens are worth their rows. The more texts
+there are, the fewer of them draft.
+"""
+
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import NamedTuple
+
+from .draft_length import MAX_DRAFT_TOKENS, Choice, Costs, Option
+
+# Another set of draft lengths must promise this factor in tokens per second.
+_GAIN = 1.03
+# A text without draft tokens is tried with one of them after this number of rounds. The number doubles with each trial
+# that fails, up to the last value.
+_FIRST_TRIAL = 8
+_LAST_TRIAL = 256
+
+
+class SharedCosts(NamedTuple):
+    """Costs of passes that several texts share, in seconds.
+
+    `rows[n - 1]` is the cost of a pass of n rows. Beyond the last one, it grows as between the last two that were
+    measured. `draft` is the cost of a draft step, which is one for all texts, `overhead` that of a round that drafts,
+    and `text` that of each text.
+    """
+
+    rows: tuple[float, ...]
+    draft: float
+    overhead: float = 0.0
+    text: float = 0.0
+
+    def round(self, rows: int, steps: int, texts: int) -> float:
+        """Return the cost of a round of `rows` rows and `steps` draft steps."""
+        known = len(self.rows)
+        cost = self.rows[min(rows, known) - 1]
+        if rows > known > 1:
+            cost += (rows - known) * max(0.0, self.rows[-1] - self.rows[-2])
+        return cost + texts * self.text + (steps * self.draft + self.overhead if steps else 0.0)
+
+
+def shared_costs(costs: Costs) -> SharedCosts:
+    """Estimate the costs of shared passes from those of one text.
+
+    Rounds of copied tokens are passes without draft steps, of up to 32 rows.
+    """
+    waiting = costs.waiting
+    if not costs.copied:
+        return SharedCosts(tuple(waiting.verify), waiting.draft, waiting.overhead)
+    rows = list(costs.copied)
+    drafted = min(len(waiting.verify), len(rows))
+    if waiting.draft or waiting.overhead:
+        rows[:drafted] = waiting.verify[:drafted]
+        return SharedCosts(tuple(rows), waiting.draft, waiting.overhead)
+    # The costs of rounds with a drafter include their draft steps.
+    most = drafted - 1
+    return SharedCosts(tuple(rows), max(0.0, waiting.round(most) - rows[most]) / most if most else 0.0)
+
+
+class _Parked:
+    """A text that has no draft tokens for now."""
+
+    def __init__(self) -> None:
+        self.rounds = 0
+        self.interval = _FIRST_TRIAL
+
+
+class SharedLengths:
+    """The choice of the draft lengths of texts that share their passes, round after round.
+
+    A text is named by a number. The same costs and the same texts give the same choices: nothing is timed here.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[int, int] = {}
+        self._parked: dict[int, _Parked] = {}
+
+    def choose(self, costs: SharedCosts, options: Mapping[int, Option]) -> dict[int, Choice]:
+        """Choose the next round of each text."""
+        search = _Search(costs, options)
+        best = search.best()
+        last = {key: self._last.get(key, -1) for key in best}
+        if search.allows(last) and search.rate(best) < _GAIN * search.rate(last):
+            best = last
+        self._last = best
+        chosen = dict(best)
+        trial = self._trial(search, best)
+        if trial is not None:
+            chosen[trial] = 1
+        return {key: _as_chosen(option.choice, chosen[key]) for key, option in options.items()}
+
+    def _trial(self, search: "_Search", lengths: dict[int, int]) -> int | None:
+        """Return the text to try with one draft token, if one has waited long enough and the trial can pay."""
+        waiting = {key for key, k in lengths.items() if not k and search.is_open(key)}
+        self._parked = {key: self._parked.get(key, _Parked()) for key in waiting}
+        for parked in self._parked.values():
+            parked.rounds += 1
+        due = [key for key, parked in self._parked.items() if parked.rounds > parked.interval]
+        if not due:
+            return None
+        key = max(due, key=lambda each: self._parked[each].rounds)
+        parked = self._parked[key]
+        parked.rounds, parked.interval = 0, min(2 * parked.interval, _LAST_TRIAL)
+        return key if search.can_pay(key, lengths) else None
+
+
+def _as_chosen(choice: Choice, k: int) -> Choice:
+    return choice if k == choice.k else Choice(k, ahead=False)
+
+
+class _Search:
+    """The search for the best draft lengths of one round."""
+
+    def __init__(self, costs: SharedCosts, options: Mapping[int, Option]) -> None:
+        self._costs = costs
+        self._options = options
+
+    def best(self) -> dict[int, int]:
+        """Return the draft lengths with the most tokens per second: 0, or k for some texts, beside fixed choices."""
+        options = self._options
+        base = {key: 0 if self.is_open(key) else option.choice.k for key, option in options.items()}
+        self._drop_copies(base)
+        open_keys = [key for key in base if self.is_open(key) and not base[key]]
+        tokens, rows = self._tokens(base), len(base) + sum(base.values())
+        best, best_rate = (0, 0), self.rate(base)
+        by_gain: dict[int, list[int]] = {}
+        for k in range(1, MAX_DRAFT_TOKENS + 1):
+            able = [key for key in open_keys if k < len(options[key].expected)]
+            by_gain[k] = sorted(able, key=lambda key: -options[key].expected[k])
+            gains = accumulate(options[key].expected[k] - 1 for key in by_gain[k])
+            steps = max(k, self._steps(base))
+            for count, gain in enumerate(gains, start=1):
+                rate = (tokens + gain) / self._costs.round(rows + count * k, steps, len(base))
+                if rate > best_rate:
+                    best, best_rate = (k, count), rate
+        k, count = best
+        return base | dict.fromkeys(by_gain.get(k, [])[:count], k)
+
+    def rate(self, lengths: Mapping[int, int]) -> float:
+        """Return the expected tokens per second."""
+        rows = len(lengths) + sum(lengths.values())
+        return self._tokens(lengths) / self._costs.round(rows, self._steps(lengths), len(lengths))
+
+    def is_open(self, key: int) -> bool:
+        """Return whether the draft length of a text is not fixed, and it copies nothing now."""
+        option = self._options[key]
+        return bool(option.expected) and not option.choice.copied
+
+    def allows(self, lengths: Mapping[int, int]) -> bool:
+        """Return whether each text can have its draft length now."""
+        return all(
+            0 <= k < len(self._options[key].expected) if self.is_open(key) else k == self._options[key].choice.k
+            for key, k in lengths.items()
+        )
+
+    def can_pay(self, key: int, lengths: dict[int, int]) -> bool:
+        """Return whether one more draft token of a text would raise the speed, if it were accepted for sure."""
+        more = lengths | {key: 1}
+        sure = self._tokens(lengths) + 1
+        rows = len(more) + sum(more.values())
+        return len(self._options[key].expected) > 1 and sure / self._costs.round(
+            rows, self._steps(more), len(more)
+        ) > self.rate(lengths)
+
+    def _drop_copies(self, lengths: dict[int, int]) -> None:
+        """Leave out the copies that are not worth their rows, the worst first."""
+        copies = [key for key, option in self._options.items() if option.choice.copied]
+        for key in sorted(copies, key=lambda key: self._options[key].copied / self._options[key].choice.k):
+            without = lengths | {key: 0}
+            if self.rate(without) > self.rate(lengths):
+                lengths[key] = 0
+
+    def _tokens(self, lengths: Mapping[int, int]) -> float:
+        return sum(self._options[key].tokens(k) for key, k in lengths.items())
+
+    def _steps(self, lengths: Mapping[int, int]) -> int:
+        """Return the number of draft steps, which the copies do not need."""
+        return max((k for key, k in lengths.items() if not self._options[key].choice.copied), default=0)
