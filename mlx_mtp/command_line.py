@@ -261,6 +261,7 @@ def load_model(
         # Near this limit, MLX releases its cache of freed buffers.
         mx.set_memory_limit(limit)
         plan_memory(name, drafter, memory_limit=limit, options=options, **placement)
+    placement["memory_limit"] = limit
     with progress_bar("Loading", unit="B", unit_scale=True, delay=1) as on_load:
         model = load(name, drafter, exact=getattr(args, "exact", False), on_load=on_load, **placement)
     if args.per_layer_embeddings == "auto" and model.per_layer_embeddings == "mapped":

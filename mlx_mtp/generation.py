@@ -20,6 +20,7 @@ from mlx_mtp.text.tokenizer import open_thought
 
 from .errors import OptionError
 from .loaded_model import LoadedModel
+from .memory_plan import TextMemory
 from .options import GenerationOptions
 from .responses import GenerationResponse, Responder
 
@@ -97,6 +98,15 @@ class Generation:
             counts_rows=bool(options.logits_processors),
         )
         self.compiled = parts.rounds
+        # The memory of the text when it is as long as it may become.
+        self.memory = TextMemory(
+            model.config.text,
+            parts.target.dtype.size,
+            len(prompt) + budget,
+            self.stream.cache.max_block,
+            options.kv_quantization,
+        )
+        self._step_size = options.prefill_step_size
         self.model = model
         self._has_begun = self._is_closed = False
 
@@ -114,6 +124,16 @@ class Generation:
     def unread(self) -> int:
         """The number of tokens of the prompt that are not read yet."""
         return self.decoding.unread
+
+    @property
+    def growth(self) -> int:
+        """The bytes by which the K/V of the text may still grow."""
+        return max(0, self.memory.kept - self.stream.cache.nbytes)
+
+    @property
+    def work(self) -> int:
+        """The temporary bytes of a chunk of the prompt or of a round."""
+        return self.memory.work(self._step_size, is_fused=self.stream.parts.target.fuses_prefill)
 
     def pause(self) -> None:
         """Let other work run before the next step. The time of the next round is not a measurement then."""

@@ -65,11 +65,14 @@ class LoadedModel:
         *,
         exact: bool = False,
         context_limit: int | None = None,
+        memory_limit: int | None = None,
     ) -> None:
         self.config = config
         self.drafter_config = drafter_config
         self.exact = exact
         self.context_limit = context_limit
+        # The bytes that the weights, the K/V of all texts and their work may take together, or None without a limit.
+        self.memory_limit = memory_limit
         self.life = Lifetime()
         self._parts: Parts | None = Parts(
             target,

@@ -125,6 +125,7 @@ def load(
         drafter_config=drafter_config,
         exact=exact,
         context_limit=max_context,
+        memory_limit=memory_limit,
     )
 
 

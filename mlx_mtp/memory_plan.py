@@ -37,6 +37,12 @@ def memory_size() -> int:
     return int(size) if size else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def usable_memory() -> int:
+    """Return the bytes that this machine's device recommends to use, or the size of the memory."""
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    return int(recommended) if recommended else memory_size()
+
+
 def parse_bytes(text: str) -> int:
     """Convert a size such as "6", "6GB", "6GiB", "800MB" or "800MiB" to bytes.
 
@@ -58,7 +64,8 @@ class MemoryPlan:
     `kv` is the K/V of full-attention layers, which grow with the context. `rings` is the K/V of sliding layers. `work`
     is the temporary memory of a chunk of the prompt, of a round, or of a buffer that grows. The plan leaves out the K/V
     of earlier prompts (`Model.prompt_cache`). `media` is what the first prompt with a picture or a sound adds: the
-    weights of these parts, and their attention scores. `peak` does not count it.
+    weights of these parts, and their attention scores. `peak` does not count it. `peak` is that of one text: each more
+    text that decodes at the same time adds its `rings` and `kv`.
     """
 
     context: int
@@ -101,7 +108,8 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         media = [("more, if a prompt has media", self.media)] if self.media else []
-        rows = [*self.rows(), *media, ("K/V per 1000 tokens", 1000 * self.kv_per_token)]
+        per_tokens = ("K/V per 1000 tokens", 1000 * self.kv_per_token)
+        rows = [*self.rows(), *media, ("each more text at the same time", self.rings + self.kv), per_tokens]
         return "\n".join(f"{name:<32}{_gigabytes(size):>12}" for name, size in rows)
 
 
@@ -136,20 +144,57 @@ def planner(
         check_group_size(text, kv)
 
     def plan(context_length: int) -> MemoryPlan:
-        value = size if kv is None or context_length <= kv.start else _quantized_size(kv, size)
+        text_memory = TextMemory(text, size, context_length, max_block, kv)
         return MemoryPlan(
             context=context_length,
             weights=weights.layers,
             token_embeddings=weights.token_embeddings,
             per_layer_embeddings=table,
             drafter=drafter_size,
-            kv_per_token=int(_kv_width(text, "full_attention") * value),
-            rings=_kv_width(text, "sliding_attention") * (text.sliding_window + spare_slots(max_block)) * size,
+            kv_per_token=text_memory.kv_per_token,
+            rings=text_memory.rings,
             work=max(_work(text, context_length, size, max_block, prefill_step, is_fused=way) for way in ways),
             media=media,
         )
 
     return plan
+
+
+@dataclass(frozen=True)
+class TextMemory:
+    """The memory in bytes that one text needs while it decodes: its K/V, for at most `tokens` tokens.
+
+    `size` is that of a value of the activations in bytes, `max_block` the largest number of rows of a verify pass, and
+    `kv` the K/V quantization.
+    """
+
+    config: TextConfig
+    size: int
+    tokens: int
+    max_block: int
+    kv: KVQuantization | None = None
+
+    @property
+    def rings(self) -> int:
+        """Bytes of the K/V of sliding layers."""
+        slots = self.config.sliding_window + spare_slots(self.max_block)
+        return _kv_width(self.config, "sliding_attention") * slots * self.size
+
+    @property
+    def kv_per_token(self) -> int:
+        """Bytes of the K/V of a token in full-attention layers."""
+        is_quantized = self.kv is not None and self.tokens > self.kv.start
+        value = _quantized_size(self.kv, self.size) if self.kv is not None and is_quantized else self.size
+        return int(_kv_width(self.config, "full_attention") * value)
+
+    @property
+    def kept(self) -> int:
+        """Bytes of all K/V."""
+        return self.rings + rows_in_buffers(self.tokens) * self.kv_per_token
+
+    def work(self, prefill_step: int, *, is_fused: bool) -> int:
+        """Return the temporary bytes of a chunk of its prompt, of a round, or of a buffer that grows."""
+        return _work(self.config, self.tokens, self.size, self.max_block, prefill_step, is_fused=is_fused)
 
 
 def check_memory(plan: Callable[[int], MemoryPlan], context_length: int, limit: int, source: str) -> None:

@@ -1,12 +1,20 @@
 """The schedule of a worker whose jobs are generations: they wait for a place in a batch, and then decode together."""
 
+import logging
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import mlx.core as mx
+
+from mlx_mtp.errors import ContextLengthError
 from mlx_mtp.threads.job_thread import CancelledJob, Job
 
 from .batch import Batch, Step
 from .generation import Generation
+from .memory_plan import usable_memory
+
+logger = logging.getLogger(__name__)
 
 
 class _Waiting(NamedTuple):
@@ -18,7 +26,9 @@ class Scheduler:
     """A schedule of jobs whose work is a `Generation`. At most `concurrency` of them run at the same time.
 
     A job's prompt and options are checked when it arrives, so that their errors do not wait. Then the jobs run in the
-    order of their arrival. A job that is cancelled ends before the next turn.
+    order of their arrival, as far as the K/V of all texts fit when they are as long as they may become. They may use
+    the memory limit of their model, or what the device recommends. The K/V of earlier prompts give way. A job that is
+    cancelled ends before the next turn.
     """
 
     def __init__(self, concurrency: int) -> None:
@@ -26,6 +36,8 @@ class Scheduler:
         self.batch = Batch()
         self._waiting: deque[_Waiting] = deque()
         self._jobs: dict[int, Job[Any]] = {}
+        # The text whose wait for memory was logged last.
+        self._too_early: Generation | None = None
 
     @property
     def has_work(self) -> bool:
@@ -35,13 +47,18 @@ class Scheduler:
     def add(self, job: Job[Any]) -> None:
         """Check a job's prompt and options, and let it wait for a place."""
         generation = job.make()
-        if generation is not None:
+        if generation is None:
+            return
+        limit = generation.model.memory_limit
+        if limit is not None and (needed := self._needed([generation]) - self._held()) > limit:
+            job.end(_too_large(generation, needed, limit))
+        else:
             self._waiting.append(_Waiting(job, generation))
 
     def turn(self) -> None:
         """Run one turn of the batch, after jobs were cancelled and others have taken their place."""
         self._drop_cancelled()
-        while self._waiting and len(self._jobs) < self.concurrency:
+        while self._waiting and len(self._jobs) < self.concurrency and self._has_room(self._waiting[0].generation):
             self._begin(*self._waiting.popleft())
         if self._jobs:
             self._run()
@@ -61,8 +78,39 @@ class Scheduler:
             self._waiting.remove(waiting)
             waiting.job.end(CancelledJob())
 
+    def _has_room(self, generation: Generation) -> bool:
+        """Return whether the K/V of one more text fit. Those of earlier prompts give way."""
+        needed = self._needed([*self.batch.generations, generation])
+        given = generation.model.memory_limit
+        limit = usable_memory() if given is None else given
+        if needed <= limit:
+            generation.model.prompt_cache.shrink(limit - needed)
+        elif self._jobs:
+            if generation is not self._too_early:
+                logger.info(
+                    "a text of %d tokens waits: with it, %.3g GB would be in use, and the limit is %.3g GB",
+                    generation.memory.tokens,
+                    needed / 1e9,
+                    limit / 1e9,
+                )
+            self._too_early = generation
+            return False
+        # A text alone has its turn: it was checked when it arrived.
+        return True
+
+    def _needed(self, generations: Sequence[Generation]) -> int:
+        """Return the bytes in use when these texts are as long as they may become, without those of earlier prompts."""
+        cached = generations[0].model.prompt_cache.nbytes
+        work = max(each.work for each in generations)
+        return mx.get_active_memory() - cached + sum(each.growth for each in generations) + work
+
+    def _held(self) -> int:
+        """Return the bytes of the K/V of the texts that run."""
+        return sum(each.stream.cache.nbytes for each in self.batch.generations)
+
     def _begin(self, job: Job[Any], generation: Generation) -> None:
         job.started.set()
+        self._too_early = None
         self._jobs[id(generation)] = job
         self.batch.add(generation)
 
@@ -101,3 +149,10 @@ class Scheduler:
         finally:
             for each in generations:
                 self._end(each, error)
+
+
+def _too_large(generation: Generation, needed: int, limit: int) -> ContextLengthError:
+    return ContextLengthError(
+        f"prompt and max_tokens are {generation.memory.tokens} tokens, with which {needed / 1e9:.3g} GB would be in "
+        f"use: expected at most the memory limit of {limit / 1e9:.3g} GB"
+    )

@@ -150,7 +150,11 @@ class PromptCache:
         while len(entry.snapshots) > 1 and (len(entry.snapshots) > _SNAPSHOTS or entry.nbytes > self.limit):
             entry.drop_snapshot()
         self.entries.append(entry)
-        while self.nbytes > self.limit:
+        self.shrink(self.limit)
+
+    def shrink(self, nbytes: int) -> None:
+        """Drop the oldest texts until the others take at most `nbytes` bytes."""
+        while self.entries and self.nbytes > nbytes:
             del self.entries[0]
 
     def clear(self) -> None:

@@ -274,6 +274,11 @@ class Cache:
         rows = [rows for buffers in (self.keys, self.values) for rows in buffers.values()]
         return [self.offset, *(part for each in rows for part in parts_of(each))]
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all arrays in bytes."""
+        return sum(array.nbytes for array in self.arrays())
+
     def _grow(self, grown: int) -> None:
         if grown <= self.capacity:
             return

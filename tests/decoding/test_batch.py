@@ -1,5 +1,6 @@
 """Generations that decode together: each text is what it is alone, and they share the time."""
 
+import asyncio
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -254,3 +255,56 @@ def test_short_prompts_come_first_and_long_ones_are_not_forgotten(monkeypatch: p
     """Every fourth chunk belongs to the prompt that has waited longest."""
     assert scripted_turns(monkeypatch, 3, a=9, b=3, c=5) == "bbb"
     assert scripted_turns(monkeypatch, 8, a=9, c=7) == "cccaccca"
+
+
+def limit_for(model: mlx_mtp.Model, prompts: list[list[int]], **options: Any) -> int:
+    """Return the bytes that are in use when these texts are as long as they may become."""
+    texts = [generation(model, prompt, **options) for prompt in prompts]
+    mx.synchronize()
+    return mx.get_active_memory() + sum(each.growth for each in texts) + max(each.work for each in texts)
+
+
+def test_a_text_waits_for_memory(tiny_pair: TinyPair, caplog: pytest.LogCaptureFixture) -> None:
+    """With room for one text and a half, the second one follows the first. A text that can never fit is refused."""
+    options: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True, "reuse_prompt": False}
+    prompts = [random_tokens(600, seed=seed) for seed in (1, 2)]
+    with mlx_mtp.load(tiny_pair("31b") / "target") as model:
+        alone = [model.generate(prompt, **options).tokens for prompt in prompts]
+        one, two = (limit_for(model, prompts[:count], **options) for count in (1, 2))
+        running: list[int] = []
+
+        async def answer(index: int) -> list[int]:
+            tokens = []
+            async for response in model.astream_generate(prompts[index], **options):
+                running.append(model.worker().running)
+                tokens.append(response.token)
+            return tokens
+
+        async def both() -> list[list[int]]:
+            return list(await asyncio.gather(answer(0), answer(1)))
+
+        model.memory_limit = (one + two) // 2
+        with caplog.at_level("INFO", logger="mlx_mtp"):
+            assert asyncio.run(both()) == alone
+        assert max(running) == 1
+        waits = [record.getMessage() for record in caplog.records if "waits: with it" in record.getMessage()]
+        assert len(waits) == 1
+        assert waits[0].startswith("a text of 640 tokens waits: with it, ")
+        model.memory_limit = None
+        assert asyncio.run(both()) == alone
+        assert max(running) == 2
+        model.memory_limit = one - 100_000
+        with pytest.raises(mlx_mtp.PromptError, match="prompt and max_tokens are 640 tokens, with which"):
+            asyncio.run(answer(0))
+
+
+def test_earlier_prompts_give_way(tiny_pair: TinyPair) -> None:
+    """The prompt cache shrinks where its texts leave no room for a text."""
+    options: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True}
+    with mlx_mtp.load(tiny_pair("31b") / "target") as model:
+        for seed in range(4):
+            model.generate(random_tokens(600, seed=seed), **options)
+        before = len(model.prompt_cache.entries)
+        model.memory_limit = limit_for(model, [random_tokens(600, seed=9)], **options) - model.prompt_cache.nbytes // 2
+        assert len(asyncio.run(model.agenerate(random_tokens(600, seed=9), **options)).tokens) == 40
+        assert 0 < len(model.prompt_cache.entries) < before + 1

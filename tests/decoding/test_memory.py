@@ -241,7 +241,8 @@ def test_a_dry_run_prints_the_plan_and_loads_nothing(tiny_pair: TinyPair) -> Non
     names = [line[:32].strip() for line in table]
     assert names == [
         "target's layers", "token embeddings (both models)", "per-layer embeddings", "drafter",
-        "K/V of sliding layers", "K/V of 2000 tokens", "work of a pass", "peak", "K/V per 1000 tokens",
+        "K/V of sliding layers", "K/V of 2000 tokens", "work of a pass", "peak", "each more text at the same time",
+        "K/V per 1000 tokens",
     ]  # fmt: skip
     assert json.loads(last)["peak"] == mlx_mtp.plan_memory(folder, max_context=2000).peak
     plain = run("generate", "--model", folder, "--dry-run", "--drafter", "none")

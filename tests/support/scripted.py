@@ -61,6 +61,7 @@ class ScriptedGeneration:
     """A generation with known responses. All of them come with its first chunk."""
 
     is_reading, is_ended, unread = True, False, 1
+    growth, work = 0, 0
 
     def __init__(self, model: ScriptedModel, responses: Iterator[GenerationResponse]) -> None:
         self.model = model
