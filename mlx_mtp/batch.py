@@ -37,16 +37,20 @@ class Batch:
     """
 
     def __init__(self, generations: Iterable[Generation] = ()) -> None:
-        self.generations = list(generations)
+        self.generations: list[Generation] = []
         # It is called after each round with the number of rows of each text.
         self.on_round: Callable[[list[int]], object] | None = None
         self._lengths = SharedLengths()
         self._chunks = 0
         # The seconds of rounds that are due before the next chunk.
         self._due = 0.0
+        for each in generations:
+            self.add(each)
 
     def add(self, generation: Generation) -> None:
-        """Let a generation take part from the next turn on."""
+        """Let a generation take part from the next turn on. It waits for others that read the same beginning."""
+        for other in self.generations:
+            generation.share(other)
         self.generations.append(generation)
 
     def remove(self, generation: Generation) -> None:
@@ -54,6 +58,9 @@ class Batch:
         if generation in self.generations:
             self.generations.remove(generation)
             generation.close()
+            for index, waiting in enumerate(self.generations):
+                for other in self.generations[:index]:
+                    waiting.share(other)
 
     def close(self) -> None:
         """Close all generations."""
@@ -62,7 +69,7 @@ class Batch:
 
     def turn(self) -> list[Step]:
         """Read a chunk of a prompt, or run a round of all texts that decode. Close the generations that end."""
-        reading = [each for each in self.generations if each.is_reading]
+        reading = [each for each in self.generations if each.is_reading and not each.is_held]
         decoding = [each for each in self.generations if not each.is_reading]
         began = time.perf_counter()
         if reading and (not decoding or self._due <= 0):

@@ -109,6 +109,10 @@ class Generation:
         self._step_size = options.prefill_step_size
         self.model = model
         self._has_begun = self._is_closed = False
+        # An earlier generation whose prompt begins with the same tokens, and the number of these tokens.
+        self._source: tuple[Generation, int] | None = None
+        # The numbers of tokens that the prompts of later generations share with this one.
+        self._shared: set[int] = set()
 
     @property
     def is_reading(self) -> bool:
@@ -124,6 +128,33 @@ class Generation:
     def unread(self) -> int:
         """The number of tokens of the prompt that are not read yet."""
         return self.decoding.unread
+
+    def share(self, other: "Generation") -> None:
+        """Wait for the K/V of an earlier generation that still reads, if both prompts have a beginning in common.
+
+        The beginning must be longer than a chunk. It is then read once.
+        """
+        ours, theirs = self.stream, other.stream
+        if not (self._reuses and other._reuses and other.is_reading and ours.kv_format == theirs.kv_format):
+            return
+        keys = ours.media.keys(self.decoding.prompt), theirs.media.keys(other.decoding.prompt)
+        common = next((i for i, (a, b) in enumerate(zip(*keys, strict=False)) if a != b), min(map(len, keys)))
+        if other.reaches(common) and (not self.is_held or self._source is None or common > self._source[1]):
+            self._source = other, common
+            other.note_shared(common)
+
+    def note_shared(self, tokens: int) -> None:
+        """Put the K/V of the first tokens into the prompt cache when they are read, as far as whole chunks go."""
+        self._shared.add(tokens)
+
+    def reaches(self, tokens: int) -> bool:
+        """Return whether the next chunk of the prompt ends within this number of tokens."""
+        return self.is_reading and not self._is_closed and self.stream.cache.length + self._step_size <= tokens
+
+    @property
+    def is_held(self) -> bool:
+        """True while an earlier generation reads the beginning of this prompt."""
+        return self._source is not None and self._source[0].reaches(self._source[1])
 
     @property
     def growth(self) -> int:
@@ -144,6 +175,8 @@ class Generation:
         if not self._has_begun:
             self._begin()
         report = self.decoding.read_chunk()
+        if any(tokens >= self.stream.cache.length and not self.reaches(tokens) for tokens in self._shared):
+            self._keep()
         if report is not None:
             yield from self._responder.add(report)
 
@@ -172,10 +205,13 @@ class Generation:
             return
         self._is_closed = True
         self.decoding.end()
-        if not self._reuses:
-            return
+        if self._reuses and not self.model.is_closed:
+            self._keep()
+
+    def _keep(self) -> None:
+        """Put the K/V into the prompt cache."""
         entry = self.stream.cache_entry()
-        if entry is not None and not self.model.is_closed:
+        if entry is not None:
             # After a failure or Ctrl-C, the last pass may not be evaluated yet.
             mx.eval(list(entry.arrays()))
             entry.copy_index = self.decoding.policy.copy_index
@@ -186,7 +222,8 @@ class Generation:
         self._has_begun = True
         stream, decoding = self.stream, self.decoding
         if self._reuses:
-            reused = self.model.prompt_cache.take(stream.media.keys(decoding.prompt), stream.kv_format)
+            keys, keeps = stream.media.keys(decoding.prompt), self._source is not None
+            reused = self.model.prompt_cache.take(keys, stream.kv_format, keeps=keeps)
             if reused is not None:
                 stream.resume(reused)
                 if reused.entry.copy_index is not None:

@@ -132,9 +132,10 @@ class Scheduler:
         try:
             for response in responses:
                 job.put(response)
-        except CancelledJob as cancelled:
+        except CancelledJob:
             self.batch.remove(generation)
-            error = cancelled
+            # The one that was caught would keep alive this frame, and with it the generation.
+            error = CancelledJob()
         if error is not None or generation.is_ended:
             self._end(generation, error)
 

@@ -42,7 +42,7 @@ def packed_round(
     _verify([each for each in rounds if each.error is None], compiled)
     for each in rounds:
         each.run(each.finish)
-    return [each.result for each in rounds]
+    return [each.end() for each in rounds]
 
 
 class _Round:
@@ -105,10 +105,11 @@ class _Round:
         assert self._drafted is not None
         return self._drafted
 
-    @property
-    def result(self) -> RoundReport | Exception:
-        """The report, or the exception in its place."""
-        result = self.error or self._report
+    def end(self) -> RoundReport | Exception:
+        """Return the report, or the exception in its place."""
+        # The exception keeps alive the frames where it was raised, and they this object. So it must not keep them.
+        error, self.error = self.error, None
+        result = error or self._report
         assert result is not None
         return result
 

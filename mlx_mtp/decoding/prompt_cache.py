@@ -118,12 +118,12 @@ class PromptCache:
         """Size of all entries in bytes."""
         return sum(entry.nbytes for entry in self.entries)
 
-    def take(self, prompt: list[int], kv_format: KVFormat) -> ReusedPrefix | None:
+    def take(self, prompt: list[int], kv_format: KVFormat, *, keeps: bool = False) -> ReusedPrefix | None:
         """Return the longest reusable beginning of a prompt, or None if there is none.
 
         The beginning never includes the last token of the prompt. The entry leaves the cache and is written in place if
-        the prompt continues its whole text, or if two copies would not fit. Otherwise the entry stays in the cache, and
-        a write makes a copy.
+        the prompt continues its whole text, or if two copies would not fit. Otherwise, and with `keeps`, the entry
+        stays in the cache, and a write makes a copy.
         """
         found = [
             reused
@@ -138,7 +138,8 @@ class PromptCache:
             return None
         entry = best.entry
         self.entries = [other for other in self.entries if other is not entry]
-        if prompt[: len(entry.tokens)] != entry.tokens and 2 * entry.nbytes <= self.limit:
+        is_continued = prompt[: len(entry.tokens)] == entry.tokens
+        if keeps or (not is_continued and 2 * entry.nbytes <= self.limit):
             self.entries.append(entry)
         return best
 

@@ -133,8 +133,8 @@ class Stream:
     def cache_entry(self) -> CacheEntry | None:
         """Return the K/V for later streams, or None if a failure left nothing usable.
 
-        They end before the bonus token or, after a failure, at the last snapshot. Do not decode with this stream after
-        this call.
+        They end before the bonus token, at the last chunk that was read, or, after a failure, at the last snapshot. If
+        this stream goes on, its next write copies the buffers.
         """
         return self._reader.cache_entry(self.cache, self.tokens, self.kv_format)
 

@@ -205,6 +205,7 @@ class Scripted:
     def __init__(self, name: str, chunks: int, log: list[str], clock: SimpleNamespace) -> None:
         self.name = name
         self.unread = chunks
+        self.is_held = False
         self.left = 40
         self.stream = SimpleNamespace(in_flight=[])
         self.decoding = SimpleNamespace(stop_ids=frozenset())
@@ -230,6 +231,8 @@ class Scripted:
         self._clock.now += 0.25
         self.left -= 1
         return iter(())
+
+    def share(self, other: Any) -> None: ...
 
     def pause(self) -> None: ...
 
@@ -296,6 +299,40 @@ def test_a_text_waits_for_memory(tiny_pair: TinyPair, caplog: pytest.LogCaptureF
         model.memory_limit = one - 100_000
         with pytest.raises(mlx_mtp.PromptError, match="prompt and max_tokens are 640 tokens, with which"):
             asyncio.run(answer(0))
+
+
+@pytest.mark.parametrize("variant", ["e2b", "31b"])
+def test_a_common_beginning_is_read_once(variant: str, tiny_pair: TinyPair) -> None:
+    """Of five prompts with a common beginning of 300 tokens, one reads it, up to a border of chunks of 64 tokens."""
+    beginning = random_tokens(300, seed=1)
+    prompts = [beginning + random_tokens(20 + seed, seed=seed) for seed in range(2, 6)] + [beginning]
+    options: dict[str, Any] = {"max_tokens": 8, "prefill_step_size": 64, "ignore_eos": True}
+    with mlx_mtp.load(tiny_pair(variant) / "target") as model:
+        alone = [model.generate(prompt, reuse_prompt=False, **options) for prompt in prompts]
+        results = model.generate_batch(prompts, **options)
+        assert [result.tokens for result in results] == [result.tokens for result in alone]
+        first, *others = [result.last.cached_tokens for result in results]
+        assert first == 0
+        assert all(cached >= 256 for cached in others)
+        # Without the prompt cache, each prompt is read.
+        model.prompt_cache.clear()
+        results = model.generate_batch(prompts, reuse_prompt=False, **options)
+        assert [result.last.cached_tokens for result in results] == [0] * 5
+
+
+def test_a_beginning_whose_reader_leaves_is_read_by_the_next(model: mlx_mtp.Model) -> None:
+    model.prompt_cache.clear()
+    beginning = random_tokens(300, seed=11)
+    texts = [
+        generation(model, [*beginning, 20 + index], max_tokens=4, prefill_step_size=64, ignore_eos=True)
+        for index in range(3)
+    ]
+    batch = Batch(texts)
+    batch.turn()
+    batch.turn()
+    batch.remove(texts[0])
+    cached = {id(step.generation): step.responses[0].cached_tokens for step in run(batch) if step.responses}
+    assert [cached[id(text)] for text in texts[1:]] == [128, 256]
 
 
 def test_earlier_prompts_give_way(tiny_pair: TinyPair) -> None:

@@ -19,7 +19,7 @@ from support.curves import COSTS, CURVE, PLAIN
 
 import mlx_mtp
 from mlx_mtp import chat, generate
-from mlx_mtp.decoding import calibration, kept_costs, stream
+from mlx_mtp.decoding import calibration, kept_costs, text_loop
 from mlx_mtp.decoding.calibration import MeasuringPlan, RoundCosts, measure_rounds
 from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, Costs
 from mlx_mtp.decoding.kept_costs import CostsFile, cache_directory, read_or_measure
@@ -284,7 +284,7 @@ def test_first_rounds_that_no_clock_can_have_measured_are_not_kept(
     monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
     monkeypatch.setattr(RoundCosts, "policy", POLICY)
     model = mlx_mtp.load(mlx_mtp.DEMO_PAIR)
-    monkeypatch.setattr(stream, "time", SimpleNamespace(perf_counter=lambda: 5.0))
+    monkeypatch.setattr(text_loop, "time", SimpleNamespace(perf_counter=lambda: 5.0))
     result = model.generate("def read_config(path):\n", max_tokens=320, ignore_eos=True)
     assert len(result.tokens) == 320
     assert "the measurement of rounds is not used: the costs of rounds must be positive" in caplog.text

@@ -61,7 +61,7 @@ class ScriptedGeneration:
     """A generation with known responses. All of them come with its first chunk."""
 
     is_reading, is_ended, unread = True, False, 1
-    growth, work = 0, 0
+    growth, work, is_held = 0, 0, False
 
     def __init__(self, model: ScriptedModel, responses: Iterator[GenerationResponse]) -> None:
         self.model = model
@@ -71,6 +71,9 @@ class ScriptedGeneration:
         """Yield all responses."""
         yield from self._responses
         self.is_reading, self.is_ended = False, True
+
+    def share(self, other: Any) -> None:
+        """Read the whole prompt."""
 
     def close(self) -> None:
         """Do nothing."""
