@@ -30,11 +30,13 @@ from mlx_mtp.model import Model
 from mlx_mtp.options import GenerationOptions, OptionChanges
 from mlx_mtp.shell import Parser, exit_status, write_json
 
+from . import together
 from .environment import environment, models
 from .operations import operations, round_outputs
 from .peers import PEERS, Run, load_peer
 from .plots import check_plots, write_plots
 from .prompts import KINDS, TOLD_KINDS, Task, task
+from .together import Length, measure_together
 from .told import decode_told
 
 AUTO: Final = "auto"
@@ -98,6 +100,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="A,B",
         help=f"Other runtimes to run on the same pair in the same turns, of {','.join(PEERS)}; they must be "
         "installed, see the extra peers, and read the pair's folders themselves.",
+    )
+    add(
+        "--concurrency",
+        type=_numbers,
+        default=(),
+        metavar="N,N",
+        help="Numbers of texts that decode together, as 1,2,4,8, against the same texts one after the other: plainly "
+        "and with auto, if these are among --num-draft-tokens (default: none).",
     )
     add("--dtype", choices=_DTYPES, help="Compute in this type (default: the checkpoint's).")
     add_kv_options(parser)
@@ -253,7 +263,10 @@ def _run(args: argparse.Namespace) -> int:
     peers, report["failed_peers"] = _load_peers(args.peers, model, drafter)
     report["environment"] |= {name: version(name) for name in args.peers if name not in report["failed_peers"]}
     told = sum(each.answer is not None for _, _, each, _ in cases)
-    runs = (len(cases) * (len(lengths) + len(peers)) - told * len(peers)) * (args.repeats + 1)
+    shared: list[Length] = [k for k in (0, "auto") if k in lengths]
+    runs = len(cases) * (len(lengths) + len(peers)) - told * len(peers)
+    runs += (len(cases) - told) * len(args.concurrency) * 2 * len(shared)
+    runs *= args.repeats + 1
     with tqdm(total=runs, desc="Bench", unit="run", disable=None, file=sys.stderr) as bar:
         for kind, context, task_of_case, temperature in cases:
             sampling = samplings[temperature]
@@ -262,7 +275,17 @@ def _run(args: argparse.Namespace) -> int:
                 settings |= {name: Setting(run) for name, run in peers.items()}
             measure(model, task_of_case, replace(options, sampling=sampling), settings, args, bar)
             costs = None if model.drafter is None else _costs(model, sampling, options)
-            case = {"kind": kind, "context": context, "temperature": temperature}
+            case: dict[str, Any] = {"kind": kind, "context": context, "temperature": temperature}
+            if args.concurrency and task_of_case.answer is None:
+                case["concurrency"] = measure_together(
+                    model,
+                    task_of_case.prompt,
+                    replace(options, sampling=sampling),
+                    shared,
+                    args.concurrency,
+                    args.repeats,
+                    bar.update,
+                )
             report["cases"].append(case | summary(settings, costs) | {"operations": counts[temperature]})
             if not args.json:
                 tqdm.write(table(report["cases"][-1], report["bound_tokens_per_second"]))
@@ -412,6 +435,7 @@ def table(case: dict[str, Any], bound: float) -> str:
     if "auto_over_no_copies" in case:
         shares = ", ".join(f"{share:.0%} {name}" for name, share in case["settings"][AUTO]["share_of_rounds"].items())
         lines.append(f"auto is at {case['auto_over_no_copies']:.2f} of auto without copies; its rounds: {shares}")
+    lines += together.lines(case.get("concurrency", {}))
     return "\n".join(lines) + "\n"
 
 

@@ -117,6 +117,23 @@ def test_copies_and_told_answers(capsys: pytest.CaptureFixture[str]) -> None:
         assert case["settings"]["0"]["share_of_rounds"] == {"plain": 1, "drafter": 0, "copy": 0}
 
 
+def test_several_texts_together(tiny_pair: TinyPair, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--kinds", "code", "--contexts", "30", "--temps", "0", "--num-draft-tokens", "2,auto", "-m", "8"]
+    options += ["--model", str(tiny_pair("e2b") / "target"), "--repeats", "2", "--concurrency", "2,3"]
+    assert main(options) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    (case,) = json.loads(last)["cases"]
+    assert list(case["concurrency"]) == ["2", "3"]
+    for count, by_length in case["concurrency"].items():
+        assert list(by_length) == ["0", "auto"]
+        for k, row in by_length.items():
+            for way in ("together", "one_after_the_other"):
+                low, high = row[way]["range"]
+                assert 0 < low <= row[way]["tokens_per_second"] <= high
+            assert row["ratio_range"][0] <= row["ratio"] <= row["ratio_range"][1]
+            assert any(line.startswith(f"{count} texts, {k} draft tokens: ") for line in lines)
+
+
 def test_copies_without_a_drafter(tiny_pair: TinyPair, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--model", str(tiny_pair("12b") / "target"), "--drafter", "none", "--kinds", "rewrite,list"]
     args += ["--contexts", "60", "--temps", "0", "-m", "40", "--repeats", "1", "--json"]
