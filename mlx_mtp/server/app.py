@@ -1,5 +1,6 @@
 """FastAPI application: OpenAI's and Anthropic's endpoints over a `Service`, health, metrics and a chat page."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -18,6 +19,7 @@ from .answers import Answer, AnswerWriter, Tokens
 from .anthropic_answers import MessagesWriter
 from .anthropic_errors import ANTHROPIC_ERRORS, AnthropicErrorMiddleware, is_anthropic
 from .anthropic_requests import MessagesRequest
+from .choices import ChoicesJob, ChoicesWriter
 from .http_entry import AccessMiddleware, EntryMiddleware
 from .http_errors import ERRORS, add_error_handlers
 from .job_response import job_response
@@ -124,13 +126,13 @@ class _Endpoints:
     async def chat(self, body: ChatRequest, http: HttpRequest) -> Response:
         self._check_model(body)
         task = self._task(body)
-        writer = ChatWriter(body, self._service.name, self._tokens, self._answer(task))
-        return await self._respond(http, body, task, writer)
+        writers = [ChatWriter(body, self._service.name, self._tokens, self._answer(task)) for _ in range(body.n)]
+        return await self._respond_choices(http, body, task, writers)
 
     async def completions(self, body: CompletionRequest, http: HttpRequest) -> Response:
         self._check_model(body)
-        writer = CompletionWriter(body, self._service.name, self._tokens)
-        return await self._respond(http, body, self._task(body), writer)
+        writers = [CompletionWriter(body, self._service.name, self._tokens) for _ in range(body.n)]
+        return await self._respond_choices(http, body, self._task(body), writers)
 
     async def answers(self, body: ResponseRequest, http: HttpRequest) -> Response:
         self._check_model(body)
@@ -199,8 +201,22 @@ class _Endpoints:
     def _answer(self, task: Task) -> Answer:
         return Answer(task.tools, self._service.metrics.unreadable_calls.inc)
 
+    async def _respond_choices(
+        self, http: HttpRequest, body: Request, task: Task, writers: Sequence[ChatWriter | CompletionWriter]
+    ) -> Response:
+        """Respond with one answer for each writer."""
+        if len(writers) == 1:
+            return await self._respond(http, body, task, writers[0])
+        job = ChoicesJob(self._service.submit_choices(task, len(writers)))
+        response = await job_response(http, job, ChoicesWriter(writers), body.stream, self._keep_alive)
+        return self._with_headers(response, body, task)
+
     async def _respond(self, http: HttpRequest, body: Request, task: Task, writer: AnswerWriter) -> Response:
         response = await job_response(http, self._service.submit(task), writer, body.stream, self._keep_alive)
+        return self._with_headers(response, body, task)
+
+    def _with_headers(self, response: Response, body: Request, task: Task) -> Response:
+        """Add the headers that name what is ignored or not enforced."""
         if body.ignored:
             names = (quote(name[:100], safe="") or '""' for name in body.ignored[:_MOST_NAMED])
             response.headers[IGNORED_HEADER] = ", ".join(names)

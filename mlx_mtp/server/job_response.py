@@ -2,23 +2,55 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable
-from typing import TypeVar
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from typing import Protocol, TypeVar
 
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from mlx_mtp.responses import GenerationResponse
-
-from .answers import AnswerWriter
-from .service import ApiError, GenerationJob, Prefill, api_error
+from .answers import JsonObject
+from .service import ApiError, Prefill, api_error
 
 T = TypeVar("T")
+Item_co = TypeVar("Item_co", covariant=True)
+Item_contra = TypeVar("Item_contra", contravariant=True)
+
+
+class Items(Protocol[Item_co]):
+    """The items of a job, or of several jobs."""
+
+    async def next(self, timeout: float | None = None) -> Item_co | Prefill:
+        """Return the next item, see `Job.next`."""
+
+    def cancel(self) -> None:
+        """End the work."""
+
+
+class Writer(Protocol[Item_contra]):
+    """A writer of an answer, or of several answers to one request, see `AnswerWriter`."""
+
+    def begin(self) -> Iterator[str]:
+        """Yield the events before the first token."""
+
+    def add(self, item: Item_contra, /) -> Iterator[str]:
+        """Add one token's response. Yield its events."""
+
+    def end(self) -> Iterator[str]:
+        """Yield the events after the last token."""
+
+    def fail(self, error: JsonObject) -> Iterator[str]:
+        """Yield the events of an error, in place of the end."""
+
+    def alive(self, comment: str) -> str:
+        """Return a sign of life for a stream without new tokens."""
+
+    def whole(self) -> JsonObject:
+        """Return the whole answer as one JSON object."""
 
 
 async def job_response(
-    http: HttpRequest, job: GenerationJob, writer: AnswerWriter, stream: bool, keep_alive: float
+    http: HttpRequest, job: Items[T], writer: Writer[T], stream: bool, keep_alive: float
 ) -> Response:
     """Return the response of a job: a stream of events, or the whole answer as JSON.
 
@@ -36,7 +68,7 @@ async def job_response(
     return JSONResponse(writer.whole())
 
 
-async def _next(job: GenerationJob, timeout: float | None) -> GenerationResponse | Prefill | None:
+async def _next(job: Items[T], timeout: float | None) -> T | Prefill | None:
     """Return the next item of a job, or None if no item comes within `timeout` seconds."""
     try:
         return await job.next(timeout)
@@ -44,13 +76,13 @@ async def _next(job: GenerationJob, timeout: float | None) -> GenerationResponse
         return None
 
 
-async def _consume(job: GenerationJob, first: GenerationResponse | Prefill | None, writer: AnswerWriter) -> None:
+async def _consume(job: Items[T], first: T | Prefill | None, writer: Writer[T]) -> None:
     for _ in writer.begin():
         pass
     item = first
     with contextlib.suppress(StopAsyncIteration):
         while True:
-            if isinstance(item, GenerationResponse):
+            if item is not None and not isinstance(item, Prefill):
                 for _ in writer.add(item):
                     pass
             item = await job.next()
@@ -58,9 +90,7 @@ async def _consume(job: GenerationJob, first: GenerationResponse | Prefill | Non
         pass
 
 
-async def _events(
-    job: GenerationJob, first: GenerationResponse | Prefill | None, writer: AnswerWriter, keep_alive: float
-) -> AsyncIterator[str]:
+async def _events(job: Items[T], first: T | Prefill | None, writer: Writer[T], keep_alive: float) -> AsyncIterator[str]:
     """Yield the events of a stream.
 
     Signs of life fill the time without tokens, so that no reader considers the stream dead.
@@ -91,7 +121,7 @@ async def _events(
 class _Stream(StreamingResponse):
     """Response of server-sent events. It cancels its job when the connection ends."""
 
-    def __init__(self, job: GenerationJob, events: AsyncIterator[str]) -> None:
+    def __init__(self, job: Items[object], events: AsyncIterator[str]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._job = job

@@ -15,6 +15,7 @@ class ChatWriter(AnswerWriter):
     def __init__(self, request: ChatRequest, name: str, tokens: Tokens, answer: Answer) -> None:
         super().__init__(name, tokens, answer, id_prefix="chatcmpl-", include_stats=request.include_stats)
         self.request = request
+        self.index = 0
         self._logprobs: list[JsonObject] = []
 
     def begin(self) -> Iterator[str]:
@@ -39,9 +40,17 @@ class ChatWriter(AnswerWriter):
 
     def end(self) -> Iterator[str]:
         """Yield the events after the last token."""
+        yield from self.finish()
+        yield from self.close(usage(self.answer))
+
+    def finish(self) -> Iterator[str]:
+        """Yield the event with the finish reason."""
         yield self._chunk({}, finish_reason=self.answer.finish_reason, response=self.answer.last)
+
+    def close(self, counts: JsonObject) -> Iterator[str]:
+        """Yield the last events of the stream. `counts` are its token counts."""
         if self.request.stream_options.include_usage:
-            yield sse(self._head("chat.completion.chunk") | {"choices": [], "usage": usage(self.answer)})
+            yield sse(self._head("chat.completion.chunk") | {"choices": [], "usage": counts})
         yield sse("[DONE]")
 
     def whole(self) -> JsonObject:
@@ -57,7 +66,7 @@ class ChatWriter(AnswerWriter):
                 for call in answer.calls
             ]
         choice = {
-            "index": 0,
+            "index": self.index,
             "message": message,
             "logprobs": {"content": self._logprobs, "refusal": None} if self.request.logprobs else None,
             "finish_reason": answer.finish_reason,
@@ -80,7 +89,7 @@ class ChatWriter(AnswerWriter):
         finish_reason: str | None = None,
     ) -> str:
         choice = {
-            "index": 0,
+            "index": self.index,
             "delta": delta,
             "logprobs": None if logprobs is None else {"content": [logprobs], "refusal": None},
             "finish_reason": finish_reason,
@@ -99,6 +108,7 @@ class CompletionWriter(AnswerWriter):
     def __init__(self, request: CompletionRequest, name: str, tokens: Tokens) -> None:
         super().__init__(name, tokens, Answer(is_raw=True), id_prefix="cmpl-", include_stats=request.include_stats)
         self.request = request
+        self.index = 0
         self._logprobs = _empty_logprobs()
 
     def add(self, response: GenerationResponse) -> Iterator[str]:
@@ -113,9 +123,17 @@ class CompletionWriter(AnswerWriter):
 
     def end(self) -> Iterator[str]:
         """Yield the events after the last token."""
+        yield from self.finish()
+        yield from self.close(usage(self.answer))
+
+    def finish(self) -> Iterator[str]:
+        """Yield the event with the finish reason."""
         yield sse(self._chunk("", None, self.answer.finish_reason) | self.stats(self.answer.last))
+
+    def close(self, counts: JsonObject) -> Iterator[str]:
+        """Yield the last events of the stream. `counts` are its token counts."""
         if self.request.stream_options.include_usage:
-            yield sse(self._head() | {"choices": [], "usage": usage(self.answer)})
+            yield sse(self._head() | {"choices": [], "usage": counts})
         yield sse("[DONE]")
 
     def whole(self) -> JsonObject:
@@ -136,7 +154,7 @@ class CompletionWriter(AnswerWriter):
         }
 
     def _body(self, text: str, logprobs: JsonObject | None, finish_reason: str | None) -> JsonObject:
-        choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+        choice = {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
         return self._head() | {"choices": [choice]}
 
     def _chunk(self, text: str, logprobs: JsonObject | None, finish_reason: str | None) -> JsonObject:

@@ -38,6 +38,8 @@ from .undeclared_fields import check_others, refuse, unknown
 
 # These are `max_tokens` and its names on other servers.
 _TOKEN_LIMITS = ("max_tokens", "max_new_tokens", "n_predict", "num_predict")
+# The largest number of answers to one request, as in OpenAI's API.
+_MOST_CHOICES = 128
 # These reasoning efforts mean no thinking.
 _NO_EFFORT = ("none", "minimal")
 
@@ -175,6 +177,12 @@ class Task:
     is_seeded: bool = False
     not_enforced: tuple[str, ...] = ()
 
+    def choice(self, index: int) -> "Task":
+        """Return the task of the choice with this index, which has a seed of its own."""
+        sampling = self.options.sampling
+        seed = (sampling.seed + index) % 2**64
+        return replace(self, options=replace(self.options, sampling=replace(sampling, seed=seed)))
+
 
 class ThinkingOptions(RequestPart):
     """Anthropic's switch for thinking, which other servers accept too."""
@@ -272,7 +280,7 @@ class ChatRequest(ConversationRequest):
     messages: list[Message] = Field(min_length=1)
     max_tokens: Limit = Field(None, validation_alias=AliasChoices(*_TOKEN_LIMITS))
     max_completion_tokens: Limit = None
-    n: Literal[1] = 1
+    n: Whole = Field(1, ge=1, le=_MOST_CHOICES)
     logprobs: bool = False
     top_logprobs: Whole | None = Field(None, ge=0, le=20)
     response_format: TextFormat | JsonSchemaFormat = Field(TextFormat(type="text"), discriminator="type")
@@ -306,7 +314,7 @@ class CompletionRequest(Request):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: Limit = Field(None, validation_alias=AliasChoices(*_TOKEN_LIMITS))
-    n: Literal[1] = 1
+    n: Whole = Field(1, ge=1, le=_MOST_CHOICES)
     logprobs: Whole | None = Field(None, ge=0, le=20)
 
     def task(self, default: GenerationOptions) -> Task:

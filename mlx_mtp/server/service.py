@@ -188,6 +188,18 @@ class Service:
         """
         return self.worker.submit(_Request(self, task).start)
 
+    def submit_choices(self, task: Task, count: int) -> list[GenerationJob]:
+        """Queue several generations of a task, with different seeds. Raises BusyError if not all of them may wait."""
+        jobs: list[GenerationJob] = []
+        try:
+            for index in range(count):
+                jobs.append(self.submit(task.choice(index)))
+        except BaseException:
+            for job in jobs:
+                job.cancel()
+            raise
+        return jobs
+
     def retry_after(self) -> int:
         """Return the seconds until the queue may have room: the mean time of a generation, rounded up."""
         if self._seconds is None:

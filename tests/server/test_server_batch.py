@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support.scripted import load_demo_pair
@@ -126,6 +127,67 @@ def test_a_long_prompt_does_not_stop_a_running_text(served: Served) -> None:
     assert len(at_chunk) >= 3
     # Between two chunks, the running text has at least one round.
     assert at_chunk[0] < at_chunk[1] < at_chunk[2]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_choices(served: Served, stream: bool) -> None:
+    """The choices have the seed of the request and those after it, and each is what it is alone."""
+    fields: dict[str, Any] = {"model": "pair", "temperature": 1.0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
+    messages: Any = [{"role": "user", "content": "Hi"}]
+    with openai.OpenAI(base_url=served.v1, api_key="any", max_retries=0) as client:
+        alone = [client.chat.completions.create(messages=messages, seed=5 + i, **fields) for i in range(3)]
+        expected = [answer.choices[0].message.content for answer in alone]
+        if stream:
+            found = ["", "", ""]
+            ends: list[int] = []
+            chunks = list(
+                client.chat.completions.create(
+                    messages=messages, n=3, seed=5, stream=True, stream_options={"include_usage": True}, **fields
+                )
+            )
+            assert len({chunk.id for chunk in chunks}) == 1
+            for chunk in chunks[:-1]:
+                (choice,) = chunk.choices
+                found[choice.index] += choice.delta.content or ""
+                ends += [choice.index] if choice.finish_reason == "length" else []
+            assert sorted(ends) == [0, 1, 2]
+            counts = chunks[-1].usage
+        else:
+            answer = client.chat.completions.create(messages=messages, n=3, seed=5, **fields)
+            assert [choice.index for choice in answer.choices] == [0, 1, 2]
+            found = [choice.message.content or "" for choice in answer.choices]
+            counts = answer.usage
+    assert found == expected
+    assert counts is not None
+    assert alone[0].usage is not None
+    assert (counts.prompt_tokens, counts.completion_tokens) == (alone[0].usage.prompt_tokens, 36)
+    assert counts.total_tokens == counts.prompt_tokens + 36
+
+
+def test_choices_of_a_completion(served: Served) -> None:
+    fields = {"prompt": "def main(", "temperature": 0, "max_tokens": 6, "logprobs": 1, "include_stats": True}
+    one = httpx.post(f"{served.v1}/completions", json=fields).json()["choices"][0]
+    answer = httpx.post(f"{served.v1}/completions", json=fields | {"n": 2}).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    assert [stats["generation_tokens"] for stats in answer["stats"]] == [6, 6]
+    for choice in answer["choices"]:
+        assert (choice["text"], choice["logprobs"]["tokens"]) == (one["text"], one["logprobs"]["tokens"])
+
+
+def test_more_choices_than_may_wait() -> None:
+    """None of them runs if not all may wait."""
+    with serve(load_demo_pair, GenerationOptions(num_draft_tokens=2), max_waiting=1, concurrency=2) as served:
+        answer = httpx.post(f"{served.v1}/completions", json={"prompt": "x", "n": 9, "max_tokens": 4}, timeout=60)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+        eventually(lambda: served.service.worker.running == served.service.worker.waiting == 0)
+        fields = {"prompt": "x", "n": 2, "max_tokens": 4}
+        assert httpx.post(f"{served.v1}/completions", json=fields, timeout=60).status_code == 200
+
+
+def test_an_error_ends_all_choices(served: Served) -> None:
+    fields = {"prompt": "x = ", "n": 3, "max_tokens": 4, "temperature": 0, "num_draft_tokens": 2000}
+    assert httpx.post(f"{served.v1}/completions", json=fields).status_code == 400
+    eventually(lambda: served.service.worker.running == served.service.worker.waiting == 0)
 
 
 def test_the_concurrency_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:

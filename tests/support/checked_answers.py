@@ -83,15 +83,21 @@ class Conversation:
         self.stats = frozenset({"stats"} if body.get("include_stats") else ())
         options = body.get("stream_options")
         self.counts = isinstance(options, dict) and options.get("include_usage") is True
-        self._finished = False
+        self._choices = body.get("n") or 1
+        # The indices of the choices that have a finish_reason.
+        self._finished: set[int] = set()
         self._ended = False
         self._number = 0
 
     def whole(self, data: Any) -> None:
         """Check a complete answer that is not streamed."""
         check(data, WHOLE[self.path], added=self.stats)
-        if self.path != "/v1/responses" and (data.get("usage") is None or data["choices"][0]["finish_reason"] is None):
+        if self.path == "/v1/responses":
+            return
+        if data.get("usage") is None or any(choice["finish_reason"] is None for choice in data["choices"]):
             raise AnswerError("a whole answer has no usage or no finish_reason")
+        if [choice["index"] for choice in data["choices"]] != list(range(self._choices)):
+            raise AnswerError(f"expected {self._choices} choices in order: {data}")
 
     def event(self, text: str) -> None:
         """Check one server-sent event. Comments only keep the connection alive and are ignored."""
@@ -104,7 +110,7 @@ class Conversation:
         if self._ended:
             raise AnswerError(f"an event after the end: {text}")
         if content == "[DONE]":
-            if not self._finished:
+            if len(self._finished) != self._choices:
                 raise AnswerError("the stream ends without a finish_reason")
             self._ended = True
             return
@@ -132,9 +138,10 @@ class Conversation:
         if ("usage" in data) != self.counts or (data.get("usage") is None) == is_last:
             raise AnswerError(f"usage must be {'null but in the last chunk' if self.counts else 'absent'}: {data}")
         for choice in data["choices"]:
-            if self._finished:
+            if choice["index"] in self._finished:
                 raise AnswerError(f"a choice after the finish_reason: {data}")
-            self._finished = choice["finish_reason"] is not None
+            if choice["finish_reason"] is not None:
+                self._finished.add(choice["index"])
 
 
 def error(data: Any) -> None:
