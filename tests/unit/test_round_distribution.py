@@ -5,8 +5,9 @@ real code: random keys, drafting, acceptance, and the state for the next round. 
 run side by side. The significance is 1e-4.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,8 @@ from support.caches import LAYER_TYPES
 from support.distributions import Array, Tables, chi_square, make_tables
 
 from mlx_mtp.checkpoints.config import LayerConfig, RopeConfig, TextConfig
+from mlx_mtp.decoding.draft_length import Choice
+from mlx_mtp.decoding.packed import packed_round
 from mlx_mtp.decoding.round import Verified, round_steps
 from mlx_mtp.decoding.sampling import position_key
 from mlx_mtp.decoding.state import RoundState
@@ -27,6 +30,7 @@ from mlx_mtp.gemma4.kv_cache import Cache
 from mlx_mtp.gemma4.target import Target, TargetOutput
 
 SEEDS = 20_000
+PAIRS = 3_000
 
 Draw = Callable[[mx.array, mx.array], mx.array]
 
@@ -47,6 +51,10 @@ class TableTarget(Target):
         logits = self.table[tokens]
         return TargetOutput(mx.zeros_like(logits), logits[:, tokens.shape[1] - logit_rows :])
 
+    def packed(self, tokens: mx.array, _: Any, lengths: Sequence[int], between: Any = None) -> list[TargetOutput]:
+        parts = mx.split(self.table[tokens], list(accumulate(lengths))[:-1], axis=1)
+        return [TargetOutput(mx.zeros_like(logits), logits) for logits in parts]
+
 
 class TableDrafter(Drafter):
     """A drafter that looks up its logits by the last token. `ids` are its candidates [vocab, candidates], or None."""
@@ -65,6 +73,12 @@ class TableDrafter(Drafter):
     def candidates(self, state: mx.array, allowed: mx.array | None = None) -> Candidates:
         token = mx.argmax(state[0], axis=-1)
         return Candidates(None if self.ids is None else self.ids[token], self.table[token])
+
+    def _scores(self, states: mx.array) -> mx.array:
+        return states.squeeze(0)
+
+    def _candidates(self, state: mx.array, scores: mx.array, allowed: mx.array | None) -> Candidates:
+        return self.candidates(state, allowed)
 
 
 def by_noise(logits: mx.array, key: mx.array) -> mx.array:
@@ -168,6 +182,28 @@ def test_with_copied_tokens(copied: list[int], monkeypatch: pytest.MonkeyPatch) 
     tokens, accepted = two_tokens(tables, len(copied), monkeypatch, copied=copied)
     assert chi_square(tokens, tables.expected(2), 4) < 1
     assert accepted > 0.01
+
+
+def test_two_streams_in_one_pass_are_independent() -> None:
+    """Two tokens of each of two streams have the joint distribution of plain sampling, whatever the other draws."""
+    tables = tables_after_token_0("good", 2)
+    target, drafter = TableTarget(tables.target[:-1]), TableDrafter(tables.drafter[:-1], None)
+    started = Stream(target, drafter, max_draft_tokens=2, sampling=tables.sampling)
+    started.prefill([0, 0, 0], 8)
+    found = []
+    for seed in range(PAIRS):
+        streams = [copy(started), copy(started)]
+        for index, stream in enumerate(streams):
+            stream.cache, stream.tokens = started.cache.over(started.cache.kv), []
+            draw_key, coin_key = mx.random.split(mx.random.key(2 * seed + index))
+            zero = mx.zeros((1, 1), mx.int32)
+            stream.state = started.state._replace(bonus=zero, draw_key=draw_key, coin_key=coin_key)
+            stream._in_flight = []
+        while min(len(stream.tokens) for stream in streams) < 2:
+            packed_round(streams, [Choice(2, ahead=False), Choice(1, ahead=False)], [frozenset(), frozenset()])
+        found.append([token for stream in streams for token in stream.tokens[:2]])
+    alone = tables.expected(2)
+    assert chi_square(np.array(found, np.int64), np.outer(alone, alone).reshape(-1), 2) < 1
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 8])
