@@ -1,9 +1,10 @@
 """Generations that decode together: turns of prompts and rounds, and the rounds of all texts in one pass."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
-from itertools import islice
 from typing import NamedTuple
 
 from mlx_mtp.decoding.draft_length import Choice
@@ -63,9 +64,11 @@ class Batch:
                     waiting.share(other)
 
     def close(self) -> None:
-        """Close all generations."""
-        while self.generations:
-            self.remove(self.generations[-1])
+        """Close all generations, also if one of them fails to close."""
+        with ExitStack() as stack:
+            for each in self.generations:
+                stack.callback(each.close)
+            self.generations.clear()
 
     def turn(self) -> list[Step]:
         """Read a chunk of a prompt, or run a round of all texts that decode. Close the generations that end."""
@@ -147,16 +150,20 @@ def together(waiting: Sequence[Generation], concurrency: int) -> Generator[tuple
     If one fails, all end, and its error is raised.
     """
     indices = {id(each): index for index, each in enumerate(waiting)}
-    following = iter(waiting)
-    batch = Batch(islice(following, concurrency))
+    # A generation that has ended must not stay alive.
+    following = deque(waiting)
+    del waiting
+    batch = Batch()
     try:
-        while batch.generations:
+        while following or batch.generations:
+            while following and len(batch.generations) < concurrency:
+                batch.add(following.popleft())
             for generation, responses, error in batch.turn():
+                index = indices[id(generation)]
+                del generation
                 for response in responses:
-                    yield indices[id(generation)], response
+                    yield index, response
                 if error is not None:
                     raise error
-            for each in islice(following, concurrency - len(batch.generations)):
-                batch.add(each)
     finally:
         batch.close()

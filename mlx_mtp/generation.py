@@ -201,9 +201,11 @@ class Generation:
 
     def close(self) -> None:
         """End the generation, and put its K/V into the prompt cache. A second call does nothing."""
-        if self._is_closed or not self._has_begun:
+        if self._is_closed:
             return
         self._is_closed = True
+        if not self._has_begun:
+            return
         self.decoding.end()
         if self._reuses and not self.model.is_closed:
             self._keep()
@@ -223,6 +225,8 @@ class Generation:
         stream, decoding = self.stream, self.decoding
         if self._reuses:
             keys, keeps = stream.media.keys(decoding.prompt), self._source is not None
+            # The source must not stay alive as long as this text.
+            self._source = None
             reused = self.model.prompt_cache.take(keys, stream.kv_format, keeps=keeps)
             if reused is not None:
                 stream.resume(reused)

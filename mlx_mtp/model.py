@@ -1,6 +1,6 @@
 """The public class `Model`: a loaded target and drafter that generate text from prompts."""
 
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -111,7 +111,7 @@ class Model(LoadedModel):
 
     def stream_generate_batch(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Iterable[Prompt],
         options: GenerationOptions | Sequence[GenerationOptions] | None = None,
         *,
         concurrency: int = DEFAULT_CONCURRENCY,
@@ -178,13 +178,14 @@ class Model(LoadedModel):
 
     def generate_batch(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Iterable[Prompt],
         options: GenerationOptions | Sequence[GenerationOptions] | None = None,
         *,
         concurrency: int = DEFAULT_CONCURRENCY,
         **changes: Unpack[OptionChanges],
     ) -> list[GenerationResult]:
         """Decode several prompts together as `stream_generate_batch` does, and return their results in order."""
+        prompts = _as_list(prompts)
         responses: list[list[GenerationResponse]] = [[] for _ in prompts]
         for index, response in self.stream_generate_batch(prompts, options, concurrency=concurrency, **changes):
             responses[index].append(response)
@@ -312,25 +313,36 @@ class Model(LoadedModel):
 
     def _stream_batch(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Iterable[Prompt],
         options: GenerationOptions | Sequence[GenerationOptions] | None,
         concurrency: int,
         changes: OptionChanges,
     ) -> Generator[tuple[int, GenerationResponse], None, None]:
         """Check prompts and options, and return the generator of `stream_generate_batch`."""
-        if isinstance(prompts, str | bytes):
-            raise PromptError(f"prompts must be a list of prompts, found {type(prompts).__name__}")
+        prompts = _as_list(prompts)
         given = GenerationOptions() if options is None else options
         chosen = [given] * len(prompts) if isinstance(given, GenerationOptions) else list(given)
         if len(chosen) != len(prompts):
             raise OptionError(f"there are {len(prompts)} prompts, but options for {len(chosen)}")
         if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
             raise OptionError(f"concurrency must be an integer of at least 1, found {concurrency!r}")
+        for index, each in enumerate(chosen):
+            if not isinstance(each, GenerationOptions):
+                raise OptionError(f"options[{index}] must be GenerationOptions, found {each!r}")
         chosen = [replace(each, **changes) for each in chosen]
         waiting: list[Generation] = []
         for index, (prompt, each) in enumerate(zip(prompts, chosen, strict=True)):
+            if prompt is None or isinstance(prompt, int | float | Mapping):
+                raise PromptError(f"prompts[{index}] must be text, token ids or messages, found {prompt!r}")
             try:
                 waiting.append(self.begin(prompt, each, None, self.life.check))
             except (PromptError, OptionError) as error:
                 raise type(error)(f"prompts[{index}]: {error}") from None
         return together(waiting, self._most_together(concurrency))
+
+
+def _as_list(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """Return a list of prompts. Raises PromptError for a single prompt that is text, and for other values."""
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+        raise PromptError(f"prompts must be a list of prompts, found {type(prompts).__name__}")
+    return list(prompts)

@@ -36,8 +36,8 @@ class Scheduler:
         self.batch = Batch()
         self._waiting: deque[_Waiting] = deque()
         self._jobs: dict[int, Job[Any]] = {}
-        # The text whose wait for memory was logged last.
-        self._too_early: Generation | None = None
+        # The number of the text whose wait for memory was logged last.
+        self._too_early: int | None = None
 
     @property
     def has_work(self) -> bool:
@@ -56,17 +56,21 @@ class Scheduler:
             self._waiting.append(_Waiting(job, generation))
 
     def turn(self) -> None:
-        """Run one turn of the batch, after jobs were cancelled and others have taken their place."""
-        self._drop_cancelled()
-        while self._waiting and len(self._jobs) < self.concurrency and self._has_room(self._waiting[0].generation):
-            self._begin(*self._waiting.popleft())
-        if self._jobs:
-            self._run()
+        """Run one turn of the batch, after jobs were cancelled and others have taken their place.
+
+        If the pass of all texts fails, or the model is closed, all jobs end with the error.
+        """
+        try:
+            self._drop_cancelled()
+            while self._waiting and len(self._jobs) < self.concurrency and self._has_room(self._waiting[0].generation):
+                self._begin(*self._waiting.popleft())
+            if self._jobs:
+                self._run()
+        except BaseException as error:
+            self._fail(error)
 
     def close(self) -> None:
         """End all jobs."""
-        while self._waiting:
-            self._waiting.popleft().job.end()
         self._fail(None)
 
     def _drop_cancelled(self) -> None:
@@ -86,14 +90,14 @@ class Scheduler:
         if needed <= limit:
             generation.model.prompt_cache.shrink(limit - needed)
         elif self._jobs:
-            if generation is not self._too_early:
+            if self._too_early != id(generation):
                 logger.info(
                     "a text of %d tokens waits: with it, %.3g GB would be in use, and the limit is %.3g GB",
                     generation.memory.tokens,
                     needed / 1e9,
                     limit / 1e9,
                 )
-            self._too_early = generation
+            self._too_early = id(generation)
             return False
         # A text alone has its turn: it was checked when it arrived.
         return True
@@ -109,19 +113,14 @@ class Scheduler:
         return sum(each.stream.cache.nbytes for each in self.batch.generations)
 
     def _begin(self, job: Job[Any], generation: Generation) -> None:
-        job.started.set()
+        job.begin()
         self._too_early = None
         self._jobs[id(generation)] = job
         self.batch.add(generation)
 
     def _run(self) -> None:
-        try:
-            with self.batch.generations[0].model.life:
-                steps = self.batch.turn()
-        # The pass of all texts failed, or the model is closed.
-        except Exception as error:
-            self._fail(error)
-            return
+        with self.batch.generations[0].model.life:
+            steps = self.batch.turn()
         for step in steps:
             self._hand_over(step)
 
@@ -142,14 +141,16 @@ class Scheduler:
     def _end(self, generation: Generation, error: Exception | None) -> None:
         self._jobs.pop(id(generation)).end(error)
 
-    def _fail(self, error: Exception | None) -> None:
-        """End all jobs that run."""
-        generations = list(self.batch.generations)
+    def _fail(self, error: BaseException | None) -> None:
+        """End all jobs."""
+        while self._waiting:
+            self._waiting.popleft().job.end(error)
         try:
             self.batch.close()
-        finally:
-            for each in generations:
-                self._end(each, error)
+        except Exception as other:
+            logger.warning("the K/V of texts that ended are not kept: %s", other)
+        while self._jobs:
+            self._jobs.popitem()[1].end(error)
 
 
 def _too_large(generation: Generation, needed: int, limit: int) -> ContextLengthError:

@@ -91,6 +91,10 @@ class Decoding:
         """Finish the round in flight, if there is one, and dispatch no other. Return its report."""
         if not self.stream.in_flight:
             return None
+        if self._keeps_lengths:
+            # Alone, the round after it would be chosen now, before its report.
+            (k,) = self.stream.in_flight
+            self._planned = self._following(self.policy.untimed, k)
         report = self.stream.finish(self.stop_ids)
         self.take(report)
         return report

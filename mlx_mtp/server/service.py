@@ -206,10 +206,14 @@ class Service:
             return _FIRST_RETRY
         return min(_MOST_RETRY, max(1, math.ceil(self._seconds / self.scheduler.concurrency)))
 
-    def note(self, seconds: float, last: GenerationResponse | None, end: str) -> None:
-        """Record the end of a generation, which took so many seconds. `last` is its last response, if there is one."""
-        self._seconds = seconds if self._seconds is None else 0.8 * self._seconds + 0.2 * seconds
-        self.metrics.duration.observe(seconds)
+    def note(self, seconds: float | None, last: GenerationResponse | None, end: str) -> None:
+        """Record the end of a generation. `last` is its last response, if there is one.
+
+        It took so many seconds after its wait, or None if it ended before it began.
+        """
+        if seconds is not None:
+            self._seconds = seconds if self._seconds is None else 0.8 * self._seconds + 0.2 * seconds
+            self.metrics.duration.observe(seconds)
         self.metrics.count(last, end)
 
     @property
@@ -253,19 +257,22 @@ class _Request:
         self._service = service
         self._task = task
         self._asked = time.monotonic()
-        self._began = self._first = self._asked
+        self._began: float | None = None
+        self._first = self._asked
         self._last: GenerationResponse | None = None
 
     def start(self, job: GenerationJob) -> Generation:
         """Make the generation, and watch the items of its job."""
-        job.on_item, job.on_end = self._on_item, self._on_end
-        self._began = time.monotonic()
+        job.on_begin, job.on_item, job.on_end = self._on_begin, self._on_item, self._on_end
 
         def check() -> None:
             self._service.model.life.check()
             job.check()
 
         return self._service.generation(self._task, lambda done, total: job.put(Prefill(done, total)), check)
+
+    def _on_begin(self) -> None:
+        self._began = time.monotonic()
 
     def _on_item(self, item: GenerationResponse | Prefill) -> None:
         if isinstance(item, Prefill):
@@ -282,4 +289,4 @@ class _Request:
         now = time.monotonic()
         if self._last is not None and self._last.generation_tokens > 1:
             self._service.metrics.token.observe((now - self._first) / (self._last.generation_tokens - 1))
-        self._service.note(now - self._began, self._last, end)
+        self._service.note(None if self._began is None else now - self._began, self._last, end)

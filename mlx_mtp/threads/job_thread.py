@@ -37,8 +37,8 @@ class Job(Generic[T]):
 
     `start` makes the work on the worker's thread: whatever the worker's schedule runs, such as an iterator of items. An
     exception of the work is raised on the loop. `cancel` ends the job before it begins, at its next item, or at its
-    next `check`. `on_item` and `on_end` are called on the worker's thread with each item, and with the exception that
-    ended a job that has begun, or None.
+    next `check`. `on_begin`, `on_item` and `on_end` are called on the worker's thread: when the work begins, with each
+    item, and with the exception that ended the job, or None.
     """
 
     def __init__(self, start: "Callable[[Job[T]], Any]") -> None:
@@ -50,6 +50,7 @@ class Job(Generic[T]):
         self.started = threading.Event()
         self.done = threading.Event()
         self._cancelled = threading.Event()
+        self.on_begin: Callable[[], object] | None = None
         self.on_item: Callable[[T], object] | None = None
         self.on_end: Callable[[BaseException | None], object] | None = None
 
@@ -142,6 +143,12 @@ class Job(Generic[T]):
             self.end(error)
             return None
 
+    def begin(self) -> None:
+        """Note that the work begins. Only the worker's thread calls it."""
+        self.started.set()
+        if self.on_begin is not None:
+            self.on_begin()
+
     def end(self, error: BaseException | None = None) -> None:
         """End the job. Only the worker's thread calls it. The reader of the items gets the error, if there is one."""
         if self.done.is_set():
@@ -150,7 +157,7 @@ class Job(Generic[T]):
         if self.on_end is not None:
             self.on_end(error)
         # The end must not keep alive what they hold.
-        self.on_item = self.on_end = None
+        self.on_begin = self.on_item = self.on_end = None
         self._put(_End(None if isinstance(error, CancelledJob) else error))
 
     def _put(self, item: T | _End) -> None:
@@ -205,7 +212,7 @@ class OneByOne:
     def turn(self) -> None:
         """Run a job from its start to its end."""
         job = self._jobs.popleft()
-        job.started.set()
+        job.begin()
         items = job.make()
         if items is None:
             return

@@ -1,6 +1,7 @@
 """Generations that decode together: each text is what it is alone, and they share the time."""
 
 import asyncio
+import gc
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -98,6 +99,25 @@ def test_a_seed_gives_the_same_text_beside_others(model: mlx_mtp.Model) -> None:
     assert [seen(result) for result in model.generate_batch(prompts, options)] == list(map(seen, alone))
 
 
+def test_a_seed_gives_the_same_text_if_others_join_and_leave(model: mlx_mtp.Model) -> None:
+    """A text is alone, beside others and alone again: also the round that is in flight when another text joins."""
+    prompt = random_tokens(12, seed=3)
+    options: dict[str, Any] = {"max_tokens": 60, "sampling": Sampling(temperature=1.0, seed=4), "ignore_eos": True}
+    alone = model.generate(prompt, **options).tokens
+    for joins in (3, 4, 5):
+        batch = Batch([text := generation(model, prompt, **options)])
+        tokens: list[int] = []
+        for number in range(200):
+            if number in (joins, joins + 9):
+                batch.add(generation(model, random_tokens(9, seed=number), max_tokens=7, ignore_eos=True))
+            if not batch.generations:
+                break
+            for step in batch.turn():
+                if step.generation is text:
+                    tokens += [response.token for response in step.responses]
+        assert tokens == alone
+
+
 def test_responses_come_round_by_round(model: mlx_mtp.Model) -> None:
     """The texts advance together, and a text that ends makes room for the next one."""
     prompts = [random_tokens(9, seed=seed) for seed in range(4)]
@@ -125,6 +145,10 @@ def test_a_closed_batch_keeps_the_prompts(model: mlx_mtp.Model) -> None:
     ("prompts", "changes", "error", "message"),
     [
         ("one text", {}, mlx_mtp.PromptError, "prompts must be a list of prompts, found str"),
+        (None, {}, mlx_mtp.PromptError, "prompts must be a list of prompts, found NoneType"),
+        ([2, 9], {}, mlx_mtp.PromptError, r"prompts\[0\] must be text, token ids or messages, found 2"),
+        ([{"role": "user", "content": "x"}], {}, mlx_mtp.PromptError, r"prompts\[0\] must be text, token ids or mess"),
+        ([[2, 9]], {"options": [None]}, mlx_mtp.OptionError, r"options\[0\] must be GenerationOptions, found None"),
         ([[2, 9], []], {}, mlx_mtp.PromptError, r"prompts\[1\]: the prompt is empty"),
         ([[2, 9]], {"num_draft_tokens": -1}, mlx_mtp.OptionError, "num_draft_tokens must be an integer of at least 0"),
         ([[2, 9]], {"logprobs": 10**6}, mlx_mtp.OptionError, r"prompts\[0\]: logprobs is 1000000"),
@@ -141,6 +165,22 @@ def test_bad_batches_are_refused_at_once(
 
 def test_no_prompts_are_no_results(model: mlx_mtp.Model) -> None:
     assert model.generate_batch([]) == []
+    assert [len(result.tokens) for result in model.generate_batch(iter([[2, 9]]), max_tokens=3, ignore_eos=True)] == [3]
+
+
+def test_texts_that_have_ended_take_no_memory(model: mlx_mtp.Model) -> None:
+    """The peak of a list of prompts is that of the texts that decode together."""
+    options: dict[str, Any] = {"max_tokens": 3, "num_draft_tokens": 0, "reuse_prompt": False, "ignore_eos": True}
+
+    def peak(count: int) -> int:
+        gc.collect()
+        before, most = mx.get_active_memory(), 0
+        prompts = [random_tokens(60, seed=seed) for seed in range(count)]
+        for _ in model.stream_generate_batch(prompts, concurrency=2, **options):
+            most = max(most, mx.get_active_memory() - before)
+        return most
+
+    assert peak(16) < 1.5 * peak(4)
 
 
 def fail_after(count: int) -> Callable[[mx.array, mx.array], mx.array]:
@@ -190,6 +230,27 @@ def test_a_failure_of_the_library_call_is_raised(model: mlx_mtp.Model) -> None:
     options = [GenerationOptions(max_tokens=9), GenerationOptions(max_tokens=9, logits_processors=[fail_after(4)])]
     with pytest.raises(RuntimeError, match="the processor failed"):
         model.generate_batch([random_tokens(20, seed=seed) for seed in (1, 2)], options)
+
+
+def test_a_failed_pass_ends_all_texts_and_the_next_one_runs(
+    tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"max_tokens": 9, "num_draft_tokens": 0, "ignore_eos": True}
+    prompts = [random_tokens(20, seed=seed) for seed in (1, 2)]
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("the device failed")
+
+    with mlx_mtp.load(tiny_pair("e2b") / "target") as model:
+
+        async def both() -> list[Any]:
+            asked = (model.agenerate(prompt, **options) for prompt in prompts)
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model.target), "packed", fail)
+            assert [str(error) for error in asyncio.run(both())] == ["the device failed"] * 2
+        assert [len(result.tokens) for result in asyncio.run(both())] == [9, 9]
 
 
 def test_an_exact_model_decodes_one_after_the_other(tiny_pair: TinyPair) -> None:
@@ -263,7 +324,7 @@ def test_short_prompts_come_first_and_long_ones_are_not_forgotten(monkeypatch: p
 def limit_for(model: mlx_mtp.Model, prompts: list[list[int]], **options: Any) -> int:
     """Return the bytes that are in use when these texts are as long as they may become."""
     texts = [generation(model, prompt, **options) for prompt in prompts]
-    mx.synchronize()
+    gc.collect()
     return mx.get_active_memory() + sum(each.growth for each in texts) + max(each.work for each in texts)
 
 
@@ -296,7 +357,7 @@ def test_a_text_waits_for_memory(tiny_pair: TinyPair, caplog: pytest.LogCaptureF
         model.memory_limit = None
         assert asyncio.run(both()) == alone
         assert max(running) == 2
-        model.memory_limit = one - 100_000
+        model.memory_limit = one // 2
         with pytest.raises(mlx_mtp.PromptError, match="prompt and max_tokens are 640 tokens, with which"):
             asyncio.run(answer(0))
 
@@ -333,6 +394,45 @@ def test_a_beginning_whose_reader_leaves_is_read_by_the_next(model: mlx_mtp.Mode
     batch.remove(texts[0])
     cached = {id(step.generation): step.responses[0].cached_tokens for step in run(batch) if step.responses}
     assert [cached[id(text)] for text in texts[1:]] == [128, 256]
+
+
+def test_a_beginning_whose_reader_leaves_before_its_first_chunk(model: mlx_mtp.Model) -> None:
+    model.prompt_cache.clear()
+    beginning = random_tokens(300, seed=12)
+    first = generation(model, random_tokens(200, seed=13), max_tokens=2, prefill_step_size=64, ignore_eos=True)
+    texts = [
+        generation(model, [*beginning, 20 + index], max_tokens=4, prefill_step_size=64, ignore_eos=True)
+        for index in range(2)
+    ]
+    batch = Batch([first, *texts])
+    batch.turn()
+    batch.remove(texts[0])
+    ended = [step.generation for step in run(batch) if step.generation.is_ended]
+    assert ended == [first, texts[1]]
+
+
+def test_a_processor_that_raises_no_ordinary_exception(tiny_pair: TinyPair) -> None:
+    """All texts end with it, and the thread goes on."""
+
+    def leave(tokens: mx.array, logits: mx.array) -> mx.array:
+        if tokens.size > 5:
+            raise SystemExit("enough")
+        return logits
+
+    with mlx_mtp.load(tiny_pair("e2b") / "target") as model:
+        options: dict[str, Any] = {"max_tokens": 8, "num_draft_tokens": 0, "ignore_eos": True}
+
+        async def all_three() -> list[str]:
+            ends = []
+            for processors in ([], [leave], []):
+                ends.append(asyncio.create_task(model.agenerate([5, 6, 7], logits_processors=processors, **options)))
+            await asyncio.wait(ends)
+            return [type(task.exception()).__name__ for task in ends]
+
+        # asyncio hands SystemExit on to its caller at once.
+        with pytest.raises(SystemExit, match="enough"):
+            asyncio.run(all_three())
+        assert len(asyncio.run(model.agenerate([5, 6, 7], **options)).tokens) == 8
 
 
 def test_earlier_prompts_give_way(tiny_pair: TinyPair) -> None:
