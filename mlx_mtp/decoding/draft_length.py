@@ -98,7 +98,8 @@ class Option(NamedTuple):
 
     `choice` is the choice of its own policy. `expected[k]` is the expected number of tokens of a round of k draft
     tokens, for the numbers that its policy leaves open; it is empty if the choice is fixed. `copied` is the expected
-    number of tokens if the choice copies draft tokens. `costs` are those by which the policy chooses.
+    number of tokens if the choice copies draft tokens, or 0 if it is fixed. `costs` are those by which the policy
+    chooses.
     """
 
     choice: Choice
@@ -108,7 +109,7 @@ class Option(NamedTuple):
 
     def tokens(self, k: int) -> float:
         """Return the expected number of tokens of a round of k draft tokens."""
-        if self.choice.copied and k == self.choice.k:
+        if self.choice.copied and self.copied and k == self.choice.k:
             return self.copied
         # Nothing is known about the drafts of a fixed number of tokens. All texts must have them anyway.
         return self.expected[k] if k < len(self.expected) else 1.0

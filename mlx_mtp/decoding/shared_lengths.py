@@ -164,8 +164,8 @@ class _Search:
         ) > self.rate(lengths)
 
     def _drop_copies(self, lengths: dict[int, int]) -> None:
-        """Leave out the copies that are not worth their rows, the worst first."""
-        copies = [key for key, option in self._options.items() if option.choice.copied]
+        """Leave out the copies that are not worth their rows, the worst first. Fixed choices stay."""
+        copies = [key for key, option in self._options.items() if option.choice.copied and option.copied]
         for key in sorted(copies, key=lambda key: self._options[key].copied / self._options[key].choice.k):
             without = lengths | {key: 0}
             if self.rate(without) > self.rate(lengths):

@@ -22,7 +22,7 @@ SCHEMA: dict[str, Any] = {
     "required": ["a"],
 }
 SCHEMA |= {"additionalProperties": False}
-# Requests of every kind, whose text does not depend on the number of draft tokens.
+# Requests of every kind. The texts of seeds do not depend on other requests, also where rounds copy draft tokens.
 REQUESTS: list[tuple[str, dict[str, Any]]] = [
     ("completions", {"prompt": "def main(", "logprobs": 2}),
     ("completions", {"prompt": "import os\n" * 40, "stop": ["\n\n"]}),
@@ -37,6 +37,7 @@ REQUESTS: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     ("completions", {"prompt": "class A:", "temperature": 0.9, "seed": 3, "num_draft_tokens": 3}),
+    ("completions", {"prompt": "def add(a, b):\n" * 20, "temperature": 0.5, "seed": 5, "include_stats": True}),
     ("completions", {"prompt": "while True", "num_draft_tokens": 8, "ignore_eos": True}),
 ]
 
@@ -53,13 +54,14 @@ def metrics(served: Served) -> dict[str, float]:
 
 
 def test_answers_are_those_of_single_requests(served: Served) -> None:
-    """Eight requests at once, of which four run together, have the answers that they have alone."""
+    """Nine requests at once, of which four run together, have the answers that they have alone."""
 
     async def ask(client: httpx.AsyncClient, path: str, fields: dict[str, Any]) -> Any:
         answer = await client.post(f"{served.v1}/{path}", json={"temperature": 0} | fields)
         assert answer.status_code == 200, answer.text
         body = answer.json()
-        return body["choices"], body["usage"]["completion_tokens"]
+        copied = body["stats"]["copied"]["rounds"] if "stats" in body else 0
+        return body["choices"], body["usage"]["completion_tokens"], copied
 
     async def main() -> tuple[list[Any], list[Any]]:
         async with httpx.AsyncClient(timeout=60) as client:
@@ -68,6 +70,7 @@ def test_answers_are_those_of_single_requests(served: Served) -> None:
 
     alone, together = asyncio.run(main())
     assert together == alone
+    assert sum(copied for *_, copied in alone) > 0
     found = metrics(served)
     assert found["mlx_mtp_rows_per_pass_sum"] > found["mlx_mtp_rows_per_pass_count"]
     assert found["mlx_mtp_time_per_token_seconds_count"] == 2 * len(REQUESTS)

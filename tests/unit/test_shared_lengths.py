@@ -112,6 +112,9 @@ def test_copies_are_rows_like_any_other() -> None:
     assert choose(FLAT, [copy, option(0.2)])[0] == 15
     poor = copy._replace(copied=2.0)
     assert choose(STOCK, [poor, option(0.2)])[0] == 0
+    # A text that keeps its own choices keeps its copies.
+    kept = Option(Choice(31, ahead=False, copied=[7] * 31))
+    assert SharedLengths().choose(STOCK, {1: kept, 2: option(0.2)})[1] == kept.choice
     chosen = SharedLengths().choose(FLAT, {1: copy, 2: option(0.2)})
     assert chosen[1].copied == [7] * 15
     assert chosen[2].copied is None
