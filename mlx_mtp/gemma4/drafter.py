@@ -213,25 +213,25 @@ class Drafter(nn.Module):
         return self._candidates(state, self._scores(state), allowed)
 
     def _scores(self, states: mx.array) -> mx.array:
-        """Return the logits of a dense head, or the scores of the centroids, [streams, ...], for all states at once.
+        """Return the logits of a dense head, or the scores of the centroids, [1, streams, ...], for all states at once.
 
         `states` are [1, streams, hidden_size].
         """
         head = self.masked_embedding
         scores: mx.array = self.model.embed_tokens.as_linear(states) if head is None else head.centroids(states)
-        return scores.squeeze(0)
+        return scores
 
     def _candidates(self, state: mx.array, scores: mx.array, allowed: mx.array | None) -> Candidates:
-        """Return the candidates for a state, from its scores [1, ...]."""
+        """Return the candidates for a state, from its scores [1, 1, ...]."""
         is_guided = allowed is not None
         allowed = allowed if is_guided else self._unsuppressed
         if self.masked_embedding is None:
-            logits = scores
+            logits = scores.squeeze(0)
             if self.draft_vocab_ids is not None:
                 return self._pruned(logits, allowed)
             return Candidates(None, logits if allowed is None else mx.where(allowed, logits, -mx.inf))
         # Suppressed tokens alone do not restrict the clusters, unless all tokens of a cluster are suppressed.
-        ids = self.masked_embedding.candidates(scores[0], allowed if is_guided or self._has_dead_cluster else None)
+        ids = self.masked_embedding.candidates(scores[0, 0], allowed if is_guided or self._has_dead_cluster else None)
         # This call gathers the rows of the ids, and dequantizes no other rows.
         logits = state.squeeze(0) @ self.table_rows(self.model.embed_tokens, ids).T
         return Candidates(ids[None], logits if allowed is None else mx.where(allowed[:, ids], logits, -mx.inf))
@@ -277,7 +277,7 @@ class Drafter(nn.Module):
             scores = self._scores(step.state)
             for row, each in enumerate(going):
                 one = slice(row, row + 1)
-                candidates = self._candidates(step.state[:, one], scores[one], each.allowed())
+                candidates = self._candidates(step.state[:, one], scores[:, one], each.allowed())
                 each.add(candidates, step.hidden[:, one])
         return [each.close() for each in drafts]
 

@@ -75,7 +75,7 @@ class TableDrafter(Drafter):
         return Candidates(None if self.ids is None else self.ids[token], self.table[token])
 
     def _scores(self, states: mx.array) -> mx.array:
-        return states.squeeze(0)
+        return states
 
     def _candidates(self, state: mx.array, scores: mx.array, allowed: mx.array | None) -> Candidates:
         return self.candidates(state, allowed)
