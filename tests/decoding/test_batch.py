@@ -20,7 +20,7 @@ from mlx_mtp.batch import Batch, Step
 from mlx_mtp.generation import Generation
 
 TinyPair = Callable[[str], Path]
-TEXTS = 9
+TEXTS = 7
 
 
 @pytest.fixture(scope="module")

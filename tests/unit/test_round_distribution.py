@@ -30,7 +30,7 @@ from mlx_mtp.gemma4.kv_cache import Cache
 from mlx_mtp.gemma4.target import Target, TargetOutput
 
 SEEDS = 20_000
-PAIRS = 3_000
+PAIRS = 1_500
 
 Draw = Callable[[mx.array, mx.array], mx.array]
 
