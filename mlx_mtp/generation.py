@@ -175,8 +175,10 @@ class Generation:
         if not self._has_begun:
             self._begin()
         report = self.decoding.read_chunk()
-        if any(tokens >= self.stream.cache.length and not self.reaches(tokens) for tokens in self._shared):
+        due = {tokens for tokens in self._shared if not self.reaches(tokens)}
+        if any(tokens >= self.stream.cache.length for tokens in due):
             self._keep()
+        self._shared -= due
         if report is not None:
             yield from self._responder.add(report)
 

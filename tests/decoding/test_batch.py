@@ -17,6 +17,10 @@ from support.tiny import VARIANTS, WINDOW, random_tokens
 import mlx_mtp
 from mlx_mtp import GenerationOptions, Sampling
 from mlx_mtp.batch import Batch, Step
+from mlx_mtp.decoding.draft_length import DraftPolicy
+from mlx_mtp.decoding.report import RoundReport
+from mlx_mtp.decoding.stream import Stream
+from mlx_mtp.decoding.text_loop import Decoding
 from mlx_mtp.generation import Generation
 
 TinyPair = Callable[[str], Path]
@@ -99,23 +103,51 @@ def test_a_seed_gives_the_same_text_beside_others(model: mlx_mtp.Model) -> None:
     assert [seen(result) for result in model.generate_batch(prompts, options)] == list(map(seen, alone))
 
 
-def test_a_seed_gives_the_same_text_if_others_join_and_leave(model: mlx_mtp.Model) -> None:
-    """A text is alone, beside others and alone again: also the round that is in flight when another text joins."""
+class Counting(DraftPolicy):
+    """A policy whose choices tell how many reports it has seen. All its rounds may be dispatched ahead."""
+
+    def __init__(self) -> None:
+        super().__init__(0, ahead=True)
+
+    def update(self, report: RoundReport, seconds: float | None) -> None:
+        self.k = (self.k + 1) % 5
+
+
+@pytest.mark.parametrize("joins", [1, 2, 5])
+@pytest.mark.parametrize("leaves", [1, 2, 4])
+def test_a_text_that_others_join_has_the_rounds_that_it_has_alone(
+    model: mlx_mtp.Model, joins: int, leaves: int
+) -> None:
+    """The rounds of a seeded text are chosen after as many reports, also that in flight when another text joins."""
     prompt = random_tokens(12, seed=3)
-    options: dict[str, Any] = {"max_tokens": 60, "sampling": Sampling(temperature=1.0, seed=4), "ignore_eos": True}
-    alone = model.generate(prompt, **options).tokens
-    for joins in (3, 4, 5):
-        batch = Batch([text := generation(model, prompt, **options)])
-        tokens: list[int] = []
-        for number in range(200):
-            if number in (joins, joins + 9):
-                batch.add(generation(model, random_tokens(9, seed=number), max_tokens=7, ignore_eos=True))
-            if not batch.generations:
-                break
-            for step in batch.turn():
-                if step.generation is text:
-                    tokens += [response.token for response in step.responses]
-        assert tokens == alone
+
+    def started() -> Decoding:
+        stream = Stream(model.target, model.drafter, max_draft_tokens=8)
+        decoding = Decoding(
+            stream,
+            prompt,
+            max_tokens=60,
+            policy=Counting(),
+            stop_ids=frozenset(),
+            prefill_step_size=64,
+            keeps_lengths=True,
+        )
+        decoding.read_chunk()
+        return decoding
+
+    alone, joined = started(), started()
+    expected = [alone.round().drafted for _ in range(joins + leaves + 4)]
+    found = [joined.round().drafted for _ in range(joins)]
+    settled = joined.settle()
+    found += [] if settled is None else [settled.drafted]
+    for _ in range(leaves):
+        report = joined.stream.round(joined.option().choice.k)
+        joined.take(report)
+        found.append(report.drafted)
+    found += [joined.round().drafted for _ in range(len(expected) - len(found))]
+    assert found == expected
+    alone.end()
+    joined.end()
 
 
 def test_responses_come_round_by_round(model: mlx_mtp.Model) -> None:
