@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from mlx_mtp.decoding.draft_length import Choice
 from mlx_mtp.decoding.packed import packed_round
-from mlx_mtp.decoding.shared_lengths import SharedLengths, shared_costs
+from mlx_mtp.decoding.shared_lengths import SharedLengths
 
 from .generation import Generation
 from .responses import GenerationResponse
@@ -122,7 +122,8 @@ class Batch:
         costs = next((option.costs for option in options.values() if option.costs is not None), None)
         if costs is None:
             return [option.choice for option in options.values()]
-        return list(self._lengths.choose(shared_costs(costs), options).values())
+        shared = decoding[0].model.parts.costs.shared(costs)
+        return list(self._lengths.choose(shared, options).values())
 
     def _step(self, generation: Generation, step: Callable[[], Iterator[GenerationResponse]]) -> Step:
         """Run a step of one generation."""

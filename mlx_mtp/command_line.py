@@ -397,11 +397,13 @@ def _with_note(responses: Iterator[GenerationResponse]) -> Iterator[GenerationRe
         ended.set()
 
 
-def calibrate(model: Model, options: GenerationOptions, *, remeasure: bool = False) -> None:
+def calibrate(
+    model: Model, options: GenerationOptions, *, remeasure: bool = False, several_texts: bool = False
+) -> None:
     """Measure the cost of rounds on this machine, with a progress bar, if the options need this cost.
 
-    Only automatic draft lengths need it, with a drafter or with copies. A known cost is measured again only with
-    `remeasure`.
+    Only automatic draft lengths need it, with a drafter or with copies. With `several_texts`, the cost of passes that
+    several texts share is measured as well. A known cost is measured again only with `remeasure`.
     """
     has_choice = model.drafter is not None or options.copy_drafts == "auto"
     if not has_choice or options.num_draft_tokens != "auto":
@@ -414,6 +416,9 @@ def calibrate(model: Model, options: GenerationOptions, *, remeasure: bool = Fal
             remeasure=remeasure,
             on_progress=on_progress,
         )
+    if several_texts:
+        with progress_bar("Measuring several texts, once", unit="pass") as on_progress:
+            model.calibrate_together(remeasure=remeasure, on_progress=on_progress)
 
 
 @contextmanager

@@ -6,12 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
+import mlx.core as mx
+
 from mlx_mtp.checkpoints.output_files import check_file
 from mlx_mtp.checkpoints.weights import fingerprint
-from mlx_mtp.decoding.draft_length import Costs
+from mlx_mtp.decoding.calibration import MOST_TEXTS, MeasuringPlan
+from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, Costs
 from mlx_mtp.decoding.prefill import Progress
 from mlx_mtp.decoding.prompt_media import PreparedPrompt
 from mlx_mtp.decoding.sampling import Sampling
+from mlx_mtp.decoding.shared_lengths import SharedCosts
 from mlx_mtp.decoding.text_loop import token_budget
 from mlx_mtp.text.tokenizer import Prompt, prepare
 from mlx_mtp.threads.job_thread import Job, Worker
@@ -21,6 +25,7 @@ from .decoding import prompt_cache
 from .errors import OptionError, PromptError
 from .generation import Generation, checked, responses
 from .loaded_model import LoadedModel
+from .memory_plan import TextMemory, usable_memory
 from .options import DEFAULT_KV_GROUP_SIZE, GenerationOptions, OptionChanges
 from .prompt_files import load_entry, read_ahead
 from .responses import GenerationResponse, GenerationResult, whole
@@ -284,6 +289,25 @@ class Model(LoadedModel):
             kv = GenerationOptions(kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=0).kv_quantization
             costs = self.parts.costs
             return costs.read(sampling or Sampling(), kv, remeasure=remeasure, on_progress=on_progress)
+
+    def calibrate_together(self, *, remeasure: bool = False, on_progress: Progress | None = None) -> SharedCosts | None:
+        """Return the costs of passes that several texts share on this machine, in seconds.
+
+        Texts that decode together choose their draft lengths by these costs. They are measured with up to 8 texts, once
+        for a pair, and are kept as those of `calibrate`. Without this call, they are estimated from the costs of one
+        text. `remeasure` measures them again.
+
+        Return None, and measure nothing, if the model is exact, or if the K/V of these texts do not fit in the memory.
+
+        Raises CalibrationError if the clock gives nonsense.
+        """
+        with self.life:
+            costs = self.parts.costs
+            text = TextMemory(self.config.text, self.target.dtype.size, MeasuringPlan.context, MAX_DRAFT_TOKENS + 1)
+            limit = usable_memory() if self.memory_limit is None else self.memory_limit
+            if self.exact or mx.get_active_memory() + MOST_TEXTS * text.kept > limit:
+                return None
+            return costs.read_shared(remeasure=remeasure, on_progress=on_progress)
 
     def _most_together(self, concurrency: int) -> int:
         """Return the largest number of texts that decode together. Those of an exact model decode alone."""

@@ -250,7 +250,8 @@ def _run(args: argparse.Namespace) -> int:
     ]
     samplings = {t: replace(model.default_sampling, temperature=t, seed=args.seed) for *_, t in cases}
     for sampling in samplings.values():
-        calibrate(model, replace(options, sampling=sampling), remeasure=True)
+        several_texts = max(args.concurrency, default=1) > 1
+        calibrate(model, replace(options, sampling=sampling), remeasure=True, several_texts=several_texts)
     counts = {
         t: {str(k): count_operations(model, k, s, options) for k in lengths if isinstance(k, int)}
         for t, s in samplings.items()

@@ -3,17 +3,20 @@
 The costs are measured once for each kind of pair, and kept in the user's cache directory.
 """
 
+import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from statistics import median
-from typing import Any
+from itertools import accumulate
+from statistics import mean, median
+from typing import Any, TypeVar
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_mtp.checkpoints.config import DrafterConfig, TargetConfig
 from mlx_mtp.gemma4.drafter import Draft, Drafter, GivenDrafter
@@ -23,7 +26,7 @@ from mlx_mtp.gemma4.target import Target
 
 from .compiled import CompiledRounds
 from .copy_policy import CopyPolicy
-from .draft_length import LARGEST_COPY, MAX_DRAFT_TOKENS, CostCurve, Costs, DraftLength, DraftPolicy
+from .draft_length import LARGEST_COPY, MAX_DRAFT_TOKENS, Choice, CostCurve, Costs, DraftLength, DraftPolicy
 from .first_rounds import (
     CAUTIOUS,
     CAUTIOUS_PLAIN,
@@ -35,15 +38,26 @@ from .first_rounds import (
     interpolated,
     measured_costs,
 )
-from .kept_costs import CostsFile, MeasuringLock, checked, read_or_measure
+from .kept_costs import CostsFile, MeasuringLock, SharedCostsFile, checked, read_or_measure
+from .packed import packed_round
 from .prefill import Progress
 from .sampling import Sampling
+from .shared_lengths import SharedCosts, estimated
 from .stream import Stream
+
+T = TypeVar("T", bound=Hashable)
 
 logger = logging.getLogger(__name__)
 
 # These draft lengths are measured with a drafter. The other lengths follow from the verify passes alone.
 _DRAFTED = (1, MAX_DRAFT_TOKENS)
+# Passes of several texts are measured for these numbers of texts, with each of these numbers of rows for a text.
+_TEXTS = (2, 4, 8)
+MOST_TEXTS = _TEXTS[-1]
+_ROWS = (1, 2, 4)
+# Draft steps of several texts are measured for this number of texts, and for these numbers of draft tokens.
+_DRAFTING = 4
+_DRAFTED_TOGETHER = (1, 3)
 # The turns of a length agree if the slowest of their middle half takes at most this many times as long as the fastest.
 _AGREEMENT = 1.03
 # The costs are measured and kept for each of these ranges of contexts. A range begins at its number of tokens. Over a
@@ -122,6 +136,8 @@ class RoundCosts:
         self._exact = exact
         self._costs: dict[str, Costs] = {}
         self._first_rounds: dict[tuple[str, int | None], FirstRounds] = {}
+        self._shared: SharedCosts | None = None
+        self._has_looked = False
 
     def policy(
         self,
@@ -217,7 +233,7 @@ class RoundCosts:
         plan = replace(_PLAN, context=_context_of(context))
         if remeasure or key not in self._costs:
             self._costs[key] = read_or_measure(
-                identity,
+                CostsFile(identity),
                 lambda: measure_rounds(
                     self._target,
                     self._drafter,
@@ -230,6 +246,30 @@ class RoundCosts:
                 remeasure=remeasure,
             )
         return self._costs[key]
+
+    def shared(self, costs: Costs) -> SharedCosts:
+        """Return the costs of passes that several texts share: those measured, or estimates from the costs of one text.
+
+        The measured costs are those of greedy texts after a short prompt, for all texts.
+        """
+        if not self._has_looked:
+            self._shared, self._has_looked = SharedCostsFile(self._shared_identity()).read(), True
+        return self._shared or estimated(costs)
+
+    def read_shared(self, *, remeasure: bool = False, on_progress: Progress | None = None) -> SharedCosts:
+        """Return the measured costs of passes that several texts share. They are measured if none are kept.
+
+        Raises CalibrationError if the measured costs cannot be true.
+        """
+        self._shared = read_or_measure(
+            SharedCostsFile(self._shared_identity()),
+            lambda: measure_shared(self._target, self._drafter, on_progress),
+            remeasure=remeasure,
+        )
+        return self._shared
+
+    def _shared_identity(self) -> dict[str, Any]:
+        return self.identity(Sampling(), None, 0) | {"texts": list(_TEXTS), "rows": list(_ROWS)}
 
     def _measured_copies(self) -> tuple[int, ...]:
         """Return the numbers of copied tokens to measure."""
@@ -340,6 +380,74 @@ def measure_rounds(
     return measured_costs(waiting, ahead, {k: seconds["copy", k] for k in copied})
 
 
+def measure_shared(
+    target: Target, drafter: Drafter | None, on_progress: Progress | None = None, *, plan: MeasuringPlan = _PLAN
+) -> SharedCosts:
+    """Return the costs of passes that several texts share, each after `plan.context` tokens.
+
+    Rounds of copied tokens are timed, and rounds that draft. Each row has another token, because the tokens decide
+    which experts a pass reads.
+
+    Raises ValueError if no clock can have measured the costs.
+    """
+    compiled = CompiledRounds()
+    streams = [Stream(target, drafter, max_draft_tokens=MAX_DRAFT_TOKENS) for _ in range(MOST_TEXTS)]
+    for stream in streams:
+        stream.prefill([7, 5], 2)
+    following = itertools.count(11, 97)
+
+    def run(count: int, k: int, *, copies: bool) -> None:
+        choices = []
+        for stream in streams[:count]:
+            stream.cache.set_length(plan.context)
+            bonus, *copied = (next(following) % target.config.vocab_size for _ in range(k + 1))
+            stream.state = stream.state._replace(bonus=mx.array([[bonus]], mx.int32))
+            choices.append(Choice(k, ahead=False, copied=copied if copies else None))
+        for result in packed_round(streams[:count], choices, [frozenset()] * count, compiled):
+            if isinstance(result, Exception):
+                raise result
+
+    runs: dict[tuple[str, int, int], Callable[[], object]] = {
+        ("verify", count, rows): partial(run, count, rows - 1, copies=True) for count in _TEXTS for rows in _ROWS
+    }
+    drafted = _DRAFTED_TOGETHER if drafter is not None else ()
+    for k in drafted:
+        runs["copy", _DRAFTING, k] = partial(run, _DRAFTING, k, copies=True)
+        runs["draft", _DRAFTING, k] = partial(run, _DRAFTING, k, copies=False)
+    seconds = _time_in_turn(runs, plan, on_progress)
+    passes = {(count, rows): seconds["verify", count, rows] for count in _TEXTS for rows in _ROWS}
+    drafting = {k: seconds["draft", _DRAFTING, k] - seconds["copy", _DRAFTING, k] for k in drafted}
+    return fitted(passes, drafting)
+
+
+def fitted(passes: dict[tuple[int, int], float], drafting: dict[int, float]) -> SharedCosts:
+    """Return the costs that fit the seconds of passes, by the number of texts and the rows of each.
+
+    A pass has the price of its rows, and of each text. Passes of as many rows but more texts show the price of a text.
+    `drafting` has the seconds of drafting in a round by the number of draft tokens, for two of them, or nothing.
+    """
+    groups: dict[int, list[tuple[int, float]]] = {}
+    for (count, rows), seconds in passes.items():
+        groups.setdefault(count * rows, []).append((count, seconds))
+    change = spread = 0.0
+    for group in groups.values():
+        middle, usual = mean(count for count, _ in group), mean(seconds for _, seconds in group)
+        change += sum((count - middle) * (seconds - usual) for count, seconds in group)
+        spread += sum((count - middle) ** 2 for count, _ in group)
+    # The rows of a pass of as many texts as rows must keep a price.
+    text = min(max(0.0, change / spread), min(seconds / count for (count, _), seconds in passes.items()) / 2)
+    by_rows = {rows: mean(seconds - count * text for count, seconds in group) for rows, group in groups.items()}
+    # More rows do not cost less.
+    known = sorted(by_rows)
+    at_least = accumulate((by_rows[rows] for rows in known), max)
+    curve = tuple(np.interp(range(1, known[-1] + 1), known, list(at_least)).tolist())
+    if not drafting:
+        return SharedCosts(curve, 0.0, 0.0, text)
+    (few, first), (many, last) = sorted(drafting.items())
+    draft = max(0.0, (last - first) / (many - few))
+    return SharedCosts(curve, draft, max(0.0, first - few * draft), text)
+
+
 def _round(stream: Stream, position: int, k: int) -> None:
     """Run a round that begins with the token of the round before it, always at the same position.
 
@@ -366,8 +474,8 @@ def _round_ahead(stream: Stream, position: int, k: int) -> None:
 
 
 def _time_in_turn(
-    runs: dict[tuple[str, int], Callable[[], object]], plan: MeasuringPlan, on_progress: Progress | None
-) -> dict[tuple[str, int], float]:
+    runs: dict[T, Callable[[], object]], plan: MeasuringPlan, on_progress: Progress | None
+) -> dict[T, float]:
     """Return the seconds of each run, by key: the median of its turns, which are medians. The runs take turns.
 
     So what other work does to a machine's speed meets all runs alike.
@@ -395,7 +503,7 @@ def _time_in_turn(
         for _ in range(plan.warm_up):
             run()
         report(plan.warm_up)
-    taken: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
+    taken: dict[T, list[float]] = {key: [] for key in runs}
     began = time.perf_counter()
     for repetition in range(most):
         seconds = time.perf_counter() - began

@@ -8,14 +8,16 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from mlx_mtp.checkpoints.output_files import replace_text
 from mlx_mtp.errors import CalibrationError, ClosedError, OutputError
 
 from .draft_length import MAX_DRAFT_TOKENS, CostCurve, Costs
+from .shared_lengths import SharedCosts
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,10 @@ def cache_directory() -> Path:
     return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "mlx-mtp"
 
 
-class CostsFile:
+_Kept = TypeVar("_Kept", Costs, SharedCosts)
+
+
+class _File(ABC, Generic[_Kept]):
     """The file that keeps the costs of an identity, in `folder` or the user's cache directory.
 
     The identity is everything that decides the cost of a round. Without a home folder, there is no file: a warning is
@@ -56,7 +61,11 @@ class CostsFile:
         except OSError as error:
             logger.warning("the measurement of rounds is not kept: %s", error)
 
-    def read(self) -> Costs | None:
+    @abstractmethod
+    def parse(self, seconds: Any) -> _Kept:
+        """Return the costs from their values of JSON. Raises ValueError if they cannot be true."""
+
+    def read(self) -> _Kept | None:
         """Return the costs in the file, or None if there is none. Log a warning if the file cannot be used."""
         if self.path is None:
             return None
@@ -64,16 +73,14 @@ class CostsFile:
             content = json.loads(self.path.read_text())
             if content["identity"] != self._identity:
                 raise ValueError("of another pair, device or version")
-            curves = content["seconds"]
-            ahead = None if curves["ahead"] is None else CostCurve(**curves["ahead"])
-            return checked(Costs(CostCurve(**curves["waiting"]), ahead, tuple(curves.get("copied", ()))))
+            return self.parse(content["seconds"])
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:
             logger.warning("%s: not a usable measurement of rounds, measured again: %s", self.path, error)
             return None
 
-    def write(self, costs: Costs) -> None:
+    def write(self, costs: _Kept) -> None:
         """Keep the costs. Log a warning if the folder cannot be written."""
         if self.path is None:
             return
@@ -98,6 +105,25 @@ class CostsFile:
                 if time.monotonic() > until:
                     return None
                 time.sleep(0.05)
+
+
+class CostsFile(_File[Costs]):
+    """The file of the costs of one text's rounds."""
+
+    def parse(self, seconds: Any) -> Costs:
+        """Return the costs from their values of JSON. Raises ValueError if they cannot be true."""
+        ahead = None if seconds["ahead"] is None else CostCurve(**seconds["ahead"])
+        return checked(Costs(CostCurve(**seconds["waiting"]), ahead, tuple(seconds.get("copied", ()))))
+
+
+class SharedCostsFile(_File[SharedCosts]):
+    """The file of the costs of passes that several texts share."""
+
+    def parse(self, seconds: Any) -> SharedCosts:
+        """Return the costs from their values of JSON. Raises ValueError if they cannot be true."""
+        costs = SharedCosts(tuple(seconds["rows"]), seconds["draft"], seconds["overhead"], seconds["text"])
+        _check(costs.rows, [costs.draft, costs.overhead, costs.text])
+        return costs
 
 
 class MeasuringLock:
@@ -128,10 +154,8 @@ class MeasuringLock:
             self._folder = None
 
 
-def read_or_measure(
-    identity: dict[str, Any], measure: Callable[[], Costs], folder: Path | None = None, *, remeasure: bool = False
-) -> Costs:
-    """Return the costs that is kept for an identity, or measure it.
+def read_or_measure(file: _File[_Kept], measure: Callable[[], _Kept], *, remeasure: bool = False) -> _Kept:
+    """Return the costs that the file keeps, or measure them.
 
     The costs are measured if none are kept, or if `remeasure` is set. A file that cannot be read, or that has another
     identity, is replaced by a new measurement. If the folder cannot be written, the costs are still measured, and a
@@ -139,7 +163,6 @@ def read_or_measure(
 
     Raises CalibrationError if the measured costs cannot be true.
     """
-    file = CostsFile(identity, folder)
     if not remeasure and (kept := file.read()) is not None:
         return kept
     lock = file.lock()
@@ -150,7 +173,7 @@ def read_or_measure(
             if not remeasure and (kept := file.read()) is not None:
                 return kept
         logger.info("measuring what rounds cost on this machine, once; kept in %s", file.path or "no file")
-        costs = checked(measure())
+        costs = file.parse(measure().as_json())
         if lock is not None:
             file.write(costs)
         return costs
@@ -178,8 +201,14 @@ def checked(costs: Costs) -> Costs:
     if costs.copied:
         curves.append(CostCurve(list(costs.copied), 0.0))
     for curve in curves:
-        numbers = [*curve.verify, curve.draft, curve.overhead]
-        plausible = all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers)
-        if not plausible or min(curve.verify) <= 0:
-            raise ValueError(f"the costs of rounds must be positive numbers, found {numbers}")
+        _check(curve.verify, [curve.draft, curve.overhead])
     return costs
+
+
+def _check(passes: Iterable[float], others: list[float]) -> None:
+    """Check the costs of passes, which must be positive, and others, which may be 0."""
+    passes = list(passes)
+    numbers = [*passes, *others]
+    plausible = all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers)
+    if not passes or not plausible or min(passes) <= 0:
+        raise ValueError(f"the costs of rounds must be positive numbers, found {numbers}")

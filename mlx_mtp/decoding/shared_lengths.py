@@ -6,7 +6,7 @@ there are, the fewer of them draft.
 
 from collections.abc import Mapping
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .draft_length import MAX_DRAFT_TOKENS, Choice, Costs, Option
 
@@ -39,8 +39,12 @@ class SharedCosts(NamedTuple):
             cost += (rows - known) * max(0.0, self.rows[-1] - self.rows[-2])
         return cost + texts * self.text + (steps * self.draft + self.overhead if steps else 0.0)
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the costs as values of JSON, by name."""
+        return self._asdict()
 
-def shared_costs(costs: Costs) -> SharedCosts:
+
+def estimated(costs: Costs) -> SharedCosts:
     """Estimate the costs of shared passes from those of one text.
 
     Rounds of copied tokens are passes without draft steps, of up to 32 rows.

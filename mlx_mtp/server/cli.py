@@ -260,7 +260,7 @@ def _load(args: argparse.Namespace, options: GenerationOptions) -> tuple[Model, 
     if args.prompt_cache_bytes is not None:
         model.prompt_cache.limit = args.prompt_cache_bytes
     options = replace(options, sampling=read_sampling(args, model))
-    calibrate(model, options)
+    calibrate(model, options, several_texts=args.decode_concurrency > 1)
     # This call checks all options and decodes nothing, so that wrong options fail at the start.
     model.stream_generate([0], options)
     return model, options

@@ -25,7 +25,7 @@ from mlx_mtp.convert import cli as convert
 from mlx_mtp.convert.converter import Options
 from mlx_mtp.convert.converter import convert as run_convert
 from mlx_mtp.decoding.draft_length import CostCurve, Costs
-from mlx_mtp.decoding.kept_costs import read_or_measure
+from mlx_mtp.decoding.kept_costs import CostsFile, read_or_measure
 from mlx_mtp.errors import ConfigError, DataError, OutputError, TokenizerError, WeightsError
 from mlx_mtp.server import cli as server
 from mlx_mtp.text.tokenizer import check_tokenizer, encode_prompt, load_tokenizer
@@ -350,7 +350,7 @@ def test_a_cache_folder_that_cannot_be_read(
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "read_text", refuse)
-    assert read_or_measure({"a": 1}, lambda: costs, tmp_path) == costs
+    assert read_or_measure(CostsFile({"a": 1}, tmp_path), lambda: costs) == costs
     assert "not a usable measurement of rounds, measured again: " in caplog.text
 
 

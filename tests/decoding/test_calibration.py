@@ -42,10 +42,10 @@ def refuse(*_: object, **__: object) -> Costs:
 
 def test_measured_once_and_kept(tmp_path: Path) -> None:
     folder = tmp_path / "not" / "there" / "yet"
-    assert read_or_measure(IDENTITY, lambda: COSTS, folder) == COSTS
-    assert read_or_measure(IDENTITY, refuse, folder) == COSTS
+    assert read_or_measure(CostsFile(IDENTITY, folder), lambda: COSTS) == COSTS
+    assert read_or_measure(CostsFile(IDENTITY, folder), refuse) == COSTS
     with pytest.raises(AssertionError):
-        read_or_measure(IDENTITY | {"mlx": "1.2.4"}, refuse, folder)
+        read_or_measure(CostsFile(IDENTITY | {"mlx": "1.2.4"}, folder), refuse)
     assert [file.name for file in folder.iterdir()] == [kept_file(folder).name]
 
 
@@ -66,12 +66,12 @@ def test_measured_once_and_kept(tmp_path: Path) -> None:
 def test_a_damaged_file_is_measured_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[str], str]
 ) -> None:
-    read_or_measure(IDENTITY, lambda: COSTS, tmp_path)
+    read_or_measure(CostsFile(IDENTITY, tmp_path), lambda: COSTS)
     file = kept_file(tmp_path)
     good = file.read_text()
     file.write_text(damage(good))
     assert file.read_text() != good
-    assert read_or_measure(IDENTITY, lambda: COSTS, tmp_path) == COSTS
+    assert read_or_measure(CostsFile(IDENTITY, tmp_path), lambda: COSTS) == COSTS
     assert f"{file}: not a usable measurement of rounds, measured again: " in caplog.text
     assert file.read_text() == good
 
@@ -80,7 +80,7 @@ def test_where_nothing_can_be_written_it_is_measured_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert read_or_measure(IDENTITY, lambda: COSTS, tmp_path / "file") == COSTS
+    assert read_or_measure(CostsFile(IDENTITY, tmp_path / "file"), lambda: COSTS) == COSTS
     assert "the measurement of rounds is not kept: " in caplog.text
 
 
@@ -91,9 +91,10 @@ def test_one_program_measures_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
     assert lock is not None
     assert second.lock() is None
     code = (
-        "import sys; from mlx_mtp.decoding.kept_costs import *; print(read_or_measure({'pair': 'a', 'mlx': '1.2.3'}, "
+        "import sys; from mlx_mtp.decoding.kept_costs import *; "
+        "file = CostsFile({'pair': 'a', 'mlx': '1.2.3'}, Path(sys.argv[1])); "
+        "print(read_or_measure(file, lambda: 1 / 0))"
     )
-    code += "lambda: 1 / 0, Path(sys.argv[1])))"
     with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True) as process:
         time.sleep(1)
         first.write(COSTS)
@@ -104,7 +105,7 @@ def test_one_program_measures_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
     assert again is not None
     # If the other program does not end, the costs are measured but not kept.
     monkeypatch.setattr(kept_costs, "_LONGEST_WAIT", 0.1)
-    assert read_or_measure(IDENTITY | {"pair": "c"}, lambda: COSTS, tmp_path) == COSTS
+    assert read_or_measure(CostsFile(IDENTITY | {"pair": "c"}, tmp_path), lambda: COSTS) == COSTS
     assert len(list(tmp_path.iterdir())) == 1
     again.release()
     assert CostsFile(IDENTITY, tmp_path / "file" / "absent").lock() is not None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mlx_mtp.decoding.draft_length import Choice, CostCurve, Costs, DraftLength, DraftPolicy, Option
 from mlx_mtp.decoding.report import RoundReport
-from mlx_mtp.decoding.shared_lengths import SharedCosts, SharedLengths, shared_costs
+from mlx_mtp.decoding.shared_lengths import SharedCosts, SharedLengths, estimated
 
 # Relative costs of passes, of 1 to 32 rows: those of MLX's quantized products on an M4 Pro, and of a kernel whose price
 # hardly grows.
@@ -161,16 +161,16 @@ def test_no_trial_where_even_a_sure_token_would_not_pay() -> None:
 def test_costs_from_those_of_one_text() -> None:
     verify = [1, 1.1, 1.3, 1.5, 1.75, 2.06, 2.3, 2.6, 2.8]
     copied = tuple(1 + 0.1 * k for k in range(32))
-    found = shared_costs(Costs(CostCurve(verify, 0.05, 0.02), copied=copied))
+    found = estimated(Costs(CostCurve(verify, 0.05, 0.02), copied=copied))
     assert found.rows == (*verify, *copied[9:])
     assert (found.draft, found.overhead) == (0.05, 0.02)
     # The first rounds of texts measure rounds with their draft steps.
-    found = shared_costs(Costs(CostCurve([1 + 0.2 * k for k in range(9)], 0.0), copied=copied))
+    found = estimated(Costs(CostCurve([1 + 0.2 * k for k in range(9)], 0.0), copied=copied))
     assert found.rows == copied
     assert found.draft == pytest.approx(0.1)
     # Beyond the last row, each row costs as much as the last one.
     assert found.round(34, 0, 2) == pytest.approx(copied[31] + 2 * 0.1)
-    assert shared_costs(Costs(CostCurve([1.0], 0.0))).round(3, 0, 1) == 1.0
+    assert estimated(Costs(CostCurve([1.0], 0.0))).round(3, 0, 1) == 1.0
 
 
 def test_the_policies_tell_their_options() -> None:
