@@ -163,8 +163,9 @@ class _Endpoints:
         return self._model(http)
 
     async def health(self) -> dict[str, Any]:
-        worker = self._service.worker
-        return {"status": "ok", "model": self._service.name, "running": worker.running, "waiting": worker.waiting}
+        worker, rows = self._service.worker, self._service.metrics.last_rows
+        found = {"status": "ok", "model": self._service.name, "running": worker.running, "waiting": worker.waiting}
+        return found | {"last_pass": {"rows": sum(rows), "without_drafts": rows.count(1)}}
 
     async def metrics(self) -> Response:
         return Response(self._service.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -31,7 +31,7 @@ from mlx_mtp.errors import OptionError, ServerError
 from mlx_mtp.loading import DEMO_PAIR
 from mlx_mtp.memory_plan import parse_bytes
 from mlx_mtp.model import Model
-from mlx_mtp.options import GenerationOptions
+from mlx_mtp.options import DEFAULT_PREFILL_STEP, GenerationOptions
 from mlx_mtp.scheduler import Scheduler
 from mlx_mtp.shell import Parser, exit_status
 from mlx_mtp.threads.job_thread import Worker
@@ -106,6 +106,14 @@ def _add_limit_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="Largest number of requests that are answered at the same time, in shared passes over the weights. With "
         "1, and with --exact, one request is answered after the other (default: %(default)s).",
+    )
+    add(
+        "--prefill-step-size",
+        type=int,
+        default=DEFAULT_PREFILL_STEP,
+        metavar="N",
+        help="Prompt tokens read per pass. While a prompt is read, the longest pause of other answers is one such pass "
+        "and one round (default: %(default)s).",
     )
     add(
         "--max-queue",
@@ -211,6 +219,7 @@ def _options(args: argparse.Namespace) -> GenerationOptions:
         copy_drafts=args.copy_drafts,
         enable_thinking=args.enable_thinking,
         thinking_budget=args.thinking_budget,
+        prefill_step_size=args.prefill_step_size,
         **read_kv_options(args),
     )
 

@@ -1,6 +1,7 @@
 """Uvicorn's server, with a printed address and an end for the generations when a signal stops it."""
 
 import asyncio
+import logging
 import signal
 import socket
 from collections.abc import Iterator
@@ -35,10 +36,16 @@ async def serve_until_stopped(
         server_header=False,
         ws="none",
     )
+    logging.getLogger("uvicorn.access").addFilter(_is_no_health_check)
     server = _Server(config, worker, listener, patience)
     await server.serve([listener])
     if server.failure is not None:
         raise server.failure
+
+
+def _is_no_health_check(record: logging.LogRecord) -> bool:
+    """Return whether a request belongs in the log. Apps and the chat page ask for the state again and again."""
+    return "GET /health " not in record.getMessage()
 
 
 class _Server(uvicorn.Server):

@@ -130,6 +130,8 @@ class Metrics:
             ("prompt_cache_bytes", "Memory of the prompt cache.", lambda: model.prompt_cache.nbytes),
         ):
             add(Gauge, name, text).set_function(value)
+        # The rows of each text in the last pass.
+        self.last_rows: list[int] = []
         scheduler.batch.on_round = self.note_round
 
     def text(self) -> bytes:
@@ -138,6 +140,7 @@ class Metrics:
 
     def note_round(self, rows: list[int]) -> None:
         """Record the rows of each text in a round."""
+        self.last_rows = rows
         self.rows.observe(sum(rows))
         self.parked.set(rows.count(1))
 

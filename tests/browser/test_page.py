@@ -137,6 +137,22 @@ def test_text_grows_while_it_comes_and_stop_stops_it(page: Page, url: str) -> No
     assert page.all(".message") == []
 
 
+def test_answers_of_other_clients_are_counted(page: Page, url: str) -> None:
+    endless = {"prompt": "x = ", "max_tokens": 3900, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=endless, timeout=60) as other:
+        lines = other.iter_lines()
+        assert next(lines)
+        page.fill("#max-tokens", "3000")
+        page.fill("#temperature", "1.5")
+        page.ask(PROMPT)
+        page.until(lambda: page.text("#running") == "2")
+        page.driver.find_element(By.ID, "stop").click()
+        page.until(lambda: page.text("#running") == "1")
+        assert page.text("#waiting") == "0"
+        assert int(page.text("#rows")) >= 1
+        assert int(page.text("#parked")) >= 0
+
+
 def test_markup_is_text(page: Page) -> None:
     markup = "<img src=x onerror=\"document.title='broken'\"><b>bold</b>"
     page.ask(markup)
@@ -168,6 +184,8 @@ def test_the_key_is_asked_for(chromium: Chrome) -> None:
         page.until(page.is_ready)
         assert "def read_config" in page.text(".message.assistant")
         assert not page.driver.find_element(By.ID, "key-form").is_displayed()
+        # The page must not ask a server that has ended.
+        chromium.get("about:blank")
 
 
 # This hands files to the page as a paste or a drop does, and keeps the bodies of its requests.
@@ -232,6 +250,8 @@ def test_pictures_and_sounds_are_attached(
         assert int(page.text("#prompt-tokens")) > 200
         assert page.all(".error") == []
         assert page.errors() == []
+        # The page must not ask a server that has ended.
+        chromium.get("about:blank")
     # The demo pair reads only text.
     page = Page(chromium, url)
     page.until(lambda: page.driver.title == "demo · mlx-mtp")

@@ -91,6 +91,8 @@ def test_a_request_need_not_wait_for_the_end_of_others(served: Served) -> None:
             assert httpx.post(f"{served.v1}/{path}", json=fields, timeout=60).status_code == 200
         health = httpx.get(f"{served.url}/health").json()
         assert (health["running"], health["waiting"]) == (3, 0)
+        assert health["last_pass"]["rows"] >= 3
+        assert 0 <= health["last_pass"]["without_drafts"] <= 3
         streams[0].close()
         eventually(lambda: served.service.worker.running == 2)
         # The others go on.

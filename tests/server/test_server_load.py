@@ -293,6 +293,7 @@ def test_shutting_down_ends_what_takes_too_long() -> None:
         (["--max-queue", "-1"], "--max-queue must be at least 0, found -1"),
         (["--port", "70000"], "--port must be between 0 and 65535, found 70000"),
         (["--model", "no/such/folder"], "no/such/folder: no such folder"),
+        (["--prefill-step-size", "0"], "prefill_step_size must be an integer of at least 1, found 0"),
         (["--max-tokens", "0"], "max_tokens must be an integer of at least 1, found 0"),
         (["--num-draft-tokens", "3", "--drafter", "none"], "num_draft_tokens is 3, but no drafter is loaded"),
     ],
@@ -326,13 +327,19 @@ def test_help() -> None:
         assert option in result.stdout
 
 
-def test_a_warning_appears_once_in_the_log() -> None:
-    with process(*DEMO) as (url, running):
-        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "colour": "red"}
-        assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+def test_the_log_and_the_chunks_of_a_prompt() -> None:
+    with process(*DEMO, "--prefill-step-size", "5") as (url, running):
+        body = {"messages": [{"role": "user", "content": "x" * 30}], "max_tokens": 1, "colour": "red", "stream": True}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+        assert ": prefill 5/" in answer.text
+        assert ": prefill 10/" in answer.text
+        assert httpx.get(f"{url}/health").status_code == 200
         running.send_signal(signal.SIGTERM)
         log = running.communicate(timeout=60)[1]
     assert log.count("'colour' of a request is ignored") == 1
+    assert "POST /v1/chat/completions" in log
+    # Apps ask for it again and again.
+    assert "/health" not in log
 
 
 def test_key_from_the_environment_and_a_model_by_name() -> None:
