@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
-from mlx_mtp.decoding.draft_length import Choice
-from mlx_mtp.decoding.packed import packed_round
-from mlx_mtp.decoding.shared_lengths import SharedLengths
+from mlx_mtp.decoding.draft_length import Choice, Option
+from mlx_mtp.decoding.packed import dispatch_packed, finish
+from mlx_mtp.decoding.shared_lengths import SharedCosts, SharedLengths
 
 from .generation import Generation
 from .responses import GenerationResponse
@@ -100,15 +100,15 @@ class Batch:
         """Run a round of all texts that decode."""
         if len(decoding) == 1:
             return [self._step(decoding[0], decoding[0].round)]
-        ahead = [each for each in decoding if each.stream.in_flight]
-        if ahead:
-            return [self._step(each, each.settle) for each in ahead]
-        results = packed_round(
-            [each.stream for each in decoding],
-            self._choices(decoding),
-            [each.decoding.stop_ids for each in decoding],
-            decoding[0].compiled,
-        )
+        in_flight = [each for each in decoding if each.stream.in_flight]
+        if in_flight and len(in_flight) < len(decoding):
+            # A text has joined since their last round.
+            return [self._step(each, each.settle) for each in in_flight]
+        errors = [None] * len(decoding) if in_flight else self._dispatch(decoding)
+        self._dispatch_ahead([each for each, error in zip(decoding, errors, strict=True) if error is None])
+        results = [
+            error or finish(each.stream, each.decoding.stop_ids) for each, error in zip(decoding, errors, strict=True)
+        ]
         return [
             self._ended(each, [], result)
             if isinstance(result, Exception)
@@ -116,14 +116,35 @@ class Batch:
             for each, result in zip(decoding, results, strict=True)
         ]
 
-    def _choices(self, decoding: list[Generation]) -> list[Choice]:
+    def _dispatch(self, decoding: list[Generation]) -> list[Exception | None]:
+        """Dispatch the next round of each text. Return the exceptions of those whose round failed."""
+        options = [each.option() for each in decoding]
+        choices = self._choices(decoding, options, self._shared_costs(decoding, options))
+        return dispatch_packed([each.stream for each in decoding], choices, decoding[0].compiled)
+
+    def _dispatch_ahead(self, decoding: list[Generation]) -> None:
+        """Dispatch the rounds after those in flight, if none must wait for a report, and if this costs less."""
+        found = [each.following() for each in decoding]
+        options = [each for each in found if each is not None]
+        if not options or len(options) < len(decoding):
+            return
+        costs = self._shared_costs(decoding, options)
+        if costs.ahead if costs is not None else all(option.choice.ahead for option in options):
+            choices = self._choices(decoding, options, costs)
+            # The host has no part in these rounds, so that none of them fails alone.
+            dispatch_packed([each.stream for each in decoding], choices, decoding[0].compiled)
+
+    def _shared_costs(self, decoding: list[Generation], options: list[Option]) -> SharedCosts | None:
+        """Return the costs of passes for all, or None if every text has a fixed number of draft tokens."""
+        costs = next((option.costs for option in options if option.costs is not None), None)
+        return None if costs is None else decoding[0].model.parts.costs.shared(costs)
+
+    def _choices(self, decoding: list[Generation], options: list[Option], costs: SharedCosts | None) -> list[Choice]:
         """Choose the next round of each text."""
-        options = {id(each): each.option() for each in decoding}
-        costs = next((option.costs for option in options.values() if option.costs is not None), None)
         if costs is None:
-            return [option.choice for option in options.values()]
-        shared = decoding[0].model.parts.costs.shared(costs)
-        return list(self._lengths.choose(shared, options).values())
+            return [option.choice for option in options]
+        keys = [id(each) for each in decoding]
+        return list(self._lengths.choose(costs, dict(zip(keys, options, strict=True))).values())
 
     def _step(self, generation: Generation, step: Callable[[], Iterator[GenerationResponse]]) -> Step:
         """Run a step of one generation."""

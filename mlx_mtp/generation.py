@@ -32,7 +32,8 @@ class Generation:
     """One generation of a model, which its caller moves on step by step.
 
     Making it checks the prompt and all options. Then call `read_chunk` while `is_reading` is true, and run rounds until
-    `is_ended` is true: `round` runs one alone, and `option` and `take` stand around a round of several generations.
+    `is_ended` is true: `round` runs one alone, and `option`, `following` and `take` stand around a round of several
+    generations.
     Each step returns the responses of its tokens. Call `close` at the end, also after a failure.
 
     `media` are the media in the prompt. `on_prefill` is called between chunks of the prompt. `check` is called there as
@@ -195,6 +196,10 @@ class Generation:
     def option(self) -> Option:
         """Return the next round that this text can have together with those of others."""
         return self.decoding.option()
+
+    def following(self) -> Option | None:
+        """Return the round after the one in flight, or None if it must wait. See `Decoding.following`."""
+        return self.decoding.following()
 
     def take(self, report: RoundReport) -> Iterator[GenerationResponse]:
         """Record a round that ran together with those of other generations."""

@@ -10,6 +10,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_mtp.decoding.compiled import CompiledRounds
+from mlx_mtp.decoding.draft_length import Choice
+from mlx_mtp.decoding.packed import build_packed
 from mlx_mtp.decoding.round import round_steps
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.stream import Stream
@@ -50,6 +52,20 @@ def round_outputs(
         return _arrays(steps.whole(state))
     # The values of the rows have no effect on the graph. So the draft does not have to be evaluated.
     return _arrays(steps.verify(state, steps.draft(state), None, target.read_per_layer_rows([0] * (k + 1))))
+
+
+def packed_outputs(target: Target, texts: int, *, compiled: bool = True) -> list[mx.array]:
+    """Return all output arrays of a plain round of several texts in one pass, not evaluated."""
+    streams = [Stream(target, None, max_draft_tokens=0) for _ in range(texts)]
+    for stream in streams:
+        stream.cache.set_length(_CONTEXT_TOKENS)
+        stream.cache.reserve(1)
+        # New arrays replace the state, so that the graph begins here.
+        stream.state = tree_map(_zeros_like, stream.state)
+        mx.eval(stream.state)
+    rounds = CompiledRounds(always=True) if compiled else None
+    _, reports = build_packed(streams, [Choice(0, ahead=False)] * texts, rounds)
+    return _arrays([reports, [stream.state for stream in streams]])
 
 
 def _zeros_like(leaf: Any) -> Any:

@@ -39,7 +39,7 @@ from .first_rounds import (
     measured_costs,
 )
 from .kept_costs import CostsFile, MeasuringLock, SharedCostsFile, checked, read_or_measure
-from .packed import packed_round
+from .packed import dispatch_packed
 from .prefill import Progress
 from .sampling import Sampling
 from .shared_lengths import SharedCosts, estimated
@@ -55,7 +55,8 @@ _DRAFTED = (1, MAX_DRAFT_TOKENS)
 _TEXTS = (2, 4, 8)
 MOST_TEXTS = _TEXTS[-1]
 _ROWS = (1, 2, 4)
-# Draft steps of several texts are measured for this number of texts, and for these numbers of draft tokens.
+# Draft steps of several texts are measured for this number of texts, and for these numbers of draft tokens. Passes of
+# as many rows are measured too.
 _DRAFTING = 4
 _DRAFTED_TOGETHER = (1, 3)
 # The turns of a length agree if the slowest of their middle half takes at most this many times as long as the fastest.
@@ -391,33 +392,51 @@ def measure_shared(
     Raises ValueError if no clock can have measured the costs.
     """
     compiled = CompiledRounds()
-    streams = [Stream(target, drafter, max_draft_tokens=MAX_DRAFT_TOKENS) for _ in range(MOST_TEXTS)]
-    for stream in streams:
+    # Rounds ahead have streams of their own, because one of their rounds is always in flight.
+    streams, streams_ahead = (
+        [Stream(target, drafter, max_draft_tokens=MAX_DRAFT_TOKENS) for _ in range(count)]
+        for count in (MOST_TEXTS, _DRAFTING)
+    )
+    for stream in (*streams, *streams_ahead):
         stream.prefill([7, 5], 2)
-    following = itertools.count(11, 97)
+    tokens = itertools.count(11, 97)
 
-    def run(count: int, k: int, *, copies: bool) -> None:
+    def dispatch(group: list[Stream], k: int, *, copies: bool) -> None:
+        """Dispatch a round of each stream, always at the same position, with another token in each row."""
         choices = []
-        for stream in streams[:count]:
+        for stream in group:
             stream.cache.set_length(plan.context)
-            bonus, *copied = (next(following) % target.config.vocab_size for _ in range(k + 1))
+            bonus, *copied = (next(tokens) % target.config.vocab_size for _ in range(k + 1))
             stream.state = stream.state._replace(bonus=mx.array([[bonus]], mx.int32))
             choices.append(Choice(k, ahead=False, copied=copied if copies else None))
-        for result in packed_round(streams[:count], choices, [frozenset()] * count, compiled):
-            if isinstance(result, Exception):
-                raise result
+        dispatch_packed(group, choices, compiled)
+
+    def run(count: int, k: int, *, copies: bool = True) -> None:
+        dispatch(streams[:count], k, copies=copies)
+        for stream in streams[:count]:
+            stream.finish()
+
+    def run_ahead() -> None:
+        """Dispatch a plain round ahead of the reports of the round before it, and then read these reports."""
+        if not streams_ahead[0].in_flight:
+            dispatch(streams_ahead, 0, copies=False)
+        dispatch(streams_ahead, 0, copies=False)
+        for stream in streams_ahead:
+            stream.finish()
 
     runs: dict[tuple[str, int, int], Callable[[], object]] = {
-        ("verify", count, rows): partial(run, count, rows - 1, copies=True) for count in _TEXTS for rows in _ROWS
+        ("pass", count, rows): partial(run, count, rows - 1) for count in _TEXTS for rows in _ROWS
     }
     drafted = _DRAFTED_TOGETHER if drafter is not None else ()
     for k in drafted:
-        runs["copy", _DRAFTING, k] = partial(run, _DRAFTING, k, copies=True)
-        runs["draft", _DRAFTING, k] = partial(run, _DRAFTING, k, copies=False)
+        runs["draft", _DRAFTING, k + 1] = partial(run, _DRAFTING, k, copies=False)
+    if target.mapped is None:
+        runs["ahead", _DRAFTING, 1] = run_ahead
     seconds = _time_in_turn(runs, plan, on_progress)
-    passes = {(count, rows): seconds["verify", count, rows] for count in _TEXTS for rows in _ROWS}
-    drafting = {k: seconds["draft", _DRAFTING, k] - seconds["copy", _DRAFTING, k] for k in drafted}
-    return fitted(passes, drafting)
+    passes = {(count, rows): seconds["pass", count, rows] for count in _TEXTS for rows in _ROWS}
+    drafting = {k: seconds["draft", _DRAFTING, k + 1] - seconds["pass", _DRAFTING, k + 1] for k in drafted}
+    is_ahead = seconds.get(("ahead", _DRAFTING, 1), math.inf) < seconds["pass", _DRAFTING, 1]
+    return fitted(passes, drafting)._replace(ahead=is_ahead)
 
 
 def fitted(passes: dict[tuple[int, int], float], drafting: dict[int, float]) -> SharedCosts:

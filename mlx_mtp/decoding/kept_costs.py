@@ -121,7 +121,7 @@ class SharedCostsFile(_File[SharedCosts]):
 
     def parse(self, seconds: Any) -> SharedCosts:
         """Return the costs from their values of JSON. Raises ValueError if they cannot be true."""
-        costs = SharedCosts(tuple(seconds["rows"]), seconds["draft"], seconds["overhead"], seconds["text"])
+        costs = SharedCosts(**seconds | {"rows": tuple(seconds["rows"]), "ahead": bool(seconds["ahead"])})
         _check(costs.rows, [costs.draft, costs.overhead, costs.text])
         return costs
 

@@ -30,32 +30,63 @@ def packed_round(
 ) -> list[RoundReport | Exception]:
     """Run one round of each stream, and return their reports. See `Stream.round`.
 
-    Choice i has the number of draft tokens of stream i, and the tokens if they are copied. After a token of
-    `stop_ids[i]`, stream i must not continue. All streams have the same target, which is not exact, and none has a
-    round in flight. If `compiled` is given, the parts of the pass between its attentions are compiled.
-
-    If the host's part in a stream's round raises an exception, it takes the place of the report. The stream must not
-    continue. The other streams have their round. Raises what the pass over all rows raises.
+    After a token of `stop_ids[i]`, stream i must not continue. See `dispatch_packed` for the other parameters, and for
+    what raises an exception. An exception of a stream takes the place of its report.
     """
-    rounds = [_Round(*each) for each in zip(streams, choices, stop_ids, strict=True)]
+    errors = dispatch_packed(streams, choices, compiled)
+    return [error or finish(stream, stops) for stream, error, stops in zip(streams, errors, stop_ids, strict=True)]
+
+
+def dispatch_packed(
+    streams: Sequence[Stream], choices: Sequence[Choice], compiled: CompiledRounds | None = None
+) -> list[Exception | None]:
+    """Give one round of each stream to the device, in one pass, without waiting for the reports.
+
+    Choice i has the number of draft tokens of stream i, and the tokens if they are copied. All streams have the same
+    target, which is not exact. If `compiled` is given, the parts of the pass between its attentions are compiled. A
+    round may be dispatched while another one is in flight, if `can_go_ahead` allows it for each stream.
+
+    If the host's part in a stream's round raises an exception, it is returned in the place of the stream. The stream
+    must not continue. The other streams have their round. Raises what the pass over all rows raises.
+    """
+    errors, reports = build_packed(streams, choices, compiled)
+    states = [stream.state for stream, error in zip(streams, errors, strict=True) if error is None]
+    if reports:
+        mx.async_eval(reports, states)
+    return errors
+
+
+def build_packed(
+    streams: Sequence[Stream], choices: Sequence[Choice], compiled: CompiledRounds | None = None
+) -> tuple[list[Exception | None], list[mx.array]]:
+    """Build the graph of a round of each stream, as `dispatch_packed` does. Return the exceptions and the reports.
+
+    Only the host's part is evaluated. The caches of the pass end with this function, because they must not exist when
+    the round is evaluated. They would force MLX to copy buffers.
+    """
+    rounds = [_Round(*each) for each in zip(streams, choices, strict=True)]
     _draft(rounds, compiled)
-    _verify([each for each in rounds if each.error is None], compiled)
-    for each in rounds:
-        each.run(each.finish)
-    return [each.end() for each in rounds]
+    reports = _accept([each for each in rounds if each.error is None], compiled)
+    return [each.take_error() for each in rounds], reports
+
+
+def finish(stream: Stream, stop_ids: frozenset[int]) -> RoundReport | Exception:
+    """Wait for the report of a stream's first round in flight. Return an exception of the host's part in its place."""
+    try:
+        return stream.finish(stop_ids)
+    except Exception as error:
+        return error
 
 
 class _Round:
     """The round of one stream in a packed pass. After an exception, it takes no further step."""
 
-    def __init__(self, stream: Stream, choice: Choice, stop_ids: frozenset[int]) -> None:
+    def __init__(self, stream: Stream, choice: Choice) -> None:
         self.stream = stream
         self._choice = choice
-        self._stop_ids = stop_ids
         self.error: Exception | None = None
         self._masks: RowMasks | None = None
         self._drafted: Drafted | None = None
-        self._report: RoundReport | None = None
 
     def run(self, step: Callable[[], None]) -> None:
         """Take a step, unless a step before it has failed."""
@@ -95,23 +126,19 @@ class _Round:
         """Accept draft tokens by the output of the pass, and add the report to `reports`."""
         reports.append(self.stream.accept(self.drafted, kv, output))
 
-    def finish(self) -> None:
-        """Read the report."""
-        self._report = self.stream.finish(self._stop_ids)
-
     @property
     def drafted(self) -> Drafted:
         """The draft."""
         assert self._drafted is not None
         return self._drafted
 
-    def end(self) -> RoundReport | Exception:
-        """Return the report, or the exception in its place."""
-        # The exception keeps alive the frames where it was raised, and they this object. So it must not keep them.
+    def take_error(self) -> Exception | None:
+        """Return the exception, if there was one, and forget it.
+
+        It keeps alive the frames where it was raised, and they this object.
+        """
         error, self.error = self.error, None
-        result = error or self._report
-        assert result is not None
-        return result
+        return error
 
 
 def _draft(rounds: Sequence[_Round], compiled: CompiledRounds | None) -> None:
@@ -135,19 +162,10 @@ def _draft(rounds: Sequence[_Round], compiled: CompiledRounds | None) -> None:
         each.run(partial(each.take, draft))
 
 
-def _verify(rounds: Sequence[_Round], compiled: CompiledRounds | None) -> None:
-    """Verify all drafts in one pass, and replace the states.
-
-    The caches of the pass are in a function of their own, because they must not exist when the round is evaluated. They
-    would force MLX to copy buffers.
-    """
-    if rounds:
-        reports = _accept(rounds, compiled)
-        mx.eval(reports, [each.stream.state for each in rounds if each.error is None])
-
-
 def _accept(rounds: Sequence[_Round], compiled: CompiledRounds | None) -> list[mx.array]:
-    """Run the pass, accept draft tokens and replace the states. Return the reports. Nothing is evaluated."""
+    """Verify all drafts in one pass, accept draft tokens and replace the states. Return the reports."""
+    if not rounds:
+        return []
     caches = [each.stream.cache.over(each.stream.state.kv) for each in rounds]
     tokens = [tokens_to_verify(each.stream.state, each.drafted.draft) for each in rounds]
     target = rounds[0].stream.parts.target

@@ -23,13 +23,15 @@ class SharedCosts(NamedTuple):
 
     `rows[n - 1]` is the cost of a pass of n rows. Beyond the last one, it grows as between the last two that were
     measured. `draft` is the cost of a draft step, which is one for all texts, `overhead` that of a round that drafts,
-    and `text` that of each text.
+    and `text` that of each text. `ahead` tells whether a pass costs less if it is dispatched before the reports of the
+    pass before it are read.
     """
 
     rows: tuple[float, ...]
     draft: float
     overhead: float = 0.0
     text: float = 0.0
+    ahead: bool = False
 
     def round(self, rows: int, steps: int, texts: int) -> float:
         """Return the cost of a round of `rows` rows and `steps` draft steps."""
@@ -49,17 +51,18 @@ def estimated(costs: Costs) -> SharedCosts:
 
     Rounds of copied tokens are passes without draft steps, of up to 32 rows.
     """
-    waiting = costs.waiting
+    waiting, ahead = costs.waiting, costs.is_ahead(0)
     if not costs.copied:
-        return SharedCosts(tuple(waiting.verify), waiting.draft, waiting.overhead)
+        return SharedCosts(tuple(waiting.verify), waiting.draft, waiting.overhead, ahead=ahead)
     rows = list(costs.copied)
     drafted = min(len(waiting.verify), len(rows))
     if waiting.draft or waiting.overhead:
         rows[:drafted] = waiting.verify[:drafted]
-        return SharedCosts(tuple(rows), waiting.draft, waiting.overhead)
+        return SharedCosts(tuple(rows), waiting.draft, waiting.overhead, ahead=ahead)
     # The costs of rounds with a drafter include their draft steps.
     most = drafted - 1
-    return SharedCosts(tuple(rows), max(0.0, waiting.round(most) - rows[most]) / most if most else 0.0)
+    draft = max(0.0, waiting.round(most) - rows[most]) / most if most else 0.0
+    return SharedCosts(tuple(rows), draft, ahead=ahead)
 
 
 class _Parked:

@@ -15,8 +15,8 @@ class Decoding:
     """The decoding of one text, which its caller moves on step by step.
 
     Call `read_chunk` while `is_reading` is true. Then run rounds until `is_ended` is true: `round` runs one, and so do
-    `option` and `take` around a round that the caller runs for several texts. Call `end` at the end of it all, also
-    after a failure.
+    `option`, `following` and `take` around a round that the caller runs for several texts. Call `end` at the end of it
+    all, also after a failure.
 
     `policy` chooses the rounds. With `keeps_lengths`, it does so beside other texts as well, because the text depends
     on its draft lengths. Otherwise all texts choose together, see `SharedLengths`. The text ends after a stop token,
@@ -101,9 +101,28 @@ class Decoding:
 
     def option(self) -> Option:
         """Return the next round that this text can have together with those of other texts. None may be in flight."""
+        if not self._keeps_lengths:
+            return self.policy.untimed.option(self.most_drafts)
+        choice, self._planned = self._planned or self.policy.untimed.choose(), None
+        return Option(choice._replace(k=min(choice.k, self.most_drafts)))
+
+    def following(self) -> Option | None:
+        """Return the round after the one in flight, or None if it must wait for the report.
+
+        Call this method once for each round with other texts, while it is in flight.
+        """
+        (k,) = self.stream.in_flight
         if self._keeps_lengths:
-            return Option(self._choose_as_alone())
-        return self.policy.untimed.option(self.most_drafts)
+            # Alone, it would be chosen now.
+            self._planned = self._following(self.policy.untimed, k)
+            return None if self._planned is None else Option(self._planned)
+        most = min(self._remaining - (k + 1) - 1, self.stream.longest_draft())
+        if most < 0:
+            return None
+        option = self.policy.untimed.option(most)
+        # Copied tokens depend on the report.
+        longest = max(option.choice.k, len(option.expected) - 1)
+        return None if option.choice.copied or not can_go_ahead(self.stream, k, longest) else option
 
     def take(self, report: RoundReport) -> None:
         """Record a round that ran together with those of other texts."""
@@ -133,8 +152,9 @@ class Decoding:
     def _dispatch(self) -> None:
         """Dispatch the next round, and maybe the round after it."""
         stream = self.stream
+        planned, self._planned = self._planned, None
         if not stream.in_flight:
-            choice, self._planned = self._planned or self.policy.choose(), None
+            choice = planned or self.policy.choose()
             stream.dispatch(min(choice.k, self.most_drafts), choice.copied)
         (k,) = stream.in_flight
         following = self._following(self.policy, k)
@@ -149,14 +169,6 @@ class Decoding:
         following = policy.choose(in_flight=1)
         has_room = following.k < self._remaining - (k + 1)
         return following if following.ahead and has_room and can_go_ahead(self.stream, k, following.k) else None
-
-    def _choose_as_alone(self) -> Choice:
-        """Choose the next round as it would be alone, where a round ahead is chosen before the report of the last."""
-        policy = self.policy.untimed
-        choice = self._planned or policy.choose()
-        choice = choice._replace(k=min(choice.k, self.most_drafts))
-        self._planned = self._following(policy, choice.k)
-        return choice
 
 
 def decode(

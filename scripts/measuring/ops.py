@@ -1,6 +1,9 @@
 """Count the operations in the graph of a round, at the sizes of published models.
 
     python scripts/measure.py ops tests/support/published/E2B --bits 4
+    python scripts/measure.py ops tests/support/published/E2B --bits 4 --texts 1,2,4,8
+
+With `--texts`, these are plain rounds of several texts in one pass, whose parts between the attentions are compiled.
 
 The column `kernels` counts compiled rounds with the kernels of this project (mlx_mtp/gemma4/kernels.py). Nothing is
 computed: the weights are zeros that take no memory. MLX's norm, rotation and attention are one kernel each
@@ -15,7 +18,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_mtp.bench.operations import operations, round_outputs
+from mlx_mtp.bench.operations import operations, packed_outputs, round_outputs
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.target import Target
 
@@ -26,10 +29,46 @@ from .sizes import add_bits, add_folder, weightless_mlx_lm_model, weightless_pai
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_folder(parser, several=True)
     add_bits(parser)
+    parser.add_argument("--texts", type=numbers, metavar="N,N", help="Count packed passes of these numbers of texts.")
     parser.add_argument("--details", action="store_true", help="Print the number of operations of each kind.")
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.texts:
+        count_texts(args)
+    else:
+        count_rounds(args)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def count_texts(args: argparse.Namespace) -> None:
+    print(f"{'plain pass':16}" + "".join(f"{count:>4} texts" for count in args.texts))
+    for folder in args.folders:
+        target, _ = weightless_pair(folder, args.bits)
+        with countable_kernels():
+            ways = [packed_counts(target, args.texts, compiled=compiled) for compiled in (False, True)]
+            use_countable_kernels(target)
+            ways.append(packed_counts(target, args.texts, compiled=True))
+        for name, found in zip(("eager", "compiled", "kernels"), ways, strict=True):
+            print(f"{folder.name:6}{name:10}" + "".join(f"{count:10}" for count in found))
+
+
+def packed_counts(target: Target, texts: list[int], *, compiled: bool) -> list[int]:
+    """Return the operations of a plain round of each number of texts. One text alone has its whole round compiled."""
+    return [
+        operations(
+            round_outputs(target, None, 0, compiled=compiled)
+            if count == 1
+            else packed_outputs(target, count, compiled=compiled)
+        ).total()
+        for count in texts
+    ]
+
+
+def count_rounds(args: argparse.Namespace) -> None:
     columns = "eager", "compiled", "kernels"
     print(f"{'':8}{'plain round':>30}{'draft step':>30}{'mlx-lm pass':>14}")
     print(f"{'':8}" + 2 * "".join(f"{column:>10}" for column in columns) + f"{'eager':>14}")

@@ -82,6 +82,16 @@ def test_a_round_launches_fewer_kernels_than_a_pass_of_mlx_lm() -> None:
     assert re.search(rf" {35 * 6 + 2} QuantizedMatmul\n", details)
 
 
+def test_each_more_text_in_a_pass_adds_few_kernels() -> None:
+    """These are its own attentions, K/V writes and token. docs/batching.md has the counts of all models."""
+    output = measure("ops", PUBLISHED / "E2B", "--texts", "1,2,8")
+    for way, most in (("eager", 1338), ("compiled", 730), ("kernels", 500)):
+        one, two, eight = map(int, cells(output, f"E2B   {way}"))
+        assert one <= most
+        assert eight - two == 6 * 121
+        assert two - one <= 2 * 121
+
+
 def test_an_artificial_drafter_is_accepted_as_told() -> None:
     """The script itself checks that the text is plain decoding's text."""
     output = measure(

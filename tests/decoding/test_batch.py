@@ -115,10 +115,14 @@ class Counting(DraftPolicy):
 
 @pytest.mark.parametrize("joins", [1, 2, 5])
 @pytest.mark.parametrize("leaves", [1, 2, 4])
+@pytest.mark.parametrize("ahead", ["", "1", "01", "0011"])
 def test_a_text_that_others_join_has_the_rounds_that_it_has_alone(
-    model: mlx_mtp.Model, joins: int, leaves: int
+    model: mlx_mtp.Model, joins: int, leaves: int, ahead: str
 ) -> None:
-    """The rounds of a seeded text are chosen after as many reports, also that in flight when another text joins."""
+    """The rounds of a seeded text are chosen after as many reports, also that in flight when another text joins.
+
+    `ahead` tells which rounds with other texts dispatch the round after them, again and again.
+    """
     prompt = random_tokens(12, seed=3)
 
     def started() -> Decoding:
@@ -140,8 +144,13 @@ def test_a_text_that_others_join_has_the_rounds_that_it_has_alone(
     found = [joined.round().drafted for _ in range(joins)]
     settled = joined.settle()
     found += [] if settled is None else [settled.drafted]
-    for _ in range(leaves):
-        report = joined.stream.round(joined.option().choice.k)
+    for number in range(leaves):
+        if not joined.stream.in_flight:
+            joined.stream.dispatch(joined.option().choice.k)
+        following = joined.following()
+        if following is not None and ahead and ahead[number % len(ahead)] == "1":
+            joined.stream.dispatch(following.choice.k)
+        report = joined.stream.finish()
         joined.take(report)
         found.append(report.drafted)
     found += [joined.round().drafted for _ in range(len(expected) - len(found))]
