@@ -17,6 +17,7 @@ MEASUREMENTS = {
     "mapped": "memory and time of mapped per-layer embeddings compared with resident ones",
     "ops": "the number of operations of a round at the sizes of published models",
     "host": "the processor time of the host per round",
+    "pause": "the pause of running texts while a long prompt is read",
     "copies": "the choice of copied draft tokens, simulated on cost curves of Macs",
     "lengths": "the automatic draft length, simulated on recorded texts",
     "convert": "time and peak memory of the conversion of a large checkpoint",

@@ -14,7 +14,7 @@ from support.paths import PUBLISHED, ROOT
 SCRIPT = ROOT / "scripts" / "measure.py"
 MEASUREMENTS = (
     "pair", "rules", "schema", "kv", "context", "formula", "published", "memory", "mapped", "ops", "host", "copies",
-    "lengths", "convert",
+    "pause", "lengths", "convert",
 )  # fmt: skip
 
 
@@ -90,6 +90,14 @@ def test_each_more_text_in_a_pass_adds_few_kernels() -> None:
         assert one <= most
         assert eight - two == 6 * 121
         assert two - one <= 2 * 121
+
+
+def test_the_pause_of_running_texts_is_a_chunk_and_a_round() -> None:
+    output = measure("pause", "--tokens", "300", "--running", "2", "--step-sizes", "64", "32")
+    for size in ("64", "32"):
+        chunk, longest_round, both, pause, share = map(float, cells(output, f"{size}   "))
+        assert max(chunk, longest_round) <= pause <= both + 0.002
+        assert share > 0
 
 
 def test_an_artificial_drafter_is_accepted_as_told() -> None:

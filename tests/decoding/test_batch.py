@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from mlx_mtp.decoding.report import RoundReport
 from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.decoding.text_loop import Decoding
 from mlx_mtp.generation import Generation
+from mlx_mtp.responses import whole
 
 TinyPair = Callable[[str], Path]
 TEXTS = 7
@@ -77,21 +79,48 @@ def seen(result: mlx_mtp.GenerationResult) -> tuple[Any, ...]:
     return result.tokens, result.text, result.thought, figures
 
 
+def history(model: mlx_mtp.Model, rng: np.random.Generator) -> int:
+    """Let texts of any options join, leave and be cancelled between turns. Each is what it is alone.
+
+    Return the number of rounds of all texts.
+    """
+    cases = [random_case(rng) for _ in range(TEXTS)]
+    alone = [model.generate(prompt, options) for prompt, options in cases]
+    batch = Batch()
+    found: dict[int, list[mlx_mtp.GenerationResponse]] = {}
+    names: dict[int, int] = {}
+    following = deque(range(TEXTS))
+    most = int(rng.integers(2, 9))
+    while following or batch.generations:
+        if following and len(batch.generations) < most and rng.random() < 0.3:
+            number = following.popleft()
+            prompt, options = cases[number]
+            generation = model.begin(prompt, options, None, lambda: None)
+            names[id(generation)], found[number] = number, []
+            batch.add(generation)
+        for step in batch.turn() if batch.generations else ():
+            assert step.error is None
+            found[names[id(step.generation)]] += step.responses
+        if batch.generations and rng.random() < 0.02:
+            batch.remove(batch.generations[rng.integers(len(batch.generations))])
+    for number, responses in found.items():
+        tokens = [each.token for each in responses]
+        assert tokens == alone[number].tokens[: len(tokens)]
+        if responses and responses[-1].finish_reason:
+            assert seen(whole(responses)) == seen(alone[number])
+    return sum(responses[-1].stats.rounds for responses in found.values() if responses)
+
+
 @pytest.mark.parametrize(("variant", "bits"), [*((variant, None) for variant in VARIANTS), ("e2b", 4)])
 def test_each_text_is_what_it_is_alone(variant: str, bits: int | None, tiny_pair: TinyPair) -> None:
-    """Texts of any options join and leave, in batches of two to five. Activations are float32."""
+    """Activations are float32."""
     model = mlx_mtp.load(tiny_pair(variant) / "target")
     if bits is not None:
         assert model.drafter is not None
         for module in (model.target, model.drafter):
             nn.quantize(module, group_size=64, bits=bits)
     rng = np.random.default_rng(VARIANTS.index(variant) + (bits or 0))
-    cases = [random_case(rng) for _ in range(TEXTS)]
-    alone = [seen(model.generate(prompt, options)) for prompt, options in cases]
-    prompts, options = zip(*cases, strict=True)
-    for concurrency in (2, 5):
-        results = model.generate_batch(prompts, options, concurrency=concurrency)
-        assert list(map(seen, results)) == alone
+    assert history(model, rng) + history(model, rng) > 50
 
 
 def test_a_seed_gives_the_same_text_beside_others(model: mlx_mtp.Model) -> None:

@@ -4,7 +4,7 @@ import base64
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -353,3 +353,33 @@ def test_a_broken_picture_is_named(models: Callable[[str], mlx_mtp.Model], tmp_p
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(MediaError, match=r"messages\[0\]\.content\[0\]: .*broken\.png: "):
         models("31b").prepare([user({"type": "image", "path": tmp_path / "broken.png"})])
+
+
+@pytest.mark.parametrize("variant", ["e2b", "12b", "26b", "31b"])
+def test_texts_with_media_decode_together(models: Callable[[str], mlx_mtp.Model], variant: str) -> None:
+    """Each text is what it is alone: pictures of one size, several of them, a sound, and none."""
+    model = models(variant)
+    sound = {"type": "audio", "audio": clip()}
+    prompts: list[Any] = [
+        [user("look: ", image(0), "what is it?")],
+        [user("look: ", image(1), "what is it?")],
+        "def read_config(path):",
+        [user(image(1), "and ", image(2), "differ?")],
+        [user("hear: ", sound if variant in ("e2b", "12b") else image(3), "who is it?")],
+    ]
+    coupled = Sampling(temperature=0.8, acceptance="coupled", seed=4)
+    lengths: list[tuple[int | Literal["auto"], Sampling]]
+    lengths = [(2, Sampling()), (0, coupled), ("auto", Sampling()), (8, coupled), (3, Sampling())]
+    options = [
+        mlx_mtp.GenerationOptions(max_tokens=12, ignore_eos=True, num_draft_tokens=k, sampling=sampling)
+        for k, sampling in lengths
+    ]
+    alone = []
+    for prompt, chosen in zip(prompts, options, strict=True):
+        model.prompt_cache.clear()
+        alone.append(model.generate(prompt, chosen).tokens)
+    assert alone[0] != alone[1]
+    for concurrency in (3, 5):
+        model.prompt_cache.clear()
+        results = model.generate_batch(prompts, options, concurrency=concurrency)
+        assert [result.tokens for result in results] == alone
