@@ -86,7 +86,7 @@ class Batch:
             steps = self._round(decoding)
             self._due -= time.perf_counter() - began
             if self.on_round is not None:
-                self.on_round([each.decoding.drafted + 1 for each in decoding])
+                self.on_round([step.generation.decoding.drafted + 1 for step in steps])
         return steps
 
     def _next_prompt(self, reading: list[Generation]) -> Generation:

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
 def measure(model: mlx_mtp.Model, tokens: int, running: int, step_size: int) -> tuple[float, float, float, float]:
     """Return the seconds of the longest chunk, round and pause, and the speed relative to that before the prompt."""
     options = mlx_mtp.GenerationOptions(
-        max_tokens=model.max_context - tokens - 1,
+        max_tokens=model.max_context,
         ignore_eos=True,
         num_draft_tokens=0,
         reuse_prompt=False,
