@@ -26,6 +26,8 @@ from .errors import ConfigError, MemoryLimitError, OptionError
 
 # The number of copies of a round's logits that exist at the same time: warped, sorted, compared.
 _LOGITS = 6
+# The number of them that each more text in the round adds. Most are freed before those of the next text are made.
+_MORE_LOGITS = 3
 _UNITS = {"": 1e9, "GB": 1e9, "MB": 1e6, "GIB": 2.0**30, "MIB": 2.0**20, "B": 1.0}
 # MLX counts bytes in 64 bits.
 _LARGEST_SIZE = 2**63
@@ -65,7 +67,7 @@ class MemoryPlan:
     is the temporary memory of a chunk of the prompt, of a round, or of a buffer that grows. The plan leaves out the K/V
     of earlier prompts (`Model.prompt_cache`). `media` is what the first prompt with a picture or a sound adds: the
     weights of these parts, and their attention scores. `peak` does not count it. `peak` is that of one text: each more
-    text that decodes at the same time adds its `rings` and `kv`.
+    text that decodes at the same time adds its `rings`, its `kv` and `more_work`.
     """
 
     context: int
@@ -76,6 +78,7 @@ class MemoryPlan:
     kv_per_token: int
     rings: int
     work: int
+    more_work: int
     media: int
 
     @property
@@ -109,7 +112,12 @@ class MemoryPlan:
     def __str__(self) -> str:
         media = [("more, if a prompt has media", self.media)] if self.media else []
         per_tokens = ("K/V per 1000 tokens", 1000 * self.kv_per_token)
-        rows = [*self.rows(), *media, ("each more text at the same time", self.rings + self.kv), per_tokens]
+        rows = [
+            *self.rows(),
+            *media,
+            ("each more text at the same time", self.rings + self.kv + self.more_work),
+            per_tokens,
+        ]
         return "\n".join(f"{name:<32}{_gigabytes(size):>12}" for name, size in rows)
 
 
@@ -154,6 +162,7 @@ def planner(
             kv_per_token=text_memory.kv_per_token,
             rings=text_memory.rings,
             work=max(_work(text, context_length, size, max_block, prefill_step, is_fused=way) for way in ways),
+            more_work=text_memory.more_work,
             media=media,
         )
 
@@ -192,8 +201,13 @@ class TextMemory:
         """Bytes of all K/V."""
         return self.rings + rows_in_buffers(self.tokens) * self.kv_per_token
 
+    @property
+    def more_work(self) -> int:
+        """Temporary bytes that the text adds to a round of other texts."""
+        return _MORE_LOGITS * self.max_block * self.config.vocab_size * 4
+
     def work(self, prefill_step: int, *, is_fused: bool) -> int:
-        """Return the temporary bytes of a chunk of its prompt, of a round, or of a buffer that grows."""
+        """Return the temporary bytes of a chunk of its prompt, of a round alone, or of a buffer that grows."""
         return _work(self.config, self.tokens, self.size, self.max_block, prefill_step, is_fused=is_fused)
 
 

@@ -105,7 +105,7 @@ class Scheduler:
     def _needed(self, generations: Sequence[Generation]) -> int:
         """Return the bytes in use when these texts are as long as they may become, without those of earlier prompts."""
         cached = generations[0].model.prompt_cache.nbytes
-        work = max(each.work for each in generations)
+        work = max(each.work for each in generations) + sum(each.memory.more_work for each in generations[1:])
         return mx.get_active_memory() - cached + sum(each.growth for each in generations) + work
 
     def _held(self) -> int:

@@ -100,6 +100,7 @@ def test_a_conversation_shows_speculation_at_work(page: Page) -> None:
     assert int(page.text("#drafted")) >= int(page.text("#accepted"))
     assert float(page.text("#length")) > 1
     assert float(page.text("#tps")) > 0
+    assert float(page.text("#first")) > 0
     assert [share.endswith(" %") for share in page.all("#positions .share")] == [True] * 3
     page.ask("import os")
     page.until(page.is_ready)

@@ -19,9 +19,11 @@ from mlx_mtp import command_line as cli
 from mlx_mtp import generate
 from mlx_mtp.convert.cli import main as convert
 from mlx_mtp.decoding import prefill
+from mlx_mtp.decoding.draft_length import Choice
+from mlx_mtp.decoding.packed import packed_round
 from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4.kv_cache import rows_in_buffers
-from mlx_mtp.memory_plan import memory_size, parse_bytes
+from mlx_mtp.memory_plan import TextMemory, memory_size, parse_bytes
 
 TinyPair = Callable[[str], Path]
 VARIANTS = ("e2b", "12b", "26b", "31b")
@@ -229,6 +231,27 @@ def test_quantized_kv_and_mapped_embeddings_are_planned(tmp_path: Path, bits: in
     # The limit for rows in memory is above the size of this whole table.
     assert mapped.per_layer_embeddings == plain.per_layer_embeddings
     assert mlx_mtp.plan_memory(folder, per_layer_embeddings="resident") == plain
+
+
+@pytest.mark.in_place
+def test_each_more_text_in_a_round_takes_the_planned_memory(tmp_path: Path) -> None:
+    """The logits of many rows take nearly all of it."""
+    folder = make_target(tmp_path, "31b", vocab_size=65536)
+    model = mlx_mtp.load(folder, "none")
+    peaks = {}
+    for count in (1, 8):
+        sampling = mlx_mtp.Sampling(temperature=1.0, top_p=0.9)
+        streams = [Stream(model.target, None, max_draft_tokens=15, sampling=sampling) for _ in range(count)]
+        for index, stream in enumerate(streams):
+            stream.prefill([7 + index, 5], 8)
+        choices = [Choice(15, ahead=False, copied=list(range(11, 26)))] * count
+        for _ in range(2):
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+            packed_round(streams, choices, [frozenset()] * count)
+        peaks[count] = mx.get_peak_memory() - before
+    more = TextMemory(model.config.text, model.target.dtype.size, 64, 16).more_work
+    assert 0.3 * 7 * more < peaks[8] - peaks[1] < 7 * more
 
 
 # Command lines
