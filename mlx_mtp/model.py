@@ -10,13 +10,14 @@ import mlx.core as mx
 
 from mlx_mtp.checkpoints.output_files import check_file
 from mlx_mtp.checkpoints.weights import fingerprint
-from mlx_mtp.decoding.calibration import MOST_TEXTS, MeasuringPlan
 from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, Costs
 from mlx_mtp.decoding.prefill import Progress
 from mlx_mtp.decoding.prompt_media import PreparedPrompt
 from mlx_mtp.decoding.sampling import Sampling
+from mlx_mtp.decoding.shared_calibration import MOST_TEXTS
 from mlx_mtp.decoding.shared_lengths import SharedCosts
 from mlx_mtp.decoding.text_loop import token_budget
+from mlx_mtp.decoding.timing import MeasuringPlan
 from mlx_mtp.text.tokenizer import Prompt, prepare
 from mlx_mtp.threads.job_thread import Job, Worker
 

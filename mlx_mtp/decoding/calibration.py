@@ -3,20 +3,15 @@
 The costs are measured once for each kind of pair, and kept in the user's cache directory.
 """
 
-import itertools
 import logging
 import math
-import time
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
-from itertools import accumulate
-from statistics import mean, median
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_mtp.checkpoints.config import DrafterConfig, TargetConfig
 from mlx_mtp.gemma4.drafter import Draft, Drafter, GivenDrafter
@@ -26,7 +21,7 @@ from mlx_mtp.gemma4.target import Target
 
 from .compiled import CompiledRounds
 from .copy_policy import CopyPolicy
-from .draft_length import LARGEST_COPY, MAX_DRAFT_TOKENS, Choice, CostCurve, Costs, DraftLength, DraftPolicy
+from .draft_length import LARGEST_COPY, MAX_DRAFT_TOKENS, CostCurve, Costs, DraftLength, DraftPolicy
 from .first_rounds import (
     CAUTIOUS,
     CAUTIOUS_PLAIN,
@@ -39,55 +34,20 @@ from .first_rounds import (
     measured_costs,
 )
 from .kept_costs import CostsFile, MeasuringLock, SharedCostsFile, checked, read_or_measure
-from .packed import dispatch_packed
 from .prefill import Progress
 from .sampling import Sampling
+from .shared_calibration import ROWS, TEXTS, measure_shared
 from .shared_lengths import SharedCosts, estimated
 from .stream import Stream
-
-T = TypeVar("T", bound=Hashable)
+from .timing import MeasuringPlan, time_in_turn
 
 logger = logging.getLogger(__name__)
 
 # These draft lengths are measured with a drafter. The other lengths follow from the verify passes alone.
 _DRAFTED = (1, MAX_DRAFT_TOKENS)
-# Passes of several texts are measured for these numbers of texts, with each of these numbers of rows for a text.
-_TEXTS = (2, 4, 8)
-MOST_TEXTS = _TEXTS[-1]
-_ROWS = (1, 2, 4)
-# Draft steps of several texts are measured for this number of texts, and for these numbers of draft tokens. Passes of
-# as many rows are measured too.
-_DRAFTING = 4
-_DRAFTED_TOGETHER = (1, 3)
-# The turns of a length agree if the slowest of their middle half takes at most this many times as long as the fastest.
-_AGREEMENT = 1.03
 # The costs are measured and kept for each of these ranges of contexts. A range begins at its number of tokens. Over a
 # longer context, attention costs more, and so does the copy of a K/V buffer that a round in flight still reads.
 _CONTEXTS = (64, 4096, 16384, 65536)
-
-
-@dataclass(frozen=True)
-class MeasuringPlan:
-    """How often `measure_rounds` runs each round.
-
-    `context` is the number of tokens before the measured rounds.
-    `warm_up` is the number of rounds of each length that are not timed: one runs uncompiled, one is compiled, and one
-    more runs compiled.
-
-    Rounds of one length follow each other for `turn_seconds` seconds. Their number stays within the limits of
-    `turn_rounds`. The turns repeat for `seconds` seconds, and then until the turns of each length agree, for `longest`
-    seconds at most. Their number stays within the limits of `repetitions`.
-    """
-
-    context: int = 64
-    warm_up: int = 3
-    turn_seconds: float = 0.06
-    turn_rounds: tuple[int, int] = (3, 100)
-    seconds: float = 4.0
-    longest: float = 12.0
-    repetitions: tuple[int, int] = (2, 20)
-
-
 _PLAN = MeasuringPlan()
 
 
@@ -270,7 +230,7 @@ class RoundCosts:
         return self._shared
 
     def _shared_identity(self) -> dict[str, Any]:
-        return self.identity(Sampling(), None, 0) | {"texts": list(_TEXTS), "rows": list(_ROWS)}
+        return self.identity(Sampling(), None, 0) | {"texts": list(TEXTS), "rows": list(ROWS)}
 
     def _measured_copies(self) -> tuple[int, ...]:
         """Return the numbers of copied tokens to measure."""
@@ -370,7 +330,7 @@ def measure_rounds(
     if target.mapped is None:
         add("ahead", drafter, lengths_ahead, _round_ahead)
     add("copy", drafter, copied, _copy_round)
-    seconds = _time_in_turn(runs, plan, on_progress)
+    seconds = time_in_turn(runs, plan, on_progress)
     waiting = CostCurve(interpolated({k: seconds["verify", k] for k in lengths}), 0.0)
     if drafter is not None:
         few, many = _DRAFTED
@@ -379,92 +339,6 @@ def measure_rounds(
         waiting = waiting._replace(draft=draft, overhead=max(0.0, drafting[few] - few * draft))
     ahead = {} if target.mapped is not None else {k: seconds["ahead", k] for k in lengths_ahead}
     return measured_costs(waiting, ahead, {k: seconds["copy", k] for k in copied})
-
-
-def measure_shared(
-    target: Target, drafter: Drafter | None, on_progress: Progress | None = None, *, plan: MeasuringPlan = _PLAN
-) -> SharedCosts:
-    """Return the costs of passes that several texts share, each after `plan.context` tokens.
-
-    Rounds of copied tokens are timed, and rounds that draft. Each row has another token, because the tokens decide
-    which experts a pass reads.
-
-    Raises ValueError if no clock can have measured the costs.
-    """
-    compiled = CompiledRounds()
-    # Rounds ahead have streams of their own, because one of their rounds is always in flight.
-    streams, streams_ahead = (
-        [Stream(target, drafter, max_draft_tokens=MAX_DRAFT_TOKENS) for _ in range(count)]
-        for count in (MOST_TEXTS, _DRAFTING)
-    )
-    for stream in (*streams, *streams_ahead):
-        stream.prefill([7, 5], 2)
-    tokens = itertools.count(11, 97)
-
-    def dispatch(group: list[Stream], k: int, *, copies: bool) -> None:
-        """Dispatch a round of each stream, always at the same position, with another token in each row."""
-        choices = []
-        for stream in group:
-            stream.cache.set_length(plan.context)
-            bonus, *copied = (next(tokens) % target.config.vocab_size for _ in range(k + 1))
-            stream.state = stream.state._replace(bonus=mx.array([[bonus]], mx.int32))
-            choices.append(Choice(k, ahead=False, copied=copied if copies else None))
-        dispatch_packed(group, choices, compiled)
-
-    def run(count: int, k: int, *, copies: bool = True) -> None:
-        dispatch(streams[:count], k, copies=copies)
-        for stream in streams[:count]:
-            stream.finish()
-
-    def run_ahead() -> None:
-        """Dispatch a plain round ahead of the reports of the round before it, and then read these reports."""
-        if not streams_ahead[0].in_flight:
-            dispatch(streams_ahead, 0, copies=False)
-        dispatch(streams_ahead, 0, copies=False)
-        for stream in streams_ahead:
-            stream.finish()
-
-    runs: dict[tuple[str, int, int], Callable[[], object]] = {
-        ("pass", count, rows): partial(run, count, rows - 1) for count in _TEXTS for rows in _ROWS
-    }
-    drafted = _DRAFTED_TOGETHER if drafter is not None else ()
-    for k in drafted:
-        runs["draft", _DRAFTING, k + 1] = partial(run, _DRAFTING, k, copies=False)
-    if target.mapped is None:
-        runs["ahead", _DRAFTING, 1] = run_ahead
-    seconds = _time_in_turn(runs, plan, on_progress)
-    passes = {(count, rows): seconds["pass", count, rows] for count in _TEXTS for rows in _ROWS}
-    drafting = {k: seconds["draft", _DRAFTING, k + 1] - seconds["pass", _DRAFTING, k + 1] for k in drafted}
-    is_ahead = seconds.get(("ahead", _DRAFTING, 1), math.inf) < seconds["pass", _DRAFTING, 1]
-    return fitted(passes, drafting)._replace(ahead=is_ahead)
-
-
-def fitted(passes: dict[tuple[int, int], float], drafting: dict[int, float]) -> SharedCosts:
-    """Return the costs that fit the seconds of passes, by the number of texts and the rows of each.
-
-    A pass has the price of its rows, and of each text. Passes of as many rows but more texts show the price of a text.
-    `drafting` has the seconds of drafting in a round by the number of draft tokens, for two of them, or nothing.
-    """
-    groups: dict[int, list[tuple[int, float]]] = {}
-    for (count, rows), seconds in passes.items():
-        groups.setdefault(count * rows, []).append((count, seconds))
-    change = spread = 0.0
-    for group in groups.values():
-        middle, usual = mean(count for count, _ in group), mean(seconds for _, seconds in group)
-        change += sum((count - middle) * (seconds - usual) for count, seconds in group)
-        spread += sum((count - middle) ** 2 for count, _ in group)
-    # The rows of a pass of as many texts as rows must keep a price.
-    text = min(max(0.0, change / spread), min(seconds / count for (count, _), seconds in passes.items()) / 2)
-    by_rows = {rows: mean(seconds - count * text for count, seconds in group) for rows, group in groups.items()}
-    # More rows do not cost less.
-    known = sorted(by_rows)
-    at_least = accumulate((by_rows[rows] for rows in known), max)
-    curve = tuple(np.interp(range(1, known[-1] + 1), known, list(at_least)).tolist())
-    if not drafting:
-        return SharedCosts(curve, 0.0, 0.0, text)
-    (few, first), (many, last) = sorted(drafting.items())
-    draft = max(0.0, (last - first) / (many - few))
-    return SharedCosts(curve, draft, max(0.0, first - few * draft), text)
 
 
 def _round(stream: Stream, position: int, k: int) -> None:
@@ -490,51 +364,3 @@ def _round_ahead(stream: Stream, position: int, k: int) -> None:
     stream.cache.set_length(position)
     stream.dispatch(k)
     stream.finish()
-
-
-def _time_in_turn(
-    runs: dict[T, Callable[[], object]], plan: MeasuringPlan, on_progress: Progress | None
-) -> dict[T, float]:
-    """Return the seconds of each run, by key: the median of its turns, which are medians. The runs take turns.
-
-    So what other work does to a machine's speed meets all runs alike.
-    """
-    least, most = plan.repetitions
-    fewest, limit = plan.turn_rounds
-    total = len(runs) * (plan.warm_up + least)
-    done = 0
-
-    def report(more: int) -> None:
-        nonlocal done
-        done += more
-        if on_progress is not None:
-            on_progress(min(done, total), total)
-
-    def turn(run: Callable[[], object]) -> float:
-        seconds: list[float] = []
-        while len(seconds) < fewest or (sum(seconds) < plan.turn_seconds and len(seconds) < limit):
-            start = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - start)
-        return median(seconds)
-
-    for run in runs.values():
-        for _ in range(plan.warm_up):
-            run()
-        report(plan.warm_up)
-    taken: dict[T, list[float]] = {key: [] for key in runs}
-    began = time.perf_counter()
-    for repetition in range(most):
-        seconds = time.perf_counter() - began
-        if repetition >= least and seconds > (plan.seconds if all(map(_agree, taken.values())) else plan.longest):
-            break
-        for key, run in runs.items():
-            taken[key].append(turn(run))
-            report(int(repetition < least))
-    return {key: median(turns) for key, turns in taken.items()}
-
-
-def _agree(turns: list[float]) -> bool:
-    """Return whether the middle half of the turns differ little."""
-    ordered, outer = sorted(turns), len(turns) // 4
-    return ordered[-1 - outer] <= _AGREEMENT * ordered[outer]

@@ -2,7 +2,7 @@
 
 import argparse
 
-from mlx_mtp.decoding.calibration import MeasuringPlan
+from mlx_mtp.decoding.timing import MeasuringPlan
 
 
 def add_quick(parser: argparse.ArgumentParser) -> None:

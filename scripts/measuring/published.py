@@ -27,12 +27,13 @@ from mlx.utils import tree_map_with_path
 from mlx_mtp.bench.environment import environment
 from mlx_mtp.bench.operations import operations, round_outputs
 from mlx_mtp.bench.told import KnownText
-from mlx_mtp.decoding.calibration import MeasuringPlan, measure_rounds
+from mlx_mtp.decoding.calibration import measure_rounds
 from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, CostCurve, Costs, DraftLength, DraftPolicy
 from mlx_mtp.decoding.report import RoundReport, Stats
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.stream import Stream
+from mlx_mtp.decoding.timing import MeasuringPlan
 from mlx_mtp.gemma4.drafter import Drafter
 from mlx_mtp.gemma4.fused_attention import choose_fused_attention
 from mlx_mtp.gemma4.kernels import describe, remove_kernels, use_kernels

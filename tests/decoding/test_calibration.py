@@ -20,9 +20,10 @@ from support.curves import COSTS, CURVE, PLAIN
 import mlx_mtp
 from mlx_mtp import chat, generate
 from mlx_mtp.decoding import calibration, kept_costs, text_loop
-from mlx_mtp.decoding.calibration import MeasuringPlan, RoundCosts, measure_rounds
+from mlx_mtp.decoding.calibration import RoundCosts, measure_rounds
 from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, Costs
 from mlx_mtp.decoding.kept_costs import CostsFile, cache_directory, read_or_measure
+from mlx_mtp.decoding.timing import MeasuringPlan
 
 TinyPair = Callable[[str], Path]
 # A fixture replaces this function, so that tests use known costs.

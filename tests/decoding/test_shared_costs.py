@@ -11,8 +11,10 @@ import pytest
 
 import mlx_mtp
 from mlx_mtp.decoding import calibration
-from mlx_mtp.decoding.calibration import MeasuringPlan, RoundCosts, fitted, measure_shared
+from mlx_mtp.decoding.calibration import RoundCosts
+from mlx_mtp.decoding.shared_calibration import fitted, measure_shared
 from mlx_mtp.decoding.shared_lengths import SharedCosts
+from mlx_mtp.decoding.timing import MeasuringPlan
 from mlx_mtp.gemma4.target import Target
 from mlx_mtp.server import cli as server
 from mlx_mtp.server import http_server
