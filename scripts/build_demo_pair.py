@@ -21,7 +21,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -380,7 +380,7 @@ def train_target(folder: Path, budget: int, seed: int) -> None:
         first, mean = saved["update"], saved["mean"]
         for part, content in zip(parts, saved["parts"], strict=True):
             part.load_state_dict(content)
-    compiled = torch.compile(model)
+    compiled: Callable[..., Any] = torch.compile(model)
     bar = tqdm(range(first, updates), desc="Target", unit="update", initial=first, total=updates, disable=None)
     began = time.perf_counter()
     for update in bar:

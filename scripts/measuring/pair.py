@@ -22,13 +22,17 @@ from . import held_out
 from .pairs import add_generation, add_pair, load_pair, mean_and_error, tokens_per_round
 
 DRAFT_STEPS = 4
-# Tokens at the beginning of each file for the measures on the file's own text.
-TEXT_TOKENS = 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pair(parser)
     add_generation(parser, max_tokens=120, prompt_tokens=250, prompts=12)
+    parser.add_argument(
+        "--text-tokens",
+        type=int,
+        default=512,
+        help="Tokens of each file for the measures on its own text (%(default)s).",
+    )
     parser.add_argument(
         "--repeats", type=int, default=3, help="Runs of each prompt to time; 0 times none (%(default)s)."
     )
@@ -50,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
                 f"  {name}: {mean_and_error(lengths)} tokens per round ({lengths.min():.2f} to {lengths.max():.2f}), "
                 f"{repeats:.0%} of 4-grams repeated"
             )
-        agreement, overlap = teacher_forced(model, held_out.prompts(model, files, TEXT_TOKENS)[: args.prompts])
+        agreement, overlap = teacher_forced(model, held_out.prompts(model, files, args.text_tokens)[: args.prompts])
         print("  agreement by step, on the files' own text: " + " ".join(f"{share:.3f}" for share in agreement))
         print("  sum(min(p, q)) by step: " + " ".join(f"{share:.3f}" for share in overlap))
         for name, sampling in samplings.items() if args.repeats else ():

@@ -112,7 +112,7 @@ def test_an_artificial_drafter_is_accepted_as_told() -> None:
 
 def test_how_well_the_demo_pair_drafts() -> None:
     """The files are not in its training data, and k = 3. docs/demo-pair.md has the figures."""
-    output = measure("pair", "--prompts", "2", "--max-tokens", "60", "--repeats", "0")
+    output = measure("pair", "--prompts", "2", "--max-tokens", "60", "--repeats", "0", "--text-tokens", "300")
     library, packages = output.split("other packages:")
     for part in (library, packages):
         greedy = cells(part, "greedy:")
@@ -120,7 +120,8 @@ def test_how_well_the_demo_pair_drafts() -> None:
         assert float(greedy[0]) > 2.6
         assert float(sampled[0]) > 2.0
         assert int(sampled[sampled.index("of") - 1].rstrip("%")) < 20
-        assert min(map(float, cells(part, "agreement by step, on the files' own text:"))) > 0.55
+        # The first 300 tokens of a file are harder than the 512 of the figures in the docs.
+        assert min(map(float, cells(part, "agreement by step, on the files' own text:"))) > 0.5
 
 
 SMALL = ("--prompts", "2", "--prompt-tokens", "100", "--max-tokens", "12")
