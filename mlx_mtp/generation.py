@@ -158,9 +158,14 @@ class Generation:
         return self._source is not None and self._source[0].reaches(self._source[1])
 
     @property
+    def held(self) -> int:
+        """The bytes of the K/V of the text in memory. Buffers take memory when they are first written."""
+        return self.stream.cache.nbytes if self._has_begun else 0
+
+    @property
     def growth(self) -> int:
         """The bytes by which the K/V of the text may still grow."""
-        return max(0, self.memory.kept - self.stream.cache.nbytes)
+        return max(0, self.memory.kept - self.held)
 
     @property
     def work(self) -> int:

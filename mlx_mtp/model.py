@@ -14,7 +14,7 @@ from mlx_mtp.decoding.draft_length import MAX_DRAFT_TOKENS, Costs
 from mlx_mtp.decoding.prefill import Progress
 from mlx_mtp.decoding.prompt_media import PreparedPrompt
 from mlx_mtp.decoding.sampling import Sampling
-from mlx_mtp.decoding.shared_calibration import MOST_TEXTS
+from mlx_mtp.decoding.shared_calibration import MOST_TEXTS, STREAMS
 from mlx_mtp.decoding.shared_lengths import SharedCosts
 from mlx_mtp.decoding.text_loop import token_budget
 from mlx_mtp.decoding.timing import MeasuringPlan
@@ -306,7 +306,8 @@ class Model(LoadedModel):
             costs = self.parts.costs
             text = TextMemory(self.config.text, self.target.dtype.size, MeasuringPlan.context, MAX_DRAFT_TOKENS + 1)
             limit = usable_memory() if self.memory_limit is None else self.memory_limit
-            if self.exact or mx.get_active_memory() + MOST_TEXTS * text.kept > limit:
+            needed = STREAMS * text.kept + MOST_TEXTS * text.more_work
+            if self.exact or mx.get_active_memory() + needed > limit:
                 return None
             return costs.read_shared(remeasure=remeasure, on_progress=on_progress)
 

@@ -110,7 +110,7 @@ class Scheduler:
 
     def _held(self) -> int:
         """Return the bytes of the K/V of the texts that run."""
-        return sum(each.stream.cache.nbytes for each in self.batch.generations)
+        return sum(each.held for each in self.batch.generations)
 
     def _begin(self, job: Job[Any], generation: Generation) -> None:
         job.begin()

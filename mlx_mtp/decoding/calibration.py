@@ -227,6 +227,8 @@ class RoundCosts:
             lambda: measure_shared(self._target, self._drafter, on_progress),
             remeasure=remeasure,
         )
+        # Also if the file could not be written.
+        self._has_looked = True
         return self._shared
 
     def _shared_identity(self) -> dict[str, Any]:

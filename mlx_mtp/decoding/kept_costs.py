@@ -76,7 +76,7 @@ class _File(ABC, Generic[_Kept]):
             return self.parse(content["seconds"])
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             logger.warning("%s: not a usable measurement of rounds, measured again: %s", self.path, error)
             return None
 
@@ -121,7 +121,9 @@ class SharedCostsFile(_File[SharedCosts]):
 
     def parse(self, seconds: Any) -> SharedCosts:
         """Return the costs from their values of JSON. Raises ValueError if they cannot be true."""
-        costs = SharedCosts(**seconds | {"rows": tuple(seconds["rows"]), "ahead": bool(seconds["ahead"])})
+        costs = SharedCosts(**seconds | {"rows": tuple(seconds["rows"])})
+        if not isinstance(costs.ahead, bool):
+            raise ValueError(f"ahead must be true or false, found {costs.ahead!r}")
         _check(costs.rows, [costs.draft, costs.overhead, costs.text])
         return costs
 

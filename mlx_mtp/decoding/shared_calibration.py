@@ -23,12 +23,15 @@ from .timing import MeasuringPlan, time_in_turn
 
 # Passes of several texts are measured for these numbers of texts, with each of these numbers of rows for a text.
 TEXTS = (2, 4, 8)
-MOST_TEXTS = TEXTS[-1]
 ROWS = (1, 2, 4)
 # Draft steps of several texts are measured for this number of texts, and for these numbers of draft tokens. Passes of
 # as many rows are measured too.
 _DRAFTING = 4
 _DRAFTED_TOGETHER = (1, 3)
+# A pass of the measurement has at most this number of texts. Rounds ahead have streams of their own, because one of
+# their rounds is always in flight.
+MOST_TEXTS = TEXTS[-1]
+STREAMS = MOST_TEXTS + _DRAFTING
 _PLAN = MeasuringPlan()
 
 
@@ -43,7 +46,6 @@ def measure_shared(
     Raises ValueError if no clock can have measured the costs.
     """
     compiled = CompiledRounds()
-    # Rounds ahead have streams of their own, because one of their rounds is always in flight.
     streams, streams_ahead = (
         [Stream(target, drafter, max_draft_tokens=MAX_DRAFT_TOKENS) for _ in range(count)]
         for count in (MOST_TEXTS, _DRAFTING)

@@ -192,7 +192,15 @@ class Service:
         return self.worker.submit(_Request(self, task).start)
 
     def submit_choices(self, task: Task, count: int) -> list[GenerationJob]:
-        """Queue several generations of a task, with different seeds. Raises BusyError if not all of them may wait."""
+        """Queue several generations of a task, with different seeds.
+
+        Raises BusyError if not all of them may wait now, and OptionError if they never may.
+        """
+        most = self.worker.most
+        if most is not None and count > most:
+            raise OptionError(
+                f"n is {count}: at most {most} answers run and wait here (--decode-concurrency and --max-queue)"
+            )
         jobs: list[GenerationJob] = []
         try:
             for index in range(count):

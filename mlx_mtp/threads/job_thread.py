@@ -253,7 +253,8 @@ class Worker:
         jobs, by default `OneByOne`. It runs at most `concurrency` jobs at the same time.
         """
         self._queue: _Queue = SimpleQueue()
-        self._most = None if max_waiting is None else max_waiting + concurrency
+        # The largest number of jobs that run or wait, or None.
+        self.most = None if max_waiting is None else max_waiting + concurrency
         self._jobs: list[Job[Any]] = []
         self._lock = threading.Lock()
         self._thread = threading.Thread(
@@ -271,7 +272,7 @@ class Worker:
         with self._lock:
             self._check_open()
             self._jobs[:] = [other for other in self._jobs if other.is_waiting or other.is_running]
-            if self._most is not None and len(self._jobs) >= self._most:
+            if self.most is not None and len(self._jobs) >= self.most:
                 raise BusyError(f"{len(self._jobs)} generations run or wait, as many as may at once")
             self._jobs.append(job)
             self._queue.put(job)

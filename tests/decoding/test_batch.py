@@ -395,7 +395,8 @@ def limit_for(model: mlx_mtp.Model, prompts: list[list[int]], **options: Any) ->
     """Return the bytes that are in use when these texts are as long as they may become."""
     texts = [generation(model, prompt, **options) for prompt in prompts]
     gc.collect()
-    return mx.get_active_memory() + sum(each.growth for each in texts) + max(each.work for each in texts)
+    work = max(each.work for each in texts) + sum(each.memory.more_work for each in texts[1:])
+    return mx.get_active_memory() + sum(each.memory.kept for each in texts) + work
 
 
 def test_a_text_waits_for_memory(tiny_pair: TinyPair, caplog: pytest.LogCaptureFixture) -> None:
@@ -430,6 +431,29 @@ def test_a_text_waits_for_memory(tiny_pair: TinyPair, caplog: pytest.LogCaptureF
         model.memory_limit = one // 2
         with pytest.raises(mlx_mtp.PromptError, match="prompt and max_tokens are 640 tokens, with which"):
             asyncio.run(answer(0))
+
+
+def test_texts_that_begin_at_the_same_time_fit_together(model: mlx_mtp.Model) -> None:
+    """Their buffers take memory when they are first written, and count before."""
+    options: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True, "reuse_prompt": False, "num_draft_tokens": 0}
+    prompts = [random_tokens(4, seed=seed) for seed in range(8)]
+    model.generate(prompts[0], **options)
+    model.prompt_cache.clear()
+    model.memory_limit = (limit_for(model, prompts[:3], **options) + limit_for(model, prompts[:4], **options)) // 2
+    running: list[int] = []
+
+    async def answer(prompt: list[int]) -> None:
+        async for _ in model.astream_generate(prompt, **options):
+            running.append(model.worker().running)
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*map(answer, prompts))
+
+    try:
+        asyncio.run(all_of_them())
+    finally:
+        model.memory_limit = None
+    assert max(running) == 3
 
 
 @pytest.mark.parametrize("variant", ["e2b", "31b"])

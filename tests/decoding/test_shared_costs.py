@@ -8,14 +8,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from support.curves import COSTS
 
 import mlx_mtp
 from mlx_mtp.decoding import calibration
 from mlx_mtp.decoding.calibration import RoundCosts
 from mlx_mtp.decoding.shared_calibration import fitted, measure_shared
-from mlx_mtp.decoding.shared_lengths import SharedCosts
+from mlx_mtp.decoding.shared_lengths import SharedCosts, estimated
 from mlx_mtp.decoding.timing import MeasuringPlan
 from mlx_mtp.gemma4.target import Target
+from mlx_mtp.memory_plan import TextMemory
 from mlx_mtp.server import cli as server
 from mlx_mtp.server import http_server
 
@@ -107,13 +109,44 @@ def test_a_damaged_file_is_not_used(
     model.calibrate_together()
     (file,) = tmp_path.glob("rounds-*.json")
     kept = json.loads(file.read_text())
-    changes: list[dict[str, Any]] = [{"rows": []}, {"rows": [0.0]}, {"text": -1}, {"draft": "much"}]
+    changes: list[dict[str, Any]] = [
+        {"rows": []},
+        {"rows": [0.0]},
+        {"text": -1},
+        {"draft": "much"},
+        {"draft": 10**400},
+        {"ahead": "no"},
+    ]
     for change in changes:
         file.write_text(json.dumps(kept | {"seconds": kept["seconds"] | change}))
         assert model.calibrate_together() == CHEAP
         assert f"{file}: not a usable measurement of rounds" in caplog.text
         assert json.loads(file.read_text()) == kept
         caplog.clear()
+
+
+def test_costs_that_cannot_be_kept_are_used(
+    tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RoundCosts, "shared", SHARED)
+    monkeypatch.setattr(calibration, "measure_shared", lambda *_: CHEAP)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path / "file"))
+    model = mlx_mtp.load(tiny_pair("e2b") / "target")
+    model.calibrate_together()
+    assert model.parts.costs.shared(COSTS) == CHEAP
+
+
+def test_a_file_that_is_nested_too_deep_is_not_used(
+    tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
+    monkeypatch.setattr(RoundCosts, "shared", SHARED)
+    monkeypatch.setattr(calibration, "measure_shared", lambda *_: CHEAP)
+    mlx_mtp.load(tiny_pair("e2b") / "target").calibrate_together()
+    (file,) = tmp_path.glob("rounds-*.json")
+    file.write_text("[" * 100_000)
+    assert mlx_mtp.load(tiny_pair("e2b") / "target").parts.costs.shared(COSTS) == estimated(COSTS)
 
 
 def test_nothing_is_measured_where_it_cannot_be(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +157,8 @@ def test_nothing_is_measured_where_it_cannot_be(tiny_pair: TinyPair, monkeypatch
     exact = mlx_mtp.load(tiny_pair("e2b") / "target", exact=True)
     assert exact.calibrate_together() is None
     small = mlx_mtp.load(tiny_pair("e2b") / "target")
-    small.memory_limit = mx.get_active_memory() + 1000
+    text = TextMemory(small.config.text, small.target.dtype.size, 64, 9)
+    small.memory_limit = mx.get_active_memory() + 12 * text.kept + 7 * text.more_work
     assert small.calibrate_together() is None
 
 

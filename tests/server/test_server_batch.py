@@ -180,11 +180,19 @@ def test_choices_of_a_completion(served: Served) -> None:
 
 
 def test_more_choices_than_may_wait() -> None:
-    """None of them runs if not all may wait."""
+    """None of them runs if not all may wait. To wait for room that never comes is no advice."""
+    endless = {"prompt": "x = ", "max_tokens": 3900, "ignore_eos": True, "stream": True}
     with serve(load_demo_pair, GenerationOptions(num_draft_tokens=2), max_waiting=1, concurrency=2) as served:
-        answer = httpx.post(f"{served.v1}/completions", json={"prompt": "x", "n": 9, "max_tokens": 4}, timeout=60)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+        url = f"{served.v1}/completions"
+        with httpx.stream("POST", url, json=endless, timeout=60) as other:
+            lines = other.iter_lines()
+            assert next(lines)
+            answer = httpx.post(url, json={"prompt": "x", "n": 3, "max_tokens": 4}, timeout=60)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
         eventually(lambda: served.service.worker.running == served.service.worker.waiting == 0)
+        answer = httpx.post(url, json={"prompt": "x", "n": 4, "max_tokens": 4}, timeout=60)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+        assert "at most 3 answers run and wait here" in answer.json()["error"]["message"]
         fields = {"prompt": "x", "n": 2, "max_tokens": 4}
         assert httpx.post(f"{served.v1}/completions", json=fields, timeout=60).status_code == 200
 
