@@ -1,5 +1,6 @@
 """The public class `Model`: a loaded target and drafter that generate text from prompts."""
 
+import logging
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -31,6 +32,8 @@ from .options import DEFAULT_KV_GROUP_SIZE, GenerationOptions, OptionChanges
 from .prompt_files import load_entry, read_ahead
 from .responses import GenerationResponse, GenerationResult, whole
 from .scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
 
 
 class Model(LoadedModel):
@@ -307,7 +310,15 @@ class Model(LoadedModel):
             text = TextMemory(self.config.text, self.target.dtype.size, MeasuringPlan.context, MAX_DRAFT_TOKENS + 1)
             limit = usable_memory() if self.memory_limit is None else self.memory_limit
             needed = STREAMS * text.kept + MOST_TEXTS * text.more_work
-            if self.exact or mx.get_active_memory() + needed > limit:
+            if self.exact:
+                return None
+            if (in_use := mx.get_active_memory() + needed) > limit:
+                logger.info(
+                    "the costs of passes of several texts are estimated: to measure them takes %.3g GB, and the limit "
+                    "is %.3g GB",
+                    in_use / 1e9,
+                    limit / 1e9,
+                )
                 return None
             return costs.read_shared(remeasure=remeasure, on_progress=on_progress)
 

@@ -1,11 +1,10 @@
-"""Draft lengths of texts that share their passes: one number of draft tokens for those that draft, none for the others.
+"""Draft lengths of texts that share their passes: one or two numbers of draft tokens, and none for the other texts.
 
 A pass of all texts costs more with each row. So a text drafts only if its tokens are worth their rows. The more texts
 there are, the fewer of them draft.
 """
 
 from collections.abc import Mapping
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 from .draft_length import MAX_DRAFT_TOKENS, Choice, Costs, Option
@@ -16,6 +15,8 @@ _GAIN = 1.03
 # that fails, up to the last value.
 _FIRST_TRIAL = 8
 _LAST_TRIAL = 256
+# The numbers of draft tokens to choose from.
+_LENGTHS = range(1, MAX_DRAFT_TOKENS + 1)
 
 
 class SharedCosts(NamedTuple):
@@ -124,25 +125,42 @@ class _Search:
         self._options = options
 
     def best(self) -> dict[int, int]:
-        """Return the draft lengths with the most tokens per second: 0, or k for some texts, beside fixed choices."""
+        """Return the draft lengths with the most tokens per second, beside fixed choices.
+
+        They are 0 or k, or a second number for some texts: more for the best of those that draft, or fewer for the
+        worst of them or for the best of the others.
+        """
         options = self._options
         base = {key: 0 if self.is_open(key) else option.choice.k for key, option in options.items()}
         self._drop_copies(base)
-        open_keys = [key for key in base if self.is_open(key) and not base[key]]
-        tokens, rows = self._tokens(base), len(base) + sum(base.values())
-        best, best_rate = (0, 0), self.rate(base)
-        by_gain: dict[int, list[int]] = {}
-        for k in range(1, MAX_DRAFT_TOKENS + 1):
-            able = [key for key in open_keys if k < len(options[key].expected)]
-            by_gain[k] = sorted(able, key=lambda key: -options[key].expected[k])
-            gains = accumulate(options[key].expected[k] - 1 for key in by_gain[k])
-            steps = max(k, self._steps(base))
-            for count, gain in enumerate(gains, start=1):
-                rate = (tokens + gain) / self._costs.round(rows + count * k, steps, len(base))
+        texts = [key for key in base if self.is_open(key) and not base[key]]
+        lengths = self._best_change(base, [(k, self._by_gain(texts, 0, k)) for k in _LENGTHS])
+        drafting = [key for key in texts if lengths[key]]
+        if not drafting:
+            return lengths
+        first, others = lengths[drafting[0]], [key for key in texts if not lengths[key]]
+        changes = [(k, self._by_gain(drafting, first, k)) for k in _LENGTHS if k != first]
+        changes += [(k, self._by_gain(others, 0, k)) for k in _LENGTHS if k < first]
+        return self._best_change(lengths, changes)
+
+    def _by_gain(self, texts: list[int], now: int, k: int) -> list[int]:
+        """Return the texts that can have k draft tokens instead of `now`, those first that gain most or lose least."""
+        expected = {key: self._options[key].expected for key in texts if k < len(self._options[key].expected)}
+        return sorted(expected, key=lambda key: expected[key][now] - expected[key][k])
+
+    def _best_change(self, lengths: dict[int, int], changes: list[tuple[int, list[int]]]) -> dict[int, int]:
+        """Return the best lengths in which the first texts of one change, some or all, have its number."""
+        tokens, rows, steps = self._tokens(lengths), len(lengths) + sum(lengths.values()), self._steps(lengths)
+        best, best_rate = lengths, self.rate(lengths)
+        for k, texts in changes:
+            gain, more = 0.0, 0
+            for count, key in enumerate(texts, start=1):
+                gain += self._options[key].expected[k] - self._options[key].expected[lengths[key]]
+                more += k - lengths[key]
+                rate = (tokens + gain) / self._costs.round(rows + more, max(k, steps), len(lengths))
                 if rate > best_rate:
-                    best, best_rate = (k, count), rate
-        k, count = best
-        return base | dict.fromkeys(by_gain.get(k, [])[:count], k)
+                    best, best_rate = lengths | dict.fromkeys(texts[:count], k), rate
+        return best
 
     def rate(self, lengths: Mapping[int, int]) -> float:
         """Return the expected tokens per second."""

@@ -149,7 +149,9 @@ def test_a_file_that_is_nested_too_deep_is_not_used(
     assert mlx_mtp.load(tiny_pair("e2b") / "target").parts.costs.shared(COSTS) == estimated(COSTS)
 
 
-def test_nothing_is_measured_where_it_cannot_be(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_measured_where_it_cannot_be(
+    tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def refuse(*_: Any) -> SharedCosts:
         raise AssertionError("measured")
 
@@ -159,7 +161,9 @@ def test_nothing_is_measured_where_it_cannot_be(tiny_pair: TinyPair, monkeypatch
     small = mlx_mtp.load(tiny_pair("e2b") / "target")
     text = TextMemory(small.config.text, small.target.dtype.size, 64, 9)
     small.memory_limit = mx.get_active_memory() + 12 * text.kept + 7 * text.more_work
-    assert small.calibrate_together() is None
+    with caplog.at_level("INFO", logger="mlx_mtp"):
+        assert small.calibrate_together() is None
+    assert "the costs of passes of several texts are estimated: to measure them takes " in caplog.text
 
 
 def test_a_server_of_several_texts_measures_them_before_it_serves(

@@ -55,7 +55,7 @@ def share_of_best(costs: SharedCosts, shares: list[float]) -> float:
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from([STOCK, FLAT]), st.lists(st.floats(0.05, 0.97), min_size=2, max_size=4))
 def test_no_case_is_far_from_the_best_combination(costs: SharedCosts, shares: list[float]) -> None:
-    assert share_of_best(costs, shares) >= 0.9
+    assert share_of_best(costs, shares) >= 0.95
 
 
 def free_choice(costs: SharedCosts, options: list[Option]) -> float:
@@ -73,14 +73,16 @@ def free_choice(costs: SharedCosts, options: list[Option]) -> float:
 
 @pytest.mark.parametrize("costs", [STOCK, FLAT])
 def test_little_is_lost_against_a_free_choice(costs: SharedCosts) -> None:
-    """On average, one number of draft tokens loses less than 2 % against a number for each text."""
+    """On average, two numbers of draft tokens lose less than 1 % against a number for each text."""
     rng = np.random.default_rng(0)
     ratios = []
     for count in (2, 4, 8):
         for _ in range(20):
             options = [option(share) for share in rng.uniform(0.2, 0.95, count)]
-            ratios.append(rate(costs, options, choose(costs, options)) / free_choice(costs, options))
-    assert mean(ratios) >= 0.98
+            lengths = choose(costs, options)
+            assert len(set(lengths) - {0}) <= 2
+            ratios.append(rate(costs, options, lengths) / free_choice(costs, options))
+    assert mean(ratios) >= 0.99
 
 
 @pytest.mark.parametrize(("costs", "texts", "drafting"), [(STOCK, 2, 2), (STOCK, 8, 0), (FLAT, 8, 8)])
@@ -93,7 +95,7 @@ def test_drafts_fade_out_where_rows_cost_much(costs: SharedCosts, texts: int, dr
 def test_the_best_texts_draft() -> None:
     lengths = choose(STOCK, [option(share) for share in (0.1, 0.95, 0.2, 0.9)])
     assert lengths[0] == lengths[2] == 0
-    assert lengths[1] == lengths[3] > 0
+    assert lengths[1] >= lengths[3] > 0
 
 
 def test_fixed_lengths_stay_and_take_part_in_the_rows() -> None:
@@ -103,7 +105,7 @@ def test_fixed_lengths_stay_and_take_part_in_the_rows() -> None:
 
 
 def test_limits_near_the_end_of_a_text() -> None:
-    assert choose(FLAT, [option(0.95), option(0.95, 1)]) in ([1, 1], [8, 0])
+    assert choose(FLAT, [option(0.95), option(0.95, 1)]) == [8, 1]
     assert choose(FLAT, [option(0.95, 0), option(0.95, 0)]) == [0, 0]
 
 
