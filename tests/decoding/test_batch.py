@@ -18,6 +18,7 @@ from support.tiny import VARIANTS, WINDOW, random_tokens
 import mlx_mtp
 from mlx_mtp import GenerationOptions, Sampling
 from mlx_mtp.batch import Batch, Step
+from mlx_mtp.decoding.calibration import RoundCosts
 from mlx_mtp.decoding.draft_length import DraftPolicy
 from mlx_mtp.decoding.report import RoundReport
 from mlx_mtp.decoding.stream import Stream
@@ -130,6 +131,38 @@ def test_a_seed_gives_the_same_text_beside_others(model: mlx_mtp.Model) -> None:
     alone = [model.generate(prompt, options) for prompt in prompts]
     assert all(result.last.stats.rounds_ahead > 3 for result in alone)
     assert [seen(result) for result in model.generate_batch(prompts, options)] == list(map(seen, alone))
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_passes_of_several_texts_go_ahead_where_this_costs_less(
+    model: mlx_mtp.Model, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    shared = RoundCosts.shared
+    monkeypatch.setattr(RoundCosts, "shared", lambda *args: shared(*args)._replace(ahead=ahead))
+    prompts = [random_tokens(12, seed=seed) for seed in range(3)]
+    options: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True, "copy_drafts": "off", "reuse_prompt": False}
+    batch = Batch([model.begin(prompt, GenerationOptions(**options), None, lambda: None) for prompt in prompts])
+    while any(each.is_reading for each in batch.generations):
+        batch.turn()
+    # A text that was read first may have a round of its own in flight, which ends in the first turn.
+    batch.turn()
+    before, *_, after = ([step.responses[-1].stats.rounds_ahead for step in batch.turn()] for _ in range(4))
+    assert [end - start for start, end in zip(before, after, strict=True)] == [3 if ahead else 0] * len(prompts)
+    batch.close()
+
+
+def test_a_text_that_must_wait_lets_all_wait(model: mlx_mtp.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = RoundCosts.shared
+    monkeypatch.setattr(RoundCosts, "shared", lambda *args: shared(*args)._replace(ahead=True))
+    free: dict[str, Any] = {"max_tokens": 30, "ignore_eos": True, "copy_drafts": "off"}
+    options = [GenerationOptions(**free), GenerationOptions(**free, logits_processors=[penalize_repeats])]
+    batch = Batch([model.begin(random_tokens(9), each, None, lambda: None) for each in options])
+    while any(each.is_reading for each in batch.generations):
+        batch.turn()
+    for _ in range(4):
+        batch.turn()
+        assert not any(each.decoding.stream.in_flight for each in batch.generations)
+    batch.close()
 
 
 class Counting(DraftPolicy):

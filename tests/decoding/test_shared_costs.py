@@ -11,7 +11,7 @@ import pytest
 from support.curves import COSTS
 
 import mlx_mtp
-from mlx_mtp.decoding import calibration
+from mlx_mtp.decoding import calibration, shared_calibration
 from mlx_mtp.decoding.calibration import RoundCosts
 from mlx_mtp.decoding.shared_calibration import fitted, measure_shared
 from mlx_mtp.decoding.shared_lengths import SharedCosts, estimated
@@ -73,6 +73,26 @@ def test_passes_are_measured_with_other_tokens_in_each_row(
     assert all(len(set(rows)) == len(rows) for rows in tokens if len(rows) in (2, 32))
     alone = measure_shared(model.target, None, plan=QUICK)
     assert (alone.draft, alone.overhead) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("placement", "seconds", "expected"),
+    [
+        ("resident", 0.9, True),
+        ("resident", 1.1, False),
+        ("mapped", 0.9, False),
+    ],
+)
+def test_passes_go_ahead_if_this_takes_less_time(
+    tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch, placement: Any, seconds: float, expected: bool
+) -> None:
+    model = mlx_mtp.load(tiny_pair("e2b") / "target", per_layer_embeddings=placement)
+
+    def timed(runs: dict[tuple[str, int, int], Any], *_: Any) -> dict[tuple[str, int, int], float]:
+        return {key: seconds if key[0] == "ahead" else 1.0 for key in runs}
+
+    monkeypatch.setattr(shared_calibration, "time_in_turn", timed)
+    assert measure_shared(model.target, model.drafter).ahead == expected
 
 
 def test_they_are_measured_once_and_then_decide(
