@@ -4,6 +4,7 @@ import base64
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -140,18 +141,20 @@ def test_text_grows_while_it_comes_and_stop_stops_it(page: Page, url: str) -> No
 
 def test_answers_of_other_clients_are_counted(page: Page, url: str) -> None:
     endless = {"prompt": "x = ", "max_tokens": 3900, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=endless, timeout=60) as other:
-        lines = other.iter_lines()
-        assert next(lines)
-        page.fill("#max-tokens", "3000")
-        page.fill("#temperature", "1.5")
+    with ExitStack() as others:
+        posts = [httpx.stream("POST", f"{url}/v1/completions", json=endless, timeout=60) for _ in range(2)]
+        # A connection closes when its iterator is dropped.
+        lines = [others.enter_context(post).iter_lines() for post in posts]
+        assert all(next(each) for each in lines)
         page.ask(PROMPT)
-        page.until(lambda: page.text("#running") == "2")
-        page.driver.find_element(By.ID, "stop").click()
-        page.until(lambda: page.text("#running") == "1")
+        # The answer of the page itself may have ended before the page asks.
+        page.until(lambda: page.text("#running") in ("2", "3"))
         assert page.text("#waiting") == "0"
-        assert int(page.text("#rows")) >= 1
+        assert int(page.text("#rows")) >= 2
         assert int(page.text("#parked")) >= 0
+    page.until(page.is_ready)
+    page.ask(PROMPT)
+    page.until(lambda: page.text("#running") == "0")
 
 
 def test_markup_is_text(page: Page) -> None:
