@@ -20,6 +20,8 @@ from typing import Any
 import mlx.core as mx
 
 import mlx_mtp
+from mlx_mtp.checkpoints.config import read_target_config
+from mlx_mtp.text.tokenizer import load_tokenizer
 
 from .processes import in_new_process
 
@@ -45,8 +47,12 @@ def run(args: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         pair = lengthened(args.model, Path(folder), 2 * max(args.contexts))
+        tokenizer = load_tokenizer(pair, read_target_config(pair).eos_token_ids)
+        text = tokenizer.encode(source(), add_special_tokens=False)
+        ends = [number * len(text) // TEXTS for number in range(1, TEXTS + 1)]
         for context in args.contexts:
-            found = in_new_process(measure, pair, context, args.max_tokens, args.num_draft_tokens)
+            prompts = [text[end - context : end] for end in ends]
+            found = in_new_process(measure, pair, prompts, args.max_tokens, args.num_draft_tokens)
             print(row(context, found), flush=True)
 
 
@@ -64,18 +70,15 @@ def lengthened(pair: Path, folder: Path, context: int) -> Path:
     return folder
 
 
-def measure(folder: Path, context: int, max_tokens: int, k: int) -> dict[str, Any]:
-    limit = context + max_tokens
+def measure(folder: Path, prompts: list[list[int]], max_tokens: int, k: int) -> dict[str, Any]:
+    limit = len(prompts[0]) + max_tokens
     model = mlx_mtp.load(folder, max_context=limit)
     options = mlx_mtp.GenerationOptions(
         max_tokens=max_tokens, num_draft_tokens=k, ignore_eos=True, prefill_step_size=512
     )
-    text = model.tokenizer.encode(source(), add_special_tokens=False)
     found: dict[str, Any] = {"plan": mlx_mtp.plan_memory(folder, max_context=limit).peak}
     rates, greedy, sampled, plain, drafted = [], [], [], [], []
-    for text_number in range(1, TEXTS + 1):
-        end = text_number * len(text) // TEXTS
-        prompt = text[end - context : end]
+    for text_number, prompt in enumerate(prompts, 1):
         mx.reset_peak_memory()
         result = model.generate(prompt, options, reuse_prompt=text_number > 1)
         if text_number == 1:

@@ -14,6 +14,7 @@ chance sum(min(p, q)), which the models give for the text. Each text is drawn 20
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 
@@ -81,16 +82,16 @@ def recorded(model: mlx_mtp.Model, start: list[int], count: int) -> list[int]:
     """Return for each token of the greedy text after `start` how many draft tokens of a round there are accepted."""
     rounds = CompiledRounds()
 
-    def decoded(tokens: list[int], more: int, k: int) -> list[RoundReport]:
+    def decoded(tokens: list[int], more: int, k: int) -> Iterator[RoundReport]:
         parts = model.parts
         stream = Stream(parts.target, parts.drafter, max_draft_tokens=MAX_DRAFT_TOKENS, rounds=rounds)
         # Prefill yields the first token, and `more` tokens follow it.
-        return list(decode_to_length(stream, tokens, 1 + more, k))
+        return decode_to_length(stream, tokens, 1 + more, k)
 
     text = [token for report in decoded(start, count, 0) for token in report.tokens]
     found = []
     for place in range(count):
-        _, first, *_ = decoded(start + text[:place], MAX_DRAFT_TOKENS + 1, MAX_DRAFT_TOKENS)
+        _, first = islice(decoded(start + text[:place], MAX_DRAFT_TOKENS + 1, MAX_DRAFT_TOKENS), 2)
         found.append(first.accepted)
     return found
 

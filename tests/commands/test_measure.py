@@ -1,12 +1,16 @@
 """The measurements of `scripts/measure.py`, run as in the documents, with small settings."""
 
+import io
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from support.paths import PUBLISHED, ROOT
@@ -18,7 +22,38 @@ MEASUREMENTS = (
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def known_costs() -> None:
+    """Leave the costs of rounds to be measured, unlike in other tests."""
+
+
+@pytest.fixture
+def tiny(tiny_pair: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A tiny pair in the layout of a published pair."""
+    shutil.copytree(tiny_pair("e2b") / "target", tmp_path / "tiny")
+    shutil.copytree(tiny_pair("e2b") / "target-assistant", tmp_path / "tiny" / "drafter")
+    return tmp_path / "tiny"
+
+
 def measure(*args: str | Path) -> str:
+    """Run the script in this process, which saves the start of a process."""
+    output = io.StringIO()
+    arguments, path = [str(SCRIPT), *map(str, args)], [str(SCRIPT.parent), *sys.path]
+    with patch.object(sys, "argv", arguments), patch.object(sys, "path", path), redirect_stdout(output):
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as ending:
+            # --help ends in this way.
+            if ending.code:
+                raise
+        finally:
+            # Hypothesis tries constants of all modules of this project. No later test must find those of the script.
+            for name in [name for name in sys.modules if name.partition(".")[0] == "measuring"]:
+                del sys.modules[name]
+    return output.getvalue()
+
+
+def measure_in_process(*args: str | Path) -> str:
     result = subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -31,7 +66,7 @@ def cells(output: str, start: str) -> list[str]:
 
 
 def test_help_names_all_measurements() -> None:
-    output = measure("--help")
+    output = measure_in_process("--help")
     assert all(re.search(rf"^ +{name} ", output, re.MULTILINE) for name in MEASUREMENTS)
 
 
@@ -61,9 +96,9 @@ def test_auto_is_near_the_best_fixed_length(tmp_path: Path) -> None:
     }
     (tmp_path / "report.json").write_text(json.dumps(report))
     output = measure(
-        "lengths", "--kinds", "code", "--contexts", "100", "-m", "30", "--reports", tmp_path / "report.json"
+        "lengths", "--kinds", "code", "--contexts", "40", "-m", "30", "--reports", tmp_path / "report.json"
     )
-    _, plain, *fixed, auto, share, _ = (float(cell) for cell in cells(output, "code  100"))
+    _, plain, *fixed, auto, share, _ = (float(cell) for cell in cells(output, "code   40"))
     assert plain == 1
     assert max(fixed) > 1.3
     assert share == pytest.approx(auto / max(1, *fixed[:4]), rel=0.02)
@@ -92,19 +127,18 @@ def test_each_more_text_in_a_pass_adds_few_kernels() -> None:
         assert two - one <= 2 * 121
 
 
-def test_the_pause_of_running_texts_is_a_chunk_and_a_round() -> None:
-    output = measure("pause", "--tokens", "300", "--running", "2", "--step-sizes", "64", "32")
+def test_the_pause_of_running_texts_is_a_chunk_and_a_round(tiny: Path) -> None:
+    output = measure("pause", "--model", tiny, "--tokens", "300", "--running", "2", "--step-sizes", "64", "32")
     for size in ("64", "32"):
         chunk, longest_round, both, pause, share = map(float, cells(output, f"{size}   "))
         assert max(chunk, longest_round) <= pause <= both + 0.002
         assert share > 0
 
 
-def test_an_artificial_drafter_is_accepted_as_told() -> None:
+def test_an_artificial_drafter_is_accepted_as_told(tiny: Path) -> None:
     """The script itself checks that the text is plain decoding's text."""
-    output = measure(
-        "formula", "--quick", "--repeats", "1", "--chances", "0.5", "1", "--num-draft-tokens", "2", "-m", "90"
-    )
+    options = ("--quick", "--repeats", "1", "--chances", "0.5", "1", "--num-draft-tokens", "2", "-m", "90")
+    output = measure("formula", "--model", tiny, *options)
     lengths = {chance: float(cells(output, f"{chance}  2")[0]) for chance in ("0.5", "1.0")}
     assert lengths["0.5"] == pytest.approx(1.75, abs=0.2)
     assert lengths["1.0"] > 2.9
@@ -152,17 +186,9 @@ def test_contexts() -> None:
     assert [line.split()[1] for line in output.splitlines()[2:]] == ["64", "128"]
 
 
-def test_the_host() -> None:
-    output = measure("host", PUBLISHED / "E2B", "--repeats", "1", "--one-kernel-each")
+def test_the_host(tiny: Path) -> None:
+    output = measure("host", tiny, "--repeats", "1", "--one-kernel-each")
     assert [line.split()[0] for line in output.splitlines()][:4] == ["mlx-mtp"] * 3 + ["mlx-lm"]
-
-
-@pytest.fixture
-def tiny(tiny_pair: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A tiny pair in the layout of a published pair."""
-    shutil.copytree(tiny_pair("e2b") / "target", tmp_path / "tiny")
-    shutil.copytree(tiny_pair("e2b") / "target-assistant", tmp_path / "tiny" / "drafter")
-    return tmp_path / "tiny"
 
 
 @pytest.mark.parametrize("bits", ["4", "16"])
@@ -184,7 +210,8 @@ def test_the_size_of_a_model(tiny: Path, bits: str) -> None:
         "on",
         "off",
     )
-    output = measure("published", tiny, *options)
+    # It sets the seed of MLX.
+    output = measure_in_process("published", tiny, *options)
     assert len(cells(output, "v(1) to v(9), ms:")) == 9
     # The last columns are the tokens per round, the host reads and the share of rounds ahead.
     for ahead in ("on", "off"):
