@@ -22,6 +22,7 @@ from .command_line import (
     prefill_bar,
     read_kv_options,
 )
+from .launched import check_alone
 from .options import DEFAULT_PREFILL_STEP, GenerationOptions
 from .shell import Parser, exit_status, read_prompt, text_argument
 
@@ -58,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
+    check_alone("a prompt file")
     file = Path(args.prompt_cache)
     check_file(file)
     check_template_options(args)

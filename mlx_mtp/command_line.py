@@ -23,7 +23,15 @@ from mlx_mtp.decoding.stream import check_logprobs
 from mlx_mtp.gemma4.kv_cache import check_group_size
 
 from .errors import OptionError, PromptError
-from .loading import DEMO_PAIR, PER_LAYER_EMBEDDINGS, how_to_name_a_drafter, load, plan_memory
+from .launched import SPLITS
+from .loading import (
+    DEMO_PAIR,
+    PER_LAYER_EMBEDDINGS,
+    follow_others,
+    how_to_name_a_drafter,
+    load,
+    plan_memory,
+)
 from .memory_plan import parse_bytes
 from .model import Model
 from .options import DEFAULT_KV_GROUP_SIZE, DEFAULT_QUANTIZED_KV_START, GenerationOptions
@@ -64,6 +72,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = 
         help="Verify with the bits of plain decoding. It costs speed, and is an error on a device that cannot do it.",
     )
     add_embedding_option(group)
+    add_split_options(group)
     group.add_argument(
         "--max-context",
         type=_context_length,
@@ -93,6 +102,27 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = 
         help="Whether rounds may copy draft tokens from the prompt and the answer so far, where this is fastest: up to "
         "31 tokens of code that is edited or text that is cited. For automatic --num-draft-tokens, with a drafter or "
         "without. Never changes greedy text, up to rounding. Default: auto.",
+    )
+
+
+def add_split_options(options: OptionGroup) -> None:
+    """Add the options of a group of machines."""
+    options.add_argument(
+        "--split",
+        choices=SPLITS,
+        help="How machines that mlx.launch has started share the target: 'tensor' (default), 'feed-forward' for any "
+        "number of machines, or 'pipeline' for slow connections. See docs/several-macs.md.",
+    )
+    options.add_argument(
+        "--pipeline", dest="split", action="store_const", const="pipeline", help="The same as --split pipeline."
+    )
+    options.add_argument(
+        "--bandwidths",
+        type=_bandwidths,
+        default=(),
+        metavar="A,B,...",
+        help="Memory bandwidths of the machines in the order of the host file, in any unit, for --split feed-forward "
+        "or pipeline: a machine's part is in proportion (default: equal parts).",
     )
 
 
@@ -215,6 +245,13 @@ def _context_length(text: str) -> int:
     return int(text)
 
 
+def _bandwidths(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas between them, found {text!r}") from None
+
+
 def _draft_tokens(text: str) -> int | str:
     try:
         return text if text == "auto" else int(text)
@@ -249,13 +286,19 @@ def load_model(
     table, a message on stderr says so. On a Mac, the wired limit is the working set size that the device recommends,
     as in mlx-lm.
     """
+    follow_others()
     _check_drafting(drafter, args, options)
     if options is not None and (options.sampling.logit_bias or options.logprobs or options.kv_bits):
         _check_for_model(name, options)
     if mx.metal.is_available():
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     # The training command has only some of these options.
-    placement = {"max_context": getattr(args, "max_context", None), "per_layer_embeddings": args.per_layer_embeddings}
+    placement = {
+        "max_context": getattr(args, "max_context", None),
+        "per_layer_embeddings": args.per_layer_embeddings,
+        "split": getattr(args, "split", None),
+        "bandwidths": getattr(args, "bandwidths", ()),
+    }
     limit = getattr(args, "memory_limit", None)
     if limit is not None:
         # Near this limit, MLX releases its cache of freed buffers.
@@ -307,6 +350,7 @@ def load_or_demo(args: argparse.Namespace, options: GenerationOptions | None = N
 
     Messages on stderr report the use of the demo pair and a drafter that is not found.
     """
+    follow_others()
     name: str | Path | None = args.model
     if name is None:
         name = DEMO_PAIR

@@ -87,6 +87,10 @@ class TrainingError(MTPError):
     """Training cannot continue. Its last good state is kept."""
 
 
+class GroupError(MTPError):
+    """The machines that share a model cannot work together, or one of them was lost."""
+
+
 class BusyError(MTPError):
     """The number of requested generations is larger than the number that may wait."""
 

@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,7 +46,8 @@ from .commands import INTERRUPTED
 from .decoding import prompt_cache
 from .errors import OptionError
 from .generation import measures_first
-from .loading import DEMO_PAIR, plan_memory
+from .launched import is_launched
+from .loading import DEMO_PAIR, follow_others, plan_memory
 from .model import Model
 from .options import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, GenerationOptions
 from .responses import GenerationResponse
@@ -169,7 +170,12 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     # Check the options first, because loading takes seconds.
+    follow_others()
     options = _options(args)
+    if args.prompt == "-" and is_launched():
+        raise OptionError(
+            '--prompt -: mlx.launch does not pass on the end of stdin: give the text, as in --prompt "$(cat FILE)"'
+        )
     text = read_prompt(args.prompt)
     started = time.perf_counter()
     model = load_or_demo(args, options)
@@ -200,11 +206,16 @@ def _run(args: argparse.Namespace) -> int:
 def _dry_run(args: argparse.Namespace) -> int:
     name = args.model or DEMO_PAIR
     options = _options(args)
-    placement = {"max_context": args.max_context, "per_layer_embeddings": args.per_layer_embeddings}
+    placement = {
+        "max_context": args.max_context,
+        "per_layer_embeddings": args.per_layer_embeddings,
+        "split": args.split,
+        "bandwidths": args.bandwidths,
+    }
     plan = plan_memory(name, args.drafter, options=options, **placement)
     write_out(str(plan))
     if args.json:
-        write_json(vars(plan) | {"kv": plan.kv, "peak": plan.peak})
+        write_json(asdict(plan) | {"kv": plan.kv, "peak": plan.peak})
     # Check the limit after the table is printed, so that the table shows which part is too large.
     plan_memory(name, args.drafter, memory_limit=args.memory_limit, options=options, **placement)
     return 0

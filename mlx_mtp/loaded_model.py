@@ -97,6 +97,7 @@ class LoadedModel:
         if not self.life.end():
             return
         self.parts.prompt_cache.clear()
+        self.parts.target.close()
         self._parts = None
         mx.clear_cache()
         logger.info("closed %s", self.config.path.parent)

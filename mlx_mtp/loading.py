@@ -1,16 +1,15 @@
-"""Load a `Model` from a folder or a hub id: find the drafter, check the pair and fill quantized modules."""
+"""Load a `Model` from a folder or a hub id: find the drafter, check the pair, and plan its memory."""
 
 import asyncio
 import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
-
-import mlx.core as mx
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mlx_mtp.checkpoints.config import (
     DrafterConfig,
@@ -22,24 +21,23 @@ from mlx_mtp.checkpoints.config import (
 )
 from mlx_mtp.checkpoints.files import fault
 from mlx_mtp.checkpoints.hub import DRAFTER_FOLDER, Downloads, is_repo, resolve_folder
-from mlx_mtp.checkpoints.layouts import drafter_names, resolve_head, target_names
-from mlx_mtp.checkpoints.weights import count_bytes, fill_module, token_ids
-from mlx_mtp.decoding.exact import check_exact, make_exact
+from mlx_mtp.checkpoints.layouts import resolve_head
 from mlx_mtp.decoding.prefill import Progress
-from mlx_mtp.gemma4.device_checks import check_products
-from mlx_mtp.gemma4.disk_table import MappedEmbedding
-from mlx_mtp.gemma4.drafter import Drafter
-from mlx_mtp.gemma4.fused_attention import choose_fused_attention
-from mlx_mtp.gemma4.kernels import use_kernels
-from mlx_mtp.gemma4.layers import fuse_projections, lay_out_weights, spread_layer_scalars
-from mlx_mtp.gemma4.target import Target
 from mlx_mtp.text.tokenizer import load_tokenizer
 from mlx_mtp.threads.job_thread import Job, Worker
 
 from .errors import ConfigError, HubError, OptionError, PairError
+from .launched import SplitKind, is_launched
 from .memory_plan import MemoryPlan, check_memory, memory_size, planner
 from .model import Model
+from .networks import count_read_bytes, load_drafter, load_target, prepare_drafter, prepare_target
 from .options import GenerationOptions
+
+if TYPE_CHECKING:
+    # A process that is alone does not import this package.
+    from mlx_mtp.group.split import Part
+
+    from .shared_loading import Sharing
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +65,8 @@ def load(
     max_context: int | None = None,
     memory_limit: int | None = None,
     per_layer_embeddings: PerLayerEmbeddings = "auto",
+    split: SplitKind | None = None,
+    bandwidths: Sequence[float] = (),
     on_download: Progress | None = None,
     on_load: Progress | None = None,
 ) -> Model:
@@ -87,6 +87,11 @@ def load(
     one more host read. "auto" maps the table if the weights would take more than half of the machine's memory.
     `Model.per_layer_embeddings` gives the choice.
 
+    If a launcher such as `mlx.launch` has started this process on several machines, they share the target, and this
+    function returns on rank 0 only. On the other ranks it never returns: they take part in the passes of rank 0, and
+    end with it. `split` is "tensor" (the default), "feed-forward" or "pipeline", and `bandwidths` are those of the
+    machines (see `group.split.Split`).
+
     `on_download` and `on_load` are called with the bytes done and the total bytes, of target and drafter together.
     `on_download` is called on the threads that download the hub's files, one call at a time. It is not called if there
     is nothing to download. With `on_download`, no progress bar is shown. `on_load` is called while the weights are
@@ -94,24 +99,32 @@ def load(
     next call continues a download from its last state.
 
     Raises MTPError kinds: HubError, ConfigError, WeightsError, TokenizerError, PairError and MemoryLimitError. Raises
-    OptionError if the context is longer than the model's, if passes cannot be made exact, or if there is no table to
-    map.
+    OptionError if the context is longer than the model's, if passes cannot be made exact, if there is no table to map,
+    or if the target cannot be split. Raises GroupError if the machines cannot work together.
     """
     started = time.perf_counter()
-    config, drafter_config = _read_configs(path_or_repo, drafter, revision, on_download)
-    context_length = _context_length(config, max_context)
-    mapped = _is_mapped(per_layer_embeddings, config, drafter_config)
-    if memory_limit is not None:
-        plan = _planner(config, drafter_config, GenerationOptions(), mapped)
-        check_memory(plan, context_length, memory_limit, str(path_or_repo))
-    tokenizer = load_tokenizer(config.path.parent, config.eos_token_ids)
-    on_read = None if on_load is None else _count_read_bytes(on_load, config, drafter_config, mapped)
-    target = load_target(config, mapped=mapped, on_read=on_read)
-    _prepare_target(target, exact)
+    with _sharing(split, bandwidths) as sharing:
+        config, drafter_config = _read_configs(path_or_repo, drafter, revision, on_download)
+        context_length = _context_length(config, max_context)
+        part = None if sharing is None else sharing.part(config, exact=exact, per_layer_embeddings=per_layer_embeddings)
+        mapped = part is None and _is_mapped(per_layer_embeddings, config, drafter_config)
+        if memory_limit is not None:
+            plan = _planner(config, drafter_config, GenerationOptions(), mapped, part)
+            check_memory(plan, context_length, memory_limit, str(path_or_repo))
+        tokenizer = load_tokenizer(config.path.parent, config.eos_token_ids)
+        on_read = None
+        if on_load is not None:
+            on_read = count_read_bytes(on_load, config, drafter_config, mapped=mapped, part=part)
+        if sharing is None or part is None:
+            target = load_target(config, mapped=mapped, on_read=on_read)
+        else:
+            target = sharing.load(config, part, str(path_or_repo), revision, max_context, memory_limit, on_read)
+            config = replace(config, text=target.config)
+        prepare_target(target, exact)
     loaded_drafter = None
     if drafter_config is not None:
         loaded_drafter = load_drafter(drafter_config, target.dtype, on_read)
-        _prepare_drafter(loaded_drafter, config)
+        prepare_drafter(loaded_drafter, config)
     elif drafter is None:
         _log_plain_decoding(path_or_repo, config)
     if mapped and per_layer_embeddings == "auto":
@@ -129,34 +142,29 @@ def load(
     )
 
 
-def _prepare_target(target: Target, exact: bool) -> None:
-    """Arrange the weights of a loaded target for fast passes and, with `exact`, for passes with the bits of plain ones.
+def _sharing(split: SplitKind | None, bandwidths: Sequence[float]) -> AbstractContextManager["Sharing | None"]:
+    """Return how the ranks of a group share the target. The result is None if this process is alone.
 
-    Raises DeviceError if the device computes products with the weights wrong, or if passes cannot be made exact.
+    It never returns on a follower. An error in the `with` statement ends the group.
+
+    Raises OptionError for a split without a group, and GroupError if the group cannot be joined.
     """
-    check_products(target, target.dtype)
-    fuse_projections(target.layers)
-    spread_layer_scalars(target.layers)
-    lay_out_weights(target)
-    choose_fused_attention(target.layers, target.dtype)
-    use_kernels(target)
-    if exact:
-        make_exact(target)
-        check_exact(target)
+    if is_launched():
+        from .shared_loading import join_sharing
+
+        return join_sharing(split, bandwidths)
+    if split is not None or bandwidths:
+        raise OptionError("a split is given, but this process is alone: start it on several machines with mlx.launch")
+    return nullcontext()
 
 
-def _prepare_drafter(drafter: Drafter, target: TargetConfig) -> None:
-    """Arrange the weights of a loaded drafter for fast steps. It never drafts what the target never generates.
+def follow_others() -> None:
+    """Take part in the passes of rank 0 until its end, if this is another rank of a group. It then never returns.
 
-    Raises DeviceError if the device computes products with the weights wrong.
+    Commands call it before anything that only rank 0 should do. Raises GroupError if the group cannot be joined.
     """
-    check_products(drafter, drafter.model.norm.weight.dtype)
-    drafter.suppress(target.suppress_tokens)
-    fuse_projections(drafter.model.layers)
-    spread_layer_scalars(drafter.model.layers)
-    lay_out_weights(drafter)
-    choose_fused_attention(drafter.model.layers, drafter.model.norm.weight.dtype)
-    use_kernels(drafter)
+    with _sharing(None, ()):
+        pass
 
 
 def _log_plain_decoding(path_or_repo: str | Path, config: TargetConfig) -> None:
@@ -207,6 +215,8 @@ def plan_memory(
     max_context: int | None = None,
     memory_limit: int | None = None,
     per_layer_embeddings: PerLayerEmbeddings = "auto",
+    split: SplitKind | None = None,
+    bandwidths: Sequence[float] = (),
     options: GenerationOptions | None = None,
     on_download: Progress | None = None,
 ) -> MemoryPlan:
@@ -215,15 +225,27 @@ def plan_memory(
     The default context is the model's own. The plan is made from the headers of the files. Only the K/V quantization
     and `prefill_step_size` matter among `options`. Files on the hub are downloaded, as by `load`.
 
+    If several machines share the target, the plan is that of rank 0, and `MemoryPlan.shared` has those of the others
+    and the measured cost of the split. As with `load`, the other ranks never return.
+
     Raises the errors of `load`.
     """
-    config, drafter_config = _read_configs(path_or_repo, drafter, revision, on_download)
-    context_length = _context_length(config, max_context)
-    mapped = _is_mapped(per_layer_embeddings, config, drafter_config)
-    plan = _planner(config, drafter_config, options or GenerationOptions(), mapped)
-    if memory_limit is not None:
-        check_memory(plan, context_length, memory_limit, str(path_or_repo))
-    return plan(context_length)
+    with _sharing(split, bandwidths) as sharing:
+        config, drafter_config = _read_configs(path_or_repo, drafter, revision, on_download)
+        context_length = _context_length(config, max_context)
+        part = None if sharing is None else sharing.part(config, per_layer_embeddings=per_layer_embeddings)
+        mapped = part is None and _is_mapped(per_layer_embeddings, config, drafter_config)
+        plan = _planner(config, drafter_config, options or GenerationOptions(), mapped, part)
+        if memory_limit is not None:
+            check_memory(plan, context_length, memory_limit, str(path_or_repo))
+        found = plan(context_length)
+        if sharing is None:
+            return found
+
+        def plan_of(part: "Part | None") -> MemoryPlan:
+            return _planner(config, None, options or GenerationOptions(), mapped, part)(context_length)
+
+        return replace(found, shared=sharing.plan(config, found, plan_of))
 
 
 def _read_configs(
@@ -263,29 +285,12 @@ def _expect_downloads(
         any(downloads.expect(name) for name in filter(None, [*assistant_names(name), official_drafter(name)]))
 
 
-def _count_read_bytes(
-    on_load: Progress, config: TargetConfig, drafter: DrafterConfig | None, mapped: bool
-) -> Callable[[int], None]:
-    """Return a callback for `fill_module` that adds up the bytes read of target and drafter."""
-    done, total = 0, count_bytes(config.path.parent, partial(target_names, config=config), _unread_part(mapped))
-    if drafter is not None:
-        total += count_bytes(drafter.path.parent, partial(drafter_names, config=drafter))
-
-    def report(size: int) -> None:
-        nonlocal done
-        done += size
-        on_load(done, total)
-
-    return report
-
-
-def _unread_part(mapped: bool) -> str | None:
-    """Return the name of the part of a target that is not read but stays in its files, or None."""
-    return "embed_tokens_per_layer" if mapped else None
-
-
 def _planner(
-    config: TargetConfig, drafter: DrafterConfig | None, options: GenerationOptions, mapped: bool
+    config: TargetConfig,
+    drafter: DrafterConfig | None,
+    options: GenerationOptions,
+    mapped: bool,
+    part: "Part | None" = None,
 ) -> Callable[[int], MemoryPlan]:
     return planner(
         config,
@@ -294,6 +299,7 @@ def _planner(
         prefill_step=options.prefill_step_size,
         kv=options.kv_quantization,
         mapped=mapped,
+        part=part,
     )
 
 
@@ -317,45 +323,6 @@ def _is_mapped(requested: PerLayerEmbeddings, config: TargetConfig, drafter: Dra
         return requested == "mapped"
     resident = _planner(config, drafter, GenerationOptions(), mapped=False)(1).resident
     return resident > memory_size() / 2
-
-
-def load_target(config: TargetConfig, *, mapped: bool = False, on_read: Callable[[int], None] | None = None) -> Target:
-    """Load the target from the folder that its config was read from.
-
-    `mapped` leaves the per-layer table in its files. `on_read` is called with the number of bytes of each read.
-
-    Raises WeightsError if the tensors do not fit the config.
-    """
-    target = Target(config.text)
-    target.suppress(config.suppress_tokens)
-    names = partial(target_names, config=config)
-    quantization = config.quantization
-    tensors = fill_module(target, config.path.parent, names, quantization, _unread_part(mapped), on_read)
-    if mapped:
-        target.embed_tokens_per_layer = MappedEmbedding(target.embed_tokens_per_layer, tensors)
-    return target
-
-
-def load_drafter(config: DrafterConfig, dtype: mx.Dtype, on_read: Callable[[int], None] | None = None) -> Drafter:
-    """Load the drafter from the folder that its config was read from. It computes in the target's `dtype`.
-
-    With mixed types, every draft step would convert the target's whole K/V.
-
-    Raises WeightsError as `load_target` does.
-    """
-    drafter = Drafter(config)
-    names = partial(drafter_names, config=config)
-    fill_module(drafter, config.path.parent, names, config.quantization, on_read=on_read)
-    # The published ids are int64, but draft tokens are compared with the target's int32 ids.
-    folder, vocab_size, head = config.path.parent, config.text.vocab_size, drafter.masked_embedding
-    if head is not None:
-        name = "masked_embedding.token_ordering"
-        head.token_ordering = token_ids(folder, name, head.token_ordering, vocab_size)
-    if drafter.draft_vocab_ids is not None:
-        drafter.draft_vocab_ids = token_ids(folder, "draft_vocab_ids", drafter.draft_vocab_ids, vocab_size)
-    drafter.set_dtype(dtype)
-    mx.eval(drafter.parameters())
-    return drafter
 
 
 def find_drafter(path_or_repo: str | Path, folder: Path, downloads: Downloads | None = None) -> Path | None:

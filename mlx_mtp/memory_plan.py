@@ -6,7 +6,8 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from fractions import Fraction
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 
@@ -23,6 +24,10 @@ from mlx_mtp.media.audio import MEL_BINS, MEL_STEP, MOST_SAMPLES
 from mlx_mtp.media.images import BUDGETS
 
 from .errors import ConfigError, MemoryLimitError, OptionError
+
+if TYPE_CHECKING:
+    # A process that is alone does not import this package.
+    from mlx_mtp.group.split import Part
 
 # The number of copies of a round's logits that exist at the same time: warped, sorted, compared.
 _LOGITS = 6
@@ -60,6 +65,43 @@ def parse_bytes(text: str) -> int:
 
 
 @dataclass(frozen=True)
+class SharedPlan:
+    """The memory and the cost of a target that several machines share.
+
+    `peaks` are the bytes that each rank needs, `read` the most bytes of weights that a rank reads in a pass, and
+    `whole` those of a single machine. A pass has `collectives` exchanges between the ranks, of `latency` seconds each.
+    """
+
+    split: str
+    peaks: tuple[int, ...]
+    read: int
+    whole: int
+    collectives: int
+    latency: float
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of a pass that its collectives take. A round has one pass."""
+        return self.collectives * self.latency
+
+    def __str__(self) -> str:
+        peaks = ", ".join(f"rank {rank} {_gigabytes(peak)}" for rank, peak in enumerate(self.peaks))
+        lines = [
+            f"split {self.split} over {len(self.peaks)} machines: {peaks}",
+            f"a pass has {self.collectives} collectives of {1000 * self.latency:.3g} ms: {1000 * self.seconds:.3g} ms",
+        ]
+        saved = self.whole - self.read
+        if self.split == "pipeline":
+            lines.append("a pipeline divides the memory, not the time: the machines compute one after the other")
+        else:
+            lines.append(
+                f"each machine reads {_gigabytes(self.read)} of weights a pass instead of {_gigabytes(self.whole)}: "
+                f"faster than one machine below {saved / self.seconds / 1e9:.3g} GB/s of memory bandwidth"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """The memory in bytes that a pair needs at its peak, for a context of `context` tokens.
 
@@ -67,7 +109,8 @@ class MemoryPlan:
     is the temporary memory of a chunk of the prompt, of a round, or of a buffer that grows. The plan leaves out the K/V
     of earlier prompts (`Model.prompt_cache`). `media` is what the first prompt with a picture or a sound adds: the
     weights of these parts, and their attention scores. `peak` does not count it. `peak` is that of one text: each more
-    text that decodes at the same time adds its `rings`, its `kv` and `more_work`.
+    text that decodes at the same time adds its `rings`, its `kv` and `more_work`. If several machines share the target,
+    the plan is that of rank 0, and `shared` has the others.
     """
 
     context: int
@@ -80,6 +123,7 @@ class MemoryPlan:
     work: int
     more_work: int
     media: int
+    shared: SharedPlan | None = None
 
     @property
     def kv(self) -> int:
@@ -118,7 +162,8 @@ class MemoryPlan:
             ("each more text at the same time", self.rings + self.kv + self.more_work),
             per_tokens,
         ]
-        return "\n".join(f"{name:<32}{_gigabytes(size):>12}" for name, size in rows)
+        table = "\n".join(f"{name:<32}{_gigabytes(size):>12}" for name, size in rows)
+        return table if self.shared is None else f"{table}\n{self.shared}"
 
 
 def planner(
@@ -129,21 +174,24 @@ def planner(
     prefill_step: int,
     kv: KVQuantization | None = None,
     mapped: bool = False,
+    part: "Part | None" = None,
 ) -> Callable[[int], MemoryPlan]:
     """Return a function that makes the plan for a context of a given number of tokens.
 
     `max_block` is the largest number of rows of a verify pass. `prefill_step` is the largest number of rows of a chunk
-    of the prompt. `kv` is the K/V quantization. `mapped` leaves the per-layer embeddings on disk.
+    of the prompt. `kv` is the K/V quantization. `mapped` leaves the per-layer embeddings on disk. `part` is the part of
+    the target that a rank of a group holds. Only rank 0 has a drafter, and reads media.
 
     Raises WeightsError if a checkpoint cannot be read, and OptionError if the groups of `kv` do not fit the heads.
     """
-    weights = _target_weights(target)
-    size, text = weights.dtype.size, target.text
+    weights = _target_weights(target, part)
+    size, text = weights.dtype.size, target.text if part is None else part.config
+    is_leader = part is None or not part.rank
     is_fused = fuses_all_prefill(text, weights.dtype)
     # Quantized K/V always have scores, and a text can begin with K/V that are not quantized.
     ways = {is_fused, is_fused and kv is None}
-    media = _media_bytes(target, size)
-    drafter_size = 0 if drafter is None else _drafter_bytes(drafter, size)
+    media = _media_bytes(target, size) if is_leader else 0
+    drafter_size = 0 if drafter is None or not is_leader else _drafter_bytes(drafter, size)
     table = weights.per_layer_embeddings
     if mapped:
         # Only the rows used last are kept in memory.
@@ -244,14 +292,15 @@ class _TargetWeights(NamedTuple):
     dtype: mx.Dtype
 
 
-def _target_weights(config: TargetConfig) -> _TargetWeights:
-    """Return the sizes of a target. Raises WeightsError if the checkpoint cannot be read."""
+def _target_weights(config: TargetConfig, part: "Part | None") -> _TargetWeights:
+    """Return the sizes of a target, or of a part of it. Raises WeightsError if the checkpoint cannot be read."""
     sizes = {"embed_tokens": 0, "embed_tokens_per_layer": 0, "": 0}
     dtype = mx.float32
     for key, tensor in read_checkpoint(config.path.parent).items():
         for name in target_names(key, config)[:1]:
             module = name.split(".")[0]
-            sizes[module if module in sizes else ""] += tensor.nbytes
+            share = Fraction(1) if part is None else part.share(name)
+            sizes[module if module in sizes else ""] += int(tensor.nbytes * share)
             if name == "norm.weight":
                 dtype = DTYPES[tensor.dtype].mlx
     return _TargetWeights(sizes[""], sizes["embed_tokens"], sizes["embed_tokens_per_layer"], dtype)

@@ -263,6 +263,8 @@ class Model(LoadedModel):
         """Return the name of these weights in prompt files. Raises OptionError if the model is exact."""
         if self.exact:
             raise OptionError("an exact model reuses no prompts: how its sums round depends on how they were read")
+        if self.target.sharing is not None:
+            raise OptionError("several machines share the model: a prompt file has the K/V of one machine")
         loaded = self.parts
         if loaded.fingerprint is None:
             loaded.fingerprint = fingerprint(loaded.target, repr(self.config.text))

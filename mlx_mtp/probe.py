@@ -33,6 +33,7 @@ from mlx_mtp.gemma4.target import Target
 
 from .command_line import add_model_options, load_or_demo
 from .errors import OptionError
+from .launched import check_alone
 from .model import Model
 from .shell import Parser, exit_status, write_json, write_out
 
@@ -68,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
+    check_alone("a comparison of passes")
     if args.max_tokens < 2 * MAX_ROWS:
         raise OptionError(f"max_tokens must be at least {2 * MAX_ROWS}, found {args.max_tokens}")
     model = load_or_demo(args)

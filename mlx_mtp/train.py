@@ -33,8 +33,10 @@ from mlx_mtp.training.trainer import OPTIMIZERS, Measure, Trainer, TrainingOptio
 
 from .command_line import add_embedding_option, load_model
 from .errors import MTPError, OptionError, OutputError
-from .loading import check_pair, find_drafter, load_drafter
+from .launched import check_alone
+from .loading import check_pair, find_drafter
 from .model import Model
+from .networks import load_drafter
 from .options import GenerationOptions
 from .shell import Parser, exit_status, write_out
 
@@ -159,6 +161,7 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    check_alone("the training of a drafter")
     options = TrainingOptions(**{field.name: getattr(args, field.name) for field in fields(TrainingOptions)})
     _check(args)
     folder = resolve_folder(args.model)

@@ -49,17 +49,19 @@ def fill_module(
     folder: Path,
     names: Callable[[str], list[str]],
     quantization: Quantization | None,
-    unread: str | None = None,
+    *,
+    is_unread: Callable[[str], bool] = lambda _: False,
+    cut: Callable[[str, mx.array], mx.array] = lambda _, tensor: tensor,
     on_read: Callable[[int], None] | None = None,
 ) -> dict[str, TensorInfo]:
     """Load a checkpoint folder into a module, and quantize the modules whose scales the checkpoint holds.
 
     The weight of a convolution may have its input channels last, as in MLX, or second, as in PyTorch.
 
-    `unread` is a part of the module whose parameters stay in the files, after the same checks. The function returns the
-    places of these parameters, by their names in that part. These parameters must never be evaluated. `on_read` is
-    called with the number of bytes of each read; their sum is that of `count_bytes`. If `on_read` raises, the exception
-    is passed on.
+    The parameters with names that are `is_unread` stay in the files, after the same checks. The function returns their
+    places. These parameters must never be evaluated. `cut` returns the part of a parameter that is kept, by its name;
+    the rest is freed after each read. `on_read` is called with the number of bytes of each read; their sum is that of
+    `count_bytes`. If `on_read` raises, the exception is passed on.
 
     Raises WeightsError if a tensor is missing, unexpected or truncated, or has the wrong shape.
     """
@@ -74,21 +76,22 @@ def fill_module(
         parameter = parameters[filled[0]]
         parameter = mx.moveaxis(parameter, -1, 1) if key in swapped else parameter
         _check_tensor(folder, key, tensors[key], parameter, len(filled))
-    stay = {key: filled[0] for key, filled in matched.items() if _stays_unread(filled, unread)}
+    stay = {key: filled[0] for key, filled in matched.items() if is_unread(filled[0])}
     read = {key: filled for key, filled in matched.items() if key not in stay}
-    module.load_weights(_lazy_weights(tensors, read, swapped), strict=False)
+    weights = [(name, cut(name, array)) for name, array in _lazy_weights(tensors, read, swapped)]
+    module.load_weights(weights, strict=False)
+    # Otherwise this list would keep the tensors that parameters were cut from.
+    del weights
     _evaluate({key: tensors[key].nbytes for key in read}, read, lazy_parameters(module), on_read)
-    return {name.removeprefix(f"{unread}."): tensors[key] for key, name in stay.items()}
+    return {name: tensors[key] for key, name in stay.items()}
 
 
-def count_bytes(folder: Path, names: Callable[[str], list[str]], unread: str | None = None) -> int:
+def count_bytes(
+    folder: Path, names: Callable[[str], list[str]], is_unread: Callable[[str], bool] = lambda _: False
+) -> int:
     """Return the number of bytes that `fill_module` reads from a checkpoint folder."""
     tensors = read_checkpoint(folder).items()
-    return sum(info.nbytes for key, info in tensors if (filled := names(key)) and not _stays_unread(filled, unread))
-
-
-def _stays_unread(filled: list[str], unread: str | None) -> bool:
-    return unread is not None and filled[0].startswith(f"{unread}.")
+    return sum(info.nbytes for key, info in tensors if (filled := names(key)) and not is_unread(filled[0]))
 
 
 def _check_tensor(folder: Path, key: str, tensor: TensorInfo, parameter: mx.array, parts: int) -> None:

@@ -271,6 +271,8 @@ class RoundCosts:
         networks = [each for each in (self._target, self._drafter) if each is not None]
         if (kernels := [describe(network) for network in networks]) != ["none"] * len(networks):
             found["kernels"] = kernels
+        if self._target.sharing is not None:
+            found["machines"] = self._target.sharing
         if self._target.mapped is not None:
             found["per_layer_embeddings"] = "mapped"
         return found | device_identity()

@@ -107,7 +107,8 @@ class CompiledRounds:
 
     def _compile(self, parts: RoundParts, layout: Cache, k: int, shape: Shape) -> Steps:
         # The graph must not hold the buffers of the stream that it was traced with.
-        draft, verify, whole = round_steps(parts, layout.without_rows(), k)
+        parts = parts._replace(target=parts.target.in_graph)
+        plain = round_steps(parts, layout.without_rows(), k)
         traces = self.traces
 
         def traced(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,4 +118,4 @@ class CompiledRounds:
 
             return mx.compile(trace)
 
-        return Steps(mx.compile(draft), traced(verify), traced(whole))
+        return Steps(mx.compile(plain.draft), traced(plain.verify), traced(plain.whole), is_compiled=True)

@@ -52,7 +52,7 @@ def dispatch_packed(
     errors, reports = build_packed(streams, choices, compiled)
     states = [stream.state for stream, error in zip(streams, errors, strict=True) if error is None]
     if reports:
-        mx.async_eval(reports, states)
+        streams[0].parts.target.async_evaluate(reports, states)
     return errors
 
 

@@ -80,7 +80,7 @@ class PromptReader:
             logits, hidden = output.logits.squeeze(0), output.hidden
         # Nothing needs the rest of the output, so MLX does not compute it.
         del output
-        mx.eval(logits, hidden, cache.arrays())
+        target.evaluate(logits, hidden, cache.arrays())
         return logits, hidden
 
     def cache_entry(self, cache: Cache, tokens: list[int], kv_format: KVFormat) -> CacheEntry | None:

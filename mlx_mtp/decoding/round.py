@@ -62,12 +62,13 @@ class Steps(NamedTuple):
 
     `draft` returns the draft for a state. `verify` takes a draft, the masks of a guide and the rows of mapped per-layer
     embeddings, and ends the round. The masks and the rows are None if there are none. `whole` does both steps, for
-    rounds in which the host has no part.
+    rounds in which the host has no part. `is_compiled` tells whether the target is called only while they are traced.
     """
 
     draft: Callable[[RoundState], Draft]
     verify: Callable[[RoundState, Draft, mx.array | None, PerLayerRows | None], tuple[RoundState, Verified]]
     whole: Callable[[RoundState], tuple[RoundState, Verified]]
+    is_compiled: bool = False
 
 
 def round_steps(parts: RoundParts, layout: Cache, k: int, text: mx.array | None = None) -> Steps:

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from mlx_mtp.errors import OptionError
 from mlx_mtp.gemma4.drafter import Draft, Drafter, DraftInputs
-from mlx_mtp.gemma4.kv_cache import Cache, KVQuantization, KVState
+from mlx_mtp.gemma4.kv_cache import KVQuantization, KVState
 from mlx_mtp.gemma4.target import Target, TargetOutput
 
 from .compiled import CompiledRounds
@@ -99,7 +99,7 @@ class Stream:
         self._in_flight: list[_InFlight] = []
         # This list holds all tokens so far, including the prompt. The last token is the bonus token.
         self.tokens: list[int] = []
-        self.cache = Cache(target.config, target.dtype, max_block=max_draft_tokens + 1, quantization=kv_quantization)
+        self.cache = target.make_cache(max_draft_tokens + 1, kv_quantization)
         draw_key, coin_key = mx.random.split(mx.random.key(sampling.seed))
         self._state = RoundState(
             bonus=mx.zeros((1, 1), mx.int32),
@@ -174,7 +174,7 @@ class Stream:
         ).tokens
         self._state = choose_row(self._state, self._state.hidden, chosen, mx.array(0))
         logprobs = token_logprobs(self.parts, logits, chosen)
-        mx.eval(self._state.bonus, self._state.window)
+        self.parts.target.evaluate(self._state.bonus, self._state.window)
         tokens = self.host.wait_for(chosen)
         self._append(tokens)
         return RoundReport(tokens, 0, 0, self.host.logprobs(logprobs, self.parts.logprobs, 1), self.host.reads)
@@ -206,7 +206,7 @@ class Stream:
         """
         reads = self.host.reads
         k, is_copied, verified = self._advance(k, copied or [])
-        mx.async_eval(verified, self.state)
+        self.parts.target.async_evaluate(verified, self.state)
         self._note_dispatch(k, verified, self.host.reads - reads, copied=is_copied)
 
     def draft(self, k: int, copied: list[int]) -> Drafted:
@@ -262,9 +262,8 @@ class Stream:
         k, verified, ahead, reads, copied = self._in_flight.pop(0)
         self.cache.in_flight -= k + 1
         before = self.host.reads
-        if not self._in_flight:
-            # The next round finds all its buffers at rest, and writes them in place.
-            mx.eval(verified, self.state)
+        # After the last round in flight, the next one finds all its buffers at rest, and writes them in place.
+        self.parts.target.evaluate(verified, [] if self._in_flight else self.state)
         emitted = [token for token in self.host.wait_for(verified.report) if token >= 0]
         tokens = up_to_stop(emitted, stop_ids)
         self.cache.length += len(tokens)
@@ -284,7 +283,7 @@ class Stream:
         neither be freed nor written in place before.
         """
         if self._in_flight:
-            mx.eval([each.verified for each in self._in_flight], self.state)
+            self.parts.target.evaluate([each.verified for each in self._in_flight], self.state)
         self._in_flight.clear()
         self.cache.in_flight = 0
         self.cache.set_length(self.cache.length)
@@ -297,7 +296,9 @@ class Stream:
         target = self.parts.target
         if not copied and self.host.guide is None and target.mapped is None:
             self._reserve(k)
-            self.state, verified = self._steps(k).whole(self.state)
+            steps = self._steps(k)
+            self.state, verified = steps.whole(self.state)
+            self._announce(steps, k)
             return k, False, verified
         draft, masks, copied, _ = self.draft(k, copied)
         if copied:
@@ -305,8 +306,15 @@ class Stream:
         else:
             per_layer_rows = self.host.per_layer_rows(target, self.tokens[-1], draft)
         k = draft.tokens.shape[1]
-        self.state, verified = self._steps(k).verify(self.state, draft, masks, per_layer_rows)
+        steps = self._steps(k)
+        self.state, verified = steps.verify(self.state, draft, masks, per_layer_rows)
+        self._announce(steps, k)
         return k, bool(copied), verified
+
+    def _announce(self, steps: Steps, k: int) -> None:
+        """Announce the pass of a round, unless the target did it itself. The evaluation must follow at once."""
+        if steps.is_compiled:
+            self.parts.target.announce(self.cache, k + 1)
 
     def _note_dispatch(self, k: int, verified: Verified, reads: int, *, copied: bool) -> None:
         self._in_flight.append(_InFlight(k, verified, bool(self._in_flight), reads, copied))

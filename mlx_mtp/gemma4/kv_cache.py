@@ -75,6 +75,10 @@ class View(NamedTuple):
     values: KVRows
     mask: mx.array
 
+    def of_heads(self, heads: slice) -> "View":
+        """Return the view of some of the K/V heads."""
+        return self._replace(keys=_of_heads(self.keys, heads), values=_of_heads(self.values, heads))
+
 
 # The view of a pass, or the views of the streams of a packed pass.
 Views = View | list[View]
@@ -465,6 +469,10 @@ def parts_of(rows: KVRows) -> tuple[mx.array, ...]:
 
 def _first(rows: KVRows, count: int) -> KVRows:
     return rows[:, :, :count] if isinstance(rows, mx.array) else rows.each(lambda part: part[:, :, :count])
+
+
+def _of_heads(rows: KVRows, heads: slice) -> KVRows:
+    return rows[:, heads] if isinstance(rows, mx.array) else rows.each(lambda part: part[:, heads])
 
 
 def _extend(rows: KVRows, more: int) -> KVRows:

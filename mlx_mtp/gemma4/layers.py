@@ -4,7 +4,7 @@ Target and drafter use the same class of layer. A drafter's layers have queries 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
 from itertools import accumulate
@@ -109,6 +109,18 @@ class Projected(NamedTuple):
 NormAndRotate = Callable[["Attention", mx.array, mx.array], Projected]
 
 
+class AddUp(Protocol):
+    """A function that adds up outputs of which several machines have parts (see `keep`)."""
+
+    def __call__(self, *parts: mx.array) -> Sequence[mx.array]:
+        """Return the sums over all machines of each part, all [1, length, size]."""
+
+
+def keep(*parts: mx.array) -> Sequence[mx.array]:
+    """Return the parts: a machine that is alone has the whole outputs."""
+    return parts
+
+
 class Attention(nn.Module):
     """Grouped-query attention with normed queries and keys, and without a scale.
 
@@ -132,6 +144,10 @@ class Attention(nn.Module):
         self.fused_prefill = False
         # A kernel may replace this function (see kernels.py).
         self.norm_and_rotate: NormAndRotate = norm_and_rotate
+        # A group of machines replaces this function, and sets the K/V heads of a view that the queries see (see the
+        # package `group`). None stands for all heads.
+        self.add_up: AddUp = keep
+        self.seen_heads: slice | None = None
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(layer.head_dim, eps=config.rms_norm_eps)
@@ -177,11 +193,14 @@ class Attention(nn.Module):
 
     def __call__(self, attended: mx.array) -> mx.array:
         """Return the attention output [1, length, hidden_size], from the result of `attend`."""
-        return self.o_proj(attended)
+        (output,) = self.add_up(self.o_proj(attended))
+        return output
 
     def _attend(self, queries: mx.array, view: View) -> mx.array:
         """Return the attention output of queries [1, heads, rows, head_dim], in their shape."""
         rows = queries.shape[2]
+        if self.seen_heads is not None:
+            view = view.of_heads(self.seen_heads)
         is_chunk = rows > LONGEST_PASS
         is_fused = isinstance(view.keys, mx.array) and (self.fused_prefill if is_chunk else bool(self.fused_rows))
         at_once = min(rows, self.fused_rows) if is_fused and not is_chunk else rows
@@ -340,6 +359,8 @@ class DecoderLayer(nn.Module):
         self.layer_scalar = mx.ones((1,))
         # A kernel may replace this function (see kernels.py).
         self.add_norm: AddNorm = add_norm
+        # A group of machines replaces this function (see the package `group`).
+        self.add_up: AddUp = keep
         self.has_experts = config.num_experts > 0
         if self.has_experts:
             self.router = Router(config)
@@ -381,8 +402,10 @@ class DecoderLayer(nn.Module):
     def _feed_forward(self, h: mx.array, normed: mx.array) -> mx.array:
         dense: mx.array = self.mlp(normed)
         if not self.has_experts:
+            (dense,) = self.add_up(dense)
             return dense
         sparse: mx.array = self.experts(self.pre_feedforward_layernorm_2(h), *self.router(h))
+        dense, sparse = self.add_up(dense, sparse)
         return self.add_norm(sparse, self.post_feedforward_layernorm_2, self.post_feedforward_layernorm_1(dense)).h
 
 

@@ -4,8 +4,8 @@ It covers E2B, E4B, 12B, 26B-A4B and 31B, and does not depend on drafting. Param
 below `language_model.model.`.
 """
 
-from collections.abc import Collection, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx_mtp.checkpoints.config import TextConfig
 
 from .disk_table import MappedEmbedding, PerLayerRows
-from .kv_cache import Cache, PackedPass, Pass, View
+from .kv_cache import Cache, KVQuantization, PackedPass, Pass, View
 from .layers import Between, DecoderLayer, Projected, between_attentions
 
 # The token at rows that stand for media. Its row of the per-layer table counts, as in transformers.
@@ -122,6 +122,37 @@ class Target(nn.Module):
         full = (i for i, layer in enumerate(self.config.layers) if layer.layer_type == "full_attention")
         return all(self.layers[i].self_attn.fused_prefill for i in full)
 
+    @property
+    def in_graph(self) -> "Target":
+        """The target for functions that are compiled, which call it while they are traced only."""
+        return self
+
+    @property
+    def sharing(self) -> dict[str, Any] | None:
+        """The ranks that share the target, as the costs of its passes depend on them. None for a single process."""
+        return None
+
+    def make_cache(self, max_block: int, quantization: KVQuantization | None = None) -> Cache:
+        """Return the cache of a new text. See `Cache` for the parameters and errors."""
+        return Cache(self.config, self.dtype, max_block=max_block, quantization=quantization)
+
+    def announce(self, cache: Cache, rows: int) -> None:
+        """Tell other machines about a pass of `rows` rows in a compiled function. A single process has no others."""
+
+    def when_lost(self, call: Callable[[str], None]) -> None:
+        """Call a function with a reason if another machine is lost. A single process has no others."""
+
+    def close(self) -> None:
+        """Let other machines free their parts of the target. A single process has no others."""
+
+    def evaluate(self, *arrays: Any) -> None:
+        """Evaluate trees of arrays that depend on passes, and wait for them."""
+        mx.eval(*arrays)
+
+    def async_evaluate(self, *arrays: Any) -> None:
+        """Evaluate trees of arrays that depend on passes, without waiting for them."""
+        mx.async_eval(*arrays)
+
     def read_per_layer_rows(self, tokens: list[int]) -> PerLayerRows | None:
         """Read the rows of the mapped per-layer table that a pass over these tokens needs.
 
@@ -149,10 +180,14 @@ class Target(nn.Module):
         """
         length = tokens.shape[1]
         last_rows = length if hidden_rows is None else hidden_rows
-        h = self.embed(tokens) if media is None else media.put(self.embed(tokens))
+        h = self.inputs(tokens, media)
         per_layer = self._per_layer_inputs(tokens, h, per_layer_rows)
         step = cache.start(length, None if media is None else media.last_seen)
-        return self._run(h, per_layer, step, logit_rows, last_rows)
+        return self.run_layers(h, per_layer, step, logit_rows, last_rows)
+
+    def inputs(self, tokens: mx.array, media: MediaRows | None) -> mx.array:
+        """Return the embeddings of tokens [1, length] with the rows of media in their places, [1, length, size]."""
+        return self.embed(tokens) if media is None else media.put(self.embed(tokens))
 
     def packed(
         self, tokens: mx.array, caches: Sequence[Cache], lengths: Sequence[int], between: Between | None = None
@@ -167,10 +202,10 @@ class Target(nn.Module):
         per_layer = self._per_layer_inputs(tokens, h, None)
         step = PackedPass([cache.start(length) for cache, length in zip(caches, lengths, strict=True)])
         rows = tokens.shape[1]
-        hidden, logits = (step.split(each, 1) for each in self._run(h, per_layer, step, rows, rows, between))
+        hidden, logits = (step.split(each, 1) for each in self.run_layers(h, per_layer, step, rows, rows, between))
         return list(map(TargetOutput, hidden, logits))
 
-    def _run(
+    def run_layers(
         self,
         h: mx.array,
         per_layer: mx.array | None,

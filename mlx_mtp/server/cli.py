@@ -28,7 +28,7 @@ from mlx_mtp.command_line import (
     read_sampling,
 )
 from mlx_mtp.errors import OptionError, ServerError
-from mlx_mtp.loading import DEMO_PAIR
+from mlx_mtp.loading import DEMO_PAIR, follow_others
 from mlx_mtp.memory_plan import parse_bytes
 from mlx_mtp.model import Model
 from mlx_mtp.options import DEFAULT_PREFILL_STEP, GenerationOptions
@@ -181,6 +181,7 @@ def _run(args: argparse.Namespace) -> int:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ServerError(f"the server needs {error.name}: pip install 'mlx-mtp[server]'") from None
+    follow_others()
     options = _options(args)
     _check(args)
     logging.basicConfig(
@@ -294,4 +295,4 @@ def _serve(
     hosts = (*local_hosts(args.host), *args.allowed_hosts) if _is_local(args.host) else args.allowed_hosts or ("*",)
     settings = Settings(args.api_key, hosts, args.allowed_origins, args.max_body_size)
     app = create_app(service, settings)
-    asyncio.run(serve_until_stopped(app, service.worker, listener, args.shutdown_timeout, args.log_level))
+    asyncio.run(serve_until_stopped(app, model, service.worker, listener, args.shutdown_timeout, args.log_level))

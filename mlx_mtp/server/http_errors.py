@@ -37,7 +37,7 @@ DESCRIPTIONS: dict[int | str, str] = {
     413: "The body is too large.",
     429: "Too many requests wait. Retry-After tells when to send the request again.",
     500: "The generation failed.",
-    503: "The server is shutting down.",
+    503: "The server is shutting down, or has lost a machine that shares its model.",
 }
 # The errors of OpenAI's endpoints, for the OpenAPI description.
 ERRORS: dict[int | str, dict[str, Any]] = {

@@ -11,7 +11,8 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from mlx_mtp.errors import ClosedError, OutputError
+from mlx_mtp.errors import ClosedError, GroupError, OutputError
+from mlx_mtp.model import Model
 from mlx_mtp.shell import write_out
 from mlx_mtp.threads.job_thread import Worker
 
@@ -20,13 +21,14 @@ _LAST_WORDS = 3
 
 
 async def serve_until_stopped(
-    app: FastAPI, worker: Worker, listener: socket.socket, patience: float, log_level: str
+    app: FastAPI, model: Model, worker: Worker, listener: socket.socket, patience: float, log_level: str
 ) -> None:
     """Serve the application until SIGINT or SIGTERM arrives.
 
     The generations may then go on for `patience` seconds. A second signal ends them at once.
 
-    Raises OutputError or OSError if the address cannot be printed.
+    Raises OutputError or OSError if the address cannot be printed, and GroupError if a machine that shares the model
+    was lost.
     """
     config = uvicorn.Config(
         app,
@@ -38,6 +40,7 @@ async def serve_until_stopped(
     )
     logging.getLogger("uvicorn.access").addFilter(_is_no_health_check)
     server = _Server(config, worker, listener, patience)
+    model.target.when_lost(server.lose)
     await server.serve([listener])
     if server.failure is not None:
         raise server.failure
@@ -67,6 +70,13 @@ class _Server(uvicorn.Server):
             # Raise the error only after the shutdown, because uvicorn would log the tasks that it cancels.
             self.failure = error
             self.should_exit = True
+
+    def lose(self, reason: str) -> None:
+        """End all generations with an error, and stop, because a machine was lost. Any thread may call it."""
+        self.failure = GroupError(reason)
+        self._worker.cancel(self.failure)
+        # Uvicorn answers the requests at hand first.
+        self.should_exit = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

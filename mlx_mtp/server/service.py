@@ -18,6 +18,7 @@ from mlx_mtp.errors import (
     ClosedError,
     ConfigError,
     ContextLengthError,
+    GroupError,
     MTPError,
     OptionError,
     PromptError,
@@ -74,6 +75,8 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(400, str(error), code="invalid_value", param=name if name in _FIELDS else None)
     if isinstance(error, BusyError):
         return ApiError(429, str(error), code="queue_full")
+    if isinstance(error, GroupError):
+        return ApiError(503, str(error), code="machine_lost")
     if isinstance(error, ClosedError):
         return ApiError(503, "the server is shutting down", code="shutting_down")
     logger.error("a generation failed", exc_info=error)

@@ -25,7 +25,7 @@ from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4.disk_table import EmbeddingStats
 from mlx_mtp.gemma4.layers import fuse_projections
-from mlx_mtp.loading import load_drafter, load_target
+from mlx_mtp.networks import load_drafter, load_target
 
 from .processes import in_new_process
 from .random_weights import Weights

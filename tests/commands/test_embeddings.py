@@ -33,7 +33,7 @@ from mlx_mtp.decoding.stream import Stream
 from mlx_mtp.gemma4.disk_table import EmbeddingStats, MappedEmbedding
 from mlx_mtp.gemma4.drafter import Draft, Drafter
 from mlx_mtp.gemma4.kv_cache import Cache
-from mlx_mtp.loading import load_target
+from mlx_mtp.networks import load_target
 from mlx_mtp.training.losses import compute_target_states
 
 TinyPair = Callable[[str], Path]

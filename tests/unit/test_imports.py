@@ -20,6 +20,8 @@ LAYERS = (
     ("bench", "generate", "chat", "train", "cache_prompt"),
     ("command_line", "training"),
     ("loading",),
+    ("shared_loading",),
+    ("networks",),
     ("model",),
     ("scheduler",),
     ("batch",),
@@ -30,8 +32,10 @@ LAYERS = (
     ("grammars",),
     ("text", "memory_plan"),
     ("decoding",),
+    ("group",),
     ("gemma4", "media"),
     ("checkpoints", "threads", "shell"),
+    ("launched",),
     ("errors", "commands"),
 )
 
@@ -100,6 +104,18 @@ def test_importing_is_light() -> None:
     code = f"import sys, mlx_mtp, {modules}; print(*[name for name, module in sys.modules.items() if module])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"transformers", "torch", "mlx_lm", "fastapi"} & set(result.stdout.split())
+
+
+def test_a_process_that_is_alone_builds_nothing_of_a_group() -> None:
+    code = (
+        "import sys, mlx_mtp; model = mlx_mtp.load(mlx_mtp.DEMO_PAIR); model.generate('x', max_tokens=2); "
+        "print(*[name for name in sys.modules if name.startswith('mlx_mtp')], type(model.target))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "mlx_mtp.loading" in result.stdout
+    assert "mlx_mtp.group" not in result.stdout
+    assert "mlx_mtp.shared_loading" not in result.stdout
+    assert "mlx_mtp.gemma4.target.Target" in result.stdout
 
 
 def test_public_names() -> None:

@@ -1,0 +1,193 @@
+"""Load a target on the ranks of a group: each rank loads its part."""
+
+import hashlib
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+
+import mlx.core as mx
+
+from mlx_mtp.checkpoints.config import TargetConfig, read_target_config
+from mlx_mtp.checkpoints.hub import resolve_folder
+from mlx_mtp.checkpoints.layouts import resolve_head
+from mlx_mtp.checkpoints.tensors import read_checkpoint
+from mlx_mtp.group.follower import follow
+from mlx_mtp.group.leader import Leader
+from mlx_mtp.group.membership import Group, join
+from mlx_mtp.group.shared_target import PipelineTarget, SharedTarget
+from mlx_mtp.group.split import Part, Split
+
+from .errors import GroupError, MTPError, OptionError
+from .launched import SplitKind
+from .memory_plan import MemoryPlan, SharedPlan, check_memory, planner
+from .networks import load_shared_target, prepare_target
+from .options import GenerationOptions
+
+# Makes the plan of a part, or of the whole target for None.
+PlanOf = Callable[[Part | None], MemoryPlan]
+
+# The number of bytes of each tensor that must be the same on all ranks. Tensors of another checkpoint differ at once.
+_COMPARED = 64
+# The numbers of collectives whose time is measured, and of those before them that do not count.
+_WARM_UP, _MEASURED = 10, 100
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """The leader's view of how the ranks of a group share a target."""
+
+    group: Group
+    split: Split
+
+    def part(
+        self, config: TargetConfig, *, exact: bool = False, per_layer_embeddings: str = "resident", rank: int = 0
+    ) -> Part:
+        """Return the part of a rank.
+
+        Raises OptionError if the target cannot be split, or if an option cannot be used by a group.
+        """
+        if exact:
+            raise OptionError("exact is set, but several machines share the model: their sums are rounded differently")
+        if per_layer_embeddings == "mapped":
+            raise OptionError(
+                "per_layer_embeddings is 'mapped', but several machines share the model: expected resident"
+            )
+        return Part(config, self.split, rank)
+
+    def _latency(self, width: int) -> float:
+        """Measure the seconds of a collective of `width` values."""
+        self.group.tell({"kind": "measure", "width": width, "times": _WARM_UP + _MEASURED})
+        times = []
+        for _ in range(_WARM_UP + _MEASURED):
+            began = time.perf_counter()
+            with self.group.waiting():
+                mx.eval(self.group.all_sum(mx.zeros(width)))
+            times.append(time.perf_counter() - began)
+        return median(times[_WARM_UP:])
+
+    def plan(self, config: TargetConfig, own: MemoryPlan, plan_of: PlanOf) -> SharedPlan:
+        """Return the plan of all ranks, with a measured latency. `own` is the plan of rank 0.
+
+        `plan_of` returns the plan of a part, without a drafter. Its argument None stands for the whole target.
+        """
+        others = [plan_of(self.part(config, rank=rank)) for rank in range(1, self.split.size)]
+        whole, part = plan_of(None), self.part(config)
+        head = 0 if config.text.own_head else whole.token_embeddings
+        return SharedPlan(
+            split=self.split.kind,
+            peaks=tuple(each.peak for each in (own, *others)),
+            read=max(each.weights for each in (own, *others)) + head // self.split.size,
+            whole=whole.weights + head,
+            collectives=part.collectives,
+            latency=self._latency(config.text.hidden_size),
+        )
+
+    def load(
+        self,
+        config: TargetConfig,
+        part: Part,
+        path: str,
+        revision: str | None,
+        max_context: int | None,
+        memory_limit: int | None,
+        on_read: Callable[[int], None] | None,
+    ) -> SharedTarget:
+        """Load the part of each rank, and return that of rank 0. `path` must name the same checkpoint on all machines.
+
+        Raises GroupError if a rank cannot load its part, or if it has another checkpoint.
+        """
+        self.group.take()
+        self.group.tell(
+            {
+                "kind": "load",
+                "path": path,
+                "revision": revision,
+                "split": [self.split.kind, self.split.size, self.split.bandwidths],
+                "checkpoint": _identity(config),
+                "max_context": max_context,
+                "memory_limit": memory_limit,
+            }
+        )
+
+        def report(size: int) -> None:
+            # A follower may have failed in the meantime.
+            self.group.check()
+            if on_read is not None:
+                on_read(size)
+
+        target = _make(config, part, self.group)
+        load_shared_target(target, config, report)
+        self.group.hear()
+        target.lead(Leader(self.group))
+        return target
+
+
+@contextmanager
+def join_sharing(split: SplitKind | None, bandwidths: Sequence[float]) -> Generator[Sharing | None]:
+    """Join the group of this process. An error in the `with` statement ends the group.
+
+    It never returns on a follower, which does what the leader announces until its end.
+
+    Raises GroupError if the group cannot be joined, and OptionError if the split does not fit it.
+    """
+    group = join()
+    if group is None:
+        if split is not None or bandwidths:
+            raise OptionError("a split is given, but the launcher has started one process: expected several")
+        yield None
+        return
+    if group.rank:
+        follow(group, _load_part)
+    try:
+        yield Sharing(group, Split(split or "tensor", group.size, tuple(bandwidths)))
+    except MTPError as error:
+        group.lose(f"rank 0: {error}")
+        raise
+
+
+def _load_part(
+    group: Group,
+    path: str,
+    revision: str | None,
+    split: tuple[SplitKind, int, Sequence[float]],
+    checkpoint: str,
+    max_context: int | None,
+    memory_limit: int | None,
+) -> SharedTarget:
+    """Load the part of a follower, as the leader asks for it.
+
+    Raises GroupError if this rank has another checkpoint.
+    """
+    config = resolve_head(read_target_config(resolve_folder(path, revision)))
+    if _identity(config) != checkpoint:
+        raise GroupError(f"{config.path.parent} holds another checkpoint than on rank 0: copy the folder of rank 0")
+    kind, size, bandwidths = split
+    part = Part(config, Split(kind, size, tuple(bandwidths)), group.rank)
+    if memory_limit is not None:
+        options = GenerationOptions()
+        plan = planner(
+            config, None, max_block=options.longest_draft + 1, prefill_step=options.prefill_step_size, part=part
+        )
+        check_memory(plan, max_context or config.text.max_position_embeddings, memory_limit, path)
+    target = _make(config, part, group)
+    # The leader may have failed in the meantime.
+    load_shared_target(target, config, lambda _: group.check())
+    prepare_target(target, exact=False)
+    return target
+
+
+def _make(config: TargetConfig, part: Part, group: Group) -> SharedTarget:
+    kind = PipelineTarget if part.split.kind == "pipeline" else SharedTarget
+    return kind(config.text, part, group)
+
+
+def _identity(config: TargetConfig) -> str:
+    """Return a digest of a checkpoint: its config, and the header and the first bytes of each tensor."""
+    digest = hashlib.sha256(repr((config.text, config.quantization, config.eos_token_ids)).encode())
+    for name, tensor in sorted(read_checkpoint(config.path.parent).items()):
+        with tensor.file.open("rb") as stream:
+            stream.seek(tensor.start)
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + stream.read(min(_COMPARED, tensor.nbytes)))
+    return digest.hexdigest()
