@@ -49,14 +49,17 @@ def _operating_system() -> str:
 
 
 def models(model: Model) -> dict[str, Any]:
-    """Return the names of the target and the drafter, and the quantization of their weights. None: no drafter."""
+    """Return the names of the target and the drafter, and the quantization of their weights. None: no drafter.
+
+    `machines` describes how several machines share the target, if they do.
+    """
     target, drafter = model.config, model.drafter_config
     return {
         "target": _name(target.path.parent),
         "target_quantization": _quantization(target.quantization),
         "drafter": None if drafter is None else _name(drafter.path.parent),
         "drafter_quantization": None if drafter is None else _quantization(drafter.quantization),
-    }
+    } | ({} if model.target.sharing is None else {"machines": model.target.sharing})
 
 
 def _name(folder: Path) -> str:
