@@ -160,12 +160,16 @@ def _load_part(
 
     Raises GroupError if this rank has another checkpoint.
     """
+    if mx.metal.is_available():
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     config = resolve_head(read_target_config(resolve_folder(path, revision)))
     if _identity(config) != checkpoint:
         raise GroupError(f"{config.path.parent} holds another checkpoint than on rank 0: copy the folder of rank 0")
     kind, size, bandwidths = split
     part = Part(config, Split(kind, size, tuple(bandwidths)), group.rank)
     if memory_limit is not None:
+        # As on the leader, MLX releases its cache of freed buffers near this limit.
+        mx.set_memory_limit(memory_limit)
         options = GenerationOptions()
         plan = planner(
             config, None, max_block=options.longest_draft + 1, prefill_step=options.prefill_step_size, part=part

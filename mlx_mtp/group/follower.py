@@ -17,6 +17,9 @@ from mlx_mtp.gemma4.target import MediaRows, TargetOutput
 from .membership import Group, fail, leave
 from .shared_target import SharedTarget
 
+# The largest number of shapes whose compiled passes are kept.
+_MOST_SHAPES = 64
+
 # Loads the part of this rank, from the group and the fields of a message.
 Load = Callable[..., SharedTarget]
 
@@ -135,25 +138,34 @@ class Follower:
 
 
 class _Passes:
-    """The compiled passes of a follower, by shape. As on the leader, the first pass of a shape is not compiled."""
+    """The compiled passes of a follower. As on the leader, the first pass of a shape is not compiled."""
 
     def __init__(self) -> None:
-        self._found: dict[Any, Callable[..., Any]] = {}
+        # In order of use. The shape that was not used for the longest time is first, and is dropped.
+        self._by_shape: dict[Any, Callable[..., Any]] = {}
+        self._between: dict[int, Callable[..., Any]] = {}
         self._seen: set[Any] = set()
         self._always = mx.default_device() != mx.Device(mx.cpu)
 
     def run(self, target: SharedTarget, cache: Cache, rows: int) -> None:
         """Take part in the verify pass of one text."""
+        # The graph must not hold the buffers of the text that it was traced with.
+        layout = cache.without_rows()
 
         def take_part(kv: KVState) -> tuple[KVState, TargetOutput]:
             own = layout.over(kv)
             output = target(mx.zeros((1, rows), mx.int32), own, rows)
             return own.kv, output
 
-        # The graph must not hold the buffers of the text that it was traced with.
-        layout = cache.without_rows()
-        key = rows, cache.visible, cache.capacity, cache.max_block, cache.quantized_as
-        cache.kv, output = self._compiled(key, take_part)(cache.kv)
+        shape = rows, cache.visible, cache.capacity, cache.max_block, cache.quantized_as
+        run = self._by_shape.pop(shape, None)
+        if run is None and not self._is_new(shape):
+            run = mx.compile(take_part)
+        if run is not None:
+            self._by_shape[shape] = run
+        if len(self._by_shape) > _MOST_SHAPES:
+            self._by_shape.pop(next(iter(self._by_shape)))
+        cache.kv, output = (run or take_part)(cache.kv)
         mx.async_eval(output, cache.arrays())
 
     def between(self, target: SharedTarget, rows: int) -> Between | None:
@@ -164,22 +176,15 @@ class _Passes:
         def between(
             index: int, h: mx.array, attended: mx.array, per_layer: mx.array | None, offset: mx.array
         ) -> tuple[mx.array, Projected | None]:
-            key = "between", index
-            self._seen.add(key)
+            if index not in self._between:
+                self._between[index] = mx.compile(partial(target.between_attentions, index))
             following: tuple[mx.array, Projected | None]
-            following = self._compiled(key, partial(target.between_attentions, index))(h, attended, per_layer, offset)
+            following = self._between[index](h, attended, per_layer, offset)
             return following
 
         return between
 
-    def _compiled(self, key: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-        if key not in self._found:
-            if self._is_new(key):
-                return function
-            self._found[key] = mx.compile(function)
-        return self._found[key]
-
-    def _is_new(self, key: Any) -> bool:
-        is_new = key not in self._seen and not self._always
-        self._seen.add(key)
+    def _is_new(self, shape: Any) -> bool:
+        is_new = shape not in self._seen and not self._always
+        self._seen.add(shape)
         return is_new

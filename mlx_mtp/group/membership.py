@@ -2,10 +2,13 @@
 
 import atexit
 import contextlib
+import faulthandler
 import json
 import os
 import secrets
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -23,6 +26,8 @@ from .peer import Message, Peer
 BACKENDS = ("ring", "jaccl", "mpi", "nccl")
 # The followers must connect to the leader within this time, in seconds.
 _CONNECT = 30.0
+# The ranks must join the group within this time, in seconds.
+JOIN_LIMIT = 60.0
 # A pass must end within this time, in seconds.
 PASS_LIMIT = 300.0
 # A leader that waits for a pass when a rank is lost has as many seconds to raise the error. Then it ends.
@@ -211,12 +216,30 @@ def _init(backend: str) -> mx.distributed.Group:
             f"the launcher chose the backend {backend}, but MLX has only {', '.join(there) or 'none'} here"
         )
     try:
-        group = mx.distributed.init(strict=True, backend=backend)
+        with _bounded(JOIN_LIMIT, f"the other ranks did not join within {JOIN_LIMIT:g} s: do they run?"):
+            group = mx.distributed.init(strict=True, backend=backend)
     except (RuntimeError, ValueError) as error:
         raise GroupError(f"the ranks cannot find each other with the backend {backend}: {error}") from None
     if group.size() == 1:
         raise GroupError(f"the backend {backend} has made a group of one rank: start with mlx.launch")
     return group
+
+
+@contextlib.contextmanager
+def _bounded(seconds: float, reason: str) -> Iterator[None]:
+    """End the process with status 1 and a reason if the statement takes longer, although it holds Python's lock.
+
+    MLX waits for the other ranks for ever, and no other thread of Python runs meanwhile.
+    """
+    speak = ["sh", "-c", 'sleep "$1" && echo "error: $2" >&2', "sh", str(seconds), reason]
+    with Path(os.devnull).open("w") as nothing, subprocess.Popen(speak, start_new_session=True) as speaker:
+        # This is a thread that needs no lock.
+        faulthandler.dump_traceback_later(seconds + 1, exit=True, file=nothing)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            os.killpg(speaker.pid, signal.SIGKILL)
 
 
 def _connect(group: Group) -> list[Peer]:

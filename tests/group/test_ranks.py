@@ -48,13 +48,16 @@ def test_two_ranks_write_the_texts_of_one_process(
     assert leader.returncode == 0, leader.stderr
     assert (follower.returncode, follower.stdout) == (0, ""), follower.stderr
     found = [json.loads(line) for line in leader.stdout.splitlines()]
-    assert [argument for argument, _, _ in found] == arguments
-    for argument, texts, _ in found:
+    assert [argument for argument, *_ in found] == arguments
+    for argument, texts, _, machines in found:
+        split = argument.partition(":")[2] or "tensor"
+        assert machines == {"ranks": 2, "split": split, "bandwidths": [], "backend": "ring"}
         of_one = expected[argument.partition(":")[0]]
         assert texts == {name: of_one[name] for name in texts}, argument
+    assert expected[str(folders["e2b"])]["evaluations"] == [4, 4]
     # One collective brings the tokens. The others are two of each layer, and that of the logits.
-    assert [count for _, _, count in found[:5]] == [1 + 2 * layers[variant] + 1 for variant in folders]
-    assert [count for _, _, count in found[5:]] == [2, 1 + layers["31b"] + 1]
+    assert [count for _, _, count, _ in found[:5]] == [1 + 2 * layers[variant] + 1 for variant in folders]
+    assert [count for _, _, count, _ in found[5:]] == [2, 1 + layers["31b"] + 1]
 
 
 def test_four_ranks_write_the_texts_of_one_process(tiny_pair: Callable[[str], Path], tmp_path: Path) -> None:
@@ -183,6 +186,13 @@ def test_other_versions_and_absent_backends_are_errors(tmp_path: Path) -> None:
     nccl = {"NCCL_HOST_IP": "127.0.0.1", "MLX_WORLD_SIZE": "2"}
     ranks = start_ranks(tmp_path, [["-m", "mlx_mtp.generate", "--prompt", "a"]] * 2, [nccl] * 2)
     fails(ranks, *["error: the launcher chose the backend nccl, but MLX has only ring"] * 2)
+
+
+def test_a_rank_whose_partner_never_starts_ends(tmp_path: Path) -> None:
+    code = "import mlx_mtp.group.membership as m; m.JOIN_LIMIT = 2.0; " + LOAD.format(str(DEMO_PAIR), "")
+    ranks = start_ranks(tmp_path, [["-c", code], ["-c", "pass"]])
+    alone, _ = ranks.wait(30)
+    assert (alone.returncode, alone.stderr) == (1, "error: the other ranks did not join within 2 s: do they run?\n")
 
 
 def test_one_process_of_a_launcher_is_alone(tmp_path: Path) -> None:

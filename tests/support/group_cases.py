@@ -11,11 +11,13 @@ import sys
 from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_mtp import GenerationOptions, Model, Sampling, load
+from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.stream import Stream, can_go_ahead
 from mlx_mtp.gemma4.kv_cache import Cache
 
@@ -37,6 +39,7 @@ def texts(model: Model, *, all_options: bool = True) -> dict[str, Any]:
         add(f"greedy with {k} draft tokens", num_draft_tokens=k)
     add("greedy with auto", num_draft_tokens="auto", max_tokens=14)
     found["ahead"] = list(_ahead(model))
+    found["evaluations"] = _evaluations(model)
     found["together"] = [each.text for each in model.generate_batch([PROMPT, PROMPT[:12], PROMPT[:20]], BASE)]
     if not all_options:
         return found
@@ -102,6 +105,16 @@ def _ahead(model: Model) -> Iterator[list[int]]:
             yield [*report.tokens, report.host_reads]
 
 
+def _evaluations(model: Model) -> list[int]:
+    """Return how many evaluations, and how many host reads, four compiled rounds have in all."""
+    parts = model.parts
+    stream = Stream(parts.target, parts.drafter, max_draft_tokens=2, rounds=CompiledRounds(always=True))
+    stream.prefill(PROMPT, 512)
+    with patch("mlx.core.async_eval", wraps=mx.async_eval) as evaluated:
+        reads = sum(stream.round(2).host_reads for _ in range(4))
+    return [evaluated.call_count, reads]
+
+
 def _about_a_picture(model: Model) -> Iterator[str]:
     """Yield texts about a picture, alone and together with another text, and one without it."""
     image = {"type": "image", "image": PICTURE, "max_soft_tokens": 70}
@@ -122,6 +135,11 @@ def collectives(model: Model) -> int:
     return sum(graph.getvalue().count(f'label ="{name}"') for name in ("Sum AllReduce", "AllGather"))
 
 
+def shared_by(model: Model) -> Any:
+    """Return how machines share the model, in the identity of its costs."""
+    return model.parts.costs.identity(Sampling(), None, 0).get("machines")
+
+
 def _left(model: Model) -> list[int]:
     """Return the first tokens of a text that nobody reads to its end."""
     responses = model.stream_generate(PROMPT, BASE, num_draft_tokens=1)
@@ -135,7 +153,8 @@ def main() -> None:
     for argument in sys.argv[1:]:
         folder, _, split = argument.partition(":")
         with load(folder, split=split or None) as model:  # type: ignore[arg-type]
-            print(json.dumps([argument, texts(model, all_options=not split), collectives(model)]), flush=True)
+            found = texts(model, all_options=not split), collectives(model), shared_by(model)
+            print(json.dumps([argument, *found]), flush=True)
 
 
 if __name__ == "__main__":
