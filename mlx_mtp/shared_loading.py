@@ -126,7 +126,7 @@ class Sharing:
 
 @contextmanager
 def join_sharing(split: SplitKind | None, bandwidths: Sequence[float]) -> Generator[Sharing | None]:
-    """Join the group of this process. An error in the `with` statement ends the group.
+    """Join the group of this process. An error in the `with` statement ends the group, unless a model uses it.
 
     It never returns on a follower, which does what the leader announces until its end.
 
@@ -140,10 +140,12 @@ def join_sharing(split: SplitKind | None, bandwidths: Sequence[float]) -> Genera
         return
     if group.rank:
         follow(group, _load_part)
+    was_taken = group.is_taken
     try:
         yield Sharing(group, Split(split or "tensor", group.size, tuple(bandwidths)))
-    except MTPError as error:
-        group.lose(f"rank 0: {error}")
+    except BaseException as error:
+        if not was_taken:
+            group.lose(f"rank 0: {error}" if isinstance(error, MTPError) else f"rank 0 has ended: {error!r}")
         raise
 
 

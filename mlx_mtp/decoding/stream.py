@@ -205,9 +205,10 @@ class Stream:
         Raises OptionError if there are draft tokens but no drafter.
         """
         reads = self.host.reads
-        k, is_copied, verified = self._advance(k, copied or [])
-        self.parts.target.async_evaluate(verified, self.state)
-        self._note_dispatch(k, verified, self.host.reads - reads, copied=is_copied)
+        with self.parts.target.undisturbed():
+            k, is_copied, verified = self._advance(k, copied or [])
+            self.parts.target.async_evaluate(verified, self.state)
+            self._note_dispatch(k, verified, self.host.reads - reads, copied=is_copied)
 
     def draft(self, k: int, copied: list[int]) -> Drafted:
         """Make room for a round, and draft its tokens, or take the copied ones that the guide allows.

@@ -5,6 +5,7 @@ below `language_model.model.`.
 """
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
@@ -144,6 +145,13 @@ class Target(nn.Module):
 
     def close(self) -> None:
         """Let other machines free their parts of the target. A single process has no others."""
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """Return a context in which a pass is announced and dispatched, and which Ctrl-C does not interrupt.
+
+        A single process announces nothing, so Ctrl-C may interrupt it anywhere.
+        """
+        return nullcontext()
 
     def evaluate(self, *arrays: Any) -> None:
         """Evaluate trees of arrays that depend on passes, and wait for them."""

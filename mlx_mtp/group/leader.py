@@ -1,10 +1,13 @@
 """The leader's part: it announces everything that the followers must do to take part in its passes."""
 
 import contextlib
+import signal
+import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
+from types import FrameType
 from typing import Any
 
 import mlx.core as mx
@@ -80,6 +83,23 @@ class Leader:
             has_media=media is not None,
             has_last_seen=media is not None and media.last_seen is not None,
         )
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Let Ctrl-C wait until the statement has ended."""
+        handler = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or not callable(handler):
+            # Ctrl-C interrupts the main thread only.
+            yield
+            return
+        came: list[tuple[int, FrameType | None]] = []
+        signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            for number, frame in came[:1]:
+                handler(number, frame)
 
     def evaluate(self, *arrays: Any) -> None:
         """Evaluate arrays that depend on passes, and wait. Raises GroupError if a rank is lost meanwhile."""

@@ -52,7 +52,8 @@ class Group:
         self._reason: str | None = None
         self._is_lost = threading.Event()
         self._waiting_since: float | None = None
-        self._is_taken = False
+        # Whether a model uses the group.
+        self.is_taken = False
         self.peers = _connect(self)
         for peer in self.peers:
             peer.start()
@@ -70,13 +71,13 @@ class Group:
 
     def take(self) -> None:
         """Take the group for a model. Raises GroupError if another model uses it."""
-        if self._is_taken:
+        if self.is_taken:
             raise GroupError("the machines already share a model: close it before another one is loaded")
-        self._is_taken = True
+        self.is_taken = True
 
     def give_back(self) -> None:
         """Let the group be free for another model."""
-        self._is_taken = False
+        self.is_taken = False
 
     def check(self) -> None:
         """Raise GroupError if a rank was lost."""

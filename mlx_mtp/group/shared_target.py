@@ -1,6 +1,7 @@
 """A target of which each rank of a group holds a part. All ranks take part in its passes."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -91,12 +92,13 @@ class SharedTarget(Target):
         """Take part in a pass over the tokens of rank 0. See `Target`."""
         tokens, last_seen = self._share(tokens, [cache], None if media is None else media.last_seen)
         media = None if media is None else media._replace(last_seen=last_seen)
-        output = super().__call__(tokens, cache, logit_rows, hidden_rows, per_layer_rows, media)
-        if self._leader is not None:
-            length = tokens.shape[1]
-            self._leader.announce([cache], [length], logit_rows=logit_rows, hidden_rows=hidden_rows, media=media)
-            # The followers compute these arrays, too. Without rows, an output would need more of the pass than they do.
-            self.async_evaluate([each for each in output if each.size], cache.arrays())
+        with self.undisturbed():
+            output = super().__call__(tokens, cache, logit_rows, hidden_rows, per_layer_rows, media)
+            if self._leader is not None:
+                length = tokens.shape[1]
+                self._leader.announce([cache], [length], logit_rows=logit_rows, hidden_rows=hidden_rows, media=media)
+                # The followers compute these arrays, too. Without rows, an output would need more of the pass.
+                self.async_evaluate([each for each in output if each.size], cache.arrays())
         return output
 
     def packed(
@@ -104,10 +106,11 @@ class SharedTarget(Target):
     ) -> list[TargetOutput]:
         """Take part in a packed pass over the tokens of rank 0. See `Target`."""
         tokens, _ = self._share(tokens, caches, None)
-        outputs = super().packed(tokens, caches, lengths, between)
-        if self._leader is not None:
-            self._leader.announce(caches, lengths, is_packed=True)
-            self.async_evaluate(outputs, [cache.arrays() for cache in caches])
+        with self.undisturbed():
+            outputs = super().packed(tokens, caches, lengths, between)
+            if self._leader is not None:
+                self._leader.announce(caches, lengths, is_packed=True)
+                self.async_evaluate(outputs, [cache.arrays() for cache in caches])
         return outputs
 
     @property
@@ -140,6 +143,10 @@ class SharedTarget(Target):
         if self._leader is not None:
             self._leader.close()
             self._leader = None
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """Return a context that Ctrl-C does not interrupt. Otherwise a pass might be announced and never run."""
+        return nullcontext() if self._leader is None else self._leader.undisturbed()
 
     def evaluate(self, *arrays: Any) -> None:
         """Evaluate arrays that depend on passes, and wait. Raises GroupError if a rank is lost meanwhile."""

@@ -1,5 +1,6 @@
 """The part of a target that each rank of a group holds."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -49,8 +50,9 @@ class Split:
             raise OptionError(
                 f"bandwidths has {len(self.bandwidths)} numbers, expected one for each of the {self.size} machines"
             )
-        if min(self.bandwidths) <= 0:
-            raise OptionError(f"bandwidths must be greater than 0, found {min(self.bandwidths):g}")
+        for bandwidth in self.bandwidths:
+            if not 0 < bandwidth < math.inf:
+                raise OptionError(f"bandwidths must be numbers greater than 0, found {bandwidth:g}")
 
     def ends(self, count: int) -> list[int]:
         """Return where the parts of `count` things begin and end, one number more than there are ranks."""

@@ -188,6 +188,39 @@ def test_other_versions_and_absent_backends_are_errors(tmp_path: Path) -> None:
     fails(ranks, *["error: the launcher chose the backend nccl, but MLX has only ring"] * 2)
 
 
+def test_interrupted_texts_leave_the_group_usable(tiny_pair: Callable[[str], Path], tmp_path: Path) -> None:
+    """Ctrl-C comes at the worst moment: after a pass was announced, and before it is dispatched."""
+    folder = tiny_pair("31b") / "target"
+    code = f"""
+import os, signal, mlx_mtp
+from mlx_mtp.group.leader import Leader
+announce, left = Leader.announce, [-1]
+def interrupted(*arguments, **fields):
+    announce(*arguments, **fields)
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGINT)
+Leader.announce = interrupted
+model = mlx_mtp.load({str(folder)!r})
+options = mlx_mtp.GenerationOptions(max_tokens=8, ignore_eos=True, num_draft_tokens=2)
+prompt = list(range(20, 50))
+expected = model.generate(prompt, options).text
+# The first pass reads the prompt. Passes of a shape are compiled from the second one on.
+for passes in (1, 2, 3, 6):
+    left[0] = passes
+    try:
+        model.generate(prompt, options, max_tokens=30)
+        print("not interrupted")
+    except KeyboardInterrupt:
+        pass
+    assert model.generate(prompt, options).text == expected
+print("usable")
+"""
+    leader, follower = start_ranks(tmp_path, [["-c", code]] * 2).wait()
+    assert (leader.stdout, leader.returncode) == ("usable\n", 0), leader.stderr
+    assert follower.returncode == 0
+
+
 def test_a_rank_whose_partner_never_starts_ends(tmp_path: Path) -> None:
     code = "import mlx_mtp.group.membership as m; m.JOIN_LIMIT = 2.0; " + LOAD.format(str(DEMO_PAIR), "")
     ranks = start_ranks(tmp_path, [["-c", code], ["-c", "pass"]])

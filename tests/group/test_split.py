@@ -1,5 +1,6 @@
 """The parts of a target: together they are the whole, without any process."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -184,7 +185,8 @@ def test_parts_follow_the_bandwidths(whole: Whole) -> None:
         ("12b", ("feed-forward", 40), "layers.0.mlp has 33 quantization groups of 32, which cannot be split over 40"),
         ("12b", ("tensor", 2, (1, 2)), "bandwidths are given, but the split is tensor"),
         ("12b", ("feed-forward", 2, (1, 2, 3)), "bandwidths has 3 numbers, expected one for each of the 2 machines"),
-        ("12b", ("feed-forward", 2, (1, -2)), "bandwidths must be greater than 0, found -2"),
+        ("12b", ("feed-forward", 2, (1, -2)), "bandwidths must be numbers greater than 0, found -2"),
+        ("12b", ("feed-forward", 2, (1, math.nan)), "bandwidths must be numbers greater than 0, found nan"),
         ("12b", ("other", 2), "split must be one of tensor, feed-forward, pipeline, found 'other'"),
     ],
 )
