@@ -29,7 +29,7 @@ PROJECTION = "vision_tower.encoder.layers.0.mlp.down_proj.linear"
 
 def converted(source: Path, output: Path, modalities: tuple[str, ...] | None = None, **weights: Any) -> Path:
     # The blocks end inside tensors.
-    convert(Options(str(source), output, "none", WeightOptions(**weights), modalities=modalities), block_bytes=1000)
+    convert(Options(str(source), output, "none", WeightOptions(**weights), modalities=modalities), block_bytes=10_000)
     return output
 
 
