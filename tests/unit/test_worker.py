@@ -259,9 +259,10 @@ def test_closing(worker: Worker) -> None:
         steps = Steps()
         jobs = [worker.submit(steps), worker.submit(count(2))]
         await asyncio.to_thread(steps.begun.wait, 10)
-        steps.go.release(2)
         # The first call does not wait, as in a callback of the running job. The second call waits for the thread.
         worker.close(wait=False)
+        # Released before, the job could make both items, and then wait for a third until its time is over.
+        steps.go.release(2)
         worker.close()
         assert steps.thread is not None
         assert not steps.thread.is_alive()
