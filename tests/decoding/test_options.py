@@ -20,7 +20,7 @@ from mlx_mtp.options import OptionChanges
 
 TinyPair = Callable[[str], Path]
 PROMPT = random_tokens(2 * WINDOW, seed=5)
-TOKENS = 30
+TOKENS = 20
 
 PENALTIES: list[dict[str, Any]] = [
     {"repetition_penalty": 1.5},
@@ -145,9 +145,9 @@ def test_min_tokens(model: mlx_mtp.Model) -> None:
     try:
         stopped = model.generate(PROMPT, max_tokens=TOKENS, num_draft_tokens=0)
         assert stopped.last.generation_tokens == plain.index(plain[5]) + 1
-        expected = model.generate(PROMPT, max_tokens=TOKENS, num_draft_tokens=0, min_tokens=25)
-        assert plain[5] not in expected.tokens[:25]
-        assert model.generate(PROMPT, max_tokens=TOKENS, num_draft_tokens=4, min_tokens=25).tokens == expected.tokens
+        expected = model.generate(PROMPT, max_tokens=TOKENS, num_draft_tokens=0, min_tokens=15)
+        assert plain[5] not in expected.tokens[:15]
+        assert model.generate(PROMPT, max_tokens=TOKENS, num_draft_tokens=4, min_tokens=15).tokens == expected.tokens
     finally:
         model.tokenizer.eos_token_ids.discard(plain[5])
 
@@ -205,7 +205,7 @@ def test_stop_strings_wherever_tokens_and_blocks_break(model: mlx_mtp.Model) -> 
 
 def test_stop_tokens_and_ignore_eos(model: mlx_mtp.Model) -> None:
     """The text continues after a stop token only with ignore_eos."""
-    token = generate(model, 0).tokens[20]
+    token = generate(model, 0).tokens[15]
     model.tokenizer.add_eos_token(str(token))
     try:
         for k in (0, 4):
