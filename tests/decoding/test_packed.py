@@ -80,8 +80,8 @@ def test_each_stream_is_what_it_is_alone(tiny_models: Models, variant: str, coun
     compiled = CompiledRounds(always=True)
     together, alone = (started(tiny_models(variant), count) for _ in range(2))
     rng = np.random.default_rng(count)
-    for number in range(18):
-        first = number // 8 if count > 2 else 0
+    for number in range(12):
+        first = number // 5 if count > 2 else 0
         choices = random_choices(together[first:], rng)
         reports = packed_round(together[first:], choices, compiled=compiled if number % 2 else None)
         for stream, choice, report in zip(alone[first:], choices, reports, strict=True):
