@@ -194,7 +194,7 @@ def test_a_split_that_is_not_possible_is_refused(
     whole: Whole, variant: str, split: tuple[Any, ...], message: str
 ) -> None:
     with pytest.raises(OptionError) as refused:
-        Part(whole(variant)[1], Split(*split), 0)
+        Part(whole(variant, "4bit")[1], Split(*split), 0)
     assert message in str(refused.value)
 
 
