@@ -11,6 +11,7 @@ from types import FrameType
 from typing import NoReturn
 
 from mlx_mtp.commands import INTERRUPTED
+from mlx_mtp.launched import check_alone
 from mlx_mtp.shell import Parser, exit_status
 
 from .converter import MODALITIES, FolderPlan, Options, Summary, convert
@@ -120,6 +121,7 @@ def _add_weight_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    check_alone("a conversion")
     weights = WeightOptions(
         quantize=args.quantize,
         q_bits=args.q_bits,

@@ -43,6 +43,7 @@ from .command_line import (
 )
 from .errors import PromptError
 from .generation import measures_first
+from .loading import follow_others
 from .model import Model
 from .options import DEFAULT_PREFILL_STEP, GenerationOptions
 from .responses import GenerationResponse
@@ -200,6 +201,7 @@ def _mean_tps(timed: list[tuple[int, float]]) -> float:
 
 
 def _run(args: argparse.Namespace) -> int:
+    follow_others()
     check_stdin()
     # Check the options first, because loading takes seconds.
     options = GenerationOptions(

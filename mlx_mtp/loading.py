@@ -121,11 +121,11 @@ def load(
             target = sharing.load(config, part, str(path_or_repo), revision, max_context, memory_limit, on_read)
             config = replace(config, text=target.config)
         prepare_target(target, exact)
-    loaded_drafter = None
-    if drafter_config is not None:
-        loaded_drafter = load_drafter(drafter_config, target.dtype, on_read)
-        prepare_drafter(loaded_drafter, config)
-    elif drafter is None:
+        loaded_drafter = None
+        if drafter_config is not None:
+            loaded_drafter = load_drafter(drafter_config, target.dtype, on_read)
+            prepare_drafter(loaded_drafter, config)
+    if drafter_config is None and drafter is None:
         _log_plain_decoding(path_or_repo, config)
     if mapped and per_layer_embeddings == "auto":
         logger.info("%s would take more than half of the memory: its per-layer embeddings stay on disk", path_or_repo)
@@ -145,7 +145,7 @@ def load(
 def _sharing(split: SplitKind | None, bandwidths: Sequence[float]) -> AbstractContextManager["Sharing | None"]:
     """Return how the ranks of a group share the target. The result is None if this process is alone.
 
-    It never returns on a follower. An error in the `with` statement ends the group.
+    It never returns on a follower. After an error in the `with` statement, another model may be loaded.
 
     Raises OptionError for a split without a group, and GroupError if the group cannot be joined.
     """

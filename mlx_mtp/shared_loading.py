@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from statistics import median
 
@@ -34,12 +34,13 @@ _COMPARED = 64
 _WARM_UP, _MEASURED = 10, 100
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sharing:
     """The leader's view of how the ranks of a group share a target."""
 
     group: Group
     split: Split
+    _has_taken: bool = False
 
     def part(
         self, config: TargetConfig, *, exact: bool = False, per_layer_embeddings: str = "resident", rank: int = 0
@@ -60,11 +61,15 @@ class Sharing:
         """Measure the seconds of a collective of `width` values."""
         self.group.tell({"kind": "measure", "width": width, "times": _WARM_UP + _MEASURED})
         times = []
-        for _ in range(_WARM_UP + _MEASURED):
-            began = time.perf_counter()
-            with self.group.waiting():
-                mx.eval(self.group.all_sum(mx.zeros(width)))
-            times.append(time.perf_counter() - began)
+        try:
+            for _ in range(_WARM_UP + _MEASURED):
+                began = time.perf_counter()
+                with self.group.waiting():
+                    mx.eval(self.group.all_sum(mx.zeros(width)))
+                times.append(time.perf_counter() - began)
+        except BaseException:
+            self.group.lose("rank 0 has interrupted a measurement in which all ranks take part")
+            raise
         return median(times[_WARM_UP:])
 
     def plan(self, config: TargetConfig, own: MemoryPlan, plan_of: PlanOf) -> SharedPlan:
@@ -98,10 +103,12 @@ class Sharing:
 
         Raises GroupError if a rank cannot load its part, or if it has another checkpoint.
         """
-        self.group.take()
+        number = self.group.take()
+        self._has_taken = True
         self.group.tell(
             {
                 "kind": "load",
+                "number": number,
                 "path": path,
                 "revision": revision,
                 "split": [self.split.kind, self.split.size, self.split.bandwidths],
@@ -119,14 +126,27 @@ class Sharing:
 
         target = _make(config, part, self.group)
         load_shared_target(target, config, report)
-        self.group.hear()
-        target.lead(Leader(self.group))
+        self.group.hear(number)
+        target.lead(Leader(self.group, target))
         return target
+
+    def give_up(self, error: BaseException) -> None:
+        """Let the followers free their parts after a load that failed. Another model may be loaded after this.
+
+        If none is loaded, they end with the error.
+        """
+        if self._has_taken:
+            self.group.give_back()
+            # Without followers, there is nothing to free.
+            with suppress(GroupError):
+                self.group.tell({"kind": "close"})
+        if not self.group.is_taken:
+            self.group.failure = f"rank 0: {error}" if isinstance(error, MTPError) else f"rank 0 has ended: {error!r}"
 
 
 @contextmanager
 def join_sharing(split: SplitKind | None, bandwidths: Sequence[float]) -> Generator[Sharing | None]:
-    """Join the group of this process. An error in the `with` statement ends the group, unless a model uses it.
+    """Join the group of this process. If the `with` statement fails, the followers free their parts.
 
     It never returns on a follower, which does what the leader announces until its end.
 
@@ -140,13 +160,14 @@ def join_sharing(split: SplitKind | None, bandwidths: Sequence[float]) -> Genera
         return
     if group.rank:
         follow(group, _load_part)
-    was_taken = group.is_taken
+    sharing = Sharing(group, Split("tensor", group.size))
     try:
-        yield Sharing(group, Split(split or "tensor", group.size, tuple(bandwidths)))
+        sharing.split = Split(split or "tensor", group.size, tuple(bandwidths))
+        yield sharing
     except BaseException as error:
-        if not was_taken:
-            group.lose(f"rank 0: {error}" if isinstance(error, MTPError) else f"rank 0 has ended: {error!r}")
+        sharing.give_up(error)
         raise
+    group.failure = None
 
 
 def _load_part(

@@ -26,6 +26,8 @@ from mlx_mtp.decoding.draft_length import Costs
 from mlx_mtp.decoding.report import Stats
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.errors import OptionError
+from mlx_mtp.launched import check_alone
+from mlx_mtp.loading import follow_others
 from mlx_mtp.model import Model
 from mlx_mtp.options import GenerationOptions, OptionChanges
 from mlx_mtp.shell import Parser, exit_status, write_json
@@ -217,6 +219,9 @@ def changes(length: int | str) -> OptionChanges:
 
 
 def _run(args: argparse.Namespace) -> int:
+    follow_others()
+    if args.dtype is not None:
+        check_alone("--dtype")
     for name, least in (("repeats", 1), ("max_tokens", 2), ("cool_down", 0)):
         if not least <= getattr(args, name) < math.inf:
             raise OptionError(f"{name} must be at least {least}, found {getattr(args, name)}")

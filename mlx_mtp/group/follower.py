@@ -74,9 +74,11 @@ class Follower:
         }
         kinds[fields.pop("kind")](**fields)
 
-    def _start(self, **fields: Any) -> None:
+    def _start(self, number: int, **fields: Any) -> None:
+        # An earlier model may not have been closed.
+        self._close()
         self._target = self._load(self._group, **fields)
-        self._group.peers[0].send({"loaded": self._group.rank})
+        self._group.peers[0].send({"loaded": number})
 
     def _close(self) -> None:
         self._caches.clear()

@@ -27,8 +27,11 @@ class Leader:
     they were freed here.
     """
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, target: Target) -> None:
         self.group = group
+        # A model that nobody holds any more was not closed. The next load frees its parts.
+        self._end = weakref.finalize(target, group.give_back)
+        self._end.atexit = False
         self._numbers = count()
         self._freed: deque[int] = deque()
 
@@ -38,12 +41,16 @@ class Leader:
         # Objects are freed on any thread, at any time.
         while self._freed:
             freed.append(self._freed.popleft())
-        if freed:
-            self.group.tell({"kind": "free", "numbers": freed})
-        self.group.tell({"kind": kind, **fields})
+        # All followers must get a message, or none.
+        with self.undisturbed():
+            if freed:
+                self.group.tell({"kind": "free", "numbers": freed})
+            self.group.tell({"kind": kind, **fields})
 
     def close(self) -> None:
         """Let the followers free the target and all K/V, and the group be free for another model."""
+        if self._end.detach() is None:
+            return
         self.group.give_back()
         # Without followers, there is nothing to free.
         with contextlib.suppress(GroupError):

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import faulthandler
+import gc
 import json
 import os
 import secrets
@@ -27,7 +28,7 @@ BACKENDS = ("ring", "jaccl", "mpi", "nccl")
 # The followers must connect to the leader within this time, in seconds.
 _CONNECT = 30.0
 # The ranks must join the group within this time, in seconds.
-JOIN_LIMIT = 60.0
+JOIN_LIMIT = 60
 # A pass must end within this time, in seconds.
 PASS_LIMIT = 300.0
 # A leader that waits for a pass when a rank is lost has as many seconds to raise the error. Then it ends.
@@ -54,6 +55,9 @@ class Group:
         self._waiting_since: float | None = None
         # Whether a model uses the group.
         self.is_taken = False
+        self._loads = 0
+        # The followers end with this error, if no model was loaded after it.
+        self.failure: str | None = None
         self.peers = _connect(self)
         for peer in self.peers:
             peer.start()
@@ -69,11 +73,19 @@ class Group:
         """Return the arrays of all ranks, one after the other along the first axis."""
         return mx.distributed.all_gather(x, group=self._group)
 
-    def take(self) -> None:
-        """Take the group for a model. Raises GroupError if another model uses it."""
+    def take(self) -> int:
+        """Take the group for a model, and return the number of this load.
+
+        Raises GroupError if another model uses the group.
+        """
+        if self.is_taken:
+            # A model that nobody holds gives the group back when it is collected.
+            gc.collect()
         if self.is_taken:
             raise GroupError("the machines already share a model: close it before another one is loaded")
         self.is_taken = True
+        self._loads += 1
+        return self._loads
 
     def give_back(self) -> None:
         """Let the group be free for another model."""
@@ -91,11 +103,17 @@ class Group:
             peer.send(message)
         self.check()
 
-    def hear(self) -> list[Message]:
-        """Wait for one message of each follower. Raises GroupError if a rank is lost."""
-        messages = [peer.receive() for peer in self.peers]
+    def hear(self, load: int) -> None:
+        """Wait until each follower has loaded its part.
+
+        `load` is the number of the load, because loads before it may have failed on rank 0.
+
+        Raises GroupError if a rank is lost.
+        """
+        for peer in self.peers:
+            while peer.receive().get("loaded") != load:
+                self.check()
         self.check()
-        return messages
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -132,11 +150,11 @@ class Group:
             self._on_lost(reason)
 
     def end(self) -> None:
-        """Let the followers end after regular work."""
+        """Let the followers end, with an error if no model could be loaded."""
         if self._reason is None:
             self._reason = "the group has ended"
             for peer in self.peers:
-                peer.send({"end": None})
+                peer.send({"end": self.failure})
                 peer.close()
 
     def _watch(self) -> None:
@@ -187,6 +205,8 @@ def _backend() -> str | None:
     given = os.environ
     if "MLX_RANK" not in given:
         return "mpi" if int(given.get("OMPI_COMM_WORLD_SIZE", "1")) > 1 else None
+    if not given["MLX_RANK"].isdecimal():
+        raise GroupError(f"MLX_RANK is {given['MLX_RANK']!r}: expected a number, start with mlx.launch")
     if "MLX_JACCL_COORDINATOR" in given:
         return "jaccl"
     if "NCCL_HOST_IP" in given:
@@ -217,7 +237,7 @@ def _init(backend: str) -> mx.distributed.Group:
             f"the launcher chose the backend {backend}, but MLX has only {', '.join(there) or 'none'} here"
         )
     try:
-        with _bounded(JOIN_LIMIT, f"the other ranks did not join within {JOIN_LIMIT:g} s: do they run?"):
+        with _bounded(JOIN_LIMIT, f"the other ranks did not join within {JOIN_LIMIT} s: do they run?"):
             group = mx.distributed.init(strict=True, backend=backend)
     except (RuntimeError, ValueError) as error:
         raise GroupError(f"the ranks cannot find each other with the backend {backend}: {error}") from None
@@ -227,12 +247,14 @@ def _init(backend: str) -> mx.distributed.Group:
 
 
 @contextlib.contextmanager
-def _bounded(seconds: float, reason: str) -> Iterator[None]:
+def _bounded(seconds: int, reason: str) -> Iterator[None]:
     """End the process with status 1 and a reason if the statement takes longer, although it holds Python's lock.
 
     MLX waits for the other ranks for ever, and no other thread of Python runs meanwhile.
     """
-    speak = ["sh", "-c", 'sleep "$1" && echo "error: $2" >&2', "sh", str(seconds), reason]
+    # The shell ends with this process.
+    wait = "n=$1; while [ $n -gt 0 ] && kill -0 $3 2> /dev/null; do sleep 1; n=$((n - 1)); done"
+    speak = ["sh", "-c", f'{wait}; kill -0 $3 && echo "error: $2" >&2', "sh", str(seconds), reason, str(os.getpid())]
     with Path(os.devnull).open("w") as nothing, subprocess.Popen(speak, start_new_session=True) as speaker:
         # This is a thread that needs no lock.
         faulthandler.dump_traceback_later(seconds + 1, exit=True, file=nothing)

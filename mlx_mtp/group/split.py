@@ -249,7 +249,9 @@ def _check_columns(config: TargetConfig, path: str, head_dim: int, ends: Sequenc
 def _own_layers(text: TextConfig, split: Split, rank: int) -> range:
     """Return the layers of a rank of a pipeline. Rank 0 has the last layers."""
     if text.per_layer_input_size:
-        raise OptionError("E2B and E4B share K/V between layers, which a pipeline cannot split: use --split tensor")
+        raise OptionError(
+            "E2B and E4B share K/V between layers, which a pipeline cannot split: use --split tensor or feed-forward"
+        )
     reverse = Split("pipeline", split.size, split.bandwidths[::-1])
     ends = reverse.ends(len(text.layers))
     layers = range(*ends[split.size - 1 - rank : split.size + 1 - rank])
@@ -258,8 +260,8 @@ def _own_layers(text: TextConfig, split: Split, rank: int) -> range:
     kinds = {text.layers[index].layer_type for index in layers}
     if not rank and len(kinds) < len({layer.layer_type for layer in text.layers}):
         raise OptionError(
-            f"rank 0 would have the last {len(layers)} of {len(text.layers)} layers: expected a sliding and a "
-            "full-attention layer among them, whose K/V the drafter reads"
+            f"the first machine would have the last {len(layers)} of {len(text.layers)} layers: expected a sliding and "
+            "a full-attention layer among them, whose K/V the drafter reads"
         )
     return layers
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -188,6 +189,42 @@ def test_other_versions_and_absent_backends_are_errors(tmp_path: Path) -> None:
     fails(ranks, *["error: the launcher chose the backend nccl, but MLX has only ring"] * 2)
 
 
+def test_a_load_that_fails_or_a_model_that_is_dropped_leaves_the_group_usable(
+    tiny_pair: Callable[[str], Path], tmp_path: Path
+) -> None:
+    good, other, broken = tiny_pair("31b") / "target", tiny_pair("12b") / "target", tmp_path / "broken"
+    shutil.copytree(tiny_pair("31b") / "target-assistant", broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code = f"""
+import mlx_mtp
+def fail(done, total):
+    raise ZeroDivisionError("stopped")
+def load(folder={str(good)!r}, **options):
+    return mlx_mtp.load(folder, **options)
+def report(work):
+    try:
+        work()
+    except (ValueError, ZeroDivisionError) as error:
+        print(type(error).__name__)
+report(lambda: load("nowhere"))
+report(lambda: load(on_load=fail))
+report(lambda: load(drafter={str(broken)!r}))
+model = load()
+expected = model.generate("abc", max_tokens=5).text
+report(lambda: load({str(other)!r}))
+report(lambda: mlx_mtp.plan_memory({str(good)!r}, memory_limit=1000))
+assert model.generate("abc", max_tokens=5).text == expected
+del model
+model = load()
+assert model.generate("abc", max_tokens=5).text == expected
+"""
+    leader, follower = start_ranks(tmp_path, [["-c", code]] * 2).wait()
+    kinds = ["ConfigError", "ZeroDivisionError", "WeightsError", "GroupError", "MemoryLimitError"]
+    assert leader.stdout.split() == kinds, leader.stderr
+    assert (leader.returncode, follower.returncode, follower.stderr) == (0, 0, "")
+
+
 def test_interrupted_texts_leave_the_group_usable(tiny_pair: Callable[[str], Path], tmp_path: Path) -> None:
     """Ctrl-C comes at the worst moment: after a pass was announced, and before it is dispatched."""
     folder = tiny_pair("31b") / "target"
@@ -222,7 +259,7 @@ print("usable")
 
 
 def test_a_rank_whose_partner_never_starts_ends(tmp_path: Path) -> None:
-    code = "import mlx_mtp.group.membership as m; m.JOIN_LIMIT = 2.0; " + LOAD.format(str(DEMO_PAIR), "")
+    code = "import mlx_mtp.group.membership as m; m.JOIN_LIMIT = 2; " + LOAD.format(str(DEMO_PAIR), "")
     ranks = start_ranks(tmp_path, [["-c", code], ["-c", "pass"]])
     alone, _ = ranks.wait(30)
     assert (alone.returncode, alone.stderr) == (1, "error: the other ranks did not join within 2 s: do they run?\n")
@@ -265,6 +302,11 @@ def test_a_rank_that_dies_or_hangs_ends_the_other_one(tmp_path: Path, lost: int,
 def test_a_command_for_one_machine_is_refused(tmp_path: Path) -> None:
     ranks = start_ranks(tmp_path, [["-m", "mlx_mtp.probe"]] * 2)
     fails(ranks, *["error: a comparison of passes needs one machine: start it without mlx.launch"] * 2)
+    ranks = start_ranks(tmp_path, [["-m", "mlx_mtp.convert", "--hf-path", "a", "--mlx-path", tmp_path / "b"]] * 2)
+    fails(ranks, *["error: a conversion needs one machine: start it without mlx.launch"] * 2)
+    leader, follower = start_ranks(tmp_path, [["-m", "mlx_mtp.bench", "--dtype", "float16"]] * 2).wait()
+    assert leader.stderr == "error: --dtype needs one machine: start it without mlx.launch\n"
+    assert (leader.returncode, follower.returncode, follower.stderr) == (1, 0, "")
     ranks = start_ranks(tmp_path, [["-m", "mlx_mtp.generate", "--prompt", "-"]] * 2)
     leader, follower = ranks.wait()
     assert leader.stderr.startswith("error: --prompt -: mlx.launch does not pass on the end of stdin: give the text")

@@ -181,7 +181,7 @@ def test_parts_follow_the_bandwidths(whole: Whole) -> None:
     [
         ("12b", ("tensor", 3), "8 attention heads with 2 K/V heads cannot be split over 3 machines: use --split feed"),
         ("e2b", ("pipeline", 2), "E2B and E4B share K/V between layers"),
-        ("12b", ("pipeline", 5), "rank 0 would have the last 1 of 4 layers"),
+        ("12b", ("pipeline", 5), "the first machine would have the last 1 of 4 layers"),
         ("12b", ("feed-forward", 40), "layers.0.mlp has 33 quantization groups of 32, which cannot be split over 40"),
         ("12b", ("tensor", 2, (1, 2)), "bandwidths are given, but the split is tensor"),
         ("12b", ("feed-forward", 2, (1, 2, 3)), "bandwidths has 3 numbers, expected one for each of the 2 machines"),
