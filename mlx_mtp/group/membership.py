@@ -254,7 +254,15 @@ def _bounded(seconds: int, reason: str) -> Iterator[None]:
     """
     # The shell ends with this process.
     wait = "n=$1; while [ $n -gt 0 ] && kill -0 $3 2> /dev/null; do sleep 1; n=$((n - 1)); done"
-    speak = ["sh", "-c", f'{wait}; kill -0 $3 && echo "error: $2" >&2', "sh", str(seconds), reason, str(os.getpid())]
+    speak = [
+        "sh",
+        "-c",
+        f'{wait}; kill -0 $3 2> /dev/null && echo "error: $2" >&2',
+        "sh",
+        str(seconds),
+        reason,
+        str(os.getpid()),
+    ]
     with Path(os.devnull).open("w") as nothing, subprocess.Popen(speak, start_new_session=True) as speaker:
         # This is a thread that needs no lock.
         faulthandler.dump_traceback_later(seconds + 1, exit=True, file=nothing)
