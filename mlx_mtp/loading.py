@@ -242,7 +242,7 @@ def plan_memory(
         if sharing is None:
             return found
 
-        def plan_of(part: "Part | None") -> MemoryPlan:
+        def plan_of(part: "Part") -> MemoryPlan:
             return _planner(config, None, options or GenerationOptions(), mapped, part)(context_length)
 
         return replace(found, shared=sharing.plan(config, found, plan_of))

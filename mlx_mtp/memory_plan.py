@@ -68,8 +68,9 @@ def parse_bytes(text: str) -> int:
 class SharedPlan:
     """The memory and the cost of a target that several machines share.
 
-    `peaks` are the bytes that each rank needs, `read` the most bytes of weights that a rank reads in a pass, and
-    `whole` those of a single machine. A pass has `collectives` exchanges between the ranks, of `latency` seconds each.
+    `peaks` are the bytes that each rank needs, `read` the most bytes of weights that a rank reads in a pass over one
+    token, and `whole` those of a single machine. A pass has `collectives` exchanges between the ranks, of `latency`
+    seconds each. `bandwidth` is that of the memory of rank 0, in bytes per second.
     """
 
     split: str
@@ -78,11 +79,22 @@ class SharedPlan:
     whole: int
     collectives: int
     latency: float
+    bandwidth: float
 
     @property
     def seconds(self) -> float:
         """The seconds of a pass that its collectives take. A round has one pass."""
         return self.collectives * self.latency
+
+    @property
+    def alone(self) -> float:
+        """The least seconds of a pass of one machine like rank 0."""
+        return self.whole / self.bandwidth
+
+    @property
+    def together(self) -> float:
+        """The least seconds of a pass of machines like rank 0. Those of a pipeline compute one after the other."""
+        return self.seconds + (self.whole if self.split == "pipeline" else self.read) / self.bandwidth
 
     def __str__(self) -> str:
         peaks = ", ".join(f"rank {rank} {_gigabytes(peak)}" for rank, peak in enumerate(self.peaks))
@@ -90,14 +102,18 @@ class SharedPlan:
             f"split {self.split} over {len(self.peaks)} machines: {peaks}",
             f"a pass has {self.collectives} collectives of {1000 * self.latency:.3g} ms: {1000 * self.seconds:.3g} ms",
         ]
-        saved = self.whole - self.read
         if self.split == "pipeline":
             lines.append("a pipeline divides the memory, not the time: the machines compute one after the other")
         else:
+            saved = self.whole - self.read
             lines.append(
-                f"each machine reads {_gigabytes(self.read)} of weights a pass instead of {_gigabytes(self.whole)}: "
+                f"a machine reads {_gigabytes(self.read)} of weights a pass instead of {_gigabytes(self.whole)}: "
                 f"faster than one machine below {saved / self.seconds / 1e9:.3g} GB/s of memory bandwidth"
             )
+        lines.append(
+            f"at the {self.bandwidth / 1e9:.3g} GB/s of rank 0, a pass over one token takes at least "
+            f"{1000 * self.together:.3g} ms, and {1000 * self.alone:.3g} ms on one machine"
+        )
         return "\n".join(lines)
 
 
@@ -304,6 +320,27 @@ def _target_weights(config: TargetConfig, part: "Part | None") -> _TargetWeights
             if name == "norm.weight":
                 dtype = DTYPES[tensor.dtype].mlx
     return _TargetWeights(sizes[""], sizes["embed_tokens"], sizes["embed_tokens_per_layer"], dtype)
+
+
+def read_per_pass(config: TargetConfig, part: "Part | None" = None) -> int:
+    """Return the bytes of weights that a pass over one token reads, of a target or of a rank's part of it.
+
+    Of the experts, only the chosen experts count. A table that is no head does not count, because a pass reads only one
+    row of it. Raises WeightsError if the checkpoint cannot be read.
+    """
+    text, total = config.text, Fraction(0)
+    for key, tensor in read_checkpoint(config.path.parent).items():
+        for name in target_names(key, config)[:1]:
+            is_table = name.startswith("embed_tokens.")
+            if name.startswith("embed_tokens_per_layer.") or (is_table and text.own_head):
+                continue
+            share = Fraction(1)
+            if part is not None:
+                share = part.head_share if is_table else part.share(name)
+            if "switch_glu" in name:
+                share *= Fraction(text.top_k_experts, text.num_experts)
+            total += tensor.nbytes * share
+    return int(total)
 
 
 def _media_bytes(config: TargetConfig, size: int) -> int:

@@ -19,14 +19,15 @@ from mlx_mtp.group.membership import Group, join
 from mlx_mtp.group.shared_target import PipelineTarget, SharedTarget
 from mlx_mtp.group.split import Part, Split
 
+from .bandwidth import memory_bandwidth
 from .errors import GroupError, MTPError, OptionError
 from .launched import SplitKind
-from .memory_plan import MemoryPlan, SharedPlan, check_memory, planner
+from .memory_plan import MemoryPlan, SharedPlan, check_memory, planner, read_per_pass
 from .networks import load_shared_target, prepare_target
 from .options import GenerationOptions
 
-# Makes the plan of a part, or of the whole target for None.
-PlanOf = Callable[[Part | None], MemoryPlan]
+# Makes the plan of a part.
+PlanOf = Callable[[Part], MemoryPlan]
 
 # The number of bytes of each tensor that must be the same on all ranks. Tensors of another checkpoint differ at once.
 _COMPARED = 64
@@ -75,18 +76,17 @@ class Sharing:
     def plan(self, config: TargetConfig, own: MemoryPlan, plan_of: PlanOf) -> SharedPlan:
         """Return the plan of all ranks, with a measured latency. `own` is the plan of rank 0.
 
-        `plan_of` returns the plan of a part, without a drafter. Its argument None stands for the whole target.
+        `plan_of` returns the plan of a part, without a drafter.
         """
-        others = [plan_of(self.part(config, rank=rank)) for rank in range(1, self.split.size)]
-        whole, part = plan_of(None), self.part(config)
-        head = 0 if config.text.own_head else whole.token_embeddings
+        parts = [self.part(config, rank=rank) for rank in range(self.split.size)]
         return SharedPlan(
             split=self.split.kind,
-            peaks=tuple(each.peak for each in (own, *others)),
-            read=max(each.weights for each in (own, *others)) + head // self.split.size,
-            whole=whole.weights + head,
-            collectives=part.collectives,
+            peaks=(own.peak, *(plan_of(part).peak for part in parts[1:])),
+            read=max(read_per_pass(config, part) for part in parts),
+            whole=read_per_pass(config),
+            collectives=parts[0].collectives,
             latency=self._latency(config.text.hidden_size),
+            bandwidth=memory_bandwidth()[0],
         )
 
     def load(

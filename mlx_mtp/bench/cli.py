@@ -20,6 +20,7 @@ import mlx.core as mx
 from huggingface_hub.utils import tqdm
 from mlx.utils import tree_flatten
 
+from mlx_mtp.bandwidth import memory_bandwidth
 from mlx_mtp.command_line import add_kv_options, add_model_options, calibrate, load_or_demo, read_kv_options
 from mlx_mtp.decoding.compiled import CompiledRounds
 from mlx_mtp.decoding.draft_length import Costs
@@ -45,14 +46,6 @@ AUTO: Final = "auto"
 # Automatic draft length without copies, to compare both.
 NO_COPIES = "no-copies"
 _DTYPES = ("float32", "bfloat16", "float16")
-# Memory bandwidth of Apple's chips in GB/s, from Apple's specifications. If a chip has variants, this is the largest
-# value.
-_BANDWIDTH = {
-    "M1": 68, "M2": 100, "M3": 102, "M4": 120, "M5": 153,
-    "M1 Pro": 200, "M2 Pro": 200, "M3 Pro": 150, "M4 Pro": 273, "M5 Pro": 307,
-    "M1 Max": 400, "M2 Max": 400, "M3 Max": 410, "M4 Max": 546, "M5 Max": 614,
-    "M1 Ultra": 800, "M2 Ultra": 800, "M3 Ultra": 819,
-}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -451,13 +444,11 @@ def bound(model: Model) -> dict[str, Any]:
     `pass_bytes` is in bytes and `bandwidth` in bytes per second. A chip that is not listed is measured.
     """
     size = pass_bytes(model)
-    name = str(mx.device_info().get("device_name"))
-    listed = _BANDWIDTH.get(name.removeprefix("Apple ").strip())
-    bandwidth = listed * 1e9 if listed else measured_bandwidth()
+    bandwidth, source = memory_bandwidth()
     return {
         "pass_bytes": size,
         "bandwidth": bandwidth,
-        "bandwidth_source": "listed" if listed else "measured",
+        "bandwidth_source": source,
         "bound_tokens_per_second": bandwidth / size,
     }
 
@@ -478,18 +469,3 @@ def pass_bytes(model: Model) -> float:
         share = text.top_k_experts / text.num_experts if "switch_glu" in name else 1.0
         size += share * value.nbytes
     return size
-
-
-def measured_bandwidth() -> float:
-    """Measure the memory bandwidth in bytes per second.
-
-    It is the best of four reductions over an array that is too large for the caches.
-    """
-    block = mx.ones(64 * 1024 * 1024, mx.float32)
-    mx.eval(block)
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        mx.eval(mx.max(block))
-        best = min(best, time.perf_counter() - start)
-    return block.nbytes / best

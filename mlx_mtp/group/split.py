@@ -139,6 +139,13 @@ class Part:
             return Fraction(self.holds(name))
         return Fraction(cut.range.size, cut.range.total)
 
+    @property
+    def head_share(self) -> Fraction:
+        """The share of the table's rows whose logits the rank computes."""
+        if self.split.kind == "pipeline":
+            return Fraction(self.rank == 0)
+        return Fraction(self.logits, self.config.vocab_size)
+
     def of(self, name: str, whole: mx.array) -> mx.array:
         """Return the rank's part of a parameter of the target."""
         cut = self.cut(name)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +109,11 @@ def test_a_dry_run_shows_the_plan_and_the_cost_of_a_split(tmp_path: Path) -> Non
     assert len(plan["shared"]["peaks"]) == 2
     assert plan["shared"]["collectives"] == 52
     assert plan["shared"]["latency"] > 0
-    assert plan["shared"]["read"] < 0.7 * plan["shared"]["whole"]
+    # Rank 0 has more than a half: all K/V heads of two layers, and the projections of per-layer inputs.
+    assert 0.5 * plan["shared"]["whole"] <= plan["shared"]["read"] < 0.6 * plan["shared"]["whole"]
     assert "split tensor over 2 machines: rank 0" in table
     assert "a pass has 52 collectives of" in table
+    assert "GB/s of rank 0, a pass over one token takes at least" in table
     assert follower.stdout == follower.stderr == ""
 
 
@@ -129,8 +132,11 @@ def test_the_server_serves_a_group_and_answers_503_when_a_rank_dies(tmp_path: Pa
         eventually(lambda: httpx.get(f"{url}/health").json()["running"] == 0)
         again = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
         assert again["choices"] == first["choices"]
-        follower.kill()
-        lost = httpx.post(f"{url}/v1/completions", json={**body, "max_tokens": 500, "ignore_eos": True}, timeout=30)
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(httpx.post, f"{url}/v1/completions", json={**endless, "stream": False}, timeout=60)
+            eventually(lambda: httpx.get(f"{url}/health").json()["running"] == 1)
+            follower.kill()
+            lost = running.result()
         assert lost.status_code == 503
         assert lost.json()["error"]["code"] == "machine_lost"
         assert "rank 1" in lost.json()["error"]["message"]

@@ -36,7 +36,7 @@ LAYERS = (
     ("gemma4", "media"),
     ("checkpoints", "threads", "shell"),
     ("launched",),
-    ("errors", "commands"),
+    ("errors", "commands", "bandwidth"),
 )
 
 
