@@ -6,6 +6,7 @@ Tests import no tests or scripts. Scripts import no tests.
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import mlx_mtp
@@ -116,6 +117,12 @@ def test_a_process_that_is_alone_builds_nothing_of_a_group() -> None:
     assert "mlx_mtp.group" not in result.stdout
     assert "mlx_mtp.shared_loading" not in result.stdout
     assert "mlx_mtp.gemma4.target.Target" in result.stdout
+
+
+def test_every_package_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {file.parent.relative_to(PACKAGE.parent) for file in PACKAGE.rglob("__init__.py")}
+    assert {".".join(folder.parts) for folder in found} == set(listed) - {"mlx_mtp.convert"}
 
 
 def test_public_names() -> None:
