@@ -24,7 +24,7 @@ from mlx_mtp.errors import GroupError
 
 from .peer import Message, Peer
 
-BACKENDS = ("ring", "jaccl", "mpi", "nccl")
+_BACKENDS = ("ring", "jaccl", "mpi", "nccl")
 # The followers must connect to the leader within this time, in seconds.
 _CONNECT = 30.0
 # The ranks must join the group within this time, in seconds.
@@ -231,7 +231,7 @@ def _ring_hosts() -> list[list[str]]:
 
 
 def _init(backend: str) -> mx.distributed.Group:
-    there = [name for name in BACKENDS if mx.distributed.is_available(name)]
+    there = [name for name in _BACKENDS if mx.distributed.is_available(name)]
     if backend not in there:
         raise GroupError(
             f"the launcher chose the backend {backend}, but MLX has only {', '.join(there) or 'none'} here"

@@ -77,8 +77,12 @@ class SharedTarget(Target):
     def sharing(self) -> dict[str, Any]:
         """The number of ranks, the split and the backend."""
         split = self.part.split
-        shared = {"ranks": split.size, "split": split.kind, "bandwidths": list(split.bandwidths)}
-        return shared | {"backend": self._ranks.backend}
+        return {
+            "ranks": split.size,
+            "split": split.kind,
+            "bandwidths": list(split.bandwidths),
+            "backend": self._ranks.backend,
+        }
 
     def __call__(
         self,

@@ -305,6 +305,17 @@ def test_a_rank_that_dies_or_hangs_ends_the_other_one(tmp_path: Path, lost: int,
         assert time.monotonic() - began < 30
 
 
+def test_a_pass_that_never_ends_ends_all_ranks(tmp_path: Path) -> None:
+    """The follower gives signs of life, but takes no part in the pass."""
+    code = (
+        "import time, mlx_mtp.group.membership as m, mlx_mtp.group.follower as f\n"
+        "m.PASS_LIMIT = 3; f.Follower._take_part = lambda *_, **__: time.sleep(100)\n"
+        f"import mlx_mtp; mlx_mtp.load({str(DEMO_PAIR)!r}).generate('x', max_tokens=5)"
+    )
+    reason = "a pass has not ended after 3 s"
+    fails(start_ranks(tmp_path, [["-c", code]] * 2), reason, reason)
+
+
 def test_a_command_for_one_machine_is_refused(tmp_path: Path) -> None:
     ranks = start_ranks(tmp_path, [["-m", "mlx_mtp.probe"]] * 2)
     fails(ranks, *["error: a comparison of passes needs one machine: start it without mlx.launch"] * 2)
